@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+# The host kernels. The tile loops are compiled once per instruction set and chosen at run time, never by -march=native.
+target_sources(revkernels PRIVATE
+  csrc/cpu/loops.cpp csrc/cpu/coupling.cpp csrc/cpu/accumulate.cpp csrc/cpu/isa_baseline.cpp)
+target_link_libraries(revkernels PRIVATE OpenMP::OpenMP_CXX)
+
+# -O3 vectorises; no traps and no errno let it vectorise comparisons and rint, and change no result. Stored floats are
+# read back as bits, hence no strict aliasing.
+set(loop_flags -O3 -fno-trapping-math -fno-math-errno -fno-strict-aliasing)
+set_source_files_properties(csrc/cpu/isa_baseline.cpp PROPERTIES COMPILE_OPTIONS "${loop_flags}")
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  target_sources(revkernels PRIVATE csrc/cpu/isa_avx2.cpp csrc/cpu/isa_avx512.cpp)
+  target_compile_definitions(revkernels PRIVATE REVK_X86_ISAS)
+  set(avx2_flags ${loop_flags} -mavx2 -mf16c -mfma)
+  set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
+      -Wno-maybe-uninitialized)  # GCC 12 warns of its own intrinsics
+  set_source_files_properties(csrc/cpu/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "${avx2_flags}")
+  set_source_files_properties(csrc/cpu/isa_avx512.cpp PROPERTIES COMPILE_OPTIONS "${avx512_flags}")
+endif()

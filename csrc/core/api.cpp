@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every extern "C" entry: guard, check, dispatch. Nothing is written before all checks have passed.
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <vector>
+
+#include "core/backends.h"
+#include "core/error.h"
+#include "core/views.h"
+
+namespace revk {
+namespace {
+
+std::string& last_error() {
+  thread_local std::string text;
+  return text;
+}
+
+void check_where(const revk_where* where) {
+  if (where == nullptr) throw invalid("where is NULL, a revk_where is needed");
+  if (where->struct_size != int32_t(sizeof(revk_where)))
+    throw invalid("where: struct_size is " + std::to_string(where->struct_size) +
+                  ", this library needs " + std::to_string(sizeof(revk_where)));
+  if (where->device < -1)
+    throw invalid("where: device is " + std::to_string(where->device) +
+                  ", -1 (the host) or a CUDA device's index is needed");
+  if (where->threads < 0)
+    throw invalid("where: threads is " + std::to_string(where->threads) + ", 0 or more is needed");
+  if (where->device >= 0) {
+    const char* const reason = cuda::missing();
+    if (reason != nullptr) throw unsupported(std::string("CUDA cannot run here: ") + reason);
+  }
+}
+
+// The coupling as the kernels get it: nullptr for the plain one, rows_per_sample at least 1.
+struct CheckedCoupling {
+  revk_coupling value;
+  const revk_coupling* get() const { return plain ? nullptr : &value; }
+  bool plain = true;
+
+  CheckedCoupling(const revk_coupling* given, const NamedView& out, int32_t scale_dtype) : value() {
+    if (given == nullptr) return;
+    if (given->struct_size != int32_t(sizeof(revk_coupling)))
+      throw invalid("coupling: struct_size is " + std::to_string(given->struct_size) +
+                    ", this library needs " + std::to_string(sizeof(revk_coupling)));
+    value = *given;
+    const int32_t k = value.grid_exponent;
+    if (k != REVK_NO_GRID && (k < -126 || k > 126))
+      throw invalid("coupling: grid_exponent is " + std::to_string(k) +
+                    ", -126..126 or REVK_NO_GRID is needed");
+    if (value.rows_per_sample < 0)
+      throw invalid("coupling: rows_per_sample is " + std::to_string(value.rows_per_sample) +
+                    ", 0 or more is needed");
+    value.rows_per_sample = std::max<int64_t>(value.rows_per_sample, 1);
+    if (value.sample_scale != nullptr && out.sizes[0] % value.rows_per_sample != 0)
+      throw invalid("coupling: rows_per_sample is " + std::to_string(value.rows_per_sample) +
+                    ", a divisor of outer = " + std::to_string(out.sizes[0]) + " is needed");
+    check_array("channel_scale", value.channel_scale, item_size(scale_dtype));
+    check_array("sample_scale", value.sample_scale, item_size(scale_dtype));
+    check_array("checksum", value.checksum, 8);
+    check_array("amax", value.amax, 4);
+    const int64_t samples = out.sizes[0] / value.rows_per_sample;
+    written_apart("channel_scale", value.channel_scale, out.sizes[1], item_size(scale_dtype), out);
+    written_apart("sample_scale", value.sample_scale, samples, item_size(scale_dtype), out);
+    written_apart("checksum", value.checksum, 1, 8, out);
+    written_apart("amax", value.amax, 1, 4, out);
+    plain = value.channel_scale == nullptr && value.sample_scale == nullptr &&
+            value.checksum == nullptr && value.amax == nullptr && k == REVK_NO_GRID;
+  }
+
+ private:
+  static void check_array(const char* name, const void* data, int64_t item) {
+    if (reinterpret_cast<uintptr_t>(data) % uintptr_t(item) != 0)
+      throw invalid(std::string("coupling: ") + name + " is not aligned to its element");
+  }
+  static void written_apart(const char* name, const void* data, int64_t count, int64_t item,
+                            const NamedView& out) {
+    const int64_t stride = 1;
+    const Layout layout{reinterpret_cast<uintptr_t>(data), item, 1, &count, &stride};
+    if (data != nullptr && overlaps(out.layout, layout))
+      throw invalid("coupling: " + std::string(name) + " overlaps " + out.name +
+                    ", which is written; they need separate memory");
+  }
+};
+
+using Couple = void (*)(const revk_view&, const revk_view&, const revk_view&, const revk_coupling*,
+                        const revk_where&);
+
+void couple_with(Couple on_cpu, Couple on_cuda, const NamedView& out, const NamedView& x,
+                 const NamedView& f, const revk_coupling* coupling, const revk_where* where) {
+  check_where(where);
+  x.same_shape_as(out);
+  f.same_shape_as(out);
+  out.apart_from_itself();
+  if (!out.is(x)) out.apart_from(x);
+  out.apart_from(f);
+  const CheckedCoupling checked(coupling, out, compute_dtype(x.view->dtype, f.view->dtype));
+  if (out.layout.empty()) return;
+  (where->device < 0 ? on_cpu : on_cuda)(*out.view, *x.view, *f.view, checked.get(), *where);
+}
+
+// Every total is apart from every other array of the call. Sorted by address, only neighbours can
+// touch.
+void check_apart(const std::deque<NamedView>& totals, const std::deque<NamedView>& parts) {
+  struct Entry {
+    const NamedView* view;
+    bool written;
+    uintptr_t begin, end;
+  };
+  std::vector<Entry> entries, open;
+  const auto add = [&entries](const NamedView& view, bool written) {
+    const int64_t span = view.layout.span();
+    if (span == 0) return;
+    entries.push_back({&view, written, view.layout.address, view.layout.address + uintptr_t(span)});
+  };
+  for (const NamedView& total : totals) add(total, true);
+  for (const NamedView& part : parts) add(part, false);
+  std::sort(entries.begin(), entries.end(),
+            [](const Entry& a, const Entry& b) { return a.begin < b.begin; });
+  for (const Entry& entry : entries) {
+    open.erase(std::remove_if(open.begin(), open.end(),
+                              [&entry](const Entry& past) { return past.end <= entry.begin; }),
+               open.end());
+    for (const Entry& other : open) {
+      if (entry.written)
+        entry.view->apart_from(*other.view);
+      else if (other.written)
+        other.view->apart_from(*entry.view);
+    }
+    open.push_back(entry);
+  }
+}
+
+}  // namespace
+}  // namespace revk
+
+using namespace revk;
+
+extern "C" {
+
+revk_status revk_couple(const revk_view* y, const revk_view* x, const revk_view* f,
+                        const revk_coupling* coupling, const revk_where* where) {
+  return guard(last_error(), [&] {
+    couple_with(cpu::couple, cuda::couple, NamedView("y", y), NamedView("x", x), NamedView("f", f),
+                coupling, where);
+  });
+}
+
+revk_status revk_uncouple(const revk_view* x, const revk_view* y, const revk_view* f,
+                          const revk_coupling* coupling, const revk_where* where) {
+  return guard(last_error(), [&] {
+    couple_with(cpu::uncouple, cuda::uncouple, NamedView("x", x), NamedView("y", y),
+                NamedView("f", f), coupling, where);
+  });
+}
+
+revk_status revk_reverse_step(const revk_view* y, const revk_view* f, const revk_view* dy,
+                              const revk_view* df, const revk_coupling* coupling,
+                              const revk_where* where) {
+  return guard(last_error(), [&] {
+    const NamedView to_y("y", y), from_f("f", f), to_dy("dy", dy), from_df("df", df);
+    check_where(where);
+    for (const NamedView* other : {&from_f, &to_dy, &from_df}) {
+      other->same_shape_as(to_y);
+      to_y.apart_from(*other);
+    }
+    to_y.apart_from_itself();
+    to_dy.apart_from_itself();
+    to_dy.apart_from(from_f);
+    to_dy.apart_from(from_df);
+    const int32_t scale_dtype = compute_dtype(y->dtype, f->dtype);
+    const CheckedCoupling checked(coupling, to_y, scale_dtype);
+    const CheckedCoupling apart_from_dy(coupling, to_dy, scale_dtype);
+    if (to_y.layout.empty()) return;
+    (where->device < 0 ? cpu::reverse_step : cuda::reverse_step)(*y, *f, *dy, *df, checked.get(),
+                                                                 *where);
+  });
+}
+
+revk_status revk_accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
+                            const revk_where* where) {
+  return guard(last_error(), [&] {
+    check_where(where);
+    if (count < 0) throw invalid("count is " + std::to_string(count) + ", 0 or more is needed");
+    if (count == 0) return;
+    if (totals == nullptr) throw invalid("totals is NULL, an array of revk_view is needed");
+    if (parts == nullptr) throw invalid("parts is NULL, an array of revk_view is needed");
+    std::deque<NamedView> written, read;  // a deque never moves a view
+    for (int64_t i = 0; i < count; ++i) {
+      written.emplace_back("totals", totals + i, i);
+      read.emplace_back("parts", parts + i, i);
+      read.back().same_shape_as(written.back());
+      written.back().apart_from_itself();
+    }
+    check_apart(written, read);
+    (where->device < 0 ? cpu::accumulate : cuda::accumulate)(totals, parts, count, *where);
+  });
+}
+
+const char* revk_last_error(void) { return last_error().c_str(); }
+int32_t revk_abi_version(void) { return REVK_ABI_VERSION; }
+const char* revk_version(void) { return REVK_VERSION; }
+const char* revk_cpu_isa(void) { return cpu::isa(); }
+const char* revk_cuda_archs(void) { return cuda::archs(); }
+const char* revk_cuda_missing(void) { return cuda::missing(); }
+bool revk_set_isa_for_tests(const char* name) { return cpu::set_isa(name); }
+
+}  // extern "C"

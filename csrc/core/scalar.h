@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scalar types that host and device share, and the only two conversions there are: widen (exact)
+// and narrow (rounds once, to nearest even). Written with integers, so that they give the same bits
+// on every machine and compiler.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define REVK_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// always_inline is no hint here: the CPU loops are compiled once per instruction set, and an
+// out-of-line copy from the AVX-512 file could be the one that the linker keeps for all of them.
+#define REVK_HD inline __attribute__((always_inline))
+#else
+#define REVK_HD inline
+#endif
+
+namespace revk {
+
+template <class To, class From>
+REVK_HD To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+REVK_HD double widen(double value) { return value; }
+REVK_HD float widen(float value) { return value; }
+REVK_HD float widen(bfloat16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
+REVK_HD float widen(float16 value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u)
+    return bits_as<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, NaN
+  if (magnitude >= 0x0400u)
+    return bits_as<float>(sign | ((magnitude << 13) + (112u << 23)));  // normal
+  const float tiny = float(magnitude) * 5.9604644775390625e-8f;  // subnormal: a multiple of 2^-24
+  return bits_as<float>(bits_as<uint32_t>(tiny) | sign);
+}
+
+template <class To>
+REVK_HD To narrow(double value);
+template <class To>
+REVK_HD To narrow(float value);
+
+template <>
+REVK_HD double narrow<double>(double value) {
+  return value;
+}
+template <>
+REVK_HD float narrow<float>(float value) {
+  return value;
+}
+template <>
+REVK_HD float narrow<float>(double value) {
+  return float(value);
+}
+template <>
+REVK_HD double narrow<double>(float value) {
+  return double(value);
+}
+template <>
+REVK_HD bfloat16 narrow<bfloat16>(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return bfloat16{uint16_t((bits >> 16) | 0x40u)};  // NaN stays quiet NaN
+  return bfloat16{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+REVK_HD float16 narrow<float16>(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value), sign = (bits >> 16) & 0x8000u,
+                 magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u)
+    return float16{uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu))};
+  if (magnitude >= 0x477ff000u)
+    return float16{uint16_t(sign | 0x7c00u)};  // rounds past 65504: infinity
+  if (magnitude >= 0x38800000u) {              // normal
+    const uint32_t rebased = magnitude - (112u << 23);
+    return float16{uint16_t(sign | (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13)};
+  }
+  // Subnormal: adding 0.5 puts the last place of the sum at 2^-24, so that the addition itself
+  // rounds.
+  const float aligned = bits_as<float>(magnitude) + 0.5f;
+  return float16{uint16_t(sign | (bits_as<uint32_t>(aligned) - 0x3f000000u))};
+}
+// A half type is reached from float64 by way of float32 only when the compute type is float64:
+// rounding through an odd float32 keeps the second rounding from erring (Boldo and Melquiond 2008:
+// rounding to odd makes double rounding safe).
+REVK_HD float round_to_odd(double value) {
+  const float nearest = float(value);
+  if (!(value - value == 0.0) || double(nearest) == value) return nearest;  // inf, NaN, exact
+  const uint32_t bits = bits_as<uint32_t>(nearest);
+  if (bits & 1u) return nearest;
+  const bool away =
+      (double(nearest) > value) == (value > 0.0);  // nearest lies farther from zero than value
+  return bits_as<float>(away ? bits - 1u : bits + 1u);
+}
+template <>
+REVK_HD bfloat16 narrow<bfloat16>(double value) {
+  return narrow<bfloat16>(round_to_odd(value));
+}
+template <>
+REVK_HD float16 narrow<float16>(double value) {
+  return narrow<float16>(round_to_odd(value));
+}
+
+// The arithmetic of two operands is done in float64 if either is float64, else in float32.
+template <class A, class B>
+struct compute_type {
+  using type = float;
+};
+template <class B>
+struct compute_type<double, B> {
+  using type = double;
+};
+template <class A>
+struct compute_type<A, double> {
+  using type = double;
+};
+template <>
+struct compute_type<double, double> {
+  using type = double;
+};
+
+}  // namespace revk

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is checked of a view before anything is written. Every text says which argument, what it
+// got, what it needs.
+#pragma once
+
+#include <string>
+
+#include "core/error.h"
+#include "core/overlap.h"
+#include "revkernels/revkernels.h"
+
+namespace revk {
+
+inline int64_t item_size(int32_t dtype) {
+  return dtype == REVK_FLOAT64 ? 8 : dtype == REVK_FLOAT32 ? 4 : 2;
+}
+inline const char* dtype_name(int32_t dtype) {
+  static const char* const names[] = {"float64", "float32", "bfloat16", "float16"};
+  return dtype >= REVK_FLOAT64 && dtype <= REVK_FLOAT16 ? names[dtype] : "unknown";
+}
+// The arithmetic's type: float64 if either operand is.
+inline int32_t compute_dtype(int32_t a, int32_t b) {
+  return a == REVK_FLOAT64 || b == REVK_FLOAT64 ? REVK_FLOAT64 : REVK_FLOAT32;
+}
+inline int64_t element_count(const revk_view& view) {
+  return view.outer * view.channels * view.inner;
+}
+
+// A view under its argument's name, with its dimensions as arrays. `data` outlives it.
+class NamedView {
+ public:
+  NamedView(const char* name, const revk_view* view, int64_t index = -1) : view(view) {
+    this->name = index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
+    if (view == nullptr) throw invalid(this->name + " is NULL, a revk_view is needed");
+    if (view->struct_size != int32_t(sizeof(revk_view)))
+      fail("struct_size is " + std::to_string(view->struct_size) + ", this library needs " +
+           std::to_string(sizeof(revk_view)) + " (zero the struct, then set struct_size)");
+    if (view->dtype < REVK_FLOAT64 || view->dtype > REVK_FLOAT16)
+      fail("dtype is " + std::to_string(view->dtype) + ", a revk_dtype (0..3) is needed");
+    sizes[0] = view->outer, sizes[1] = view->channels, sizes[2] = view->inner;
+    strides[0] = view->outer_stride, strides[1] = view->channel_stride;
+    strides[2] = view->inner_stride;
+    for (int k = 0; k < 3; ++k) {
+      if (sizes[k] < 0) fail("size " + shape() + " is negative");
+      if (strides[k] < 0)
+        fail("stride " + std::to_string(strides[k]) +
+             " is negative; copy the array to dense memory");
+    }
+    layout = {reinterpret_cast<uintptr_t>(view->data), item_size(view->dtype), 3, sizes, strides};
+    const int64_t span = layout.span();
+    if (span < 0 || layout.address + uintptr_t(span) < layout.address)
+      fail("shape " + shape() + " with its strides reaches past the end of the address space");
+    if (span == 0) return;
+    if (view->data == nullptr) fail("data is NULL, but shape " + shape() + " has elements");
+    if (layout.address % uintptr_t(layout.item) != 0)
+      fail("data is not aligned to its dtype, " + std::string(dtype_name(view->dtype)));
+  }
+  NamedView(const NamedView&) = delete;  // layout points into the object
+  NamedView& operator=(const NamedView&) = delete;
+
+  std::string shape() const {
+    return "(" + std::to_string(sizes[0]) + ", " + std::to_string(sizes[1]) + ", " +
+           std::to_string(sizes[2]) + ")";
+  }
+  void same_shape_as(const NamedView& other) const {
+    for (int k = 0; k < 3; ++k)
+      if (sizes[k] != other.sizes[k])
+        fail("shape is " + shape() + ", but " + other.name + " has " + other.shape() +
+             "; equal shapes are needed");
+  }
+  // This view is written: `other` may not share its memory.
+  void apart_from(const NamedView& other) const {
+    if (overlaps(layout, other.layout))
+      fail("is written and overlaps " + other.name + "; they need separate memory");
+  }
+  void apart_from_itself() const {
+    if (overlaps_itself(layout))
+      fail(
+          "is written, but several of its indices share one element; a view without overlap is "
+          "needed");
+  }
+  bool is(const NamedView& other) const {
+    return view->dtype == other.view->dtype && same_memory(layout, other.layout);
+  }
+  [[noreturn]] void fail(const std::string& reason) const { throw invalid(name + ": " + reason); }
+
+  const revk_view* view;
+  std::string name;
+  int64_t sizes[3], strides[3];
+  Layout layout;
+};
+
+}  // namespace revk

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/loops.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "core/backends.h"
+#include "core/views.h"
+
+namespace revk::cpu {
+namespace {
+
+// Below this many elements a parallel region costs more than it saves.
+constexpr int64_t kSerial = 32 * 1024;
+
+// A tile without buffers: long enough that its start and end do not count, short enough to share
+// out evenly.
+constexpr int64_t kLargeTile = 16 * 1024;
+
+// Instruction sets, best first
+// ----------------------------------------------------------------------------------------
+
+struct Isa {
+  const char* name;
+  RunTiles run_tiles;
+  bool (*supported)();
+};
+
+constexpr Isa kIsas[] = {
+#if defined(REVK_X86_ISAS)
+    {"avx512", avx512::run_tiles,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    // Every processor with AVX2 converts half precision too (F16C came one generation earlier).
+    {"avx2", avx2::run_tiles,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"baseline", baseline::run_tiles, [] { return true; }},
+};
+
+const Isa* best_isa() {
+#if defined(REVK_X86_ISAS)
+  __builtin_cpu_init();
+#endif
+  for (const Isa& isa : kIsas)
+    if (isa.supported()) return &isa;
+  return nullptr;  // not reached: the baseline is always there
+}
+
+std::atomic<const Isa*>& chosen() {
+  static std::atomic<const Isa*> isa{best_isa()};
+  return isa;
+}
+
+// Views to jobs
+// -------------------------------------------------------------------------------------------------------
+
+// One dimension with everything that advances along it.
+struct Dim {
+  int64_t size;
+  int64_t step[6];  // out, x, f in bytes; channel, outer, index
+};
+
+bool continues(const Dim& outer, const Dim& inner) {
+  for (int k = 0; k < 6; ++k)
+    if (outer.step[k] != inner.step[k] * inner.size) return false;
+  return true;
+}
+
+// Walks `out` in the order of its memory, with as few and as long dimensions as the operands allow.
+int order_and_merge(Dim* dims, int rank) {
+  std::stable_sort(dims, dims + rank,
+                   [](const Dim& a, const Dim& b) { return a.step[0] > b.step[0]; });
+  int kept = 0;
+  for (int k = 0; k < rank; ++k) {
+    if (dims[k].size == 1) continue;
+    if (kept > 0 && continues(dims[kept - 1], dims[k])) {
+      const int64_t size = dims[kept - 1].size * dims[k].size;
+      dims[kept - 1] = dims[k];
+      dims[kept - 1].size = size;
+    } else {
+      dims[kept++] = dims[k];
+    }
+  }
+  return kept;
+}
+
+// Whether no operand needs a buffer (tiles.h decides the same of each), so that a tile may outgrow
+// the buffers.
+bool runs_in_place(const Job& job) {
+  const int32_t dtype = job.out.dtype;
+  const bool native = dtype == (job.wide ? REVK_FLOAT64 : REVK_FLOAT32);
+  const bool half = dtype == REVK_BFLOAT16 || dtype == REVK_FLOAT16;
+  if (job.extras != nullptr || !(native || half)) return false;
+  for (const Operand* operand : {&job.out, &job.x, &job.f})
+    if (operand->dtype != dtype || operand->step[2] != item_size(dtype)) return false;
+  return true;
+}
+
+void choose_tiles(Job& job) {
+  const int64_t tile = runs_in_place(job) ? kLargeTile : kTile;
+  job.tile_cols = std::min(job.size[2], tile);
+  job.tile_rows = std::min(job.size[1], tile / job.tile_cols);
+  // An operand that is dense along the other dimension (a channels-last branch beside an NCHW
+  // stream) is read in square blocks, so that a cache line is fetched once and not once per row.
+  constexpr int64_t kSquare = 32;
+  for (const Operand* operand : {&job.x, &job.f})
+    if (operand->step[1] < operand->step[2] && job.size[1] > 1 && job.size[2] > kSquare) {
+      job.tile_cols = kSquare;
+      job.tile_rows = std::min(job.size[1], kTile / kSquare);
+    }
+  job.tiles_down = (job.size[1] + job.tile_rows - 1) / job.tile_rows;
+  job.tiles_across = (job.size[2] + job.tile_cols - 1) / job.tile_cols;
+  job.tiles = job.size[0] * job.tiles_down * job.tiles_across;
+}
+
+}  // namespace
+
+const char* isa() { return chosen().load(std::memory_order_relaxed)->name; }
+
+bool set_isa(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (std::strcmp(isa.name, name) == 0 && isa.supported()) {
+      chosen().store(&isa, std::memory_order_relaxed);
+      return true;
+    }
+  return false;
+}
+
+Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool subtract,
+             const revk_coupling* coupling, Extras& extras) {
+  const revk_view* const views[3] = {&out, &x, &f};
+  Dim dims[3] = {{out.outer, {}}, {out.channels, {}}, {out.inner, {}}};
+  for (int v = 0; v < 3; ++v) {
+    const int64_t item = item_size(views[v]->dtype);
+    dims[0].step[v] = views[v]->outer_stride * item;
+    dims[1].step[v] = views[v]->channel_stride * item;
+    dims[2].step[v] = views[v]->inner_stride * item;
+  }
+  if (coupling != nullptr) {  // an index that is not asked for must not keep dimensions apart
+    if (coupling->channel_scale != nullptr) dims[1].step[3] = 1;
+    if (coupling->sample_scale != nullptr) dims[0].step[4] = 1;
+    if (coupling->checksum != nullptr) {
+      dims[0].step[5] = out.channels * out.inner;
+      dims[1].step[5] = out.inner;
+      dims[2].step[5] = 1;
+    }
+  }
+  const int rank = order_and_merge(dims, 3);
+
+  Job job{};
+  extras = Extras{};
+  Operand* const operands[3] = {&job.out, &job.x, &job.f};
+  int64_t* const indices[3] = {extras.channel_step, extras.outer_step, extras.index_step};
+  for (int v = 0; v < 3; ++v) {
+    operands[v]->data = static_cast<char*>(views[v]->data);
+    operands[v]->dtype = views[v]->dtype;
+  }
+  for (int k = 0; k < 3; ++k) job.size[k] = 1;
+  for (int k = 0; k < rank; ++k) {
+    const int to = 3 - rank + k;
+    job.size[to] = dims[k].size;
+    for (int v = 0; v < 3; ++v) {
+      operands[v]->step[to] = dims[k].step[v];
+      indices[v][to] = dims[k].step[3 + v];
+    }
+  }
+  if (rank == 0)  // a single element is a dense row of one
+    for (int v = 0; v < 3; ++v) operands[v]->step[2] = item_size(views[v]->dtype);
+  job.subtract = subtract;
+  job.wide = compute_dtype(x.dtype, f.dtype) == REVK_FLOAT64;
+  if (coupling != nullptr) {
+    extras.channel_scale = coupling->channel_scale;
+    extras.sample_scale = coupling->sample_scale;
+    extras.rows_per_sample = coupling->rows_per_sample;
+    extras.grid_exponent = coupling->grid_exponent;
+    extras.checksum = coupling->checksum != nullptr;
+    extras.amax = coupling->amax != nullptr;
+    job.extras = &extras;
+  }
+  choose_tiles(job);
+  return job;
+}
+
+Report run_jobs(const Job* jobs, int64_t count, int32_t threads) {
+  const RunTiles run_tiles = chosen().load(std::memory_order_relaxed)->run_tiles;
+  Report report;
+  int64_t elements = 0, tiles = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    elements += jobs[j].size[0] * jobs[j].size[1] * jobs[j].size[2];
+    tiles += jobs[j].tiles;
+  }
+  const int team = threads > 0 ? threads : elements < kSerial ? 1 : omp_get_max_threads();
+  if (team == 1 || elements < kSerial) {
+    for (int64_t j = 0; j < count; ++j) run_tiles(jobs[j], 0, jobs[j].tiles, report);
+    return report;
+  }
+  uint64_t checksum = 0, amax_bits = 0;
+#pragma omp parallel num_threads(team) reduction(+ : checksum) reduction(max : amax_bits)
+  {
+    const int64_t members = omp_get_num_threads(), self = omp_get_thread_num();
+    const int64_t begin = tiles / members * self + std::min<int64_t>(self, tiles % members);
+    const int64_t end = begin + tiles / members + (self < tiles % members ? 1 : 0);
+    Report own;
+    int64_t first = 0;  // the job's first tile in the count over all jobs
+    for (int64_t j = 0; j < count && first < end; ++j) {
+      const int64_t from = std::max<int64_t>(begin - first, 0);
+      const int64_t to = std::min(end - first, jobs[j].tiles);
+      if (from < to) run_tiles(jobs[j], from, to, own);
+      first += jobs[j].tiles;
+    }
+    checksum = own.checksum;
+    amax_bits = own.amax_bits;
+  }
+  report.checksum = checksum;
+  report.amax_bits = amax_bits;
+  return report;
+}
+
+}  // namespace revk::cpu

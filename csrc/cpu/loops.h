@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// From views to jobs, and from jobs to threads.
+#pragma once
+
+#include "cpu/job.h"
+#include "revkernels/revkernels.h"
+
+namespace revk::cpu {
+
+// out = x + f, or x - f. Neither view may be empty. `extras` is filled from `coupling` and outlives
+// the job.
+Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool subtract,
+             const revk_coupling* coupling, Extras& extras);
+
+// Runs all tiles of all jobs on up to `threads` threads (0: the OpenMP default). One parallel
+// region for the lot; each thread takes one contiguous share, so that it walks memory in order.
+Report run_jobs(const Job* jobs, int64_t count, int32_t threads);
+
+}  // namespace revk::cpu

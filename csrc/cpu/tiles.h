@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loops over a job's tiles, compiled once per instruction set (isa_*.cpp define REVK_ISA and
+// the compiler flags).
+//
+// A tile's operands are used where they lie if they are dense and of the compute type; otherwise
+// they pass through a buffer in L1, widened on the way in and narrowed on the way out. So the
+// arithmetic is one vectorised loop over floats or doubles, and a combination of dtypes costs a
+// load, not a template.
+//
+// Nothing of the standard library is instantiated here: an inline function compiled with AVX-512
+// could be the copy that the linker keeps for every file.
+#include <stdint.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "core/scalar.h"
+#include "cpu/job.h"
+#include "ops/coupling.h"
+#include "revkernels/revkernels.h"
+
+#if defined(__clang__)
+#define REVK_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define REVK_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+namespace revk::cpu::REVK_ISA {
+namespace {
+
+// Dense rows
+// ----------------------------------------------------------------------------------------------------------
+
+template <class A, class T>
+inline A widen_to(T value) {
+  return A(widen(value));
+}
+
+template <class A, class T>
+inline void widen_row(A* to, const T* from, int64_t count) {
+  REVK_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) to[i] = widen_to<A>(from[i]);
+}
+
+template <class T, class A>
+inline void narrow_row(T* to, const A* from, int64_t count) {
+  REVK_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(from[i]);
+}
+
+#if defined(__F16C__)
+// The conversion instructions round as scalar.h does; the row's last elements go through scalar.h.
+inline void widen_row(float* to, const float16* from, int64_t count) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(
+        to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+#endif
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+inline void narrow_row(float16* to, const float* from, int64_t count) {
+  constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(from + i), kNearestEven));
+#endif
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), kNearestEven));
+  for (; i < count; ++i) to[i] = narrow<float16>(from[i]);
+}
+#endif
+
+// Both operands and the result in one half type, the commonest case after float itself: straight
+// from memory to memory, for the detour by way of L1 buffers costs more than the arithmetic.
+template <class T, class Op>
+inline void combine_row(Op op, T* to, const T* x, const T* f, int64_t count) {
+  REVK_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(op(widen(x[i]), widen(f[i])));
+}
+
+#if defined(__F16C__)
+template <class Op>
+inline void combine_row(Op op, float16* to, const float16* x, const float16* f, int64_t count) {
+  constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const auto load16 = [](const float16* at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  };
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm512_cvtps_ph(op(load16(x + i), load16(f + i)), kNearestEven));
+#endif
+  const auto load8 = [](const float16* at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  };
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(op(load8(x + i), load8(f + i)), kNearestEven));
+  for (; i < count; ++i) to[i] = narrow<float16>(op(widen(x[i]), widen(f[i])));
+}
+#endif
+
+// Tiles
+// ---------------------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t rows, cols;
+};
+
+// A tile in the compute type: rows of unit stride.
+template <class A>
+struct Rows {
+  A* data;
+  int64_t step;  // elements from row to row
+};
+
+template <class A, class T>
+void gather(A* to, const char* from, const int64_t* step, Shape shape) {
+  for (int64_t r = 0; r < shape.rows; ++r, from += step[1], to += shape.cols) {
+    if (step[2] == int64_t(sizeof(T))) {
+      widen_row(to, reinterpret_cast<const T*>(from), shape.cols);
+    } else {
+      const char* at = from;
+      for (int64_t c = 0; c < shape.cols; ++c, at += step[2])
+        to[c] = widen_to<A>(*reinterpret_cast<const T*>(at));
+    }
+  }
+}
+
+template <class T, class A>
+void scatter(char* to, const A* from, const int64_t* step, Shape shape) {
+  for (int64_t r = 0; r < shape.rows; ++r, to += step[1], from += shape.cols) {
+    if (step[2] == int64_t(sizeof(T))) {
+      narrow_row(reinterpret_cast<T*>(to), from, shape.cols);
+    } else {
+      char* at = to;
+      for (int64_t c = 0; c < shape.cols; ++c, at += step[2])
+        *reinterpret_cast<T*>(at) = narrow<T>(from[c]);
+    }
+  }
+}
+
+template <class A>
+constexpr int32_t kDtypeOf = sizeof(A) == 8 ? REVK_FLOAT64 : REVK_FLOAT32;
+
+template <class A>
+inline bool usable_in_place(const Operand& operand) {
+  return operand.dtype == kDtypeOf<A> && operand.step[2] == int64_t(sizeof(A)) &&
+         operand.step[1] % int64_t(sizeof(A)) == 0;
+}
+
+// A float64 operand makes the arithmetic float64, so float code never loads one.
+inline void gather_any(double* to, const char* from, const Operand& operand, Shape shape) {
+  switch (operand.dtype) {
+    case REVK_FLOAT64:
+      return gather<double, double>(to, from, operand.step, shape);
+    case REVK_FLOAT32:
+      return gather<double, float>(to, from, operand.step, shape);
+    case REVK_BFLOAT16:
+      return gather<double, bfloat16>(to, from, operand.step, shape);
+    default:
+      return gather<double, float16>(to, from, operand.step, shape);
+  }
+}
+inline void gather_any(float* to, const char* from, const Operand& operand, Shape shape) {
+  switch (operand.dtype) {
+    case REVK_FLOAT32:
+      return gather<float, float>(to, from, operand.step, shape);
+    case REVK_BFLOAT16:
+      return gather<float, bfloat16>(to, from, operand.step, shape);
+    default:
+      return gather<float, float16>(to, from, operand.step, shape);
+  }
+}
+
+template <class A>
+inline void scatter_any(char* to, const A* from, const Operand& operand, Shape shape) {
+  switch (operand.dtype) {
+    case REVK_FLOAT64:
+      return scatter<double>(to, from, operand.step, shape);
+    case REVK_FLOAT32:
+      return scatter<float>(to, from, operand.step, shape);
+    case REVK_BFLOAT16:
+      return scatter<bfloat16>(to, from, operand.step, shape);
+    default:
+      return scatter<float16>(to, from, operand.step, shape);
+  }
+}
+
+template <class A>
+inline Rows<const A> load(const Operand& operand, const char* at, Shape shape, A* buffer,
+                          bool copy) {
+  if (!copy && usable_in_place<A>(operand))
+    return {reinterpret_cast<const A*>(at), operand.step[1] / int64_t(sizeof(A))};
+  gather_any(buffer, at, operand, shape);
+  return {buffer, shape.cols};
+}
+
+template <class A, class Op>
+inline void combine(Op op, Rows<A> out, Rows<const A> x, Rows<const A> f, Shape shape) {
+  if (out.step == shape.cols && x.step == shape.cols && f.step == shape.cols)
+    shape = {1, shape.rows * shape.cols};
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    A* const to = out.data + r * out.step;
+    const A* const from = x.data + r * x.step;
+    const A* const branch = f.data + r * f.step;
+    REVK_INDEPENDENT  // `to` is `from` itself or apart from it
+        for (int64_t c = 0; c < shape.cols; ++c) to[c] = op(from[c], branch[c]);
+  }
+}
+
+template <class T, class Op>
+inline void combine_halves(Op op, char* to, const char* x, const char* f, const Job& job,
+                           Shape shape) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    combine_row(op, reinterpret_cast<T*>(to + r * job.out.step[1]),
+                reinterpret_cast<const T*>(x + r * job.x.step[1]),
+                reinterpret_cast<const T*>(f + r * job.f.step[1]), shape.cols);
+  }
+}
+
+inline bool all_dense(const Job& job, int32_t dtype) {
+  return job.out.dtype == dtype && job.x.dtype == dtype && job.f.dtype == dtype &&
+         job.out.step[2] == 2 && job.x.step[2] == 2 && job.f.step[2] == 2;
+}
+
+// Extras
+// --------------------------------------------------------------------------------------------------------------
+
+template <class A>
+void scale(A* f, const Extras& extras, const int64_t* start, Shape shape) {
+  const A* const by_channel = static_cast<const A*>(extras.channel_scale);
+  const A* const by_sample = static_cast<const A*>(extras.sample_scale);
+  const auto at = [start](const int64_t* step, int64_t r, int64_t c) {
+    return start[0] * step[0] + (start[1] + r) * step[1] + (start[2] + c) * step[2];
+  };
+  const auto sample = [&](int64_t r, int64_t c) {
+    return by_sample ? by_sample[at(extras.outer_step, r, c) / extras.rows_per_sample] : A(1);
+  };
+  const bool sample_varies = by_sample && extras.outer_step[2] != 0;
+  const bool channel_varies = by_channel && extras.channel_step[2] != 0;
+  for (int64_t r = 0; r < shape.rows; ++r, f += shape.cols) {
+    const A* const channels = by_channel ? by_channel + at(extras.channel_step, r, 0) : nullptr;
+    if (sample_varies) {
+      for (int64_t c = 0; c < shape.cols; ++c)
+        f[c] =
+            ops::scaled(f[c], channels ? channels[c * extras.channel_step[2]] : A(1), sample(r, c));
+    } else if (channel_varies) {  // its step is 1
+      const A factor = sample(r, 0);
+      REVK_INDEPENDENT
+      for (int64_t c = 0; c < shape.cols; ++c) f[c] = ops::scaled(f[c], channels[c], factor);
+    } else {
+      const A channel = channels ? *channels : A(1), factor = sample(r, 0);
+      REVK_INDEPENDENT
+      for (int64_t c = 0; c < shape.cols; ++c) f[c] = ops::scaled(f[c], channel, factor);
+    }
+  }
+}
+
+template <class A>
+void put_on_grid(A* f, int32_t exponent, Shape shape) {
+  const ops::Grid<A> grid{A(__builtin_ldexp(1.0, exponent)), A(__builtin_ldexp(1.0, -exponent))};
+  REVK_INDEPENDENT
+  for (int64_t i = 0; i < shape.rows * shape.cols; ++i) f[i] = grid(f[i]);
+}
+
+// Reads the tile as it was stored: bits of U.
+template <class U>
+void report_tile(Report& report, const char* tile, const Operand& out, const Extras& extras,
+                 const int64_t* start, Shape shape) {
+  const int64_t* const by = extras.index_step;
+  constexpr U kMagnitude = U(~(U(1) << (8 * sizeof(U) - 1)));
+  for (int64_t r = 0; r < shape.rows; ++r, tile += out.step[1]) {
+    const uint64_t first = uint64_t(start[0] * by[0] + (start[1] + r) * by[1] + start[2] * by[2]);
+    uint64_t sum = 0, most = 0;
+    if (out.step[2] == int64_t(sizeof(U))) {
+      const U* const bits = reinterpret_cast<const U*>(tile);
+      if (extras.checksum)
+        for (int64_t c = 0; c < shape.cols; ++c)
+          sum += ops::checksum_term(bits[c], first + uint64_t(c * by[2]));
+      U top = 0;
+      if (extras.amax)
+        for (int64_t c = 0; c < shape.cols; ++c) {
+          const U magnitude = U(bits[c] & kMagnitude);
+          top = magnitude > top ? magnitude : top;
+        }
+      most = top;
+    } else {
+      for (int64_t c = 0; c < shape.cols; ++c) {
+        const U bits = *reinterpret_cast<const U*>(tile + c * out.step[2]);
+        const uint64_t magnitude = bits & kMagnitude;
+        sum += ops::checksum_term(bits, first + uint64_t(c * by[2]));
+        most = magnitude > most ? magnitude : most;
+      }
+    }
+    report.checksum += sum;
+    report.amax_bits = most > report.amax_bits ? most : report.amax_bits;
+  }
+}
+
+// One tile, all tiles
+// -------------------------------------------------------------------------------------------------
+
+template <class A>
+struct alignas(64) Buffers {
+  A x[kTile], f[kTile], out[kTile];
+};
+
+template <class A, class Op>
+void run_tile(Op op, const Job& job, const int64_t* start, Shape shape, Buffers<A>& buffers,
+              Report& report) {
+  const auto at = [start](const Operand& operand) {
+    return operand.data + start[0] * operand.step[0] + start[1] * operand.step[1] +
+           start[2] * operand.step[2];
+  };
+  const Extras* const extras = job.extras;
+  const bool scales = extras && (extras->channel_scale || extras->sample_scale);
+  const bool grids = extras && extras->grid_exponent != REVK_NO_GRID;
+
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (!extras && all_dense(job, REVK_BFLOAT16))
+      return combine_halves<bfloat16>(op, at(job.out), at(job.x), at(job.f), job, shape);
+    if (!extras && all_dense(job, REVK_FLOAT16))
+      return combine_halves<float16>(op, at(job.out), at(job.x), at(job.f), job, shape);
+  }
+  const Rows<const A> f = load(job.f, at(job.f), shape, buffers.f, scales || grids);
+  if (scales) scale(buffers.f, *extras, start, shape);
+  if (grids) put_on_grid(buffers.f, extras->grid_exponent, shape);
+  const Rows<const A> x = load(job.x, at(job.x), shape, buffers.x, false);
+
+  char* const to = at(job.out);
+  if (usable_in_place<A>(job.out)) {
+    combine(op, {reinterpret_cast<A*>(to), job.out.step[1] / int64_t(sizeof(A))}, x, f, shape);
+  } else {
+    combine(op, {buffers.out, shape.cols}, x, f, shape);
+    scatter_any(to, buffers.out, job.out, shape);
+  }
+  if (!extras || !(extras->checksum || extras->amax)) return;
+  switch (job.out.dtype) {
+    case REVK_FLOAT64:
+      return report_tile<uint64_t>(report, to, job.out, *extras, start, shape);
+    case REVK_FLOAT32:
+      return report_tile<uint32_t>(report, to, job.out, *extras, start, shape);
+    default:
+      return report_tile<uint16_t>(report, to, job.out, *extras, start, shape);
+  }
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class A, class Op>
+void run(Op op, const Job& job, int64_t begin, int64_t end, Report& report) {
+  Buffers<A> buffers;
+  const int64_t plane = job.tiles_down * job.tiles_across;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t in_plane = tile % plane;
+    const int64_t start[3] = {tile / plane, in_plane / job.tiles_across * job.tile_rows,
+                              in_plane % job.tiles_across * job.tile_cols};
+    const Shape shape{least(job.tile_rows, job.size[1] - start[1]),
+                      least(job.tile_cols, job.size[2] - start[2])};
+    run_tile<A>(op, job, start, shape, buffers, report);
+  }
+}
+
+}  // namespace
+
+void run_tiles(const Job& job, int64_t begin, int64_t end, Report& report) {
+  if (job.wide)
+    job.subtract ? run<double>(ops::Uncouple{}, job, begin, end, report)
+                 : run<double>(ops::Couple{}, job, begin, end, report);
+  else
+    job.subtract ? run<float>(ops::Uncouple{}, job, begin, end, report)
+                 : run<float>(ops::Couple{}, job, begin, end, report);
+}
+
+}  // namespace revk::cpu::REVK_ISA

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface's checks, the overlap solver against brute force, and the scalar conversions,
+// without Python.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/overlap.h"
+#include "core/scalar.h"
+#include "revkernels/revkernels.h"
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(condition)                                                                           \
+  do {                                                                                             \
+    if (!(condition)) {                                                                            \
+      ++failures;                                                                                  \
+      std::fprintf(stderr, "%s:%d: %s is false. Last error: %s\n", __FILE__, __LINE__, #condition, \
+                   revk_last_error());                                                             \
+    }                                                                                              \
+  } while (false)
+
+revk_view view(void* data, int64_t count, int32_t dtype = REVK_FLOAT32) {
+  return {int32_t(sizeof(revk_view)), dtype, data, 1, 1, count, count, count, 1};
+}
+revk_where host() { return {int32_t(sizeof(revk_where)), -1, nullptr, 0}; }
+bool says(const char* text) {
+  return std::string(revk_last_error()).find(text) != std::string::npos;
+}
+
+// Every refusal names its argument and leaves the memory as it was.
+void test_refusals() {
+  std::vector<float> x(8, 1.0f), f(8, 2.0f);
+  const revk_where where = host();
+  const auto refused = [&](revk_view a, revk_view b, const char* text) {
+    const bool ok = revk_couple(&a, &a, &b, nullptr, &where) == REVK_INVALID_ARGUMENT && says(text);
+    return ok && x == std::vector<float>(8, 1.0f);
+  };
+  const revk_view good = view(x.data(), 8), branch = view(f.data(), 8);
+  revk_view bad = branch;
+  bad.struct_size = 4;
+  CHECK(refused(good, bad, "f: struct_size is 4"));
+  bad = branch, bad.dtype = 9;
+  CHECK(refused(good, bad, "f: dtype is 9"));
+  bad = branch, bad.inner = 7;
+  CHECK(refused(good, bad, "f: shape is (1, 1, 7), but y has (1, 1, 8)"));
+  bad = branch, bad.inner_stride = -1;
+  CHECK(refused(good, bad, "f: stride -1 is negative"));
+  bad = branch, bad.inner = -8;
+  CHECK(refused(good, bad, "is negative"));
+  bad = branch, bad.data = nullptr;
+  CHECK(refused(good, bad, "f: data is NULL"));
+  bad = branch, bad.data = reinterpret_cast<char*>(f.data()) + 1, bad.inner = 4;
+  CHECK(refused(view(x.data(), 4), bad, "f: data is not aligned"));
+  bad = branch, bad.inner_stride = INT64_MAX / 4;
+  CHECK(refused(good, bad, "f: shape (1, 1, 8) with its strides reaches past"));
+  CHECK(refused(view(x.data(), 4), view(x.data() + 3, 4), "y: is written and overlaps f"));
+  bad = good, bad.inner_stride = 0;
+  CHECK(refused(bad, branch, "y: is written, but several of its indices share one element"));
+  CHECK(revk_couple(nullptr, &good, &branch, nullptr, &where) == REVK_INVALID_ARGUMENT &&
+        says("y is NULL"));
+  CHECK(revk_couple(&good, &good, &branch, nullptr, nullptr) == REVK_INVALID_ARGUMENT &&
+        says("where is NULL"));
+  revk_where elsewhere = where;
+  elsewhere.device = -2;
+  CHECK(revk_couple(&good, &good, &branch, nullptr, &elsewhere) == REVK_INVALID_ARGUMENT);
+  if (revk_cuda_missing() != nullptr) {
+    elsewhere.device = 0;
+    CHECK(revk_couple(&good, &good, &branch, nullptr, &elsewhere) == REVK_UNSUPPORTED &&
+          says("CUDA cannot run"));
+  }
+  CHECK(revk_accumulate(&good, nullptr, 1, &where) == REVK_INVALID_ARGUMENT &&
+        says("parts is NULL"));
+  CHECK(revk_accumulate(nullptr, nullptr, 0, &where) == REVK_OK);
+  CHECK(revk_accumulate(&good, &branch, -1, &where) == REVK_INVALID_ARGUMENT);
+  CHECK(x == std::vector<float>(8, 1.0f));
+}
+
+void test_coupling_refusals() {
+  std::vector<float> x(6, 1.0f), f(6, 2.0f);
+  const revk_where where = host();
+  revk_view y{int32_t(sizeof(revk_view)), REVK_FLOAT32, x.data(), 2, 3, 1, 3, 1, 1}, branch = y;
+  branch.data = f.data();
+  const auto refused = [&](const revk_coupling& coupling, const char* text) {
+    return revk_couple(&y, &y, &branch, &coupling, &where) == REVK_INVALID_ARGUMENT && says(text);
+  };
+  revk_coupling good{};
+  good.struct_size = int32_t(sizeof good);
+  good.grid_exponent = REVK_NO_GRID;
+  revk_coupling bad = good;
+  bad.struct_size = 0;
+  CHECK(refused(bad, "coupling: struct_size is 0"));
+  bad = good, bad.grid_exponent = -127;
+  CHECK(refused(bad, "grid_exponent is -127"));
+  bad = good, bad.sample_scale = f.data(), bad.rows_per_sample = 4;
+  CHECK(refused(bad, "rows_per_sample is 4, a divisor of outer = 2"));
+  bad = good, bad.channel_scale = x.data() + 5;
+  CHECK(refused(bad, "channel_scale overlaps y"));
+  bad = good, bad.amax = x.data();
+  CHECK(refused(bad, "amax overlaps y"));
+  CHECK(x == std::vector<float>(6, 1.0f));
+  CHECK(revk_couple(&y, &y, &branch, &good, &where) == REVK_OK);
+  CHECK(x == std::vector<float>(6, 3.0f));
+}
+
+// Two lists of three dimensions in a small memory, by enumeration.
+void test_overlap_is_exact() {
+  std::mt19937 random(0);
+  const auto draw = [&random](int low, int high) {
+    return low + int(random() % unsigned(high - low + 1));
+  };
+  int met = 0, apart = 0;
+  for (int round = 0; round < 20000; ++round) {
+    int64_t sizes[2][3], strides[2][3];
+    revk::Layout layouts[2];
+    std::set<int64_t> bytes[2];
+    size_t elements[2] = {1, 1};
+    for (int a = 0; a < 2; ++a) {
+      const int64_t item = int64_t{2} << draw(0, 2), start = item * draw(0, 24 / int(item) * 4);
+      for (int k = 0; k < 3; ++k) sizes[a][k] = draw(1, 4), strides[a][k] = draw(0, 12);
+      layouts[a] = {uintptr_t(4096 + start), item, 3, sizes[a], strides[a]};
+      for (int64_t i = 0; i < sizes[a][0]; ++i)
+        for (int64_t j = 0; j < sizes[a][1]; ++j)
+          for (int64_t k = 0; k < sizes[a][2]; ++k)
+            for (int64_t b = 0; b < item; ++b)
+              bytes[a].insert(
+                  start + item * (i * strides[a][0] + j * strides[a][1] + k * strides[a][2]) + b);
+      elements[a] = size_t(sizes[a][0] * sizes[a][1] * sizes[a][2] * item);
+      CHECK(revk::overlaps_itself(layouts[a]) == (bytes[a].size() != elements[a]));
+    }
+    bool share = false;
+    for (const int64_t byte : bytes[0]) share = share || bytes[1].count(byte) > 0;
+    CHECK(revk::overlaps(layouts[0], layouts[1]) == share);
+    ++(share ? met : apart);
+  }
+  CHECK(met > 1000 && apart > 1000);
+}
+
+void test_scalars() {
+  using namespace revk;
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float16 half{uint16_t(bits)};
+    const bfloat16 brain{uint16_t(bits)};
+    if (!std::isnan(widen(half))) CHECK(narrow<float16>(widen(half)).bits == bits);
+    if (!std::isnan(widen(brain))) CHECK(narrow<bfloat16>(widen(brain)).bits == bits);
+    CHECK(std::isnan(widen(half)) == ((bits & 0x7fff) > 0x7c00));
+  }
+  CHECK(std::isnan(widen(narrow<bfloat16>(bits_as<float>(0x7f800001u)))));
+  CHECK(std::isnan(widen(narrow<float16>(bits_as<float>(0xff800001u)))));
+  // 1 + 2^-8 is a tie in bfloat16; a float64 just above it must not be rounded twice, first onto
+  // the tie.
+  CHECK(widen(narrow<bfloat16>(1 + std::ldexp(1.0, -8))) == 1.0f);
+  CHECK(widen(narrow<bfloat16>(1 + std::ldexp(1.0, -8) + std::ldexp(1.0, -40))) == 1.0078125f);
+  CHECK(std::isinf(narrow<float>(1e300)) && std::isinf(widen(narrow<float16>(65520.0))));
+}
+
+void test_lists_on_any_number_of_threads() {
+  std::vector<float> total(100000, 1.0f), part(100000, 0.25f);
+  std::vector<revk_view> totals, parts;
+  for (int64_t at = 0, size = 1; at + size <= 100000; at += size, size = size % 997 + 13) {
+    totals.push_back(view(total.data() + at, size));
+    parts.push_back(view(part.data() + at, size));
+  }
+  for (int32_t threads : {0, 1, 2, 3}) {
+    revk_where where = host();
+    where.threads = threads;
+    CHECK(revk_accumulate(totals.data(), parts.data(), int64_t(totals.size()), &where) == REVK_OK);
+  }
+  const revk_view last = totals.back();
+  const float* const end = static_cast<float*>(last.data) + last.inner;
+  for (const float* at = total.data(); at < end; ++at) CHECK(*at == 2.0f);
+}
+
+}  // namespace
+
+int main() {
+  test_refusals();
+  test_coupling_refusals();
+  test_overlap_is_exact();
+  test_scalars();
+  test_lists_on_any_number_of_threads();
+  std::printf("%s\n", failures ? "failed" : "all passed");
+  return failures ? 1 : 0;
+}
