@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused CPU, CUDA and Triton kernels for reversible residual networks (RevNet, Gomez et al., NeurIPS 2017).
+
+``import revkernels as rk`` needs NumPy alone. ``revkernels.nn`` and ``revkernels.models`` need torch.
+"""
+
+from revkernels import ops
+from revkernels._version import __version__
+from revkernels.backends import use_backend
+from revkernels.coupling import Coupling
+from revkernels.errors import BackendError, ReconstructionError
+from revkernels.information import info
+
+__all__ = [
+    "BackendError",
+    "Coupling",
+    "ReconstructionError",
+    "__version__",
+    "info",
+    "ops",
+    "use_backend",
+]

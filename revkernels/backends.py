@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels run: the backends, what each takes, why one is missing, and the choice among them.
+
+The order of choice: the call's ``backend=``, the innermost `use_backend`, the environment variable
+``REVKERNELS_BACKEND``, and else the first that is available for the array's device in `DEFAULTS`. A backend that was
+named is used or refused with the reason, never replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from revkernels.arrays import kind_of
+from revkernels.errors import BackendError
+
+#: For each device, the backends in order of preference. A device that is not listed takes "eager".
+DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One implementation of every kernel.
+
+    Attributes:
+        name: what `backend=` takes.
+        module: defines couple, uncouple, reverse_step, accumulate and ``missing()``.
+        devices: the devices whose arrays it takes; None is all.
+        kinds: the array libraries it takes.
+        about: one line for people.
+    """
+
+    name: str
+    module: str
+    devices: tuple[str, ...] | None
+    kinds: tuple[str, ...]
+    about: str
+
+    def load(self) -> Any:
+        """Return the module that holds the kernels."""
+        return importlib.import_module(self.module)
+
+    def missing(self) -> str | None:
+        """Return why this backend cannot run here, or None if it can."""
+        module = self.load()
+        return module.missing(self.name) if self.module == "revkernels.native" else module.missing()
+
+    def refuses(self, kind: str, device: str) -> str | None:
+        """Return why this backend does not take such an array, or None if it does."""
+        if kind not in self.kinds:
+            return f"it takes {' and '.join(self.kinds)} arrays, not {kind}"
+        if self.devices is not None and device not in self.devices:
+            extra = ", and CPU tensors under TRITON_INTERPRET=1" if self.name == "triton" else ""
+            return f"it takes arrays on {' and '.join(self.devices)}{extra}, not on {device}"
+        return None
+
+
+def _triton_devices() -> tuple[str, ...]:
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", "revkernels.reference.backend", None, ("torch", "numpy"), "the NumPy oracle, slow"),
+        Backend("eager", "revkernels.eager", None, ("torch",), "plain torch calls, the unfused baseline"),
+        Backend("cpu", "revkernels.native", ("cpu",), ("torch", "numpy"), "C++, OpenMP, AVX2 and AVX-512"),
+        Backend("cuda", "revkernels.native", ("cuda",), ("torch",), "CUDA C++"),
+        Backend("triton", "revkernels.triton_kernels.backend", _triton_devices(), ("torch",), "Triton"),
+    )
+}
+
+_chosen: ContextVar[str | None] = ContextVar("revkernels_backend", default=None)
+_cache: dict[tuple[str, str, str | None], Any] = {}
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Use one backend for every call inside the ``with``, in this thread or task; None restores the default choice.
+
+    Raises:
+        BackendError: the name is unknown, or the backend cannot run here.
+    """
+    if name is not None:
+        require(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def require(name: Any, source: str = "backend") -> Backend:
+    """Return the backend of that name, or raise BackendError saying which exist and why the others are missing."""
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise BackendError(f"{source} is {name!r}; it must be one of: {_listing()}")
+    reason = BACKENDS[name].missing()
+    if reason is not None:
+        raise BackendError(f"{source}={name!r} cannot run here: {reason}. Available: {_listing()}")
+    return BACKENDS[name]
+
+
+def select(array: Any, name: str | None = None, argument: str = "x") -> Any:
+    """Return the module whose kernels take ``array``.
+
+    Raises:
+        TypeError: ``array`` is not an array that any backend knows.
+        BackendError: the backend named, or every default one, cannot take it; the message says why.
+    """
+    kind = kind_of(array)
+    if kind is None:
+        raise TypeError(f"{argument} is a {type(array).__name__}; it must be a torch.Tensor or a numpy.ndarray")
+    device = "cpu" if kind == "numpy" or array.is_cpu else array.device.type
+    if name is None:
+        name = _chosen.get()
+    found = _cache.get((kind, device, name))
+    if found is None:
+        found = _cache[(kind, device, name)] = _choose(kind, device, name)
+    return found
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """Return, for every backend, whether it is available, and if not why."""
+    table = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.missing()
+        table[name] = {"available": reason is None, "reason": reason, "about": backend.about}
+    return table
+
+
+def _choose(kind: str, device: str, name: str | None) -> Any:
+    source = "backend"
+    if name is None:
+        name, source = os.environ.get("REVKERNELS_BACKEND") or None, "REVKERNELS_BACKEND"
+    if name is not None:
+        backend = require(name, source)
+        reason = backend.refuses(kind, device)
+        if reason is not None:
+            raise BackendError(f"{source}={name!r} cannot take this array: {reason}. Available: {_listing()}")
+        return backend.load()
+    reasons = []
+    for candidate in DEFAULTS.get(device, ("eager",)):
+        reason = BACKENDS[candidate].refuses(kind, device) or BACKENDS[candidate].missing()
+        if reason is None:
+            return BACKENDS[candidate].load()
+        reasons.append(f"{candidate}: {reason}")
+    raise BackendError(f"no backend for {kind} arrays on {device} ({'; '.join(reasons)}). Available: {_listing()}")
+
+
+def _listing() -> str:
+    return "; ".join(
+        name if entry["available"] else f"{name} (missing: {entry['reason']})" for name, entry in describe().items()
+    )

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an additive coupling does to the branch output on its way, and what it reports of the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GRID_EXPONENTS = range(-126, 127)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coupling:
+    """Options of `couple`, `uncouple` and `reverse_step_`; all default to the plain coupling.
+
+        f'     = rint(channel_scale[c] * sample_scale[n] * f * 2^k) * 2^-k
+        result = x + f'    or    y - f'
+
+    Scales are float64 if either operand is float64, else float32, and lie on the operands' device.
+
+    Attributes:
+        channel_scale: ``[channels]``, layer scale along ``channel_dim``; None is 1.
+        sample_scale: ``[samples]``, stochastic depth along dimension 0; None is 1.
+        channel_dim: the dimension that ``channel_scale`` runs along; may be negative.
+        grid_exponent: k; f is rounded to multiples of 2^-k, halves to even. None leaves f as it is.
+        checksum: one 64-bit integer, added to: the sum of ``bits(result[i]) * (2*i + 1)`` modulo 2^64, i counting the
+            result's elements in memory order. The caller zeroes it.
+        amax: one float32, raised to the largest ``|result|``; NaN if a result is NaN. The caller zeroes it.
+    """
+
+    channel_scale: Any = None
+    sample_scale: Any = None
+    channel_dim: int = 1
+    grid_exponent: int | None = None
+    checksum: Any = None
+    amax: Any = None

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend "eager": plain torch calls, one a step. The unfused baseline of every benchmark, on any torch device.
+
+Where float64 meets a half type torch rounds twice (through float32), the kernels once: the last bit may differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from revkernels.arrays import memory_order
+from revkernels.coupling import Coupling
+
+CHECKS_OPERANDS = False
+
+
+def missing() -> str | None:
+    """Why this backend cannot run here, or None."""
+    return None if importlib.util.find_spec("torch") else "torch is not installed: pip install revkernels[torch]"
+
+
+def couple(out: Any, x: Any, f: Any, coupling: Coupling | None) -> None:
+    """out <- x + f"""
+    if coupling is not None:
+        _store(out, x, _branch_output(x, f, coupling), 1, coupling)
+    elif out is x:
+        x.add_(f)
+    else:
+        _torch().add(x, f, out=out)
+
+
+def uncouple(out: Any, y: Any, f: Any, coupling: Coupling | None) -> None:
+    """out <- y - f"""
+    if coupling is not None:
+        _store(out, y, _branch_output(y, f, coupling), -1, coupling)
+    elif out is y:
+        y.sub_(f)
+    else:
+        _torch().sub(y, f, out=out)
+
+
+def reverse_step(y: Any, f: Any, dy: Any, df: Any, coupling: Coupling | None) -> None:
+    """y <- y - f; dy <- dy + df"""
+    uncouple(y, y, f, coupling)
+    dy.add_(df)
+
+
+def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> None:
+    """totals[i] <- totals[i] + parts[i]"""
+    for total, part in zip(totals, parts, strict=True):
+        total.add_(part)
+
+
+def _torch() -> Any:
+    return sys.modules["torch"]
+
+
+def _branch_output(x: Any, f: Any, coupling: Coupling) -> Any:
+    torch = _torch()
+    f = f.to(torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32))
+    if coupling.channel_scale is not None or coupling.sample_scale is not None:
+        scale = torch.ones((), dtype=f.dtype, device=f.device)
+        if coupling.channel_scale is not None:
+            shape = [1] * f.dim()
+            shape[coupling.channel_dim] = -1
+            scale = coupling.channel_scale.reshape(shape)
+        if coupling.sample_scale is not None:
+            scale = scale * coupling.sample_scale.reshape([-1] + [1] * (f.dim() - 1))
+        f = scale * f
+    if coupling.grid_exponent is not None:
+        f = torch.round(f * 2.0**coupling.grid_exponent) * 2.0**-coupling.grid_exponent
+    return f
+
+
+def _store(out: Any, x: Any, f: Any, sign: int, coupling: Coupling) -> None:
+    torch = _torch()
+    wide = torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32)
+    out.copy_(torch.add(x.to(wide), f.to(wide), alpha=sign))
+    if coupling.amax is not None and out.numel():
+        coupling.amax.copy_(
+            torch.maximum(coupling.amax.reshape(()), out.abs().amax().float()).reshape(coupling.amax.shape)
+        )
+    if coupling.checksum is not None:
+        coupling.checksum.view(torch.int64).add_(_checksum(out))
+
+
+def _checksum(stored: Any) -> Any:
+    torch = _torch()
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[stored.element_size()]
+    bits = stored.permute(memory_order(stored)).contiguous().view(integer).reshape(-1).to(torch.int64)
+    if stored.element_size() < 8:
+        bits = bits & ((1 << 8 * stored.element_size()) - 1)
+    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels: C++ and OpenMP for "cpu", CUDA C++ for "cuda".
+
+`couple`, `uncouple`, `reverse_step` and `accumulate` are the extension's own functions, without a Python frame around
+them: on small arrays a frame costs as much as the kernel. They take torch tensors and NumPy arrays of any rank, check
+everything before they write, and call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's
+CUDA stream or torch's thread count. Torch is used where it is imported already, and never imported from here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "accumulate",
+    "cmake_dir",
+    "couple",
+    "cpu_isa",
+    "cuda_architectures",
+    "include_dir",
+    "missing",
+    "reverse_step",
+    "uncouple",
+    "version",
+]
+
+CHECKS_OPERANDS = True
+
+_broken: str | None = None
+try:
+    from revkernels._native import accumulate, couple, reverse_step, uncouple
+except ImportError as error:  # the package stays usable: other backends run, and missing() tells why
+    if isinstance(error, ModuleNotFoundError):
+        _broken = "the compiled extension is not there: build it with `pip install .`"
+    else:
+        _broken = f"the compiled extension does not load: {error}"
+
+    def _refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError(str(_broken))
+
+    couple = uncouple = reverse_step = accumulate = _refuse
+
+
+def missing(backend: str = "cpu") -> str | None:
+    """Return why the backend "cpu" or "cuda" cannot run here, or None if it can."""
+    if _broken is not None:
+        return _broken
+    if backend == "cpu":
+        return None
+    from revkernels import _native
+
+    reason: str | None = _native.cuda_missing()
+    return reason
+
+
+def version() -> str | None:
+    """Return the C library's version, or None if the extension is missing."""
+    if _broken is not None:
+        return None
+    from revkernels import _native
+
+    return str(_native.version())
+
+
+def cpu_isa() -> str | None:
+    """Return the instruction set in use: "avx512", "avx2" or "baseline"; None if the extension is missing."""
+    if _broken is not None:
+        return None
+    from revkernels import _native
+
+    return str(_native.cpu_isa())
+
+
+def cuda_architectures() -> list[str]:
+    """Return the architectures compiled in, such as ["80", "90", "100", "ptx100"]; [] without CUDA."""
+    if _broken is not None:
+        return []
+    from revkernels import _native
+
+    return [arch for arch in _native.cuda_archs().split(";") if arch]
+
+
+def include_dir() -> str:
+    """Return the folder of ``revkernels/revkernels.h``, for C and C++ hosts."""
+    return str(Path(__file__).parent / "include")
+
+
+def cmake_dir() -> str:
+    """Return what ``-Drevkernels_DIR=`` takes, so that CMake's ``find_package(revkernels)`` finds this installation."""
+    return str(Path(__file__).parent / "cmake")
+
+
+def _torch_stream(device: int) -> int:
+    """Return the handle of torch's current stream on a device. The extension calls this once per CUDA call."""
+    torch = sys.modules["torch"]
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what torch's own compiler uses; a microsecond saved
+    return int(raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels as functions on arrays: torch tensors and NumPy arrays, in place where the name ends in ``_``.
+
+Shapes of a call are equal; dtypes (float64, float32, bfloat16, float16) and strides may differ. The arithmetic is made
+in float64 if either operand of a sum is float64, else in float32, and rounded once to the written array's dtype.
+Every function raises before it writes anything:
+
+    TypeError       not an array, an integer dtype, a byte-swapped array
+    ValueError      unequal shapes, read-only or overlapping memory, arrays on several devices, a tensor that requires
+                    grad written in place outside no_grad
+    BackendError    (a ValueError) the backend does not exist, cannot run here, or does not take such an array
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from revkernels import checks
+from revkernels.arrays import kind_of
+from revkernels.backends import select
+from revkernels.coupling import Coupling
+
+__all__ = ["Coupling", "accumulate_", "couple", "couple_", "reverse_step_", "uncouple", "uncouple_"]
+
+
+def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+    """Return y = x + f, the additive coupling (Gomez et al. 2017, eq. 6).
+
+    y is a new array with x's shape, dtype and strides. Differentiable in x, f and the scales.
+    """
+    return _out_of_place("couple", x, f, coupling, backend)
+
+
+def uncouple(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+    """Return x = y - f, the inverse of `couple` (eq. 7), as a new array with y's shape, dtype and strides."""
+    return _out_of_place("uncouple", y, f, coupling, backend)
+
+
+def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+    """x <- x + f, in place (eq. 6). Returns x."""
+    kernels = select(x, backend, "x")
+    tracked = _about_to_write(x, "x")
+    if not kernels.CHECKS_OPERANDS or coupling is not None:
+        checks.check_operands({"x": x}, {"f": f})
+        checks.check_coupling(coupling, x, f)
+    kernels.couple(x, x, f, coupling)
+    if tracked:
+        _wrote(x)
+    return x
+
+
+def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+    """y <- y - f, in place (eq. 7): the output of a coupling becomes its input again. Returns y."""
+    kernels = select(y, backend, "y")
+    tracked = _about_to_write(y, "y")
+    if not kernels.CHECKS_OPERANDS or coupling is not None:
+        checks.check_operands({"y": y}, {"f": f})
+        checks.check_coupling(coupling, y, f)
+    kernels.uncouple(y, y, f, coupling)
+    if tracked:
+        _wrote(y)
+    return y
+
+
+def reverse_step_(
+    y: Any, f: Any, dy: Any, df: Any, *, coupling: Coupling | None = None, backend: str | None = None
+) -> tuple[Any, Any]:
+    """Undo one half of a block and add its gradient, in one pass (Algorithm 1, lines 3 to 6).
+
+        y  <- y - f      dy <- dy + df
+
+    ``coupling`` acts on f alone. y and dy must not overlap anything else. Returns (y, dy).
+    """
+    kernels = select(y, backend, "y")
+    tracked = _about_to_write(y, "y")
+    _about_to_write(dy, "dy")
+    if not kernels.CHECKS_OPERANDS or coupling is not None:
+        checks.check_operands({"y": y, "dy": dy}, {"f": f, "df": df})
+        checks.check_coupling(coupling, y, f)
+    kernels.reverse_step(y, f, dy, df, coupling)
+    if tracked:
+        _wrote(y)
+        _wrote(dy)
+    return y, dy
+
+
+def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
+    """total <- total + part, in place: a gradient gathers a second contribution (Algorithm 1, lines 5 and 6).
+
+    Both may be lists of arrays of equal length; a CUDA device then takes as few launches as it can. Returns total.
+    """
+    if isinstance(total, list | tuple) or isinstance(part, list | tuple):
+        return _accumulate_lists(total, part, backend)
+    kernels = select(total, backend, "total")
+    tracked = _about_to_write(total, "total")
+    if not kernels.CHECKS_OPERANDS:
+        checks.check_operands({"total": total}, {"part": part})
+    kernels.accumulate((total,), (part,))
+    if tracked:
+        _wrote(total)
+    return total
+
+
+def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str | None) -> Sequence[Any]:
+    if not isinstance(totals, list | tuple) or not isinstance(parts, list | tuple):
+        raise TypeError("total and part must both be arrays, or both lists of arrays")
+    if len(totals) != len(parts):
+        raise ValueError(f"part has {len(parts)} arrays, total has {len(totals)}: they must be equal")
+    if not totals:
+        return totals
+    kernels = select(totals[0], backend, "total[0]")
+    named = {f"total[{i}]": total for i, total in enumerate(totals)}
+    for i, (name, part) in enumerate(zip(named, parts, strict=True)):
+        checks.check_operands({name: named[name]}, {f"part[{i}]": part})
+        tracked = _about_to_write(named[name], name)
+    checks.check_same_device(**named)
+    checks.check_disjoint(named, {f"part[{i}]": part for i, part in enumerate(parts)})
+    kernels.accumulate(totals, parts)
+    if tracked:
+        for total in totals:
+            _wrote(total)
+    return totals
+
+
+def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend: str | None) -> Any:
+    argument = "x" if name == "couple" else "y"
+    kernels = select(x, backend, argument)
+    if not kernels.CHECKS_OPERANDS or coupling is not None:
+        checks.check_operands({}, {argument: x, "f": f})
+        checks.check_coupling(coupling, x, f)
+    if kind_of(x) == "torch":
+        torch = sys.modules["torch"]
+        if torch.is_grad_enabled() and _requires_grad(x, f, coupling):
+            from revkernels.autograd.coupling import differentiable
+
+            return differentiable(kernels, name, x, f, coupling)
+        out = torch.empty_like(x)
+    else:
+        out = np.empty_like(x, subok=False)
+    getattr(kernels, name)(out, x, f, coupling)
+    return out
+
+
+def _requires_grad(x: Any, f: Any, coupling: Coupling | None) -> bool:
+    tensors = [x, f] if coupling is None else [x, f, coupling.channel_scale, coupling.sample_scale]
+    return any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+
+
+def _about_to_write(array: Any, name: str) -> bool:
+    """Refuse what autograd would refuse. Returns whether the array counts its versions."""
+    if kind_of(array) != "torch":
+        return False
+    if array.requires_grad and sys.modules["torch"].is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, so it cannot be written in place here: call it under torch.no_grad(), "
+            f"or use the out-of-place function"
+        )
+    return True
+
+
+def _wrote(tensor: Any) -> None:
+    """Tell autograd, so that a backward that saved the tensor notices."""
+    if not tensor.is_inference():
+        sys.modules["torch"].autograd.graph.increment_version(tensor)

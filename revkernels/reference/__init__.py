@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: slow, plain NumPy, float64, in the paper's own names. It shares no code with the kernels it judges."""
+
+from revkernels.reference.algorithm1 import (
+    block_backward,
+    block_forward,
+    block_inverse,
+    chain_backward,
+    chain_forward,
+    chain_inverse,
+)
+from revkernels.reference.coupling import accumulate, amax_of, checksum_of, couple, reverse_step, uncouple
+from revkernels.reference.rounding import bits_of, round_to
+
+__all__ = [
+    "accumulate",
+    "amax_of",
+    "bits_of",
+    "block_backward",
+    "block_forward",
+    "block_inverse",
+    "chain_backward",
+    "chain_forward",
+    "chain_inverse",
+    "checksum_of",
+    "couple",
+    "reverse_step",
+    "round_to",
+    "uncouple",
+]

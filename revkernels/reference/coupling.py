@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The additive coupling, one operation at a time.
+
+Values come in and go out as float64 arrays that their dtype holds exactly; the names of the dtypes come beside them.
+The arithmetic is done in float64 if either operand is float64, else in float32, and rounded once to the written dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from revkernels.reference.rounding import bits_of, round_to
+
+
+def couple(
+    x: np.ndarray, f: np.ndarray, x_dtype: str = "float64", f_dtype: str = "float64", **options: Any
+) -> np.ndarray:
+    """y = x + f   (paper eq. 6)"""
+    wide = _wide(x_dtype, f_dtype)
+    with np.errstate(all="ignore"):
+        return round_to(x.astype(wide) + _on_its_way(f, wide, **options), x_dtype)
+
+
+def uncouple(
+    y: np.ndarray, f: np.ndarray, y_dtype: str = "float64", f_dtype: str = "float64", **options: Any
+) -> np.ndarray:
+    """x = y - f   (paper eq. 7)"""
+    wide = _wide(y_dtype, f_dtype)
+    with np.errstate(all="ignore"):
+        return round_to(y.astype(wide) - _on_its_way(f, wide, **options), y_dtype)
+
+
+def accumulate(
+    total: np.ndarray, part: np.ndarray, total_dtype: str = "float64", part_dtype: str = "float64"
+) -> np.ndarray:
+    """total + part   (Algorithm 1, lines 6 and 7: a derivative gathers its second contribution)"""
+    return couple(total, part, total_dtype, part_dtype)
+
+
+def reverse_step(
+    y: np.ndarray,
+    f: np.ndarray,
+    dy: np.ndarray,
+    df: np.ndarray,
+    dtypes: Sequence[str] = ("float64",) * 4,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(y - f, dy + df)   (one half of Algorithm 1)"""
+    return uncouple(y, f, dtypes[0], dtypes[1], **options), accumulate(dy, df, dtypes[2], dtypes[3])
+
+
+def checksum_of(stored: np.ndarray, dtype: str) -> int:
+    """sum over i of bits(stored[i]) * (2*i + 1), modulo 2^64, with Python's whole numbers"""
+    return sum(int(b) * (2 * i + 1) for i, b in enumerate(bits_of(stored.ravel(), dtype))) % 2**64
+
+
+def amax_of(stored: np.ndarray) -> np.float32:
+    """max |stored|, NaN if any is, 0 if there is none"""
+    return np.float32(np.max(np.abs(stored), initial=0.0))
+
+
+def _wide(*dtypes: str) -> Any:
+    return np.float64 if "float64" in dtypes else np.float32
+
+
+def _on_its_way(
+    f: np.ndarray,
+    wide: Any,
+    channel_scale: np.ndarray | None = None,
+    sample_scale: np.ndarray | None = None,
+    channel_dim: int = 1,
+    grid_exponent: int | None = None,
+) -> np.ndarray:
+    f = f.astype(wide)
+    if channel_scale is not None or sample_scale is not None:
+        scale = np.ones((1,) * f.ndim, dtype=wide)
+        if channel_scale is not None:
+            shape = [1] * f.ndim
+            shape[channel_dim] = -1
+            scale = scale * channel_scale.astype(wide).reshape(shape)
+        if sample_scale is not None:
+            scale = scale * sample_scale.astype(wide).reshape([-1] + [1] * (f.ndim - 1))
+        f = scale * f
+    if grid_exponent is not None:
+        f = np.rint(f * wide(2.0**grid_exponent)) * wide(2.0**-grid_exponent)
+    return f

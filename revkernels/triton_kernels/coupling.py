@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: RET505 (Triton compiles what follows a branch that returned, so every branch needs its else)
+"""couple, uncouple and reverse_step: one kernel, for they differ in a sign and in whether a gradient comes along."""
+
+import triton
+import triton.language as tl
+
+from revkernels.triton_kernels.arithmetic import bits_of, magnitude_bits, narrow, round_half_even
+
+
+@triton.jit
+def place(strides, row, col, period, RANK: tl.constexpr):
+    """Where the elements of a tile lie, counted from the operand's beginning, in 64 bits."""
+    if RANK == 1:
+        return col * strides[0]
+    elif RANK == 2:
+        return row * strides[0] + col * strides[1]
+    else:
+        return (row // period).to(tl.int64) * strides[0] + (row % period).to(tl.int64) * strides[1] + col * strides[2]
+
+
+@triton.jit
+def load_scale(ptr, strides, row, col, rows, cols, period, inside, VARIES: tl.constexpr, RANK: tl.constexpr):
+    """The scale of every element; where it is the same along a row, of every row."""
+    if VARIES:
+        return tl.load(ptr + place(strides, row, col, period, RANK), inside)
+    elif RANK == 1:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr + place(strides, row, 0, period, RANK), row < rows)
+
+
+@triton.jit
+def couple_kernel(
+    out_ptr, x_ptr, f_ptr,              # out <- x + f', or x - f' if SUBTRACT; out may be x
+    dy_ptr, df_ptr,                     # dy <- dy + df in the same pass; None in couple and uncouple
+    channel_ptr, sample_ptr, up, down,  # f' = rint(channel * sample * f * up) * down; what is None is left out
+    checksum_ptr, amax_ptr, first,      # reports on out, added to; first is the position of the first element
+    rows, cols, period, col_tiles,
+    out_strides, x_strides, f_strides, dy_strides, df_strides, channel_strides, sample_strides, positions,
+    SUBTRACT: tl.constexpr, WIDE: tl.constexpr, WIDE_GRADIENT: tl.constexpr,
+    CHANNEL_VARIES: tl.constexpr, SAMPLE_VARIES: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One half-step of Algorithm 1 on one tile: widen, compute in WIDE, round once."""
+    program = tl.program_id(0)
+    if RANK == 1:
+        col_start = program.to(tl.int64) * COLS
+        col = col_start + tl.arange(0, COLS)
+        row = col  # there is one row
+        full = col_start + COLS <= cols
+    else:
+        row_tile = program // col_tiles
+        if RANK == 2:
+            row_tile = row_tile.to(tl.int64)  # rank 3 divides rows, in 32 bits, and the host keeps them below 2^30
+        row_start = row_tile * ROWS
+        col_start = (program % col_tiles).to(tl.int64) * COLS
+        row = row_start + tl.arange(0, ROWS)[:, None]
+        col = col_start + tl.arange(0, COLS)[None, :]
+        full = (row_start + ROWS <= rows) & (col_start + COLS <= cols)
+
+    # Two copies of one body: a full tile needs no mask, and so moves 16 bytes at a time whatever the element count.
+    for MASKED in tl.static_range(2):
+        if full == (MASKED == 0):
+            if MASKED:
+                inside = (row < rows) & (col < cols) if RANK > 1 else col < cols
+            else:
+                inside = tl.full((ROWS, COLS) if RANK > 1 else (COLS,), True, tl.int1)
+            x = tl.load(x_ptr + place(x_strides, row, col, period, RANK), inside).to(WIDE)
+            f = tl.load(f_ptr + place(f_strides, row, col, period, RANK), inside).to(WIDE)
+            if dy_ptr is not None:
+                dy_at = dy_ptr + place(dy_strides, row, col, period, RANK)
+                df_at = df_ptr + place(df_strides, row, col, period, RANK)
+                dy = tl.load(dy_at, inside).to(WIDE_GRADIENT) + tl.load(df_at, inside).to(WIDE_GRADIENT)
+                tl.store(dy_at, narrow(dy, dy_ptr.dtype.element_ty), inside)
+
+            if channel_ptr is not None:
+                scale = load_scale(
+                    channel_ptr, channel_strides, row, col, rows, cols, period, inside, CHANNEL_VARIES, RANK
+                ).to(WIDE)
+                if sample_ptr is not None:
+                    scale *= load_scale(
+                        sample_ptr, sample_strides, row, col, rows, cols, period, inside, SAMPLE_VARIES, RANK
+                    ).to(WIDE)
+                f = scale * f
+            elif sample_ptr is not None:
+                f = f * load_scale(
+                    sample_ptr, sample_strides, row, col, rows, cols, period, inside, SAMPLE_VARIES, RANK
+                ).to(WIDE)
+            if up is not None:
+                f = round_half_even(f * up) * down
+
+            out = narrow(x - f if SUBTRACT else x + f, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + place(out_strides, row, col, period, RANK), out, inside)
+
+            if checksum_ptr is not None:
+                position = first + place(positions, row, col, period, RANK)
+                terms = tl.where(inside, bits_of(out) * (2 * position + 1), 0)
+                tl.atomic_add(checksum_ptr.to(tl.pointer_type(tl.int64), bitcast=True), tl.sum(terms), sem="relaxed")
+            if amax_ptr is not None:
+                largest = tl.max(tl.where(inside, magnitude_bits(out), 0))
+                tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True), largest, sem="relaxed")
