@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver: an ordinary autograd graph whose saved tensors are rebuilt instead of kept.
+
+A chain of reversible blocks is one recurrence over half-steps. With streams s[0] = x1, s[1] = x2 and branches
+B[0] = F, B[1] = G of the first block, B[2] = F of the second ...
+
+    forward   s[k+2] = s[k] + B[k](s[k+1])
+    inverse   s[k]   = s[k+2] - B[k](s[k+1])
+
+which is Algorithm 1 of Gomez et al. 2017, twice a block. The forward builds the graph that plain torch would build,
+under saved-tensor hooks that keep a number (half-step, index) in a saved tensor's place. When the backward first asks
+for a tensor of half-step k, branch k is run once more from s[k+1], what it saves is collected, and its output turns
+s[k+2] back into s[k]. Two streams, two gradients and one branch's saved tensors are alive at a time, at any depth;
+gradients travel through torch's engine, so hooks, DDP and frozen parameters are its business, not ours.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from revkernels import eager
+from revkernels.autograd.coupling import Couple, Enter
+from revkernels.autograd.ownership import memory_is_free
+from revkernels.autograd.snapshot import Snapshot, put_back, version_of
+from revkernels.autograd.surroundings import Drawn, Surroundings, drawn, own_generators, states_of
+from revkernels.errors import ReconstructionError
+
+_INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
+_local = threading.local()
+
+Metadata = tuple[torch.dtype, torch.Size]
+
+
+def is_recomputing() -> bool:
+    """Whether this thread is inside the second run of a branch. For hooks and branches that keep count."""
+    return getattr(_local, "recomputing", False)
+
+
+class _Kept(torch.autograd.Function):
+    """A node that holds the chain's outputs as saved tensors, so that autograd checks their versions and frees them."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*outputs)
+        return anchor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        raise RuntimeError("this node only holds tensors")  # nothing ever depends on its output
+
+
+class Reversal:
+    """One call of a chain: its forward, and all backwards through it. State lives here, never on a module.
+
+    Args:
+        streams: (s[0], s[1]), dense; neither is ever written to.
+        kernels: the backend that couples.
+        keep: True stores activations as plain torch does; False rebuilds them.
+        side_inputs: what the branches are given besides their stream, by name, to be checked for changes.
+        name: turns a half-step's number into words for error messages.
+    """
+
+    def __init__(
+        self,
+        streams: tuple[torch.Tensor, torch.Tensor],
+        kernels: Any,
+        keep: bool,
+        side_inputs: dict[str, Any],
+        name: Callable[[int], str],
+    ) -> None:
+        self.target: Any
+        self.source: Any
+        self.target, self.source = streams  # s[k] and s[k+1] at half-step k
+        self.branch_input: torch.Tensor | None = None  # s[k+1] again, if its node already gave it a second output
+        self.kernels = kernels
+        self.name = name
+        self.aux: list[Any] = []
+        self.recording = not keep and torch.is_grad_enabled()
+        self._count = 0
+        self._steps: list[_Step] = []
+        self._saved: list[Metadata] = []  # of the half-step under way
+        if self.recording:
+            self._surroundings = Surroundings(self.source.device, side_inputs)
+            self._states = self._surroundings.states()
+            self._hooks: Any = saved_tensors_hooks(self._pack, self._unpack)
+        self._layouts = [(s.shape, s.stride()) for s in streams]
+        self._lock = threading.RLock()
+        self._task, self._cursor = -1, 0
+        self._frame: list[tuple[torch.Tensor, int]] = []
+        self._rebuilt: list[torch.Tensor] = []  # s[cursor] and s[cursor + 1], while a backward runs
+
+    # ---- forward
+
+    def advance(self, branch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read_next: bool) -> None:
+        """Half-step k: s[k+2] = s[k] + branch(s[k+1]). ``read_next``: another half-step follows directly."""
+        kernels, target, source, h = self.kernels, self.target, self.source, self.branch_input
+        if h is None:
+            h = source
+            if kernels is not eager and source.requires_grad and torch.is_grad_enabled():
+                source, h = Enter.apply(source, kernels)
+        version = version_of(source)
+        f = self._record(branch, args, kwargs, h) if self.recording else branch(h, *args, **kwargs)
+        if version_of(source) != version:
+            raise ReconstructionError(
+                f"{self.name(self._count)} wrote to its input in place. The input is the stream that a later half-step "
+                f"adds to: make the branch's first operation out of place (such as ReLU(inplace=False))"
+            )
+        if type(f) is tuple:
+            f, aux = check_aux(f)
+            self.aux.append(aux)
+        check_branch_output(f, target, branch)
+        self._count += 1
+        self.target, self.branch_input = source, None
+        if kernels is eager:
+            self.source = (target + f).to(target.dtype)
+        else:
+            self.source, twin = Couple.apply(target, f, kernels)
+            if read_next:
+                self.branch_input = twin
+
+    def _record(self, branch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], h: torch.Tensor) -> Any:
+        """Run the branch, and note all that running it again will need."""
+        step = _Step(branch, args, kwargs, h.requires_grad)
+        self._steps.append(step)
+        self._saved = step.saved
+        own = own_generators(step.snapshot.modules)
+        before = self._states + states_of(own) if own else self._states
+        with self._hooks:
+            f = branch(h, *args, **kwargs)
+        step.snapshot.complete()
+        after = self._surroundings.states()
+        step.drawn = drawn(before, after + states_of(own) if own else after)
+        if step.drawn:
+            self._states = after
+        return f
+
+    def adopt(self, streams: Any, whose: str) -> None:
+        """Take over streams that went through a module's hooks: torch may wrap them, but their values must stay."""
+        ours = (self.target, self.source)
+        if type(streams) is not tuple or len(streams) != 2 or not all(map(_same_memory, streams, ours)):
+            raise ReconstructionError(
+                f"a hook of {whose} replaced the streams. They are rebuilt by running the branches backwards, which "
+                f"cannot undo a hook: put the change into a branch, or set activations='store'"
+            )
+        if self.recording:
+            self._states = self._surroundings.states()  # what the hook drew is not the next branch's
+        if streams[0] is not self.target or streams[1] is not self.source:
+            self.target, self.source = streams
+            self.branch_input = None
+
+    def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
+        """Keep what the backward starts from: ``outputs``, of which ``split`` makes the pair of streams again."""
+        if self.recording and any(output.requires_grad for output in outputs):
+            anchor = torch.zeros((), requires_grad=True)
+            self._kept = _Kept.apply(anchor, *(output.detach() for output in outputs)).grad_fn
+            self._split = split
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the streams: they hold the graph, and the graph's hooks hold us, in a ring that gc cannot see."""
+        self.target = self.source = self.branch_input = self._hooks = None
+        self.aux = []
+
+    def _pack(self, tensor: torch.Tensor) -> int:
+        self._saved.append((tensor.dtype, tensor.shape))
+        return (len(self._steps) - 1) << _INDEX_BITS | (len(self._saved) - 1)
+
+    # ---- backward
+
+    def _unpack(self, token: int) -> torch.Tensor:
+        k, index = token >> _INDEX_BITS, token & ((1 << _INDEX_BITS) - 1)
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            raise ReconstructionError("a reversible chain's saved tensors exist only while a backward runs")
+        with self._lock:
+            try:
+                if task != self._task or k > self._cursor:
+                    self._begin(task)
+                while self._cursor > k:
+                    self._rebuild(self._cursor - 1)
+            except BaseException:
+                self._end()
+                raise
+            tensor, version = self._frame[index]
+        if version_of(tensor) != version:
+            raise ReconstructionError(
+                f"{self.name(k)}: a tensor needed for its gradient was changed in place inside the branch "
+                f"(version {version}, now {tensor._version})"
+            )
+        return tensor
+
+    def _begin(self, task: int) -> None:
+        """A backward starts, or starts over: from the kept outputs, whatever an earlier one left."""
+        try:
+            outputs = self._kept.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise ReconstructionError(
+                f"the output of the reversible chain was changed in place after the forward, and the backward starts "
+                f"from it: make the operation that follows the chain out of place. ({error})"
+            ) from None
+        source, target = (stream.detach() for stream in self._split(*outputs))
+        if source.stride() != self._layout(len(self._steps))[1]:
+            source = self._empty(len(self._steps), source).copy_(source)  # a branch must read it in the same strides
+        self._rebuilt = [source, target]
+        self._task, self._cursor, self._frame = task, len(self._steps), []
+        self._hooks = saved_tensors_hooks(self._keep, _never)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
+
+    def _end(self, task: int | None = None) -> None:
+        if task is None or task == self._task:
+            self._task, self._frame, self._rebuilt, self._hooks = -1, [], [], None
+
+    def _rebuild(self, k: int) -> None:
+        """Run branch k again: what it saves becomes the frame, and s[k+2] becomes s[k]."""
+        self._frame = []  # first of all: one kept frame more, and memory would grow with depth
+        step = self._steps[k]
+        source, target = self._rebuilt
+        problem = step.snapshot.problem() or self._surroundings.problem()
+        if problem is not None:
+            raise ReconstructionError(f"{self.name(k)}: {problem}")
+        higher_order = torch.is_grad_enabled()
+        outer, _local.recomputing = is_recomputing(), True
+        surroundings = self._surroundings.restore(step.drawn)
+        undo = step.snapshot.restore()
+        try:
+            torch.set_grad_enabled(True)
+            with self._hooks:
+                h = source.detach().requires_grad_(step.needs_grad)
+                f = step.branch(h, *step.args, **step.kwargs)
+        finally:
+            torch.set_grad_enabled(higher_order)
+            put_back(undo)
+            if surroundings is not None:
+                surroundings.close()
+            _local.recomputing = outer
+        problem = _difference(step.saved, [(tensor.dtype, tensor.shape) for tensor, _ in self._frame])
+        if problem is not None:
+            raise ReconstructionError(
+                f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
+                f"changed in between, or count its calls?"
+            )
+        self._rebuilt = []
+        if k:  # nobody reads s[0]
+            f = (f[0] if type(f) is tuple else f).detach()
+            # Over s[k+2], unless that is the caller's, or a hook or a gradient's graph holds on to it.
+            free = not higher_order and target.stride() == self._layout(k)[1] and memory_is_free(target)
+            earlier = target if free else self._empty(k, target)
+            self.kernels.uncouple(earlier, target, f, None)
+            self._rebuilt = [earlier, source]
+        self._cursor = k
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        self._frame.append((tensor.detach(), version_of(tensor)))
+
+    def _layout(self, k: int) -> tuple[torch.Size, tuple[int, ...]]:
+        """s[k] has the shape and strides of s[k % 2]. Strides are part of the value: other strides give other bits."""
+        return self._layouts[k % 2]
+
+    def _empty(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        shape, strides = self._layout(k)
+        return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+
+
+class _Step:
+    """One half-step as its forward ran: the call, what the branch saw and drew, and what it saved."""
+
+    __slots__ = ("args", "branch", "drawn", "kwargs", "needs_grad", "saved", "snapshot")
+
+    def __init__(self, branch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needs_grad: bool) -> None:
+        self.branch, self.args, self.kwargs, self.needs_grad = branch, args, kwargs, needs_grad
+        self.snapshot = Snapshot(branch)
+        self.saved: list[Metadata] = []
+        self.drawn: Drawn = []
+
+
+def check_aux(result: tuple[Any, ...]) -> tuple[torch.Tensor, Any]:
+    """A branch returns f, or (f, aux)."""
+    if len(result) != 2:
+        raise TypeError(f"a branch returned a tuple of {len(result)}; it must return f, or the pair (f, aux)")
+    return result
+
+
+def check_branch_output(f: Any, stream: torch.Tensor, branch: Any) -> None:
+    """f can be added to the stream: a floating-point tensor of its shape, on its device."""
+    name = type(branch).__name__
+    if not isinstance(f, torch.Tensor):
+        raise TypeError(f"{name} returned a {type(f).__name__}; a branch must return a tensor, or (tensor, aux)")
+    if f.shape != stream.shape:
+        raise ValueError(
+            f"{name} returned shape {tuple(f.shape)} for a stream of shape {tuple(stream.shape)}: a reversible block "
+            f"must keep the shape (stride 1, as many channels out as in)"
+        )
+    if not f.is_floating_point():
+        raise TypeError(f"{name} returned {f.dtype}; a branch must return a floating-point tensor")
+    if f.device != stream.device:
+        raise ValueError(f"{name} returned a tensor on {f.device}; the stream is on {stream.device}")
+
+
+def _same_memory(a: Any, b: torch.Tensor) -> bool:
+    return isinstance(a, torch.Tensor) and (a.data_ptr(), a.dtype, a.shape, a.stride()) == (
+        b.data_ptr(),
+        b.dtype,
+        b.shape,
+        b.stride(),
+    )
+
+
+def _difference(then: list[Metadata], now: list[Metadata]) -> str | None:
+    if now == then:
+        return None
+    if len(now) != len(then):
+        return f"the recompute saved {len(now)} tensors, the forward {len(then)}"
+    index = next(i for i, pair in enumerate(zip(then, now, strict=True)) if pair[0] != pair[1])
+    (dtype, shape), (then_dtype, then_shape) = now[index], then[index]
+    return (
+        f"saved tensor {index} is {dtype} of shape {tuple(shape)} in the recompute and was {then_dtype} of shape "
+        f"{tuple(then_shape)} in the forward"
+    )
+
+
+def _never(token: Any) -> torch.Tensor:
+    raise RuntimeError("the graph of a recompute is not meant to be run backwards")

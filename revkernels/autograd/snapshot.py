@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a branch saw when it ran, so that it can be run again and come out the same, or be refused.
+
+Saved-tensor hooks switch off autograd's own version check, so everything that a branch reads besides its input is
+recorded here: parameters, buffers and train/eval flags. `surroundings` has the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
+Undo = list[tuple[dict[str, Any], str, Any]]
+
+_batchnorm = nn.modules.batchnorm
+#: In training these forwards write running statistics that their output does not depend on.
+_STATISTICS_ONLY = {
+    _batchnorm._BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    nn.modules.instancenorm._InstanceNorm.forward,
+}
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+#: For each module seen, the names of those buffers that its forward was found to write, statistics aside.
+_written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+class Snapshot:
+    """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute."""
+
+    __slots__ = ("branch", "fixed", "flags", "modules", "rewound", "statistics")
+
+    def __init__(self, branch: Any) -> None:
+        self.branch = branch
+        self.fixed: list[Slot] = []
+        self.statistics: list[Slot] = []
+        self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
+        self.modules = list(branch.modules()) if isinstance(branch, nn.Module) else modules_behind(branch)
+        self.flags = [module.training for module in self.modules]
+        for module in self.modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.fixed.append((module._parameters, name, parameter, version_of(parameter)))
+            if module._buffers:
+                self._take_buffers(module)
+
+    def _take_buffers(self, module: nn.Module) -> None:
+        only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
+        written = _written.get(module)
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            slot = (module._buffers, name, buffer, version_of(buffer))
+            if only_statistics:
+                self.statistics.append(slot)
+            elif written is None or name in written:
+                self.rewound.append((module, slot, buffer.detach().clone()))
+            else:
+                self.fixed.append(slot)
+
+    def complete(self) -> None:
+        """After the forward: of the buffers copied, keep the copies of those that it wrote."""
+        if self.rewound:
+            changed = []
+            for module, slot, value in self.rewound:
+                found = _written.setdefault(module, set())
+                if _changed(slot):
+                    found.add(slot[1])
+                    changed.append((module, slot, value))
+                else:
+                    self.fixed.append(slot)
+            self.rewound = changed
+        for module in self.modules:
+            known = _written.get(module)
+            if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
+                known.update(slot[1] for slot in self.fixed if slot[0] is module._buffers and _changed(slot))
+
+    def problem(self) -> str | None:
+        """Return what the branch reads and is not as it was in the forward, or None."""
+        for module, flag in zip(self.modules, self.flags, strict=True):
+            if module.training is not flag:
+                was, now = ("train", "eval") if flag else ("eval", "train")
+                return (
+                    f"{self._module_name(module)} was in {was} mode in the forward and is in {now} mode in the "
+                    f"backward; switch modes after the backward"
+                )
+        for _, name, tensor, version in self.fixed:
+            if version >= 0 and tensor._version != version:
+                return (
+                    f"{self._tensor_name(tensor, name)} was changed in place between the forward and the backward "
+                    f"(version {version}, now {tensor._version}), so the branch cannot be run again as it was; step "
+                    f"the optimizer, or write to it, after the backward"
+                )
+        return None
+
+    def restore(self) -> Undo:
+        """Let the branch run as it did: on the tensors of then, writing to throw-away copies of its buffers."""
+        undo: Undo = []
+        for slots, name, tensor, _ in self.fixed:
+            now = slots.get(name)
+            # torch.func.functional_call has put other tensors in since. A sharded parameter is its owner's affair.
+            if now is not tensor and type(now) in _PLAIN and type(tensor) in _PLAIN:
+                undo.append((slots, name, now))
+                slots[name] = tensor
+        for slots, name, tensor, _ in self.statistics:
+            undo.append((slots, name, slots[name]))
+            slots[name] = tensor.detach().clone()
+        for _, (slots, name, _, _), value in self.rewound:
+            undo.append((slots, name, slots[name]))
+            slots[name] = value.clone()
+        return undo
+
+    def _module_name(self, module: nn.Module) -> str:
+        named = self.branch.named_modules() if isinstance(self.branch, nn.Module) else ()
+        return next((name or "the branch" for name, m in named if m is module), type(module).__name__)
+
+    def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:
+        for root in [self.branch] if isinstance(self.branch, nn.Module) else self.modules:
+            for kind, named in (("parameter", root.named_parameters()), ("buffer", root.named_buffers())):
+                for path, candidate in named:
+                    if candidate is tensor:
+                        return f"{kind} {path}"
+        return name
+
+
+def put_back(undo: Undo) -> None:
+    """Undo `Snapshot.restore`: the branch has its own tensors again."""
+    for slots, name, tensor in reversed(undo):
+        slots[name] = tensor
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The tensor's version, or -1 for an inference tensor, which has none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def modules_behind(function: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that a plain callable reaches through what it is bound to, closes over, defaults to or holds."""
+    found: dict[nn.Module, None] = {}
+    for held in _held_by(function):
+        if isinstance(held, nn.Module):
+            found.update(dict.fromkeys(held.modules()))
+        elif isinstance(held, list | tuple):
+            for item in held:
+                if isinstance(item, nn.Module):
+                    found.update(dict.fromkeys(item.modules()))
+        elif callable(held) and held is not function and not isinstance(held, type):
+            found.update(dict.fromkeys(modules_behind(held)))
+    return list(found)
+
+
+def _held_by(function: Any) -> Iterator[Any]:
+    if isinstance(function, functools.partial):
+        yield from (function.func, *function.args, *function.keywords.values())
+        return
+    yield getattr(function, "__self__", None)
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a variable not assigned yet
+            continue
+    yield from getattr(function, "__defaults__", None) or ()
+    if not hasattr(function, "__code__"):
+        yield from getattr(function, "__dict__", {}).values()
+
+
+def _changed(slot: Slot) -> bool:
+    slots, name, tensor, version = slot
+    return version_of(tensor) != version or slots.get(name) is not tensor

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extra arguments on their way to the branches: masks, memories, flags."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+_PARAMETER = inspect.Parameter
+_accepts: weakref.WeakKeyDictionary[Any, frozenset[str] | None] = weakref.WeakKeyDictionary()
+
+
+class PerBlock:
+    """An argument that differs from block to block: ``net(x, mask=PerBlock([mask_0, mask_1, ...]))``."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = tuple(values)
+
+    def __repr__(self) -> str:
+        return f"PerBlock({list(self.values)!r})"
+
+
+def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Call, Call]]:
+    """Return what F and what G of every block are called with.
+
+    Positional arguments go to every branch. A keyword goes to the branches whose ``forward`` names it or takes
+    ``**kwargs``, so that an attention branch can have a mask that its MLP neighbour knows nothing of.
+
+    Raises:
+        TypeError: no branch takes the keyword.
+        ValueError: a `PerBlock` holds fewer or more values than there are blocks.
+    """
+    if not args and not kwargs:
+        return [_NOTHING] * len(blocks)
+    for name, value in (*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items()):
+        if isinstance(value, PerBlock) and len(value.values) != len(blocks):
+            raise ValueError(
+                f"{name} has {len(value.values)} values; it needs one for each of the {len(blocks)} blocks"
+            )
+    taken: set[str] = set()
+    calls = []
+    for index, block in enumerate(blocks):
+        here_args = tuple(_here(value, index) for value in args)
+        here_kwargs = {name: _here(value, index) for name, value in kwargs.items()}
+        pair = []
+        for branch in (block.F, block.G):
+            names = _keywords_of(branch)
+            mine = here_kwargs if names is None else {n: v for n, v in here_kwargs.items() if n in names}
+            taken.update(mine)
+            pair.append((here_args, mine))
+        calls.append((pair[0], pair[1]))
+    unknown = set(kwargs) - taken
+    if unknown and blocks:
+        raise TypeError(f"no branch takes the keyword {', '.join(map(repr, sorted(unknown)))}")
+    return calls
+
+
+_NOTHING: tuple[Call, Call] = (((), {}), ((), {}))
+
+
+def _here(value: Any, index: int) -> Any:
+    return value.values[index] if isinstance(value, PerBlock) else value
+
+
+def _keywords_of(branch: Any) -> frozenset[str] | None:
+    """The keywords that a branch takes; None is any."""
+    try:
+        return _accepts[branch]
+    except KeyError:
+        names = _accepts[branch] = _inspect(branch)
+        return names
+    except TypeError:  # a built-in function, which cannot be remembered
+        return _inspect(branch)
+
+
+def _inspect(branch: Any) -> frozenset[str] | None:
+    inner = getattr(branch, "_orig_mod", branch)  # a compiled module takes anything; what it wraps may not
+    target = inner.forward if isinstance(inner, nn.Module) else inner
+    names: frozenset[str] | None = None
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        parameters = None
+    if parameters is not None and all(p.kind is not _PARAMETER.VAR_KEYWORD for p in parameters):
+        names = frozenset(
+            p.name for p in parameters[1:] if p.kind in (_PARAMETER.KEYWORD_ONLY, _PARAMETER.POSITIONAL_OR_KEYWORD)
+        )
+    return names
