@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``revkernels info | check | demo | bench``.
+
+Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command asked
+for is imported, so that `info` starts without torch and a missing extra breaks no other command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from revkernels._version import __version__
+from revkernels.errors import BackendError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "info": "version, backends and why one is missing, compiled architectures",
+    "check": "run every available backend against the NumPy oracle on this machine",
+    "demo": "train a RevNet on real handwritten digits, stored and reversible",
+    "bench": "measure the kernels, a chain of blocks, or its memory",
+}
+
+#: What a command needs beyond NumPy, and the extra that brings it.
+_EXTRAS = {"torch": "torch", "triton": "torch", "sklearn": "demo", "matplotlib": "demo"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 is well, 1 a check that failed, 2 a call that cannot be served."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = words[0] if words and words[0] in COMMANDS else None
+    try:
+        args = _parser(chosen).parse_args(words)
+        return args.run(args)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        extra = _EXTRAS[package]
+        return _refuse(chosen, f"it needs {package}, which is not installed: pip install revkernels[{extra}]")
+    except BackendError as error:
+        return _refuse(chosen, str(error))
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="revkernels", description="Fused kernels for reversible residual networks (RevNet)."
+    )
+    parser.add_argument("--version", action="version", version=f"revkernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, about in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        if name == chosen:
+            module = importlib.import_module(f"revkernels.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _refuse(command: str | None, why: str) -> int:
+    print(f"revkernels {command}: {why}", file=sys.stderr)
+    return 2

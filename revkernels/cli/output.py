@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command shows: tables, progress, and the same content as a JSON file.
+
+With rich installed tables have borders and progress is a bar; without it both are plain text. The content is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from revkernels.cli.stamp import environment
+
+__all__ = ["Table", "add_json_option", "display", "progress", "report"]
+
+#: Width for a pipe or a file, where rich would otherwise wrap at 80.
+_UNBOUNDED = 200
+
+
+@dataclass
+class Table:
+    """Rows of plain values under headings.
+
+    Attributes:
+        title: one line above the table.
+        columns: key of a row to its heading, in order. Both carry the unit: ``"median_ms": "median, ms"``.
+        rows: one dict a row; a missing key or None shows as "-".
+        notes: lines below the table.
+    """
+
+    title: str
+    columns: dict[str, str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def cells(self) -> list[list[str]]:
+        """Return the rows as text."""
+        return [[display(row.get(key)) for key in self.columns] for row in self.rows]
+
+    def numeric(self) -> list[bool]:
+        """Return, for each column, whether it holds numbers alone."""
+        return [all(_is_number(row.get(key)) for row in self.rows) for key in self.columns]
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json FILE``, refused at once if its folder does not exist rather than after the work."""
+    parser.add_argument("--json", metavar="FILE", type=_file_to_write, help="also write what the tables show to FILE")
+
+
+def report(command: str, tables: Sequence[Table], json_file: Path | None = None, device: str = "cpu") -> None:
+    """Print the tables and, if a file is named, write them there beside the environment stamp.
+
+    The file holds ``{"command", "environment", "tables": [{"title", "columns", "rows", "notes"}]}``.
+    """
+    for table in tables:
+        show(table)
+    if json_file is not None:
+        content = {
+            "command": command,
+            "environment": environment(device),
+            "tables": [vars(table) for table in tables],
+        }
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def show(table: Table) -> None:
+    """Print one table, by rich if it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+    except ImportError:
+        print(plain(table))
+        return
+    # markup=False: "pip install revkernels[torch]" is text here, not a style.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
+    grid = RichTable(title=table.title, title_justify="left")
+    for heading, numeric in zip(table.columns.values(), table.numeric(), strict=True):
+        grid.add_column(heading, justify="right" if numeric else "left")
+    for row in table.cells():
+        grid.add_row(*row)
+    console.print(grid)
+    for note in table.notes:
+        console.print(note)
+
+
+def plain(table: Table) -> str:
+    """Return the table as text in aligned columns."""
+    lines = [list(table.columns.values()), *table.cells()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(line, widths, table.numeric(), strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(["", table.title, aligned[0], rule, *aligned[1:], *table.notes])
+
+
+def display(value: Any) -> str:
+    """Return a value as a cell: at least three digits of a float, yes or no, a dash for nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        size = abs(value)
+        return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 3}f}" if size >= 0.01 else f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(display, value))
+    return str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show progress on stderr while the ``with`` runs: call what it yields with a word on the step that begins."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        rich_here = False
+    else:
+        rich_here = True
+    if not (rich_here and sys.stderr.isatty()):
+        yield _plain_progress(title, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        begun = 0
+
+        def begin(step: str) -> None:
+            nonlocal begun
+            bar.update(task, completed=begun, description=f"{title}: {step}")
+            begun += 1
+
+        yield begin
+
+
+def _plain_progress(title: str, total: int) -> Callable[[str], None]:
+    begun = 0
+
+    def begin(step: str) -> None:
+        nonlocal begun
+        begun += 1
+        print(f"{title} {begun}/{total}: {step}", file=sys.stderr, flush=True)
+
+    return begin
+
+
+def _file_to_write(name: str) -> Path:
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is a folder; a file name is needed")
+    return path

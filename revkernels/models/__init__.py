@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of Gomez et al. 2017: five RevNets and the four ResNets that they were compared with.
+
+Every function takes ``num_classes`` and the keywords ``in_channels=3, activations, coupling, backend``.
+"""
+
+from revkernels.models.layers import BasicBranch, BottleneckBranch, param_groups
+from revkernels.models.resnet import ResNet, resnet32, resnet101, resnet110, resnet164
+from revkernels.models.revnet import (
+    RevNet,
+    Transition,
+    revnet38,
+    revnet56,
+    revnet104,
+    revnet110,
+    revnet164,
+)
+
+__all__ = [
+    "BasicBranch",
+    "BottleneckBranch",
+    "ResNet",
+    "RevNet",
+    "Transition",
+    "param_groups",
+    "resnet32",
+    "resnet101",
+    "resnet110",
+    "resnet164",
+    "revnet38",
+    "revnet56",
+    "revnet104",
+    "revnet110",
+    "revnet164",
+]

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts shared by RevNet and ResNet: residual functions, shortcuts, stem, head, initialisation, parameter groups.
+
+Sizes and settings follow the networks of Gomez et al. 2017 (section 5 and the authors' published configuration):
+pre-activation residual functions after He et al. 2016, batch normalisation with eps 1e-3 and a running average decay of
+0.99, truncated normal convolution weights. Convolutions pad k // 2 on every side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["BLOCKS", "BasicBranch", "BottleneckBranch", "PadShortcut", "param_groups"]
+
+
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias whose output has ceil(size / stride) rows and columns."""
+    return nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+def norm_relu(channels: int) -> Iterator[nn.Module]:
+    # PyTorch's momentum is the weight of the new batch: 0.01 is a running average decay of 0.99.
+    yield nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+    # In place on the norm's output, which neither the norm nor the ReLU keeps for its backward.
+    yield nn.ReLU(inplace=True)
+
+
+class BasicBranch(nn.Sequential):
+    """Basic residual function: BN-ReLU-conv3x3(stride) - BN-ReLU-conv3x3 (paper, figure 1).
+
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). ``preactivate=False`` leaves out
+    the first BN-ReLU: for the first branch of a network, whose input is already activated.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
+        super().__init__(
+            *(norm_relu(in_channels) if preactivate else ()),
+            conv(in_channels, out_channels, 3, stride),
+            *norm_relu(out_channels),
+            conv(out_channels, out_channels, 3),
+        )
+
+    @staticmethod
+    def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        return PadShortcut(in_channels, out_channels, stride)
+
+
+class BottleneckBranch(nn.Sequential):
+    """Bottleneck residual function: BN-ReLU-conv1x1(stride) - BN-ReLU-conv3x3 - BN-ReLU-conv1x1 (figure 1).
+
+    A quarter as wide inside as at its end. Shapes and ``preactivate`` as in BasicBranch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
+        inner = out_channels // 4
+        super().__init__(
+            *(norm_relu(in_channels) if preactivate else ()),
+            conv(in_channels, inner, 1, stride),
+            *norm_relu(inner),
+            conv(inner, inner, 3),
+            *norm_relu(inner),
+            conv(inner, out_channels, 1),
+        )
+
+    @staticmethod
+    def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        if in_channels == out_channels and stride == 1:
+            return nn.Identity()
+        return conv(in_channels, out_channels, 1, stride)  # linear: no norm behind it
+
+
+class PadShortcut(nn.Module):
+    """Shortcut without parameters: average pool stride x stride, then zero channels, equally many on both sides.
+
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)); an odd extra channel goes behind.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        before = (out_channels - in_channels) // 2
+        self.padding = (before, out_channels - in_channels - before)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            # ceil_mode meets the convolution's size on odd maps; a cut-off window averages what it holds.
+            x = functional.avg_pool2d(x, self.stride, ceil_mode=True)
+        if any(self.padding):
+            x = functional.pad(x, (0, 0, 0, 0, *self.padding))
+        return x
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding}, stride={self.stride}"
+
+
+BLOCKS: dict[str, type[BasicBranch | BottleneckBranch]] = {
+    "basic": BasicBranch,
+    "bottleneck": BottleneckBranch,
+}
+
+
+class ModelOptions(TypedDict, total=False):
+    """Keywords that every network of this package takes."""
+
+    in_channels: int
+    activations: Any
+    coupling: Any
+    backend: str | None
+
+
+def build_stem(kind: str, in_channels: int, width: int) -> nn.Sequential:
+    """What stands before the first stage, output already activated.
+
+    "cifar": conv3x3, BN, ReLU. "imagenet": conv7x7 stride 2, BN, ReLU, max-pool 3x3 stride 2.
+    """
+    if kind == "cifar":
+        return nn.Sequential(conv(in_channels, width, 3), *norm_relu(width))
+    return nn.Sequential(
+        conv(in_channels, width, 7, stride=2),
+        *norm_relu(width),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+
+
+def build_head(width: int, num_classes: int) -> nn.Sequential:
+    """BN, ReLU, global average, linear: (N, width, H, W) -> (N, num_classes)."""
+    return nn.Sequential(*norm_relu(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+
+def initialise(model: nn.Module) -> None:
+    """Start values of the authors' code, drawn from PyTorch's default generator.
+
+    Convolutions k x k: normal, std sqrt(2 / (k * k * out)), redrawn beyond two std. Linear: uniform within
+    sqrt(3 / in) (unit variance kept), bias 0. Batch normalisation: scale 1, shift 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            rows, columns = module.kernel_size
+            std = math.sqrt(2 / (rows * columns * module.out_channels))
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, nn.Linear):
+            bound = math.sqrt(3 / module.in_features)
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimiser groups: L2 on convolution and linear weights only, none on biases and norms (the paper's rule).
+
+    Args:
+        model: any module; each of its parameters lands in exactly one group.
+        weight_decay: the coefficient of the first group.
+
+    Returns:
+        ``[{"params": weights, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]``.
+    """
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}
+    weights = [p for p in model.parameters() if id(p) in decayed]
+    rest = [p for p in model.parameters() if id(p) not in decayed]
+    return [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def check_sizes(
+    block: str,
+    units: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int],
+    stem_kind: str,
+    multiple: int,
+    **positive: int,
+) -> None:
+    """Raise before anything is built; every width must be a multiple of ``multiple``."""
+    if block not in BLOCKS:
+        raise ValueError(f"block: got {block!r}, needs one of {', '.join(map(repr, BLOCKS))}")
+    if stem_kind not in ("cifar", "imagenet"):
+        raise ValueError(f"stem: got {stem_kind!r}, needs 'cifar' or 'imagenet'")
+    for name, value in positive.items():
+        _check_positive(name, value)
+    for name, values in (("units", units), ("widths", widths), ("strides", strides)):
+        for value in values:
+            _check_positive(name, value)
+    if not len(units) == len(widths) == len(strides) > 0:
+        raise ValueError(
+            f"units, widths, strides: need one entry a stage each, got {len(units)}, {len(widths)} and {len(strides)}"
+        )
+    for value in widths:
+        if value % multiple:
+            raise ValueError(f"widths: got {value}, needs multiples of {multiple} ({block} blocks)")
+    if block == "basic":
+        all_widths = (positive["stem_width"], *widths)
+        if any(a > b for a, b in pairwise(all_widths)):
+            raise ValueError(
+                f"widths: got {all_widths} with the stem's, but a basic block's shortcut pads channels "
+                "and cannot drop any: needs widths that never shrink"
+            )
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), needs whole numbers")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, needs at least 1")
+
+
+def check_images(x: Tensor, in_channels: int) -> None:
+    """Name the argument before a convolution deep inside complains about its own."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, needs a tensor of images")
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, needs (N, {in_channels}, H, W)")

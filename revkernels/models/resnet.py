@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pre-activation ResNets that the RevNet paper compares with (Gomez et al. 2017, section 5): same
+residual functions, shortcuts and settings as RevNet at full width, with stored activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from revkernels.backends import require
+from revkernels.models.layers import (
+    BLOCKS,
+    ModelOptions,
+    build_head,
+    build_stem,
+    check_images,
+    check_sizes,
+    initialise,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["ResNet", "Unit", "resnet32", "resnet101", "resnet110", "resnet164"]
+
+
+class Unit(nn.Module):
+    """y = F(x) + S(x), F with the stride, S the block's shortcut (identity where the shape stays)."""
+
+    def __init__(
+        self,
+        block: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        preactivate: bool = True,
+    ) -> None:
+        super().__init__()
+        branch = BLOCKS[block]
+        self.F = branch(in_channels, out_channels, stride, preactivate)
+        self.shortcut = branch.shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.F(x) + self.shortcut(x)
+
+
+class ResNet(nn.Module):
+    """A pre-activation ResNet of any depth. (N, in_channels, H, W) -> logits (N, num_classes).
+
+    The stored-activation baseline: plain PyTorch throughout, so ``backend`` changes nothing here and is checked for its
+    name only. Depth is sum(units) * (2 for basic, 3 for bottleneck) + 2.
+
+    Args:
+        block: "basic" or "bottleneck".
+        units: residual units of each stage.
+        widths: channels of each stage; multiples of 4 for bottleneck blocks.
+        stem_width: channels behind the stem.
+        stem: "cifar" (3x3) or "imagenet" (7x7 stride 2 and max-pool).
+        strides: of each stage's first unit; default 1, 2, 2, ...
+        num_classes, in_channels: of the data.
+        activations: "store", the only choice.
+        coupling: "float", the only choice.
+        backend: as in RevNet.
+
+    Raises:
+        ValueError: ``activations="reconstruct"`` or a memory budget (y = x + F(x) cannot be solved for x without
+            iterating), or a size, kind or name that does not fit. TypeError: a size that is no whole number.
+    """
+
+    def __init__(
+        self,
+        block: str,
+        units: Sequence[int],
+        widths: Sequence[int],
+        *,
+        stem_width: int,
+        stem: str = "cifar",
+        strides: Sequence[int] | None = None,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        activations: Any = "store",
+        coupling: Any = "float",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if activations != "store":
+            raise ValueError(
+                f"activations: got {activations!r}, a ResNet needs 'store': its unit y = x + F(x) has no inverse in "
+                "closed form, so inputs cannot be reconstructed from outputs; a RevNet of the same depth can"
+            )
+        if coupling != "float":
+            raise ValueError(f"coupling: got {coupling!r}, a ResNet needs 'float': it has no coupling to invert")
+        if backend is not None:
+            require(backend)
+        if strides is None:
+            strides = [1] + [2] * (len(units) - 1)
+        check_sizes(
+            block,
+            units,
+            widths,
+            strides,
+            stem,
+            multiple=1 if block == "basic" else 4,
+            stem_width=stem_width,
+            num_classes=num_classes,
+            in_channels=in_channels,
+        )
+        self.in_channels = in_channels
+        self.stem = build_stem(stem, in_channels, stem_width)
+        layers: list[Unit] = []
+        before = stem_width
+        for count, width, first_stride in zip(units, widths, strides, strict=True):
+            for unit in range(count):
+                stride = first_stride if unit == 0 else 1
+                layers.append(Unit(block, before, width, stride, preactivate=bool(layers)))
+                before = width
+        self.units = nn.Sequential(*layers)
+        self.head = build_head(before, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_channels)
+        return self.head(self.units(self.stem(x)))
+
+
+def resnet32(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
+    """ResNet-32 for CIFAR: 5-5-5 basic units of widths 16-32-64; 464,154 parameters."""
+    widths = (16, 32, 64)
+    return ResNet("basic", (5, 5, 5), widths, stem_width=16, num_classes=num_classes, **options)
+
+
+def resnet110(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
+    """ResNet-110 for CIFAR: 18-18-18 basic units of widths 16-32-64; 1,727,962 parameters."""
+    units, widths = (18, 18, 18), (16, 32, 64)
+    return ResNet("basic", units, widths, stem_width=16, num_classes=num_classes, **options)
+
+
+def resnet164(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
+    """ResNet-164 for CIFAR: 18-18-18 bottleneck units of widths 64-128-256; 1,703,258 parameters."""
+    units, widths = (18, 18, 18), (64, 128, 256)
+    return ResNet("bottleneck", units, widths, stem_width=16, num_classes=num_classes, **options)
+
+
+def resnet101(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> ResNet:
+    """ResNet-101 for ImageNet: 3-4-23-3 bottleneck units, widths 256 to 2048; 44,541,480 parameters."""
+    return ResNet(
+        "bottleneck",
+        (3, 4, 23, 3),
+        (256, 512, 1024, 2048),
+        stem_width=64,
+        stem="imagenet",
+        num_classes=num_classes,
+        **options,
+    )

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RevNets (Gomez, Ren, Urtasun, Grosse 2017, "The Reversible Residual Network: Backpropagation Without Storing
+Activations", arXiv 1707.04585): section 3.1 for the blocks, section 5 for the five networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from revkernels.models.layers import (
+    BLOCKS,
+    ModelOptions,
+    build_head,
+    build_stem,
+    check_images,
+    check_sizes,
+    initialise,
+)
+from revkernels.nn import ReversibleBlock, ReversibleSequential
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["RevNet", "Transition", "revnet38", "revnet56", "revnet104", "revnet110", "revnet164"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Transition(nn.Module):
+    """First unit of a stage: changes width or resolution, so it cannot be undone and its input is stored (section 3.1).
+
+        y1 = F(x2) + S(x1)        y2 = G(y1) + S(x2)
+
+    F carries the stride; S is the block's shortcut (basic: average pool and zero channels; bottleneck: a strided 1x1
+    convolution for each half). Halves (N, in_channels, H, W) -> halves (N, out_channels, H / stride, W / stride).
+
+    Args:
+        block: "basic" or "bottleneck".
+        in_channels, out_channels: width of one half before and behind.
+        stride: of F and of both shortcuts.
+        preactivate: False leaves out F's first BN-ReLU (the very first unit: the stem has activated its input).
+    """
+
+    def __init__(
+        self,
+        block: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        preactivate: bool = True,
+    ) -> None:
+        super().__init__()
+        branch = BLOCKS[block]
+        self.F = branch(in_channels, out_channels, stride, preactivate)
+        self.G = branch(out_channels, out_channels)
+        self.shortcut1 = branch.shortcut(in_channels, out_channels, stride)
+        self.shortcut2 = branch.shortcut(in_channels, out_channels, stride)
+
+    def forward(self, pair: Pair) -> Pair:
+        x1, x2 = pair
+        y1 = self.F(x2) + self.shortcut1(x1)
+        y2 = self.G(y1) + self.shortcut2(x2)
+        return y1, y2
+
+
+class RevNet(nn.Module):
+    """A RevNet of any depth: stem, stages, head. (N, in_channels, H, W) -> logits (N, num_classes).
+
+    A stage of n units is one Transition and one ReversibleSequential of n - 1 blocks. The stem's output is split once;
+    the pair (x1, x2) travels through all stages and is joined in the head. Depth in the paper's count is
+    2 * sum(units) * (2 for basic, 3 for bottleneck) + 2.
+
+    Args:
+        block: "basic" or "bottleneck".
+        units: residual units of each stage.
+        widths: channels of both halves together, of each stage; even for basic, a multiple of 8 for bottleneck blocks.
+        stem_width: channels behind the stem, even.
+        stem: "cifar" (3x3) or "imagenet" (7x7 stride 2 and max-pool).
+        strides: of each stage's first unit; default 1, 2, 2, ...
+        num_classes, in_channels: of the data.
+        activations: "reconstruct" (memory flat in depth) or "store", as in ReversibleSequential.
+        coupling: "float", as in ReversibleSequential.
+        backend: where the couplings run; None picks the fused one of the tensors' device, "eager" is plain torch.
+
+    Raises:
+        ValueError, TypeError: a size, kind or name that does not fit, before any parameter is allocated.
+    """
+
+    def __init__(
+        self,
+        block: str,
+        units: Sequence[int],
+        widths: Sequence[int],
+        *,
+        stem_width: int,
+        stem: str = "cifar",
+        strides: Sequence[int] | None = None,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        activations: Any = "reconstruct",
+        coupling: Any = "float",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if strides is None:
+            strides = [1] + [2] * (len(units) - 1)
+        check_sizes(
+            block,
+            units,
+            widths,
+            strides,
+            stem,
+            multiple=2 if block == "basic" else 8,
+            stem_width=stem_width,
+            num_classes=num_classes,
+            in_channels=in_channels,
+        )
+        if stem_width % 2:
+            raise ValueError(f"stem_width: got {stem_width}, needs an even number (it is split in two)")
+        self.in_channels = in_channels
+        self.stem = build_stem(stem, in_channels, stem_width)
+        branch = BLOCKS[block]
+        stages: list[nn.Module] = []
+        half = stem_width // 2
+        for stage, (count, width, stride) in enumerate(zip(units, widths, strides, strict=True)):
+            transition = Transition(block, half, width // 2, stride, preactivate=stage > 0)
+            half = width // 2
+            chain = ReversibleSequential(
+                *(ReversibleBlock(branch(half, half), branch(half, half)) for _ in range(count - 1)),
+                activations=activations,
+                coupling=coupling,
+                backend=backend,
+            )
+            stages.append(nn.Sequential(transition, chain))
+        self.stages = nn.Sequential(*stages)
+        self.head = build_head(2 * half, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_channels)
+        x1, x2 = self.stem(x).chunk(2, dim=1)
+        y1, y2 = self.stages((x1, x2))
+        return self.head(torch.cat((y1, y2), dim=1))
+
+
+def revnet38(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
+    """RevNet-38 for CIFAR: 3-3-3 basic units of widths 32-64-112; 464,890 parameters."""
+    widths = (32, 64, 112)
+    return RevNet("basic", (3, 3, 3), widths, stem_width=32, num_classes=num_classes, **options)
+
+
+def revnet110(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
+    """RevNet-110 for CIFAR: 9-9-9 basic units of widths 32-64-128; 1,729,194 parameters."""
+    widths = (32, 64, 128)
+    return RevNet("basic", (9, 9, 9), widths, stem_width=32, num_classes=num_classes, **options)
+
+
+def revnet164(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
+    """RevNet-164 for CIFAR: 9-9-9 bottleneck units of widths 128-256-512; 1,748,778 parameters."""
+    widths = (128, 256, 512)
+    return RevNet("bottleneck", (9, 9, 9), widths, stem_width=32, num_classes=num_classes, **options)
+
+
+def revnet56(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> RevNet:
+    """RevNet-56 for ImageNet: 2-2-3-2 bottleneck units of widths 512 to 3328; 27,553,128 parameters."""
+    return _imagenet((2, 2, 3, 2), num_classes, **options)
+
+
+def revnet104(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> RevNet:
+    """RevNet-104 for ImageNet: 2-2-11-2 bottleneck units, widths 512 to 3328; 45,428,072 parameters."""
+    return _imagenet((2, 2, 11, 2), num_classes, **options)
+
+
+def _imagenet(units: Sequence[int], num_classes: int, **options: Unpack[ModelOptions]) -> RevNet:
+    widths = (512, 1024, 2048, 3328)
+    return RevNet(
+        "bottleneck",
+        units,
+        widths,
+        stem_width=128,
+        stem="imagenet",
+        num_classes=num_classes,
+        **options,
+    )
