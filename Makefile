@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo | test | test-all | lint | clean      needs python3 (venv, headers), make, g++; nvcc is optional.
+#
+# PYTHON=python3.12      another interpreter       VENV=.venv        another environment
+# DEMO_ARGS=--quick      options of the demo       TEST_ARGS="-k coupling"    options of pytest
+# REVK_CUDA=OFF          leave CUDA out of the build
+#
+# On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches the small torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REVK_CUDA ?= AUTO
+export REVK_CUDA
+
+# Each step leaves a stamp, so that a second run repeats only what its inputs changed. The build's stamp carries the
+# CUDA choice: asking for another one builds again.
+CREATED := $(VENV)/.made-venv
+TOOLS := $(VENV)/.made-tools
+BUILT := $(VENV)/.made-build-cuda-$(REVK_CUDA)
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: all demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+all: $(BUILT)
+
+$(CREATED):
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found; install Python 3.10 or later"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: $(PYTHON) is too old; Python 3.10 or later is needed (make PYTHON=python3.12)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "make: $(PYTHON) has no venv; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; p = sysconfig.get_paths(); \
+	    sys.exit(not any(os.path.isfile(os.path.join(p[k], "Python.h")) for k in ("include", "platinclude")))' || \
+	    { echo "make: Python.h is missing; on Debian or Ubuntu: apt-get install python3-dev"; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || \
+	    { echo "make: no C++ compiler found; on Debian or Ubuntu: apt-get install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(TOOLS): $(CREATED) constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt setuptools pybind11 ninja cmake
+	@touch $@
+
+# The build, and in the versions of constraints.txt what testing, the demo and linting use. Without build isolation, for
+# the build tools are here already; pip finds everything in place when only a source has changed.
+$(BUILT): $(TOOLS) $(SOURCES)
+	@rm -f $(VENV)/.made-build-*
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(BUILT)
+	$(BIN)/python -m revkernels demo $(DEMO_ARGS)
+
+test: $(BUILT)
+	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+
+test-all: $(BUILT)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.made-build-*
+	rm -f revkernels/*.so revkernels/*.so.*
+	find revkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

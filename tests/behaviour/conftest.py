@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every situation is tried on the unfused and on the compiled backend, rebuilding and storing activations."""
+
+import os
+
+import pytest
+
+from revkernels.backends import BACKENDS
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Tensors here are tiny: on a busy machine a second thread costs its waiting, and gains nothing."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def available(name):
+    """Return ``name`` if that backend can run here; else skip, or fail where it must be there."""
+    reason = BACKENDS[name].missing()
+    if reason is not None:
+        if os.environ.get("CI"):
+            pytest.fail(f"backend {name!r} must be there in CI: {reason}")
+        pytest.skip(f"backend {name!r}: {reason}")
+    return name
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request):
+    return available(request.param)
+
+
+@pytest.fixture
+def compiled():
+    """The compiled backend alone."""
+    return available("cpu")
+
+
+@pytest.fixture(params=["reconstruct", "store"])
+def activations(request):
+    return request.param
+
+
+@pytest.fixture
+def options(backend, activations):
+    return {"backend": backend, "activations": activations}

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains inside other things, other things inside chains, and several at once."""
+
+import gc
+import threading
+
+import pytest
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from behaviour.common import (
+    WIDE,
+    assert_all_close,
+    assert_same,
+    check_step,
+    dropout_mlp,
+    fresh,
+    gathered,
+    images,
+    loss_of,
+    mlp,
+    norm_mlp,
+    pairs_of,
+    rows,
+    step,
+    torch,
+    twins,
+)
+from revkernels.measure import peak_bytes
+from revkernels.nn import ReversibleBlock, ReversibleSequential
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
+def test_chain_inside_checkpoint(use_reentrant, pair, options):
+    """Row 27: torch.utils.checkpoint around the whole chain, dropout included."""
+    net, plain = twins(pairs_of(dropout_mlp, 3), **options)
+    x = (rows(5, 4), rows(5, 4)) if pair else rows()
+    results = []
+    for network in (net, plain):
+        torch.manual_seed(1)
+        leaves, copied = fresh(x)
+        if pair:
+            y = checkpoint(lambda a, b, n=network: n((a, b)), *copied, use_reentrant=use_reentrant)
+        else:
+            y = checkpoint(network, copied, use_reentrant=use_reentrant)
+        loss_of(y).backward()
+        results.append(gathered(network, y, leaves))
+    assert_same(*results)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.inner, self.use_reentrant = dropout_mlp(), use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_inside_a_branch(use_reentrant, options):
+    """Row 27: a checkpointed module inside F and G."""
+    net, plain = twins(pairs_of(lambda: Checkpointed(use_reentrant), 3), **options)
+    # A reentrant checkpoint gives its parameters no gradient unless its input has one.
+    check_step(net, plain, rows(requires_grad=True), steps=2)
+
+
+def test_chain_inside_a_branch(options):
+    """Row 27: a chain as a branch of another chain."""
+
+    class Inner(nn.Module):
+        def __init__(self, reversible):
+            super().__init__()
+            net, plain = twins([(dropout_mlp(2), norm_mlp(2)), (norm_mlp(2), dropout_mlp(2))], **options)
+            self.chain = net if reversible else plain
+
+        def forward(self, x):
+            return self.chain(x)
+
+    torch.manual_seed(0)
+    pairs, plain_pairs = ([(Inner(reversible), mlp()) for _ in range(2)] for reversible in (True, False))
+    net, _ = twins(pairs, **options)
+    _, plain = twins(plain_pairs)
+    plain.load_state_dict(net.state_dict())
+    check_step(net, plain, rows(6, 8), steps=2)
+
+
+class Stages(nn.Module):
+    """Runs of reversible blocks with down-sampling between them, as in a RevNet."""
+
+    def __init__(self, runs, downs):
+        super().__init__()
+        self.runs, self.downs = nn.ModuleList(runs), nn.ModuleList(downs)
+
+    def forward(self, x):
+        for run, down in zip(self.runs, self.downs, strict=True):
+            x = down(run(x))
+        return x
+
+
+def conv_branch(channels):
+    return nn.Sequential(
+        nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    ).to(WIDE)
+
+
+def stages(depth, options):
+    runs = [twins(pairs_of(lambda c=c: conv_branch(c), depth), **options) for c in (4, 8)]
+    downs = [nn.Conv2d(8, 16, 3, stride=2, padding=1).to(WIDE), nn.AvgPool2d(2)]
+    return [Stages([run[which] for run in runs], downs) for which in (0, 1)]
+
+
+def test_stages_with_down_sampling(options):
+    """Row 29: gradients and statistics across the boundaries."""
+    check_step(*stages(2, options), images(3, 8, 8, 8), steps=2)
+
+
+def test_only_the_boundary_of_a_stage_is_stored(backend):
+    """Row 29: memory does not grow with the depth of the stages."""
+    x = images(4, 8, 16, 16).detach()
+    peaks = []
+    for depth in (2, 8):
+        net, _ = stages(depth, {"backend": backend, "activations": "reconstruct"})
+
+        def train(net=net):
+            net(x).sum().backward()
+
+        train()
+        gc.collect()
+        peaks.append(peak_bytes(train))
+    assert abs(peaks[1] - peaks[0]) <= x.numel() * 8
+
+
+def test_two_models_interleaved(options):
+    """Row 32: two forwards of two models, then their backwards, each in either order."""
+    first, second = twins(pairs_of(dropout_mlp, 2), **options), twins(pairs_of(norm_mlp, 3), **options)
+    for reverse in (False, True):
+        results = []
+        for which in (0, 1):
+            torch.manual_seed(4)
+            nets = [first[which], second[which]]
+            inputs = [fresh(rows(6, 8)) for _ in nets]
+            outputs = [net(x) for net, (_, x) in zip(nets, inputs, strict=True)]
+            for y in reversed(outputs) if reverse else outputs:
+                loss_of(y).backward()
+            results.append([leaf.grad for leaves, _ in inputs for leaf in leaves])
+            results[-1] += [p.grad.clone() for net in nets for p in net.parameters()]
+            for net in nets:
+                net.zero_grad()
+        assert_all_close(*results)
+
+
+def test_two_chains_in_one_graph(options):
+    """Row 32: two towers that share an input, and a chain that reads another's output."""
+    a, b, c = (twins(pairs_of(mlp, 2), **options) for _ in range(3))
+    results = []
+    for which in (0, 1):
+        torch.manual_seed(4)
+        x = rows()
+        loss_of(c[which](a[which](x) * b[which](x))).backward()
+        results.append([x.grad, *(p.grad for net in (a, b, c) for p in net[which].parameters())])
+    assert_all_close(*results)
+
+
+def test_a_thread_a_model(options):
+    """Row 32: four threads train four models at once."""
+    nets = [twins(pairs_of(norm_mlp, 3), **options) for _ in range(4)]
+    inputs = [rows(6, 8) for _ in nets]
+    problems = []
+
+    def train(pair, x):
+        try:
+            for _ in range(5):
+                results = []
+                for network in pair:
+                    leaves, copied = fresh(x)
+                    network.zero_grad()
+                    loss_of(network(copied)).backward()
+                    results.append([leaves[0].grad, *(p.grad for p in network.parameters()), *network.buffers()])
+                assert_all_close(*results)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=train, args=job) for job in zip(nets, inputs, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+
+
+def test_one_model_in_several_threads(options):
+    """Row 32: one model, each thread its own forward and backward for the inputs' gradients."""
+    net, plain = twins(pairs_of(mlp, 3), **options)
+    inputs = [rows() for _ in range(4)]
+    grads = [None] * 4
+
+    def run(index):
+        x = inputs[index]
+        for _ in range(5):
+            (grads[index],) = torch.autograd.grad(loss_of(net(x)), x)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_all_close(grads, [torch.autograd.grad(loss_of(plain(x)), x)[0] for x in inputs])
+
+
+def test_forward_in_one_thread_and_backward_in_another(options):
+    """Row 32: a graph may be run backwards elsewhere than where it was made."""
+    net, plain = twins(pairs_of(dropout_mlp, 3), **options)
+    x = rows()
+    expected = step(plain, x, seed=2)
+    torch.manual_seed(2)
+    leaves, copied = fresh(x)
+    y = net(copied)
+    thread = threading.Thread(target=loss_of(y).backward)
+    thread.start()
+    thread.join()
+    assert_same(gathered(net, [y], leaves), expected)
+
+
+def test_a_chain_between_other_layers(options):
+    """Row 29: a stem before, a head after, a loss that reads both."""
+    results = []
+    stem, head = nn.Linear(3, 8).to(WIDE), nn.Linear(8, 2).to(WIDE)
+    for network in twins(pairs_of(norm_mlp, 2), **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(stem, nn.ReLU(), network, nn.ReLU(), head)
+        model.zero_grad()
+        x = rows(6, 3)
+        (loss_of(model(x)) + stem.weight.square().sum()).backward()
+        results.append([x.grad, *(p.grad.clone() for p in model.parameters())])
+    assert_all_close(*results)
+
+
+def test_a_chain_built_from_a_generator_of_blocks(options):
+    """Row 29: blocks may come as one iterable, and are counted, indexed and iterated."""
+    net = ReversibleSequential((ReversibleBlock(mlp(), mlp()) for _ in range(3)), **options)
+    assert len(net) == 3 and list(net)[2] is net[2] is net[-1]
+    assert net(rows()).shape == (5, 8)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reversibility promises: memory that does not grow with depth, for one extra forward of each branch."""
+
+import gc
+
+import pytest
+from torch import nn
+
+from behaviour.common import WIDE, conv, pairs_of, rows, torch, twins
+from revkernels.measure import peak_bytes
+from revkernels.nn import is_recomputing
+
+BATCH, WIDTH = 64, 64
+BLOCK = 2 * BATCH * WIDTH * 8  # bytes of both streams
+DEPTHS = (4, 16, 64)
+
+
+def slim_branch(p=0.0):
+    return nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(p)).to(WIDE)
+
+
+def activation_bytes(net, x):
+    """Peak of one training step, once the parameters' gradients are there."""
+
+    def train():
+        net(x).sum().backward()
+
+    train()
+    net.zero_grad(set_to_none=False)
+    gc.collect()
+    return peak_bytes(train)
+
+
+def peaks(depths, activations, backend, make=slim_branch):
+    x = rows(BATCH, 2 * WIDTH, requires_grad=False)
+    return [activation_bytes(twins(pairs_of(make, d), backend=backend, activations=activations)[0], x) for d in depths]
+
+
+def check_memory_is_flat(backend, depths=DEPTHS):
+    shallow, *deeper = peaks(depths, "reconstruct", backend)
+    for depth, peak in zip(depths[1:], deeper, strict=True):
+        grown = peak - shallow
+        assert abs(grown) <= BLOCK, f"depth {depth} takes {grown / BLOCK:.1f} blocks more than depth {depths[0]}"
+
+
+def test_memory_is_flat(backend):
+    """Row 2: live activation bytes at depth 4, 16 and 64 are equal within one block."""
+    check_memory_is_flat(backend)
+
+
+def test_stored_memory_grows(backend):
+    """Row 2: the same meter sees stored activations grow by more than the streams of every block."""
+    shallow, deep = peaks((4, 16), "store", backend)
+    assert deep - shallow >= 12 * BLOCK
+
+
+def test_dropout_keeps_the_generator_state_alone(backend):
+    """Row 2: a branch that draws costs its generator's state, some 5 KB a half-step, and no more."""
+    shallow, deep = peaks((4, 16), "reconstruct", backend, lambda: slim_branch(0.1))
+    state = torch.get_rng_state().numel()
+    half_steps = 2 * (16 - 4)
+    assert half_steps * state <= deep - shallow + BLOCK
+    assert deep - shallow <= half_steps * state * 1.1 + BLOCK
+
+
+def test_memory_is_flat_with_batch_norm(backend):
+    """Row 2: throw-away statistics are thrown away."""
+    x = rows(4, 16, 16, 16, requires_grad=False)
+    block = x.numel() * 8
+    shallow, deep = (activation_bytes(twins(pairs_of(lambda: conv(8), d), backend=backend)[0], x) for d in (3, 12))
+    assert abs(deep - shallow) <= block
+
+
+class Counting(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, []
+
+    def forward(self, x):
+        self.calls.append(is_recomputing())
+        return self.inner(x)
+
+
+def check_calls(net, x, recomputes):
+    """One forward of every branch and ``recomputes`` more, a step."""
+    branches = [branch for block in net for branch in (block.F, block.G)]
+    net(x).sum().backward()
+    for number, branch in enumerate(branches):
+        assert branch.calls == [False] + [True] * recomputes, f"branch {number}: {branch.calls}"
+        branch.calls.clear()
+
+
+def test_one_extra_forward(backend):
+    """Row 3: under "reconstruct" each branch runs exactly once more, the first too."""
+    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 5), backend=backend)
+    for _ in range(2):
+        check_calls(net, rows(3, 2 * WIDTH), recomputes=1)
+
+
+def test_no_extra_forward_when_stored(backend):
+    """Row 3: under "store" none does."""
+    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 5), backend=backend, activations="store")
+    check_calls(net, rows(3, 2 * WIDTH), recomputes=0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_no_extra_forward_without_gradients(context, options):
+    """Rows 3 and 16: nothing is recorded where no backward can come."""
+    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 3), **options)
+    with context():
+        net(rows(3, 2 * WIDTH))
+    assert [branch.calls for block in net for branch in (block.F, block.G)] == [[False]] * 6
+
+
+def test_extra_forwards_of_two_gradients(backend):
+    """Rows 3 and 10: a gradient for the last block alone rebuilds nothing below it."""
+    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 4), backend=backend)
+    y = net(rows(3, 2 * WIDTH))
+    torch.autograd.grad(y.sum(), list(net[3].G.parameters()))
+    assert [len(block.G.calls) for block in net] == [1, 1, 1, 2]
+    assert [len(block.F.calls) for block in net] == [1, 1, 1, 1]

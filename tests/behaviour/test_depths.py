@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any depth, any way of handing the input over."""
+
+import pytest
+from torch import nn
+
+from behaviour.common import assert_all_close, check_step, conv, fresh, images, mlp, pairs_of, rows, step, torch, twins
+from revkernels.nn import ReversibleBlock, ReversibleSequential
+
+
+@pytest.mark.parametrize("depth", range(1, 7))
+def test_depth(depth, options):
+    """Row 1: depth 1 to 6, odd and even."""
+    check_step(*twins(pairs_of(mlp, depth), **options), rows())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_depth_of_convolutions(depth, options):
+    """Row 1: the same with convolutions and batch norms."""
+    check_step(*twins(pairs_of(conv, depth), **options), images(), steps=2)
+
+
+def test_no_block_is_the_identity(options):
+    """Row 1: zero blocks."""
+    check_step(*twins([], **options), rows())
+    check_step(*twins([], **options), (rows(5, 4), rows(5, 4)))
+    x = rows()
+    assert torch.equal(ReversibleSequential(**options).inverse(x), x)
+
+
+def test_one_block_alone(options):
+    """Rows 1 and 36: a block called without a chain works like a chain of one, on a tensor and on a pair."""
+    pairs = pairs_of(mlp, 1)
+    net, plain = twins(pairs, **options)
+    block = ReversibleBlock(*pairs[0], **options)
+    for x in (rows(), (rows(5, 4), rows(5, 4))):
+        got, expected = step(block, x), step(plain, x)
+        assert_all_close(got.outputs, expected.outputs)
+        assert_all_close(got.inputs, expected.inputs)
+        assert_all_close(list(got.parameters.values()), list(expected.parameters.values()))
+        chained = step(net, x)
+        assert_all_close(got.outputs, chained.outputs, tolerance=1e-300)
+    x = rows(requires_grad=False)
+    assert_all_close([block.inverse(block(x))], [x], 1e-12)
+
+
+def test_pair_in_pair_out(options):
+    """Row 36: (x1, x2) in, a tuple of two out, both differentiable on their own."""
+    net, plain = twins(pairs_of(mlp, 3), **options)
+    x = rows(5, 4), rows(5, 4)
+    check_step(net, plain, x)
+    for which in (0, 1):
+        grads = []
+        for network in (net, plain):
+            leaves, pair = fresh(x)
+            y = network(pair)
+            assert type(y) is tuple and len(y) == 2
+            y[which].square().sum().backward()
+            grads.append([leaf.grad for leaf in leaves])
+        assert_all_close(*grads)
+
+
+def test_pair_of_one_tensor_twice(options):
+    """Row 36: both streams start as the same tensor; its gradient is the sum."""
+    net, plain = twins(pairs_of(mlp, 2), **options)
+    grads = []
+    for network in (net, plain):
+        torch.manual_seed(0)
+        x = rows(5, 4)
+        y1, y2 = network((x, x))
+        (y1.square().sum() + y2.sum()).backward()
+        grads.append([x.grad])
+    assert_all_close(*grads)
+
+
+def test_a_pair_is_not_copied(options):
+    """Row 36: the first branch reads the caller's own memory."""
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(x.data_ptr())
+            return x * 2
+
+    net, _ = twins([(Spy(), Spy())], **options)
+    x1, x2 = rows(5, 4), rows(5, 4)
+    net((x1, x2))
+    assert seen[0] == x2.data_ptr()
+
+
+def test_a_list_of_two_is_a_pair(options):
+    """Row 36: [x1, x2] is taken as well."""
+    net, _ = twins(pairs_of(mlp, 2), **options)
+    x = rows(5, 4), rows(5, 4)
+    assert_all_close(list(net(list(x))), list(net(x)), tolerance=1e-300)
+
+
+@pytest.mark.parametrize("split_dim", [0, 2, -1])
+def test_split_dim(split_dim, options):
+    """Row 36: halves along any dimension."""
+    width = 8 if split_dim == 0 else 4
+    check_step(*twins(pairs_of(lambda: mlp(width), 3), split_dim=split_dim, **options), rows(6, 2, 8))
+
+
+def test_input_is_not_written_to(options):
+    """The caller's input is as it was after forward and backward, single or pair."""
+    net, _ = twins(pairs_of(mlp, 4), **options)
+    for x in (rows(), (rows(5, 4), rows(5, 4))):
+        leaves, handed = fresh(x)
+        before, versions = [leaf.detach().clone() for leaf in leaves], [leaf._version for leaf in leaves]
+        y = net(handed)
+        sum(t.square().sum() for t in (y if isinstance(y, tuple) else (y,))).backward()
+        assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
+        assert versions == [leaf._version for leaf in leaves]

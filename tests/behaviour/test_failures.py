@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong is named, propagates, and leaves nothing behind."""
+
+import gc
+import weakref
+
+import pytest
+from torch import nn
+
+import revkernels as rk
+from behaviour.common import (
+    WIDE,
+    assert_all_close,
+    assert_raises,
+    check_step,
+    dropout_mlp,
+    loss_of,
+    mlp,
+    norm_mlp,
+    pairs_of,
+    rows,
+    torch,
+    twins,
+)
+from revkernels.autograd import reversal
+from revkernels.nn import PerBlock, ReversibleBlock, ReversibleSequential, is_recomputing
+
+
+class Fails(nn.Module):
+    """Raises in the forward or in the recompute, while it is told to."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.inner, self.when = dropout_mlp(), when
+
+    def forward(self, x):
+        f = self.inner(x)
+        if self.when == ("recompute" if is_recomputing() else "forward"):
+            raise KeyError("from the branch")
+        return f
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 1), (2, 1)])
+def test_exception_in_a_forward(place, options):
+    """Row 31: it propagates as it is, and the next step works."""
+    pairs = [list(pair) for pair in pairs_of(norm_mlp, 3)]
+    pairs[place[0]][place[1]] = failing = Fails("forward")
+    net, plain = twins([tuple(pair) for pair in pairs], **options)
+    x = rows(6, 8)
+    for network in (net, plain):
+        with pytest.raises(KeyError, match="from the branch"):
+            network(x)
+    failing.when = None
+    for block in plain.children():
+        for branch in (block.F, block.G):
+            branch.when = None
+    check_step(net, plain, rows(6, 8), steps=2)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 1), (2, 1)])
+def test_exception_in_a_recompute(place, backend):
+    """Row 31: it propagates out of backward(); generator, statistics, flags and autocast are the caller's again."""
+    pairs = [list(pair) for pair in pairs_of(norm_mlp, 3)]
+    pairs[place[0]][place[1]] = failing = Fails("recompute")
+    net, plain = twins([tuple(pair) for pair in pairs], backend=backend)
+    loss = loss_of(net(rows(6, 8)))
+    state, buffers = torch.get_rng_state(), [(b, b.clone()) for b in net.buffers()]
+    with pytest.raises(KeyError, match="from the branch"):
+        loss.backward()
+    assert not is_recomputing()
+    assert torch.is_grad_enabled()
+    assert torch.equal(state, torch.get_rng_state())
+    for now, (then, value) in zip(net.buffers(), buffers, strict=True):
+        assert now is then
+        assert torch.equal(now, value)
+    failing.when = None
+    plain.load_state_dict(net.state_dict())
+    check_step(net, plain, rows(6, 8), steps=2)
+
+
+def test_backward_again_after_a_failed_one(backend):
+    """Row 31: under retain_graph the same graph runs once the cause is gone."""
+    failing = Fails("recompute")
+    net, plain = twins([(mlp(), mlp()), (failing, mlp()), (mlp(), mlp())], backend=backend)
+    x = rows()
+    torch.manual_seed(1)
+    loss = loss_of(net(x))
+    with pytest.raises(KeyError):
+        loss.backward(retain_graph=True)
+    failing.when = None
+    net.zero_grad()
+    x.grad = None
+    loss.backward()
+    torch.manual_seed(1)
+    copy = x.detach().requires_grad_()
+    loss_of(plain(copy)).backward()
+    pairs = zip([x, *net.parameters()], [copy, *plain.parameters()], strict=True)
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-12) for a, b in pairs)
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """The calls of chains that are still in memory."""
+    calls = weakref.WeakSet()
+    init = reversal.Reversal.__init__
+
+    def counting(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        calls.add(self)
+
+    monkeypatch.setattr(reversal.Reversal, "__init__", counting)
+    return calls
+
+
+class WithAuxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x):
+        f = self.inner(x)
+        return f, f.square().mean()
+
+
+def failing_forward(backend):
+    net, _ = twins([(mlp(), mlp()), (mlp(), Fails("forward"))], backend=backend)
+    with pytest.raises(KeyError):
+        net(rows())
+
+
+def failing_recompute(backend):
+    net, _ = twins([(mlp(), mlp()), (mlp(), Fails("recompute")), (mlp(), mlp())], backend=backend)
+    with pytest.raises(KeyError):
+        loss_of(net(rows())).backward()
+
+
+def forward_only(backend):
+    twins(pairs_of(mlp, 2), backend=backend)[0](rows())
+
+
+def auxiliary_outputs_unused(backend):
+    twins(pairs_of(WithAuxiliary, 2), backend=backend)[0](rows())
+
+
+def training_step(backend):
+    loss_of(twins(pairs_of(WithAuxiliary, 2), backend=backend)[0](rows())).backward()
+
+
+def inside_checkpoint(backend):
+    net, _ = twins(pairs_of(mlp, 2), backend=backend)
+    loss_of(torch.utils.checkpoint.checkpoint(net, rows(), use_reentrant=False)).backward()
+
+
+def gradient_of_some(backend):
+    net, _ = twins(pairs_of(mlp, 3), backend=backend)
+    torch.autograd.grad(loss_of(net(rows())), next(iter(net[2].G.parameters())))
+
+
+def second_order(backend):
+    net, _ = twins(pairs_of(mlp, 2), backend=backend)
+    x = rows()
+    (dx,) = torch.autograd.grad(loss_of(net(x)), x, create_graph=True)
+    torch.autograd.grad(dx.sum(), x)
+
+
+LIVES = [
+    *(failing_forward, failing_recompute, forward_only, auxiliary_outputs_unused),
+    *(training_step, inside_checkpoint, gradient_of_some, second_order),
+]
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_nothing_leaks(life, backend, alive):
+    """Rows 21, 27 and 31: whatever became of a call, nothing of it stays in memory."""
+    for _ in range(2):
+        life(backend)
+    gc.collect()
+    assert len(alive) == 0, f"{len(alive)} calls are still in memory"
+
+
+def change(tensor):
+    with torch.no_grad():
+        tensor.mul_(2)
+
+
+class Uses(nn.Module):
+    """Reads a parameter, a buffer and a side input, all of which its gradient needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, dtype=WIDE))
+        self.register_buffer("scale", torch.rand(4, dtype=WIDE))
+
+    def forward(self, x, side):
+        return torch.tanh(x @ self.weight) * self.scale * side
+
+
+def check_change_is_found(which, backend, activations):
+    """Row 33, as a function: every kind of tensor, in each of the blocks."""
+    for block in range(3):
+        net, _ = twins(pairs_of(Uses, 3), backend=backend, activations=activations)
+        side, sides = torch.rand(4, dtype=WIDE), [torch.rand(4, dtype=WIDE) for _ in range(3)]
+        given = PerBlock(sides) if which == "one block's side input" else side
+        loss = loss_of(net(rows(), side=given))
+        branch = net[block].F
+        tensor, name = {
+            "parameter": (branch.weight, "parameter weight"),
+            "buffer": (branch.scale, "buffer scale"),
+            "side input": (side, "side input side"),
+            "one block's side input": (sides[block], "side"),
+        }[which]
+        change(tensor)
+        if activations == "store":
+            # Stored, the tensor itself is saved: torch finds it, and names its type and shape.
+            assert_raises(RuntimeError, ["modified by an inplace operation"], loss.backward)
+        else:
+            parts = ["changed in place between the forward and the backward", name]
+            assert_raises(rk.ReconstructionError, parts, loss.backward)
+
+
+KINDS = ["parameter", "buffer", "side input", "one block's side input"]
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_changed_in_place_between_forward_and_backward(which, options):
+    """Row 33: an error that names it, also where torch's own check is switched off."""
+    check_change_is_found(which, **options)
+
+
+def test_an_optimizer_step_between_forward_and_backward(backend):
+    """Row 33: the usual mistake, with the branch's place in the message, bias and weight alike."""
+    for kind in ("weight", "bias"):
+        net, _ = twins(pairs_of(mlp, 2), backend=backend)
+        loss = loss_of(net(rows()))
+        optimizer = torch.optim.SGD([getattr(net[1].G[2], kind)], lr=0.1)
+        net[1].G[2].weight.grad = torch.ones(4, 6, dtype=WIDE)
+        net[1].G[2].bias.grad = torch.ones(4, dtype=WIDE)
+        optimizer.step()
+        assert_raises(rk.ReconstructionError, ["block 1, branch G", f"parameter 2.{kind}"], loss.backward)
+
+
+def test_what_a_function_reaches_is_watched(backend):
+    """Row 33: a branch that is a function, a bound method or a partial of modules."""
+    modules = [mlp() for _ in range(4)]
+    F, G = (lambda x: modules[0](x)), modules[1].forward
+    net = ReversibleSequential(ReversibleBlock(F, G), ReversibleBlock(modules[2], modules[3]), backend=backend)
+    for module in modules[:2]:
+        loss = loss_of(net(rows()))
+        change(module[0].weight)
+        assert_raises(rk.ReconstructionError, ["0.weight", "changed in place"], loss.backward)
+
+
+def test_mode_switched_between_forward_and_backward(backend):
+    """Rows 5 and 33: the recompute would run in another mode."""
+    net, _ = twins(pairs_of(norm_mlp, 2), backend=backend)
+    loss = loss_of(net(rows(6, 8)))
+    net.eval()
+    assert_raises(rk.ReconstructionError, ["train mode", "eval mode"], loss.backward)
+
+
+def test_a_branch_that_does_not_do_the_same_twice(backend):
+    """Row 31: another number of saved tensors is found, and the branch is named."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = mlp(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x) if self.calls == 1 else self.inner(x).exp()
+
+    net, _ = twins([(mlp(), mlp()), (mlp(), Counting())], backend=backend)
+    loss = loss_of(net(rows()))
+    assert_raises(rk.ReconstructionError, ["block 1, branch G", "the same twice"], loss.backward)
+
+
+class WritesBuffer(nn.Module):
+    """A running average that its output depends on, in place or by a new tensor."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.inner, self.in_place = mlp(), in_place
+        self.register_buffer("average", torch.ones(4, dtype=WIDE))
+
+    def forward(self, x):
+        new = 0.9 * self.average + 0.1 * x.detach().mean(0)
+        if self.in_place:
+            self.average.copy_(new)
+        else:
+            self.average = new
+        return self.inner(x) * self.average
+
+
+class Renorm(nn.BatchNorm1d):
+    """A batch norm that normalises with its running mean while training, and then moves it."""
+
+    def forward(self, x):
+        f = x - self.running_mean
+        with torch.no_grad():
+            self.running_mean.mul_(0.5).add_(x.mean(0), alpha=0.5)
+        return f * self.weight
+
+
+BRANCHES_WITH_STATE = {
+    "written in place": lambda: WritesBuffer(True),
+    "replaced": lambda: WritesBuffer(False),
+    "a norm of one's own": lambda: nn.Sequential(nn.Linear(4, 4), Renorm(4), nn.Tanh()).to(WIDE),
+    "spectral norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4).to(WIDE)), nn.Tanh()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BRANCHES_WITH_STATE)
+def test_branches_with_state_of_their_own(kind, options):
+    """Row 34: buffers that the forward writes and its result depends on are rewound for the recompute."""
+    check_step(*twins(pairs_of(BRANCHES_WITH_STATE[kind], 3), **options), rows(), steps=3)
+
+
+def test_a_branch_with_a_generator_of_its_own(options):
+    """Row 34: a torch.Generator that a module holds is rewound as well."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.generator = mlp(), torch.Generator()
+
+        def forward(self, x):
+            return self.inner(x) * torch.rand(4, generator=self.generator, dtype=WIDE)
+
+    pairs = pairs_of(Own, 3)
+    results = []
+    for network in twins_without_copies(pairs, options):
+        for index, branch in enumerate(b for pair in pairs for b in pair):
+            branch.generator.manual_seed(index)
+            branch.zero_grad()
+        torch.manual_seed(0)
+        x = rows()
+        loss_of(network(x)).backward()
+        results.append([x.grad, *(p.grad.clone() for p in network.parameters())])
+        results[-1].extend(b.generator.get_state() for pair in pairs for b in pair)
+    assert_all_close(*results)
+
+
+def twins_without_copies(pairs, options):
+    """Both networks on the same branches: a generator can not be copied."""
+    net = ReversibleSequential([ReversibleBlock(F, G) for F, G in pairs], **options)
+    return net, type(twins([])[1])(pairs)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch norm in the branches: gradients, and running statistics that are updated once a step."""
+
+import pytest
+from torch import nn
+
+from behaviour.common import WIDE, check_step, images, norm_mlp, pairs_of, rows, torch, twins
+
+
+def norm_branch(norm):
+    # no bias before a norm: its gradient is zero, and rounding noise has no relative error
+    return lambda: nn.Sequential(norm(), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, bias=False), norm()).to(WIDE)
+
+
+def check_statistics(backend, activations):
+    """Row 4, as a function: three steps, and buffers as in plain PyTorch after each."""
+    net, plain = twins(pairs_of(norm_mlp, 3), backend=backend, activations=activations)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        check_step(net, plain, rows(6, 8))
+    assert net[0].F[0].num_batches_tracked == 3
+
+
+def test_running_statistics(options):
+    """Row 4: running_mean, running_var and num_batches_tracked, after every of three steps."""
+    check_statistics(**options)
+
+
+def test_running_statistics_of_images(options):
+    """Row 4: two norms a branch, on images."""
+    check_step(*twins(pairs_of(norm_branch(lambda: nn.BatchNorm2d(4)), 3), **options), images(), steps=3)
+
+
+NORMS = {
+    "momentum None": lambda: nn.BatchNorm2d(4, momentum=None),
+    "momentum 0.01, eps 1e-3": lambda: nn.BatchNorm2d(4, momentum=0.01, eps=1e-3),
+    "no running statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "no affine": lambda: nn.BatchNorm2d(4, affine=False),
+    "instance norm, running": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_kinds_of_norm(name, options):
+    """Row 5: every option of torch's norms, over two steps."""
+    check_step(*twins(pairs_of(norm_branch(NORMS[name]), 2), **options), images(), steps=2)
+
+
+def test_frozen_norms_in_training(options):
+    """Row 5: norms in eval mode inside a training step leave their statistics alone and use them."""
+    net, plain = twins(pairs_of(norm_branch(lambda: nn.BatchNorm2d(4)), 2), **options)
+    check_step(net, plain, images())
+    for network in (net, plain):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    check_step(net, plain, images(), steps=2)
+
+
+def test_one_frozen_branch_among_training_ones(options):
+    """Row 5: eval mode in the middle only."""
+    net, plain = twins(pairs_of(norm_mlp, 3), **options)
+    for network in (net, plain):
+        list(network.children())[1].F.eval()
+    check_step(net, plain, rows(6, 8), steps=2)
+
+
+def test_a_norm_shared_by_all_branches(options):
+    """Rows 4 and 13: one norm, updated once for each branch that uses it."""
+    norm = nn.BatchNorm1d(4).to(WIDE)
+    pairs = pairs_of(lambda: nn.Sequential(norm, nn.Linear(4, 4).to(WIDE)), 3)
+    net, plain = twins(pairs, **options)
+    check_step(net, plain, rows(6, 8), steps=2)
+    assert norm.num_batches_tracked == 12
+
+
+def test_statistics_are_the_caller_s_own_buffers(options):
+    """Row 4: the buffers are the same objects after a step; a reference taken before sees the update."""
+    net, _ = twins(pairs_of(norm_mlp, 2), **options)
+    held = [(b, b.clone()) for b in net.buffers()]
+    net(rows()).sum().backward()
+    assert all(now is then for now, (then, _) in zip(net.buffers(), held, strict=True))
+    assert all(not torch.equal(now, before) for now, before in held)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: equal seeds, two threads, and a reason to skip where there is no GPU."""
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# For `benchmarks`, which is not installed. Last, so that an installed revkernels is not hidden by its source folder.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+HAVE_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def why_no_gpu() -> str | None:
+    """Why tests marked gpu cannot run here, or None."""
+    if not HAVE_TORCH:
+        return "torch is not installed"
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def pytest_configure(config):
+    if HAVE_TORCH:
+        import torch
+
+        torch.set_num_threads(2)  # the results must not depend on it; the time does
+
+
+def pytest_collection_modifyitems(items):
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    reason = why_no_gpu()
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Start every test from the same random state, whichever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    if HAVE_TORCH:
+        import torch
+
+        torch.manual_seed(0)

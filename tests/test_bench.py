@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The harness on a clock that the test winds: medians, ratios, rotation, goals; results, comparison, GPU report."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from benchmarks import compare, gpu_report  # noqa: E402
+from revkernels.bench import results  # noqa: E402
+from revkernels.bench.clocks import HostClock, last_level_cache  # noqa: E402
+from revkernels.bench.coupling import SUITE, Setup  # noqa: E402
+from revkernels.bench.harness import Goal, Suite, Trial, measure, rotation  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class FakeClock:
+    """Calls the function, and says that it took what the test wrote down for it."""
+
+    def __init__(self, **seconds):
+        self.seconds = {name: iter(values) for name, values in seconds.items()}
+        self.order = []
+
+    def time(self, function, operands):
+        names = {function(*one) for one in operands}
+        (name,) = names
+        self.order.append(name)
+        return next(self.seconds[name])
+
+
+def contenders(*names):
+    return {name: (lambda *operands, name=name: name) for name in names}
+
+
+def test_contenders_take_turns_and_warm_up_is_not_counted():
+    clock = FakeClock(a=[99.0, 1.0, 2.0, 3.0], b=[99.0, 2.0, 2.0, 3.0])
+    a, b = measure("add", "case", Trial("a", contenders("a", "b")), clock, rounds=3, warmup=1)
+    assert clock.order == ["a", "b"] * 4
+    assert (a.median_s, a.q1_s, a.q3_s, a.rounds) == (2.0, 1.5, 2.5, 3)
+    assert (a.ratio, b.ratio, b.median_s) == (1.0, 1.0, 2.0)  # b/a by round: 2, 1, 1
+
+
+def test_ratio_is_taken_round_by_round_so_drift_cancels():
+    drift = [1.0, 2.0, 4.0, 8.0, 16.0]
+    clock = FakeClock(a=drift, b=[1.5 * d for d in drift])
+    _, b = measure("add", "case", Trial("a", contenders("a", "b")), clock, rounds=5, warmup=0)
+    assert b.ratio == 1.5
+
+
+def test_seconds_are_per_call_and_bytes_give_bandwidth():
+    trial = Trial("a", contenders("a"), bytes_moved=6_000_000_000, calls=4)
+    (a,) = measure("add", "case", trial, FakeClock(a=[8.0, 8.0]), rounds=2, warmup=0)
+    assert (a.median_s, a.gbps) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "met"),
+    [
+        (Goal("ratio", 0.7), 0.5, True),
+        (Goal("ratio", 0.4), 0.5, False),
+        (Goal("ratio", 2.0, of="c"), 2.0, True),
+        (Goal("extra_us", -1e6), -1e6, True),
+        (Goal("extra_us", 0.2e6, of="c"), 0.5e6, False),
+    ],
+)
+def test_goals(goal, value, met):
+    clock = FakeClock(a=[2.0] * 3, b=[1.0] * 3, c=[0.5] * 3)
+    trial = Trial("a", contenders("a", "b", "c"), goals={"b": goal})
+    found = {m.variant: m.goal for m in measure("add", "case", trial, clock, rounds=3, warmup=0)}
+    assert found["a"] is None
+    assert found["b"] == {
+        "quantity": goal.quantity,
+        "at_most": goal.at_most,
+        "of": goal.of or "a",
+        "value": pytest.approx(value),
+        "met": met,
+    }
+
+
+def test_operands_rotate_over_calls_and_contenders():
+    seen = []
+
+    def note(number):
+        seen.append(number)
+        return "a"
+
+    trial = Trial("a", {"a": note}, operands=[(0,), (1,), (2,)], calls=2)
+    measure("add", "case", trial, FakeClock(a=[1.0, 1.0]), rounds=2, warmup=0)
+    assert seen == [0, 1, 2, 0]
+    assert rotation(bytes_of_a_set=10, cache_bytes=32) == 7  # 70 bytes: at least twice the cache
+    assert rotation(bytes_of_a_set=100, cache_bytes=32) == 1
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        measure("add", "case", Trial("a", contenders("a")), FakeClock(), rounds=1)
+    with pytest.raises(ValueError, match="no contender b; there are a"):
+        measure("add", "case", Trial("b", contenders("a")), FakeClock(), rounds=2)
+    with pytest.raises(ValueError, match="no contender z"):
+        measure("add", "case", Trial("a", contenders("a"), goals={"a": Goal("ratio", 1, of="z")}), FakeClock(), 2)
+    with pytest.raises(ValueError, match="quantity is 'speed'"):
+        trial = Trial("a", contenders("a"), goals={"a": Goal("speed", 1)})
+        measure("add", "case", trial, FakeClock(a=[1.0] * 9), rounds=2)
+
+
+def test_suite_runs_every_case_in_order():
+    suite = Suite("toy")
+
+    @suite.benchmark(cases=["x", "y"])
+    def first(setup, case):
+        return Trial("a", contenders("a"))
+
+    steps = []
+    found = list(suite.run(None, FakeClock(a=[1.0] * 8), rounds=2, begin=steps.append))
+    assert len(suite) == 2
+    assert steps == ["first x", "first y"]
+    assert [(m.benchmark, m.case) for m in found] == [("first", "x"), ("first", "y")]
+
+
+def test_clock_and_cache_are_those_of_this_machine():
+    calls = []
+    assert HostClock().time(calls.append, [(1,), (2,)]) > 0
+    assert calls == [1, 2]
+    assert 1 << 18 <= last_level_cache() <= 1 << 32
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "traffic"),  # bytes an element of the stream: every operand is read, the first and third written
+    [
+        ("couple_", "float32", 3 * 4),
+        ("accumulate_", "bfloat16", 3 * 2),
+        ("reverse_step_", "float64", 6 * 8),
+        ("mixed", "float32 += bfloat16", 4 + 2 + 4),
+    ],
+)
+def test_bytes_moved_are_counted(name, case, traffic):
+    setup = Setup(megabytes=1)
+    (make,) = (b.make for b in SUITE.benchmarks if b.name == name)
+    trial = make(setup, case)
+    assert trial.bytes_moved == trial.operands[0][0].numel() * traffic
+    held = len(trial.operands) * sum(t.nbytes for t in trial.operands[0])
+    assert held >= 2 * last_level_cache()
+
+
+def test_every_contender_computes_the_same():
+    setup = Setup(megabytes=1)
+    for benchmark in SUITE.benchmarks:
+        trial = benchmark.make(setup, benchmark.cases[0])
+        assert len(trial.contenders) >= 2, "no fused backend runs here"
+        expected = None
+        for function in trial.contenders.values():
+            operands = [tensor.clone() for tensor in trial.operands[0]]
+            function(*operands)
+            expected = expected or operands
+            assert all(torch.equal(a, b) for a, b in zip(operands, expected, strict=True))
+        assert not torch.equal(expected[0], trial.operands[0][0])
+
+
+def lines(path, **rows):
+    stamp = {"device": "A (R) Device 9"}
+    made = [{"benchmark": "b", "case": "c", "variant": v, "median_s": s, "ratio": 1.0} for v, s in rows.items()]
+    return results.append(made, stamp, path, "the command")
+
+
+def test_results_are_appended_under_the_devices_name(tmp_path):
+    path = lines(tmp_path / "new", a=1.0)
+    assert path.name == "a-r-device-9.jsonl"
+    first = path.read_text()
+    assert lines(tmp_path / "new", a=2.0) == path
+    assert path.read_text().startswith(first)
+    rows = results.read(path)
+    assert [row["median_s"] for row in rows] == [1.0, 2.0]
+    assert rows[0]["command"] == "the command"
+    assert rows[0]["environment"] == {"device": "A (R) Device 9"}
+
+
+def test_damaged_results_name_the_line(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1}\nnot json\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2 is not JSON"):
+        results.read(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 is a list"):
+        results.read(path)
+
+
+def test_compare_matches_the_last_lines(tmp_path, capsys):
+    before = lines(tmp_path / "a", x=1.0, gone=1.0)
+    after = lines(tmp_path / "b", x=9.0, new=1.0)
+    lines(tmp_path / "b", x=2.0)
+    table = compare.compare(before, after)
+    (row,) = table.rows
+    assert (row["variant"], row["a_ms"], row["b_ms"], row["time"]) == ("x", 1000.0, 2000.0, 2.0)
+    assert table.notes == ["only in A: 1 lines", "only in B: 1 lines"]
+    assert compare.main([str(before), str(after)]) == 0
+    assert compare.main([str(before), str(tmp_path / "absent.jsonl")]) == 2
+    assert "absent.jsonl" in capsys.readouterr().err
+
+
+def test_gpu_report_plans_flat_and_few_files(tmp_path):
+    assert gpu_report.main(["--out", str(tmp_path), "--dry-run"]) == 0
+    plan = gpu_report.stages(tmp_path, tmp_path / "site")
+    names = {stage.log for stage in plan} | {"report.txt", "report.json", "device.jsonl"}
+    assert len(names) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    assert plan[0].name == "build"
+    assert sum(stage.limit for stage in plan if stage.name.startswith(("build", "gpu", "bench"))) < gpu_report.BUDGET
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["result"] for row in report["tables"][0]["rows"]] == ["planned"] * len(plan)
+
+
+def run_plan(tmp_path, *plan, budget=60):
+    return gpu_report.run_stages(plan, tmp_path, tmp_path, None, budget)
+
+
+def stage(name, code, limit=30, **options):
+    return gpu_report.Stage(name, "a.log", ["-c", code], limit, gpu=False, **options)
+
+
+def test_gpu_report_tells_ok_from_failed_timed_out_and_unproven(tmp_path):
+    outcomes = run_plan(
+        tmp_path,
+        stage("good", "print('3 passed in 1 s')", proof=r"[1-9]\d* passed.*"),
+        stage("bad", "raise SystemExit(3)"),
+        stage("empty", "print('4 skipped')", proof=r"[1-9]\d* passed"),
+        stage("slow", "import time; time.sleep(60)", limit=1),
+        stage("absent", "", tool=["no-such-tool"]),
+    )
+    assert [o.result for o in outcomes] == ["ok", "FAILED", "FAILED", "timed out", "left out"]
+    assert outcomes[0].detail == "3 passed in 1 s"
+    assert outcomes[1].detail == "exit status 3, see a.log"
+    assert outcomes[4].detail == "no-such-tool is not on PATH"
+    assert [o.bad for o in outcomes] == [False, True, True, True, False]
+    assert "3 passed" in (tmp_path / "a.log").read_text()
+
+
+def test_gpu_report_leaves_out_what_cannot_follow(tmp_path, monkeypatch):
+    build, after = run_plan(tmp_path, stage("build", "raise SystemExit(1)"), stage("after", ""))
+    assert (build.result, after.result, after.detail) == ("FAILED", "left out", "the build failed")
+    (late,) = run_plan(tmp_path, stage("late", ""), budget=1)
+    assert (late.result, late.detail) == ("left out", "the 1 s are used up")
+    monkeypatch.setattr(gpu_report, "why_no_gpu", lambda: "no GPU: a test")
+    needs = gpu_report.Stage("needs", "a.log", ["-c", ""], 30)
+    assert run_plan(tmp_path, needs)[0].detail == "no GPU: a test"
+
+
+def test_gpu_report_exits_1_when_a_stage_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report, "stages", lambda out, site: [stage("bad", "raise SystemExit(1)")])
+    assert gpu_report.main(["--out", str(tmp_path), "--no-build"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert "FAILED" in (tmp_path / "report.txt").read_text()
+
+
+@pytest.mark.parametrize("script", ["bench_coupling", "bench_block", "bench_memory", "compare", "gpu_report"])
+def test_scripts_start(script):
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{script}", "--help"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"usage" in done.stdout

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build: the header in C99 and C++, C hosts by CMake and pkg-config, the C++ tests, and what failures say."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from revkernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ROOT / "csrc" / "include"
+STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+
+
+def need(*tools):
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+
+
+def need_extension():
+    if native.missing() is not None:
+        pytest.skip(str(native.missing()))
+
+
+def run(*command, **options):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def library():
+    (found,) = Path(native.__file__).parent.glob("librevkernels.so.*")
+    return found
+
+
+@pytest.mark.parametrize(
+    "command", [["gcc", "-x", "c", "-std=c99"], ["g++", "-x", "c++", "-std=c++11"]], ids=["c", "c++"]
+)
+def test_header_stands_alone(command):
+    need(command[0])
+    run(*command, *STRICT, "-fsyntax-only", HEADER / "revkernels" / "revkernels.h")
+
+
+def test_c_host_by_cmake(tmp_path):
+    need("cmake", "gcc")
+    need_extension()
+    run("cmake", "-S", ROOT / "tests" / "consumer", "-B", tmp_path, f"-Drevkernels_DIR={native.cmake_dir()}")
+    run("cmake", "--build", tmp_path)
+    said = run(tmp_path / "consumer")
+    assert said.startswith(f"revkernels {native.version()}, {native.cpu_isa()}: y: is written and overlaps f")
+
+
+def test_c_host_by_pkg_config(tmp_path):
+    need("pkg-config", "gcc")
+    need_extension()
+    folder = Path(native.cmake_dir()).parent / "pkgconfig"
+    flags = run("pkg-config", "--cflags", "--libs", "revkernels", env={**os.environ, "PKG_CONFIG_PATH": str(folder)})
+    program = tmp_path / "consumer"
+    run("gcc", "-std=c99", ROOT / "tests" / "consumer" / "main.c", "-o", program, *flags.split())
+    assert run(program).startswith("revkernels ")
+
+
+def test_core_in_cpp(tmp_path):
+    """The same file that ctest runs (REVK_TESTS=ON), linked to the library as installed."""
+    need("g++")
+    need_extension()
+    program = tmp_path / "test_core"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}", f"-I{HEADER}"]
+    run(
+        "g++",
+        *flags,
+        ROOT / "tests" / "csrc" / "test_core.cpp",
+        library(),
+        f"-Wl,-rpath,{library().parent}",
+        "-o",
+        program,
+    )
+    assert run(program) == "all passed\n"
+
+
+def test_only_the_c_interface_is_exported():
+    need("nm")
+    need_extension()
+    defined = [line.split() for line in run("nm", "-D", "--defined-only", library()).splitlines()]
+    ours = {name for _, kind, name in defined if kind in "TDBR"}
+    assert {"revk_couple", "revk_uncouple", "revk_reverse_step", "revk_accumulate", "revk_last_error"} <= ours
+    assert all(name.startswith("revk_") for name in ours)
+
+
+def test_the_module_needs_no_torch_and_no_driver():
+    need("readelf")
+    need_extension()
+    for file in (library(), *Path(native.__file__).parent.glob("_native*.so")):
+        needed = [line for line in run("readelf", "-d", file).splitlines() if "NEEDED" in line]
+        assert needed and not any(word in line for line in needed for word in ("torch", "c10", "libcuda", "cudart"))
+
+
+FAILURES = {
+    "no nvcc": (["-DREVK_CUDA=ON"], {"CUDACXX": "/nowhere/nvcc"}, ["REVK_CUDA=ON, but no working nvcc", "CUDACXX"]),
+    "bad choice": (["-DREVK_CUDA=MAYBE"], {}, ['REVK_CUDA is "MAYBE"', "AUTO, ON or OFF"]),
+    "no compiler": ([], {"CXX": "/nowhere/g++"}, ["No C++ compiler found", "apt install g++"]),
+    "no header": (["-DREVK_PYTHON=ON", "-DPython_INCLUDE_DIR=/nowhere"], {}, ["Python.h of", "python3-dev"]),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failed_configure_says_what_is_missing(case, tmp_path):
+    need("cmake")
+    options, environment, words = FAILURES[case]
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        "-DREVK_PYTHON=OFF",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        *options,
+    ]
+    done = subprocess.run(list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True)
+    said = " ".join(done.stderr.split())
+    assert done.returncode != 0 and all(word in said for word in words), said
+
+
+def test_a_failed_install_ends_with_the_reason(tmp_path):
+    """setup.py repeats CMake's reason as its last words, without a traceback."""
+    need("cmake")
+    pytest.importorskip("pybind11")
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "REVK_CUDA": "MAYBE"}, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == 'REVK_CUDA is "MAYBE"; AUTO, ON or OFF is needed.'
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path):
+    """A wheel built without CUDA and without isolation: what is in it, and that it runs from where it is unpacked."""
+    pytest.importorskip("pybind11")
+    run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, ROOT),
+        env={**os.environ, "REVK_CUDA": "OFF"},
+    )
+    (wheel,) = tmp_path.glob("revkernels-*.whl")
+    assert wheel.stat().st_size < 2e6
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "unpacked")
+    for part in ("librevkernels.so.0", "include/revkernels/revkernels.h", "cmake/revkernelsConfig.cmake", "py.typed"):
+        assert f"revkernels/{part}" in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+    code = "import numpy as np; from revkernels import native; x = np.ones(3); native.couple(x, x, x + 1, None); "
+    code += "print(native.__file__, x.sum())"
+    assert run(sys.executable, "-c", code, cwd=tmp_path / "unpacked").split()[0].startswith(str(tmp_path))

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line in processes of its own: info, check and bench, with and without torch and rich."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import revkernels
+from revkernels import backends
+from revkernels.cli import cases, check, output, stamp
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Put before everything else, this makes the named packages look as if they were not installed.
+BLOCK = """
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, *rest)
+    def find_distributions(self, context):
+        find = getattr(self.finder, "find_distributions", lambda context: ())
+        return () if context.name in {names!r} else find(context)
+sys.meta_path[:] = map(Without, sys.meta_path)
+from revkernels.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def revk(*words, without=(), **env):
+    start = ["-c", BLOCK.format(names=set(without))] if without else ["-m", "revkernels"]
+    command = [sys.executable, *start, *map(str, words)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def tables(path):
+    content = json.loads(path.read_text())
+    assert content["environment"]["revkernels"] == revkernels.__version__
+    return {table["title"]: table for table in content["tables"]}
+
+
+def test_info_shows_and_writes_the_same(tmp_path):
+    done = revk("info", "--json", tmp_path / "info.json")
+    assert done.returncode == 0, done.stderr
+    found = tables(tmp_path / "info.json")
+    assert [row["name"] for row in found["backends"]["rows"]] == list(backends.BACKENDS)
+    for row in found["backends"]["rows"]:
+        assert row["name"] in done.stdout
+        assert row["available"] == (row["reason"] is None)
+
+
+def test_info_does_not_import_torch():
+    code = "import sys; from revkernels.cli import main; main(['info']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plain_text_without_rich():
+    rich, plain = revk("info"), revk("info", without=["rich"])
+    assert rich.returncode == plain.returncode == 0, plain.stderr
+    assert "┃" in rich.stdout
+    assert plain.stdout.isascii()
+    words = {word for line in plain.stdout.splitlines() for word in line.split() if not set(word) <= {"-"}}
+    assert words <= set(rich.stdout.replace("│", " ").replace("┃", " ").split())
+
+
+def test_info_without_torch_says_what_is_missing():
+    done = revk("info", without=["torch", "triton"])
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed" in done.stdout
+
+
+def test_check_agrees_with_the_oracle(tmp_path):
+    done = revk("check", "--json", tmp_path / "check.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = tables(tmp_path / "check.json").values()
+    rows = {row["backend"]: row for row in table["rows"]}
+    assert set(rows) == set(backends.BACKENDS) - {"reference"}
+    for name, row in rows.items():
+        missing = backends.BACKENDS[name].missing()
+        for kernel in cases.KERNELS:
+            assert row[kernel] == "left out" if missing else row[kernel].startswith("ok (")
+        assert row["reason"] == missing
+
+
+def test_check_without_torch_runs_on_numpy_and_says_what_it_left_out():
+    done = revk("check", without=["torch", "triton", "rich"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: torch tensors: torch is not installed" in done.stdout
+    if backends.BACKENDS["cpu"].missing() is None:
+        (cpu,) = (line for line in done.stdout.splitlines() if line.startswith("cpu "))
+        assert cpu.count("ok (") == len(cases.KERNELS)
+
+
+def test_check_covers_dtypes_layouts_and_libraries():
+    made = list(cases.calls())
+    for kernel in cases.KERNELS:
+        mine = [call for call in made if call.kernel == kernel]
+        pairs = {(call.stream, call.branch) for call in mine if call.library == "torch"}
+        assert len(pairs) == 16
+        assert {call.layout for call in mine} == {"dense", "NCHW half", "channels-last half"}
+        assert {call.library for call in mine} == {"numpy", "torch"}
+        assert any(call.options for call in mine) == (kernel != "accumulate_")
+
+
+def test_a_call_leaves_the_other_half_alone_and_repeats():
+    call = cases.Call("uncouple_", "numpy", "float32", "float32", "NCHW half")
+    y, f = call.run("reference")
+    again = call.run("reference")
+    assert cases.differences([y, f], again) == 0
+    untouched = cases.Call("accumulate_", "numpy", "float32", "float32", "NCHW half").run("reference")[0]
+    channels = call.shape[1]
+    assert np.array_equal(y[:, channels:], untouched[:, channels:], equal_nan=True)
+    assert not np.array_equal(y[:, :channels], untouched[:, :channels], equal_nan=True)
+
+
+def wrong(operand):
+    """A backend like the oracle but for one bit of one element of one operand."""
+
+    class Wrong:
+        CHECKS_OPERANDS = True
+
+        def __getattr__(self, name):
+            from revkernels.reference import backend
+
+            def kernel(*arrays):
+                getattr(backend, name)(*arrays)
+                if name == "reverse_step":
+                    array = arrays[operand]
+                    array[1, 2, 3, 4] = np.nextafter(array[1, 2, 3, 4], np.inf)
+
+            return kernel
+
+    return Wrong()
+
+
+@pytest.mark.parametrize("operand", [0, 1, 2, 3])
+def test_check_finds_one_wrong_bit_in_any_operand(operand, monkeypatch):
+    call = cases.Call("reverse_step_", "numpy", "float32", "float32", "dense")
+    expected = call.run("reference")
+    monkeypatch.setattr(backends.Backend, "load", lambda self: wrong(operand))
+    monkeypatch.setattr(backends.Backend, "missing", lambda self: None)
+    monkeypatch.setattr(backends, "_cache", {})
+    assert cases.differences(call.run("cpu"), expected) == 1
+
+
+def test_check_exits_1_on_a_mismatch(monkeypatch, capsys, tmp_path):
+    real = cases.Call.run
+
+    def run(self, backend, device="cpu"):
+        values = real(self, "reference")
+        if backend == "cpu" and self.kernel == "uncouple_":
+            values[0] = values[0] + 1
+        return values
+
+    monkeypatch.setattr(cases.Call, "run", run)
+    monkeypatch.setattr(check, "calls", lambda: [call for call in cases.calls() if call.stream == "float32"])
+    here = ("cpu", "reference")
+    monkeypatch.setattr(backends.Backend, "missing", lambda self: None if self.name in here else "a test")
+    from revkernels.cli import main
+
+    assert main(["check", "--json", str(tmp_path / "check.json")]) == 1
+    first, second = tables(tmp_path / "check.json").values()
+    cpu = next(row for row in first["rows"] if row["backend"] == "cpu")
+    assert "FAILED" in cpu["uncouple_"]
+    assert cpu["couple"].startswith("ok")
+    assert {row["kernel"] for row in second["rows"]} == {"uncouple_"}
+    assert "calls that failed" in capsys.readouterr().out
+
+
+def test_a_backend_that_raises_is_a_finding_not_a_crash(monkeypatch):
+    real = cases.Call.run
+
+    def run(self, backend, device="cpu"):
+        if backend == "cpu":
+            raise RuntimeError("planted")
+        return real(self, backend)
+
+    monkeypatch.setattr(cases.Call, "run", run)
+    monkeypatch.setattr(backends.Backend, "missing", lambda self: None)
+    verdicts, failures = check.examine(["cpu"], [cases.Call("couple", "numpy", "float32", "float32", "dense")])
+    assert verdicts["cpu", "couple"].failed == 1
+    assert failures[0]["error"] == "RuntimeError: planted"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "required"),
+        (["nonsense"], "invalid choice"),
+        (["info", "--json", "no/such/folder/x.json"], "the folder no/such/folder does not exist"),
+        (["bench", "coupling", "--rounds", "1"], "at least 2"),
+        (["bench", "block", "--depth", "7"], "7 is odd"),
+        (["bench", "block", "--device", "tpu"], "it must be cpu or cuda"),
+    ],
+)
+def test_a_bad_call_exits_2_and_says_why(words, complaint):
+    done = revk(*words)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_bench_without_torch_names_the_extra():
+    done = revk("bench", "coupling", "--rounds", "2", "--megabytes", "1", without=["torch"])
+    assert done.returncode == 2
+    assert "revkernels bench: it needs torch" in done.stderr
+    assert "pip install revkernels[torch]" in done.stderr
+
+
+def test_bench_writes_what_it_shows_and_saves_lines(tmp_path):
+    pytest.importorskip("torch")
+    words = ["--rounds", "2", "--megabytes", "1", "--threads", "1"]
+    done = revk("bench", "coupling", *words, "--save", tmp_path, "--json", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["environment"]["threads"] == 1
+    shown = [row for table in found["tables"] for row in table["rows"]]
+    (saved,) = tmp_path.glob("*.jsonl")
+    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [row["variant"] for row in rows] == [row["variant"] for row in shown]
+    assert {row["benchmark"] for row in rows} >= {
+        "couple_",
+        "uncouple_",
+        "accumulate_",
+        "reverse_step_",
+        "mixed",
+        "call",
+    }
+    assert all(row["environment"]["threads"] == 1 and "--megabytes 1" in row["command"] for row in rows)
+
+
+def test_block_and_memory_on_a_tiny_chain(tmp_path):
+    pytest.importorskip("torch")
+    tiny = ["--batch", "4", "--width", "8", "--side", "16", "--threads", "1"]
+    done = revk("bench", "block", *tiny, "--depth", "4", "--rounds", "2", "--json", tmp_path / "block.json")
+    assert done.returncode == 0, done.stderr
+    (table,) = tables(tmp_path / "block.json").values()
+    assert len(table["rows"]) == 5
+    assert all(row["peak_mib"] > 0 for row in table["rows"])
+    done = revk("bench", "memory", *tiny, "--depth", "4", "16", "--json", tmp_path / "memory.json")
+    assert done.returncode == 0, done.stderr
+    (table,) = tables(tmp_path / "memory.json").values()
+    peaks = {row["variant"]: (row["depth_4"], row["depth_16"]) for row in table["rows"]}
+    stored, rebuilt = peaks["store, eager"], peaks["reconstruct, fused"]
+    assert stored[1] > 2 * stored[0]
+    assert rebuilt[1] <= 1.5 * rebuilt[0]
+
+
+def test_stamp_holds_no_path_or_host_name():
+    found = stamp.environment()
+    assert found["device"] == found["cpu"] != ""
+    assert found["threads"] >= 1
+    assert found["numpy"] == np.__version__
+    text = json.dumps(found)
+    assert str(ROOT) not in text
+    assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+def test_plain_table_aligns_numbers_right_and_words_left():
+    table = output.Table("title", {"name": "name", "ms": "ms"}, [{"name": "a", "ms": 1.5}, {"name": "bcd", "ms": None}])
+    assert output.plain(table).splitlines() == ["", "title", "name     ms", "----  -----", "a     1.500", "bcd       -"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (True, "yes"),
+        (0.97049, "0.970"),
+        (1.0034, "1.003"),
+        (19.93, "19.9"),
+        (1234.5, "1,234"),
+        (1e-6, "1e-06"),
+    ],
+)
+def test_display(value, text):
+    assert output.display(value) == text

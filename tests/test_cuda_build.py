@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nvcc makes of the CUDA kernels, read from ptxas and from the machine code. No GPU needed.
+
+Nothing spills, nothing lies in local memory, the packet kernels move their operands in 16-byte accesses, each word once,
+and no multiplication is contracted with an addition.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ("coupling", "accumulate")
+SIZES = {"double": 8, "float": 4, "bfloat16": 2, "float16": 2}
+ARCHS = ["90", pytest.param("80", marks=pytest.mark.slow), pytest.param("100", marks=pytest.mark.slow)]
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def tool(name):
+    """A CUDA binary tool: from the toolkit, or from triton's wheel, which carries some."""
+    found = shutil.which(name)
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(carried) if carried.exists() else None
+    return found
+
+
+def demangled(names):
+    """`revk::cuda::(anonymous namespace)::couple_packets<...>(...)` as `couple_packets<...>`."""
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = re.sub(r"\(anonymous namespace\)::|revk::|cuda::|ops::|^void ", "", plain, flags=re.MULTILINE)
+    return [line.partition("(")[0] for line in short.splitlines()]
+
+
+@dataclass
+class Kernel:
+    """One kernel as ptxas reports it, and how often each instruction occurs in it."""
+
+    name: str
+    report: str
+    instructions: Counter = field(default_factory=Counter)
+
+    @property
+    def registers(self):
+        return int(re.search(r"Used (\d+) registers", self.report)[1])
+
+    def template(self):
+        """("couple_packets", ["Couple", "float", "bfloat16", "Plain"])"""
+        stem, _, arguments = self.name.partition("<")
+        return stem, re.sub(r"<.*?>|>$", "", arguments).replace(" ", "").rstrip(">").split(",")
+
+
+def compile_one(part, arch, folder):
+    """Return {mangled name: Kernel} of one source file."""
+    code = folder / f"{part}.cubin"
+    flags = ["-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+    done = subprocess.run(
+        ["nvcc", *flags, "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", ROOT / "csrc" / "cuda" / f"{part}.cu", "-o", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 and "Unsupported gpu architecture" in done.stderr:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "warning" not in done.stderr.lower(), done.stderr[-4000:]
+    reports = re.findall(r"Compiling entry function '(\w+)' for '\w+'\n(.*?Used.*?)\n", done.stderr, re.DOTALL)
+    names = [name for name, _ in reports]
+    kernels = {name: Kernel(short, text) for short, (name, text) in zip(demangled(names), reports, strict=True)}
+    disassembler = tool("cuobjdump")
+    if disassembler is not None:
+        listing = subprocess.run([disassembler, "-sass", code], capture_output=True, text=True, check=True).stdout
+        for name, body in re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL):
+            operations = re.findall(r"/\*[0-9a-f]{4,5}\*/ +(?:@!?\w+ )?([A-Z][A-Z0-9_.]*)", body)
+            kernels[name].instructions.update(operations)
+    return kernels
+
+
+@pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def kernels(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(lambda part: compile_one(part, request.param, folder), KERNELS))
+    return [kernel for part in parts for kernel in part.values()]
+
+
+@pytest.fixture
+def disassembled(kernels):
+    if tool("cuobjdump") is None:
+        pytest.skip("no cuobjdump, neither on PATH nor in triton")
+    return kernels
+
+
+def test_every_kernel_is_compiled(kernels):
+    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types."""
+    count = Counter(kernel.template()[0] for kernel in kernels)
+    assert count == {
+        "couple_packets": 2 * 2 * 16,
+        "reverse_packets": 2 * 16,
+        "accumulate_shares": 16,
+        "couple_strided": 2 * 2 * 2,
+        "reverse_strided": 2 * 2,
+    }
+
+
+def test_nothing_spills(kernels):
+    for kernel in kernels:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel.report, kernel
+
+
+def test_registers_leave_room(kernels):
+    """Blocks of 256 threads: 64 registers let four run on a multiprocessor, 128 two; float64 may take those."""
+    for kernel in kernels:
+        wide = "double" in kernel.name
+        plain = "Extras" not in kernel.name
+        assert kernel.registers <= (64 if plain and not wide else 128), f"{kernel.name}: {kernel.registers}"
+
+
+def test_no_local_memory_instructions(disassembled):
+    for kernel in disassembled:
+        local = [name for name in kernel.instructions if name.startswith(("LDL", "STL"))]
+        assert not local, f"{kernel.name}: {local}"
+
+
+def test_packets_move_in_16_byte_accesses(disassembled):
+    """As many as the packet has words: each operand is read once, each result written once."""
+    checked = 0
+    for kernel in disassembled:
+        stem, arguments = kernel.template()
+        if stem not in ("couple_packets", "reverse_packets", "accumulate_shares"):
+            continue
+        stream, branch = [SIZES[name] for name in arguments if name in SIZES][:2]
+        packet = 16 // min(stream, branch)
+        operands = 2 if stem == "reverse_packets" else 1
+        expected = operands * packet * (stream + branch) // 16, operands * packet * stream // 16
+        counted = tuple(
+            sum(n for name, n in kernel.instructions.items() if re.fullmatch(rf"{access}\.E\S*\.128\S*", name))
+            for access in ("LDG", "STG")
+        )
+        assert counted == expected, kernel.name
+        checked += 1
+    assert checked == 2 * 2 * 16 + 2 * 16 + 16
+
+
+def test_nothing_is_contracted(disassembled):
+    for kernel in disassembled:
+        fused = [name for name in kernel.instructions if name.startswith(("FFMA", "DFMA"))]
+        assert not fused, f"{kernel.name}: {fused}"

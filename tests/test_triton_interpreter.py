@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels run by Triton's interpreter on CPU tensors, bit for bit against the NumPy oracle.
+
+TRITON_INTERPRET counts when a kernel is decorated, so all this happens in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, dense, make, some_coupling  # noqa: E402
+
+from revkernels.arrays import dtype_name, memory_order  # noqa: E402
+from revkernels.coupling import Coupling  # noqa: E402
+from revkernels.reference import coupling as oracle  # noqa: E402
+from revkernels.triton_kernels import backend  # noqa: E402
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def to_bfloat16(source, target):
+    tl.store(target, tl.load(source).to(tl.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def truncates():
+    """Triton 3.9's interpreter cuts float32 off to bfloat16; every GPU rounds to nearest even. So, in the interpreter
+    only, bfloat16 results are compared with an oracle that cuts off too, if this version still does it."""
+    target = torch.zeros(1, dtype=BF16)
+    to_bfloat16[(1,)](torch.tensor([1.0 + 1.5 * 2.0**-8]), target)
+    return target.item() == 1.0
+
+
+def numbers(tensor):
+    return tensor.double().numpy().copy()
+
+
+def expected(operation, x, f, truncates, **options):
+    """The oracle's x + f' or y - f', as float64 numbers that x's dtype holds exactly."""
+    if x.dtype != BF16 or not truncates:
+        return operation(numbers(x), numbers(f), dtype_name(x), dtype_name(f), **options)
+    wide = "float64" if f.dtype == F64 else "float32"
+    exact = operation(numbers(x), numbers(f), wide, wide, **options)
+    with np.errstate(over="ignore"):
+        near = exact.astype(np.float32)
+    near = np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    return (near.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+
+
+def assert_same(tensor, values):
+    """Bit for bit, the sign of zero included; one NaN is as good as another."""
+    got = numbers(tensor)
+    np.testing.assert_array_equal(got, values)
+    np.testing.assert_array_equal(np.signbit(got)[~np.isnan(got)], np.signbit(values)[~np.isnan(values)])
+
+
+def surroundings(view):
+    """The buffer around a view, the view's own elements blanked."""
+    base = (view if view._base is None else view._base).clone(memory_format=torch.preserve_format)
+    base.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
+    return base
+
+
+def for_oracle(coupling):
+    scales = {"channel_scale": coupling.channel_scale, "sample_scale": coupling.sample_scale}
+    return {name: None if scale is None else numbers(scale) for name, scale in scales.items()} | {
+        "channel_dim": coupling.channel_dim,
+        "grid_exponent": coupling.grid_exponent,
+    }
+
+
+def assert_reports(coupling, out, truth):
+    """The checksum goes on from 7 and the amax from 0.25, as `some_coupling` left them."""
+    if coupling.checksum is not None:
+        added = oracle.checksum_of(truth.transpose(memory_order(out)), dtype_name(out))
+        assert coupling.checksum.item() % 2**64 == (7 + added) % 2**64
+    if coupling.amax is not None:
+        assert coupling.amax.item() == max(oracle.amax_of(truth), 0.25)
+
+
+class TestInterpreted:
+    __test__ = INSIDE
+
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    @pytest.mark.parametrize(("stream", "branch"), PAIRS, ids=PAIR_IDS)
+    def test_couple_and_uncouple(self, layout, stream, branch, truncates):
+        x, f = layout(make(stream)), layout(make(branch))
+        y = torch.empty_like(x)
+        backend.couple(y, x, f, None)
+        assert_same(y, expected(oracle.couple, x, f, truncates))
+        truth, around = expected(oracle.uncouple, x, f, truncates), surroundings(x)
+        backend.uncouple(x, x, f, None)
+        assert_same(x, truth)
+        assert torch.equal(surroundings(x), around)
+
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    def test_reverse_step(self, layout, truncates):
+        y, f, dy, df = layout(make(F32)), layout(make(BF16)), layout(make(F16)), layout(make(F32)).contiguous()
+        x, dx = expected(oracle.uncouple, y, f, truncates), expected(oracle.accumulate, dy, df, truncates)
+        around = surroundings(y), surroundings(dy)
+        backend.reverse_step(y, f, dy, df, None)
+        assert_same(y, x)
+        assert_same(dy, dx)
+        assert torch.equal(surroundings(y), around[0]) and torch.equal(surroundings(dy), around[1])
+
+    @pytest.mark.parametrize("branch", DTYPES, ids=str)
+    @pytest.mark.parametrize("stream", DTYPES, ids=str)
+    def test_every_pair_of_dtypes(self, stream, branch, truncates):
+        """The branch is far smaller, so that most sums need rounding, ties and near-ties of float64 among them."""
+        y, f, dy, df = (
+            make(dtype, scale)(3, 61) for dtype, scale in zip((stream, branch) * 2, (1, 1e-3) * 2, strict=True)
+        )
+        ties = torch.tensor([1.0, 2.0**-9, 2.0**-12, 2.0**-8 + 2.0**-40, 2.0**-8 - 2.0**-40, -(2.0**-45)], dtype=F64)
+        y[0, : len(ties)], f[0, : len(ties)] = 1.0, ties.to(branch)
+        x, dx = expected(oracle.uncouple, y, f, truncates), expected(oracle.accumulate, dy, df, truncates)
+        backend.reverse_step(y, f, dy, df, None)
+        assert_same(y, x)
+        assert_same(dy, dx)
+
+    @pytest.mark.parametrize("layout", [name for name in LAYOUTS if " of " in name or name in ("channels-last", "5-D")])
+    @pytest.mark.parametrize("which", ["channel", "sample", "channel sample grid", "checksum amax", "all"])
+    def test_coupling_options(self, layout, which, truncates):
+        which = "channel sample grid checksum amax" if which == "all" else which
+        for stream, branch in PAIRS:
+            x = LAYOUTS[layout](make(stream))
+            f = LAYOUTS[layout](make(branch, 3)).contiguous()
+            coupling = some_coupling(x, f, which)
+            y = torch.empty_like(x)
+            truth = expected(oracle.couple, x, f, truncates, **for_oracle(coupling))
+            backend.couple(y, x, f, coupling)
+            assert_same(y, truth)
+            assert_reports(coupling, y, truth)
+
+    def test_coupling_of_a_reverse_step_acts_on_f_alone(self, truncates):
+        y, f, dy, df = (make(dtype)(4, 5, 9) for dtype in (F32, BF16, F32, F32))
+        coupling = some_coupling(y, f, "channel sample grid checksum amax", channel_dim=-1)
+        x = expected(oracle.uncouple, y, f, truncates, **for_oracle(coupling))
+        dx = expected(oracle.accumulate, dy, df, truncates)
+        backend.reverse_step(y, f, dy, df, coupling)
+        assert_same(y, x)
+        assert_same(dy, dx)
+        assert_reports(coupling, y, x)
+
+    @pytest.mark.filterwarnings("ignore:overflow")
+    @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+    def test_grid_rounds_half_to_even_at_every_size(self, dtype):
+        values = [
+            0.5,
+            1.5,
+            2.5,
+            -0.5,
+            -1.5,
+            -0.3,
+            -0.0,
+            0.0,
+            0.49999997,
+            8388607.5,
+            8388609.0,
+            4194304.5,
+            2.0**52 - 0.5,
+        ]
+        values += [-(2.0**52) + 1.5, 2.0**60, 1e30, float("inf"), float("-inf"), float("nan")]
+        f = torch.tensor(values, dtype=dtype)
+        for exponent in (0, 1, -1, 126, -126):
+            x = torch.full_like(f, -0.0)  # keeps the sign of a zero
+            truth = expected(oracle.couple, x, f, False, grid_exponent=exponent)
+            backend.couple(x, x, f, Coupling(grid_exponent=exponent))
+            assert_same(x, truth)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_amax_hands_on_nan_and_infinity(self, dtype):
+        for special in (float("nan"), float("-inf")):
+            x = torch.zeros(5000, dtype=dtype)
+            x[4321] = special
+            amax = torch.zeros(1)
+            backend.couple(x, x, torch.ones(5000, dtype=dtype), Coupling(amax=amax))
+            backend.couple(torch.ones(9, dtype=dtype), torch.ones(9, dtype=dtype), torch.ones(9), Coupling(amax=amax))
+            assert str(amax.abs().item()) == str(abs(special))
+
+    def test_checksum_may_be_unsigned(self, truncates):
+        x, f = make(F64)(50), make(F64)(50)
+        checksum = torch.zeros(1, dtype=torch.uint64)
+        truth = expected(oracle.couple, x, f, truncates)
+        backend.couple(x, x, f, Coupling(checksum=checksum))
+        assert int(checksum.item()) == oracle.checksum_of(truth, "float64")
+
+    def test_an_expanded_branch(self, truncates):
+        x, f = make(F32)(6, 50), make(BF16)(50).expand(6, 50)
+        truth = expected(oracle.couple, x, f, truncates)
+        backend.couple(x, x, f, None)
+        assert_same(x, truth)
+
+    @pytest.mark.parametrize("pairs", [1, 2, 8, 9, 70])
+    def test_accumulate_lists(self, pairs, truncates):
+        """Empty, tiny, one tile, more than one, misaligned, strided and mixed pairs; more than a launch takes."""
+        totals, parts = [], []
+        for i in range(pairs):
+            stream, branch = PAIRS[i % 2 * 3 + i % 2 // 2 + (i % 5 == 4)]
+            layout = (
+                dense(0),
+                dense(1),
+                dense(33),
+                dense(1024),
+                dense(17, 61),
+                lambda m: m(50)[1:],
+                lambda m: m(9, 8).t(),
+            )
+            totals.append(layout[i % 7](make(stream)))
+            parts.append(layout[i % 7](make(branch)).contiguous())
+        truth = [expected(oracle.accumulate, total, part, truncates) for total, part in zip(totals, parts, strict=True)]
+        around = [surroundings(total) for total in totals]
+        backend.accumulate(totals, parts)
+        for total, values, before in zip(totals, truth, around, strict=True):
+            assert_same(total, values)
+            assert torch.equal(surroundings(total), before)
+
+    def test_accumulate_lists_in_few_launches(self, monkeypatch):
+        from revkernels.triton_kernels import accumulate
+
+        launches = []
+
+        class Counted:
+            def __getitem__(self, grid):
+                launches.append(grid)
+                return accumulate_kernel[grid]
+
+        accumulate_kernel = accumulate.accumulate_kernel
+        monkeypatch.setattr(accumulate, "accumulate_kernel", Counted())
+        totals, parts = [torch.ones(40) for _ in range(64)], [torch.ones(40) for _ in range(64)]
+        backend.accumulate(totals, parts)
+        assert len(launches) == 2
+        assert all(bool((total == 2).all()) for total in totals)
+
+    @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
+    def test_bad_input_is_named_and_nothing_is_written(self, warm):
+        if warm:  # the first call checks everything; later ones must refuse just as much
+            for array in (torch.zeros(8), torch.zeros(4)):
+                backend.couple(array, array, torch.zeros_like(array), None)
+                backend.reverse_step(array, *(torch.zeros_like(array) for _ in range(3)), None)
+        x = torch.zeros(8)
+        pair = torch.zeros(12)
+        head, tail = pair[:8], pair[4:]
+        bad = [
+            (ValueError, r"f has shape \(4,\), x has \(8,\)", lambda: backend.couple(x, x, torch.ones(4), None)),
+            (TypeError, "f is int64", lambda: backend.couple(x, x, torch.ones(8, dtype=torch.int64), None)),
+            (TypeError, "f is from numpy", lambda: backend.couple(x, x, np.ones(8), None)),
+            (TypeError, "f is a int", lambda: backend.couple(x, x, 3, None)),
+            (ValueError, "x and f overlap", lambda: backend.couple(head, head, tail, None)),
+            (ValueError, "y and dy overlap", lambda: backend.reverse_step(x, x + 1, x, x + 1, None)),
+            (ValueError, r"total\[0\] and part\[1\]", lambda: backend.accumulate([x, x + 1], [x + 1, x])),
+            (ValueError, r"total\[0\] and total\[1\]", lambda: backend.accumulate([x, x], [x + 1, x + 1])),
+            (ValueError, "several elements in one place", lambda: backend.couple(*[x[:1].expand(8)] * 2, x + 1, None)),
+        ]
+        for kind, message, call in bad:
+            with pytest.raises(kind, match=message):
+                call()
+        assert not x.any() and not pair.any()
+
+    def test_interleaved_halves_are_not_an_overlap(self):
+        """Their ranges of memory meet, and no element does: on the first call and when the launch is known."""
+        for _ in range(2):
+            whole = torch.arange(24.0).reshape(2, 3, 4)
+            want = whole[:, :, :2] + whole[:, :, 2:]
+            backend.couple(whole[:, :, :2], whole[:, :, :2].clone(), whole[:, :, 2:], None)
+            assert torch.equal(whole[:, :, :2], want)
+            totals = [whole[:, :, :1], whole[:, :, 1:2]]
+            backend.accumulate(totals, [torch.ones(2, 3, 1)] * 2)
+            assert torch.equal(whole[:, :, :2], want + 1)
+
+
+def test_in_a_process_of_its_own():
+    """Run the class above under TRITON_INTERPRET=1."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+test_in_a_process_of_its_own.__test__ = not INSIDE

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts, dtypes and coupling options that the Triton kernels meet, in the interpreter and on a GPU."""
+
+import torch
+
+from revkernels.coupling import Coupling
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = (F64, F32, BF16, F16)
+PAIRS = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
+PAIR_IDS = ["float64", "float32", "bfloat16", "float16", "float32+bfloat16"]
+
+
+def dense(*shape):
+    return lambda make: make(*shape)
+
+
+LAYOUTS = {
+    "scalar": dense(),
+    "empty": dense(0),
+    "empty inside": dense(3, 0, 2),
+    "one": dense(1),
+    "prime": dense(1009),
+    "prime 3-D": dense(7, 11, 13),
+    "whole tiles": dense(2, 1024),
+    "second half of NCHW": lambda make: make(3, 10, 5, 7)[:, 5:],
+    "channels-last": lambda make: make(2, 6, 5, 3).contiguous(memory_format=torch.channels_last),
+    "half of channels-last": lambda make: make(2, 12, 5, 3).contiguous(memory_format=torch.channels_last)[:, :6],
+    "half of wide rows": lambda make: make(2, 2600)[:, 1300:],
+    "5-D": dense(2, 3, 2, 3, 5),
+    "transposed": lambda make: make(37, 45).t(),
+    "every second": lambda make: make(301)[::2],
+    "crop of NCDHW": lambda make: make(3, 4, 5, 4, 6)[:, :3, 1:4, 1:3, 1:5],
+}
+
+
+def make(dtype, scale=1.0, device="cpu"):
+    """A maker of random tensors, for the layouts above."""
+    return lambda *shape: (torch.randn(shape, dtype=F64) * scale).to(device, dtype)
+
+
+def some_coupling(x, f, which, channel_dim=1):
+    """The options named in ``which``."""
+    wide = F64 if F64 in (x.dtype, f.dtype) else F32
+    options = {}
+    if "channel" in which:
+        options |= {"channel_scale": torch.randn(x.shape[channel_dim], dtype=wide), "channel_dim": channel_dim}
+    if "sample" in which:
+        options["sample_scale"] = (torch.rand(x.shape[0], dtype=wide) < 0.5).to(wide) / 0.7
+    if "grid" in which:
+        options["grid_exponent"] = 4
+    if "checksum" in which:
+        options["checksum"] = torch.tensor([7])
+    if "amax" in which:
+        options["amax"] = torch.tensor([0.25])
+    return Coupling(**{name: o.to(x.device) if isinstance(o, torch.Tensor) else o for name, o in options.items()})
