@@ -118,6 +118,8 @@ def select(array: Any, name: str | None = None, argument: str = "x") -> Any:
     device = "cpu" if kind == "numpy" or array.is_cpu else array.device.type
     if name is None:
         name = _chosen.get()
+    if name is not None and not isinstance(name, str):
+        require(name)
     found = _cache.get((kind, device, name))
     if found is None:
         found = _cache[(kind, device, name)] = _choose(kind, device, name)

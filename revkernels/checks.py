@@ -64,12 +64,21 @@ def check_writable(**arrays: Any) -> None:
 
 def check_disjoint(written: dict[str, Any], read: dict[str, Any]) -> None:
     """No written array shares an element with another one. (Interleaved halves of one buffer share none.)"""
-    names = list(written)
-    for position, name in enumerate(names):
-        others = {other: written[other] for other in names[position + 1 :]} | read
-        for other, array in others.items():
-            if _share_memory(written[name], array):
-                raise ValueError(f"{name} and {other} overlap in memory: {name} is written, so it must not")
+    entries = []
+    for group, is_written in ((written, True), (read, False)):
+        for name, array in group.items():
+            if 0 not in array.shape:
+                low, high = _byte_bounds(_as_extent(array))
+                entries.append((low, high, name, array, is_written))
+    entries.sort(key=lambda entry: entry[0])
+    reaching: list[tuple[int, int, str, Any, bool]] = []  # of those before, the ones whose range goes on
+    for entry in entries:
+        reaching = [other for other in reaching if other[1] > entry[0]]
+        for other in reaching:
+            if (entry[4] or other[4]) and _share_memory(entry[3], other[3]):
+                first, second = (entry, other) if entry[4] else (other, entry)
+                raise ValueError(f"{first[2]} and {second[2]} overlap in memory: {first[2]} is written, so it must not")
+        reaching.append(entry)
 
 
 def check_operands(written: dict[str, Any], read: dict[str, Any]) -> None:
@@ -140,6 +149,12 @@ class _Extent:
 
 def _as_extent(array: Any) -> np.ndarray:
     return array if kind_of(array) == "numpy" else np.asarray(_Extent(array))
+
+
+def _byte_bounds(array: np.ndarray) -> tuple[int, int]:
+    steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    begin = array.__array_interface__["data"][0]
+    return begin + sum(min(step, 0) for step in steps), begin + sum(max(step, 0) for step in steps) + array.itemsize
 
 
 def _share_memory(a: Any, b: Any) -> bool:

@@ -7,7 +7,7 @@ Every function raises before it writes anything:
 
     TypeError       not an array, an integer dtype, a byte-swapped array
     ValueError      unequal shapes, read-only or overlapping memory, arrays on several devices, a tensor that requires
-                    grad written in place outside no_grad
+                    grad in a call in place outside no_grad
     BackendError    (a ValueError) the backend does not exist, cannot run here, or does not take such an array
 """
 
@@ -43,10 +43,10 @@ def uncouple(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str |
 def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """x <- x + f, in place (eq. 6). Returns x."""
     kernels = select(x, backend, "x")
-    tracked = _about_to_write(x, "x")
     if not kernels.CHECKS_OPERANDS or coupling is not None:
         checks.check_operands({"x": x}, {"f": f})
         checks.check_coupling(coupling, x, f)
+    tracked = _about_to_write("x f", (x, f), coupling)
     kernels.couple(x, x, f, coupling)
     if tracked:
         _wrote(x)
@@ -56,10 +56,10 @@ def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | 
 def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """y <- y - f, in place (eq. 7): the output of a coupling becomes its input again. Returns y."""
     kernels = select(y, backend, "y")
-    tracked = _about_to_write(y, "y")
     if not kernels.CHECKS_OPERANDS or coupling is not None:
         checks.check_operands({"y": y}, {"f": f})
         checks.check_coupling(coupling, y, f)
+    tracked = _about_to_write("y f", (y, f), coupling)
     kernels.uncouple(y, y, f, coupling)
     if tracked:
         _wrote(y)
@@ -76,11 +76,10 @@ def reverse_step_(
     ``coupling`` acts on f alone. y and dy must not overlap anything else. Returns (y, dy).
     """
     kernels = select(y, backend, "y")
-    tracked = _about_to_write(y, "y")
-    _about_to_write(dy, "dy")
     if not kernels.CHECKS_OPERANDS or coupling is not None:
         checks.check_operands({"y": y, "dy": dy}, {"f": f, "df": df})
         checks.check_coupling(coupling, y, f)
+    tracked = _about_to_write("y f dy df", (y, f, dy, df), coupling)
     kernels.reverse_step(y, f, dy, df, coupling)
     if tracked:
         _wrote(y)
@@ -96,9 +95,9 @@ def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
     if isinstance(total, list | tuple) or isinstance(part, list | tuple):
         return _accumulate_lists(total, part, backend)
     kernels = select(total, backend, "total")
-    tracked = _about_to_write(total, "total")
     if not kernels.CHECKS_OPERANDS:
         checks.check_operands({"total": total}, {"part": part})
+    tracked = _about_to_write("total part", (total, part))
     kernels.accumulate((total,), (part,))
     if tracked:
         _wrote(total)
@@ -114,11 +113,14 @@ def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str 
         return totals
     kernels = select(totals[0], backend, "total[0]")
     named = {f"total[{i}]": total for i, total in enumerate(totals)}
-    for i, (name, part) in enumerate(zip(named, parts, strict=True)):
-        checks.check_operands({name: named[name]}, {f"part[{i}]": part})
-        tracked = _about_to_write(named[name], name)
-    checks.check_same_device(**named)
-    checks.check_disjoint(named, {f"part[{i}]": part for i, part in enumerate(parts)})
+    named_parts = {f"part[{i}]": part for i, part in enumerate(parts)}
+    checks.check_arrays(**named, **named_parts)
+    if not kernels.CHECKS_OPERANDS:
+        checks.check_same_device(**named)
+        for (name, total), (part_name, part) in zip(named.items(), named_parts.items(), strict=True):
+            checks.check_operands({name: total}, {part_name: part})
+        checks.check_disjoint(named, named_parts)
+    tracked = _about_to_write(" ".join([*named, *named_parts]), (*totals, *parts))
     kernels.accumulate(totals, parts)
     if tracked:
         for total in totals:
@@ -134,7 +136,9 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
         checks.check_coupling(coupling, x, f)
     if kind_of(x) == "torch":
         torch = sys.modules["torch"]
-        if torch.is_grad_enabled() and _requires_grad(x, f, coupling):
+        if torch.is_grad_enabled() and any(
+            getattr(array, "requires_grad", False) for array in (x, f, *_scales(coupling))
+        ):
             from revkernels.autograd.coupling import differentiable
 
             return differentiable(kernels, name, x, f, coupling)
@@ -145,21 +149,24 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
     return out
 
 
-def _requires_grad(x: Any, f: Any, coupling: Coupling | None) -> bool:
-    tensors = [x, f] if coupling is None else [x, f, coupling.channel_scale, coupling.sample_scale]
-    return any(getattr(tensor, "requires_grad", False) for tensor in tensors)
-
-
-def _about_to_write(array: Any, name: str) -> bool:
-    """Refuse what autograd would refuse. Returns whether the array counts its versions."""
-    if kind_of(array) != "torch":
+def _about_to_write(names: str, arrays: tuple[Any, ...], coupling: Coupling | None = None) -> bool:
+    """Refuse what autograd would refuse, or would lose. Returns whether the arrays count their versions."""
+    if kind_of(arrays[0]) != "torch":
         return False
-    if array.requires_grad and sys.modules["torch"].is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, so it cannot be written in place here: call it under torch.no_grad(), "
-            f"or use the out-of-place function"
-        )
+    if sys.modules["torch"].is_grad_enabled():
+        if coupling is not None:
+            names, arrays = names + " channel_scale sample_scale", (*arrays, *_scales(coupling))
+        for position, array in enumerate(arrays):
+            if getattr(array, "requires_grad", False):
+                raise ValueError(
+                    f"{names.split()[position]} requires grad, and a write in place would cut it from its graph: call "
+                    f"it under torch.no_grad(), or use the out-of-place function"
+                )
     return True
+
+
+def _scales(coupling: Coupling | None) -> tuple[Any, ...]:
+    return () if coupling is None else (coupling.channel_scale, coupling.sample_scale)
 
 
 def _wrote(tensor: Any) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nvcc makes of the CUDA kernels, read from ptxas and from the machine code. No GPU needed.
 
-Nothing spills, nothing lies in local memory, the packet kernels move their operands in 16-byte accesses, each word once,
-and no multiplication is contracted with an addition.
+Nothing spills, nothing lies in local memory, the packet kernels move their operands in 16-byte accesses, each once, and
+no multiplication is contracted with an addition.
 """
 
 import importlib.util
@@ -146,7 +146,9 @@ def test_packets_move_in_16_byte_accesses(disassembled):
             sum(n for name, n in kernel.instructions.items() if re.fullmatch(rf"{access}\.E\S*\.128\S*", name))
             for access in ("LDG", "STG")
         )
-        assert counted == expected, kernel.name
+        copies = counted[0] // expected[0]  # of the body: ptxas may clone it
+        assert copies >= 1, f"{kernel.name}: {counted}, needs {expected}"
+        assert counted == (copies * expected[0], copies * expected[1]), f"{kernel.name}: {counted}, needs {expected}"
         checked += 1
     assert checked == 2 * 2 * 16 + 2 * 16 + 16
 

@@ -39,7 +39,7 @@ __device__ Total sum(Total total, Part part) {
 }
 
 template <class Total, class Part>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads)
     accumulate_shares(const __grid_constant__ Shares shares) {
   constexpr int kSize = kPacket<Total, Part>;
   constexpr int64_t kChunk = int64_t(kThreads) * kSize * kPacketsAThread;

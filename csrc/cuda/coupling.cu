@@ -20,7 +20,7 @@ namespace revk::cuda {
 namespace {
 
 template <class Step, class Stream, class Branch, class Extras>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Extras>)
     couple_packets(const __grid_constant__ Layout<3> layout,
                    const __grid_constant__ Extras extras) {
   using A = typename compute_type<Stream, Branch>::type;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 
 // y <- y - f and dy <- dy + df.
 template <class Stream, class Branch, class Extras>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Extras>)
     reverse_packets(const __grid_constant__ Layout<4> layout,
                     const __grid_constant__ Extras extras) {
   using A = typename compute_type<Stream, Branch>::type;
@@ -90,7 +90,7 @@ __device__ void couple_one(const Operand& out, const Operand& x, const Operand& 
 }
 
 template <class Step, class A, class Extras>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Extras>)
     couple_strided(const __grid_constant__ Layout<3> layout,
                    const __grid_constant__ Extras extras) {
   Walk<Extras> walk(extras);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 }
 
 template <class A, class Extras>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Extras>)
     reverse_strided(const __grid_constant__ Layout<4> layout,
                     const __grid_constant__ Extras extras) {
   Walk<Extras> walk(extras);

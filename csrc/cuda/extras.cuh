@@ -44,6 +44,14 @@ struct Extras {
   }
 };
 
+// Blocks that ptxas must leave room for on a multiprocessor. Left to itself it stops at about 64
+// registers a thread, and spills the extras on sm_100; told that two blocks will do, it may use
+// 128.
+template <class AnyExtras>
+constexpr int kBlocksAtOnce = 2;
+template <>
+constexpr int kBlocksAtOnce<Plain> = 0;  // no demand
+
 // A thread's company on its walk: begin() at the first element of an item, then branch() and
 // result() once an element.
 template <class Extras>

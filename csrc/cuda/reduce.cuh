@@ -10,8 +10,6 @@
 namespace revk::cuda {
 
 constexpr int kThreads = 256;  // of every block
-constexpr int kBlocksAtOnce =
-    2;  // on a multiprocessor, at least: 128 registers a thread, and no need to spill
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 

@@ -84,6 +84,7 @@ class Reversal:
         self._count = 0
         self._steps: list[_Step] = []
         self._saved: list[Metadata] = []  # of the half-step under way
+        self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
         if self.recording:
             self._surroundings = Surroundings(self.source.device, side_inputs)
             self._states = self._surroundings.states()
@@ -91,6 +92,7 @@ class Reversal:
         self._layouts = [(s.shape, s.stride()) for s in streams]
         self._lock = threading.RLock()
         self._task, self._cursor = -1, 0
+        self._kept: Any = None
         self._frame: list[tuple[torch.Tensor, int]] = []
         self._rebuilt: list[torch.Tensor] = []  # s[cursor] and s[cursor + 1], while a backward runs
 
@@ -132,6 +134,7 @@ class Reversal:
         before = self._states + states_of(own) if own else self._states
         with self._hooks:
             f = branch(h, *args, **kwargs)
+        self._open = []
         step.snapshot.complete()
         after = self._surroundings.states()
         step.drawn = drawn(before, after + states_of(own) if own else after)
@@ -164,10 +167,11 @@ class Reversal:
     def release(self) -> None:
         """Let go of the streams: they hold the graph, and the graph's hooks hold us, in a ring that gc cannot see."""
         self.target = self.source = self.branch_input = self._hooks = None
-        self.aux = []
+        self.aux, self._open = [], []
 
     def _pack(self, tensor: torch.Tensor) -> int:
         self._saved.append((tensor.dtype, tensor.shape))
+        self._open.append(tensor)
         return (len(self._steps) - 1) << _INDEX_BITS | (len(self._saved) - 1)
 
     # ---- backward
@@ -175,6 +179,13 @@ class Reversal:
     def _unpack(self, token: int) -> torch.Tensor:
         k, index = token >> _INDEX_BITS, token & ((1 << _INDEX_BITS) - 1)
         task = torch._C._current_graph_task_id()
+        if self._hooks is not None and self._kept is None:  # the forward is not over
+            if k == len(self._steps) - 1 and index < len(self._open):
+                return self._open[index]
+            raise ReconstructionError(
+                f"{self.name(len(self._steps) - 1)} differentiates through {self.name(k)}; inside a chain a branch can "
+                f"only differentiate what it computed itself"
+            )
         if task == -1:
             raise ReconstructionError("a reversible chain's saved tensors exist only while a backward runs")
         with self._lock:
@@ -210,7 +221,7 @@ class Reversal:
             source = self._empty(len(self._steps), source).copy_(source)  # a branch must read it in the same strides
         self._rebuilt = [source, target]
         self._task, self._cursor, self._frame = task, len(self._steps), []
-        self._hooks = saved_tensors_hooks(self._keep, _never)
+        self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
 
     def _end(self, task: int | None = None) -> None:
@@ -256,8 +267,13 @@ class Reversal:
             self._rebuilt = [earlier, source]
         self._cursor = k
 
-    def _keep(self, tensor: torch.Tensor) -> None:
+    def _keep(self, tensor: torch.Tensor) -> int:
         self._frame.append((tensor.detach(), version_of(tensor)))
+        return len(self._frame) - 1
+
+    def _kept_now(self, index: int) -> torch.Tensor:
+        """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
+        return self._frame[index][0]
 
     def _layout(self, k: int) -> tuple[torch.Size, tuple[int, ...]]:
         """s[k] has the shape and strides of s[k % 2]. Strides are part of the value: other strides give other bits."""
@@ -323,7 +339,3 @@ def _difference(then: list[Metadata], now: list[Metadata]) -> str | None:
         f"saved tensor {index} is {dtype} of shape {tuple(shape)} in the recompute and was {then_dtype} of shape "
         f"{tuple(then_shape)} in the forward"
     )
-
-
-def _never(token: Any) -> torch.Tensor:
-    raise RuntimeError("the graph of a recompute is not meant to be run backwards")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
 Undo = list[tuple[dict[str, Any], str, Any]]
@@ -83,13 +84,6 @@ class Snapshot:
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
-        for module, flag in zip(self.modules, self.flags, strict=True):
-            if module.training is not flag:
-                was, now = ("train", "eval") if flag else ("eval", "train")
-                return (
-                    f"{self._module_name(module)} was in {was} mode in the forward and is in {now} mode in the "
-                    f"backward; switch modes after the backward"
-                )
         for _, name, tensor, version in self.fixed:
             if version >= 0 and tensor._version != version:
                 return (
@@ -100,8 +94,12 @@ class Snapshot:
         return None
 
     def restore(self) -> Undo:
-        """Let the branch run as it did: on the tensors of then, writing to throw-away copies of its buffers."""
+        """Let the branch run as it did: in the mode and on the tensors of then, writing to throw-away buffers."""
         undo: Undo = []
+        for module, flag in zip(self.modules, self.flags, strict=True):
+            if module.training is not flag:
+                undo.append((module.__dict__, "training", module.training))
+                module.__dict__["training"] = flag
         for slots, name, tensor, _ in self.fixed:
             now = slots.get(name)
             # torch.func.functional_call has put other tensors in since. A sharded parameter is its owner's affair.
@@ -115,10 +113,6 @@ class Snapshot:
             undo.append((slots, name, slots[name]))
             slots[name] = value.clone()
         return undo
-
-    def _module_name(self, module: nn.Module) -> str:
-        named = self.branch.named_modules() if isinstance(self.branch, nn.Module) else ()
-        return next((name or "the branch" for name, m in named if m is module), type(module).__name__)
 
     def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:
         for root in [self.branch] if isinstance(self.branch, nn.Module) else self.modules:
@@ -136,8 +130,10 @@ def put_back(undo: Undo) -> None:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """The tensor's version, or -1 for an inference tensor, which has none."""
-    return -1 if tensor.is_inference() else tensor._version
+    """The tensor's version, or -1 where it has none: in inference mode, and before a lazy module's first call."""
+    if isinstance(tensor, UninitializedTensorMixin) or tensor.is_inference():
+        return -1
+    return tensor._version
 
 
 def modules_behind(function: Callable[..., Any]) -> list[nn.Module]:

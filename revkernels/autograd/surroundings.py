@@ -27,7 +27,8 @@ class Surroundings:
 
     def __init__(self, device: torch.device, side_inputs: dict[str, Any]) -> None:
         self.side_inputs = [(name, t, t._version) for name, t in _tensors(side_inputs) if version_of(t) >= 0]
-        self.autocast = [(kind, *_autocast_state(kind)) for kind in dict.fromkeys(("cpu", device.type))]
+        kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
+        self.autocast = [(kind, *_autocast_state(kind)) for kind in kinds]
         self.shared = [torch.default_generator]
         if device.type == "cuda":
             self.shared.append(torch.cuda.default_generators[device.index])

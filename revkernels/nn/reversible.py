@@ -118,6 +118,11 @@ class ReversibleSequential(nn.Module):
         for index, block in enumerate(blocks):
             if not isinstance(block, ReversibleBlock):
                 raise TypeError(f"blocks[{index}] is a {type(block).__name__}; it must be a ReversibleBlock")
+            if type(block).forward is not ReversibleBlock.forward:
+                raise TypeError(
+                    f"blocks[{index}] is a {type(block).__name__} with a forward of its own, which a chain would never "
+                    f"call: it runs F and G itself. Put the change into F or G, or into forward hooks"
+                )
         check_options(split_dim, activations, coupling, backend)
         for index, block in enumerate(blocks):
             self.add_module(str(index), block)

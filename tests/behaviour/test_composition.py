@@ -242,3 +242,48 @@ def test_a_chain_built_from_a_generator_of_blocks(options):
     net = ReversibleSequential((ReversibleBlock(mlp(), mlp()) for _ in range(3)), **options)
     assert len(net) == 3 and list(net)[2] is net[2] is net[-1]
     assert net(rows()).shape == (5, 8)
+
+
+class EnergyGradient(nn.Module):
+    """A branch that differentiates while it runs: the gradient of a potential, as in Hamiltonian networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(torch.tanh(self.linear(x)).pow(2).sum(), x, create_graph=True)[0]
+
+
+def test_a_branch_that_differentiates_while_it_runs(backend, activations):
+    """Row 27, and beyond: autograd.grad inside F, whose own saved tensors exist while it runs."""
+    net, plain = twins(
+        [(EnergyGradient(), EnergyGradient()) for _ in range(3)], activations=activations, backend=backend
+    )
+    check_step(net, plain, rows())
+
+
+def test_lazy_modules(backend, activations):
+    """Parameters that take shape in the first forward."""
+    blocks = [ReversibleBlock(nn.LazyLinear(4), nn.LazyLinear(4)) for _ in range(2)]
+    net = ReversibleSequential(*blocks, activations=activations, backend=backend).double()
+    x, steps = rows(), []
+    for _ in range(2):
+        net.zero_grad()
+        loss_of(net(x)).backward()
+        steps.append([parameter.grad.clone() for parameter in net.parameters()])
+    for first, second in zip(*steps, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_block_with_a_forward_of_its_own_is_refused():
+    """A chain runs F and G itself, and would silently pass it by."""
+
+    class Doubled(ReversibleBlock):
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(TypeError, match=r"blocks\[0\] is a Doubled with a forward of its own"):
+        ReversibleSequential(Doubled(nn.Linear(4, 4), nn.Linear(4, 4)))

@@ -251,11 +251,20 @@ def test_what_a_function_reaches_is_watched(backend):
 
 
 def test_mode_switched_between_forward_and_backward(backend):
-    """Rows 5 and 33: the recompute would run in another mode."""
-    net, _ = twins(pairs_of(norm_mlp, 2), backend=backend)
-    loss = loss_of(net(rows(6, 8)))
-    net.eval()
-    assert_raises(rk.ReconstructionError, ["train mode", "eval mode"], loss.backward)
+    """Row 5: the recompute runs in the forward's mode, and leaves the module in its present one."""
+
+    def gradients(switch):
+        torch.manual_seed(0)
+        net, _ = twins(pairs_of(norm_mlp, 2), backend=backend)
+        loss = loss_of(net(rows(6, 8)))
+        if switch:
+            net.eval()
+        loss.backward()
+        assert net.training is not switch and all(m.training is not switch for m in net.modules())
+        return [parameter.grad for parameter in net.parameters()]
+
+    for switched, left in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(switched, left)
 
 
 def test_a_branch_that_does_not_do_the_same_twice(backend):

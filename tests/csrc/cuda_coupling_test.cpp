@@ -143,19 +143,29 @@ void for_each_combination(unsigned seed, Try&& attempt) {
         }
 }
 
-const test::Register kCouple("couple", [] {
-  for_each_combination(
-      1, [](const Case& c, int stream, int branch, const Setup& setup, std::mt19937& random) {
-        const bool subtract = random() % 2, in_place = random() % 2;
-        try_couple(c, stream, branch, setup, subtract, in_place, random);
-      });
-});
+void try_some_couple(const Case& c, int stream, int branch, const Setup& setup,
+                     std::mt19937& random) {
+  const bool subtract = random() % 2, in_place = random() % 2;
+  try_couple(c, stream, branch, setup, subtract, in_place, random);
+}
+
+const test::Register kCouple("couple", [] { for_each_combination(1, try_some_couple); });
 
 const test::Register kReverse("reverse_step", [] {
   for_each_combination(
       2, [](const Case& c, int stream, int branch, const Setup& setup, std::mt19937& random) {
         try_reverse(c, stream, branch, stream, branch, setup, random);
       });
+});
+
+// For builds that have no other types: one pair, but every layout with every setup.
+const test::Register kMixed("couple, float32 += bfloat16", [] {
+  std::mt19937 random(3);
+  for (const Case& c : kCases)
+    for (const Setup& setup : kSetups) {
+      shim::machine.backwards = random() % 2;
+      try_some_couple(c, REVK_FLOAT32, REVK_BFLOAT16, setup, random);
+    }
 });
 
 const test::Register kReverseTypes("reverse_step, four types", [] {
