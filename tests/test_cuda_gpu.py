@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from triton_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, make, some_coupling  # noqa: E402
+from kernel_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, make, some_coupling  # noqa: E402
 
 from revkernels import Coupling, native, ops  # noqa: E402
 

@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from triton_cases import BF16, DTYPES, F32, LAYOUTS, PAIR_IDS, PAIRS, make, some_coupling  # noqa: E402
+from kernel_cases import BF16, DTYPES, F32, LAYOUTS, PAIR_IDS, PAIRS, make, some_coupling  # noqa: E402
 
 from revkernels import ops  # noqa: E402
 from revkernels.coupling import Coupling  # noqa: E402

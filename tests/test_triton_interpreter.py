@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from triton_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, dense, make, some_coupling  # noqa: E402
+from kernel_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, dense, make, some_coupling  # noqa: E402
 
 from revkernels.arrays import dtype_name, memory_order  # noqa: E402
 from revkernels.coupling import Coupling  # noqa: E402

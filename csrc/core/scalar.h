@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scalar types that host and device share, and the only two conversions there are: widen (exact)
-// and narrow (rounds once, to nearest even). Written with integers, so that they give the same bits
-// on every machine and compiler.
+// and narrow (rounds once, to nearest even). On the host both are written with integers, so that
+// they give the same bits under every compiler; a GPU has instructions that give those bits.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,11 @@ REVK_HD double widen(double value) { return value; }
 REVK_HD float widen(float value) { return value; }
 REVK_HD float widen(bfloat16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
 REVK_HD float widen(float16 value) {
+#if defined(__CUDA_ARCH__)
+  float wide;  // one instruction instead of a dozen; exact, subnormals included
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u)
     return bits_as<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, NaN
@@ -45,6 +50,7 @@ REVK_HD float widen(float16 value) {
     return bits_as<float>(sign | ((magnitude << 13) + (112u << 23)));  // normal
   const float tiny = float(magnitude) * 5.9604644775390625e-8f;  // subnormal: a multiple of 2^-24
   return bits_as<float>(bits_as<uint32_t>(tiny) | sign);
+#endif
 }
 
 template <class To>
@@ -70,13 +76,24 @@ REVK_HD double narrow<double>(float value) {
 }
 template <>
 REVK_HD bfloat16 narrow<bfloat16>(float value) {
+#if defined(__CUDA_ARCH__)
+  bfloat16 half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+  return half;
+#else
   const uint32_t bits = bits_as<uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u)
     return bfloat16{uint16_t((bits >> 16) | 0x40u)};  // NaN stays quiet NaN
   return bfloat16{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 template <>
 REVK_HD float16 narrow<float16>(float value) {
+#if defined(__CUDA_ARCH__)
+  float16 half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+  return half;
+#else
   const uint32_t bits = bits_as<uint32_t>(value), sign = (bits >> 16) & 0x8000u,
                  magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u)
@@ -91,6 +108,7 @@ REVK_HD float16 narrow<float16>(float value) {
   // rounds.
   const float aligned = bits_as<float>(magnitude) + 0.5f;
   return float16{uint16_t(sign | (bits_as<uint32_t>(aligned) - 0x3f000000u))};
+#endif
 }
 // A half type is reached from float64 by way of float32 only when the compute type is float64:
 // rounding through an odd float32 keeps the second rounding from erring (Boldo and Melquiond 2008:

@@ -29,8 +29,8 @@ constexpr int kBlocksPerMultiprocessor = 32;
 template <int kPacketSize, int kOperands, class Body>
 __device__ void for_each_item(const Layout<kOperands>& layout, Body&& body) {
   const int64_t span = int64_t(gridDim.x) * kThreads;
-#pragma unroll 1  // a packet is enough loads at a time; a second copy of the body is registers and
-                  // spills
+// A packet is enough loads at a time; a second copy of the body would be registers and spills.
+#pragma unroll 1
   for (int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x; item < layout.items;
        item += span) {
     const Spot spot = locate(layout, item, kPacketSize);
