@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 
+from revkernels import eager
 from revkernels.autograd import ownership
 
-_free: ownership.Counts = (0, 0, 0)
-_seen: list[ownership.Counts] | None = None
+_free: ownership.Counts | None = None  # learnt by `prepare`
+_lock = threading.Lock()
+_learning = threading.local()  # .seen: the counts of the two gradients, while this thread learns
 
 
 def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> torch.Tensor | None:
@@ -37,10 +40,32 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
     return total
 
 
+def prepare() -> None:
+    """Learn what a free gradient looks like in this Python and this torch, once, off two that are known to be free.
+
+    Not at import: it runs a backward, and torch's engine starts its threads with the first one.
+    """
+    global _free
+    if _free is not None or not ownership.COUNTABLE:
+        return
+    with _lock, torch.inference_mode(False), torch.enable_grad():
+        if _free is not None:
+            return
+        seen: list[ownership.Counts] = []
+        first, second = _Twin.apply(torch.zeros(2, requires_grad=True))
+        _learning.seen = seen
+        try:
+            (first * 2 + second * 3).sum().backward()
+        finally:
+            del _learning.seen
+        _free = tuple(map(min, zip(*seen, strict=True)))
+
+
 def _is_free(gradient: torch.Tensor) -> bool:
     counts = ownership.holders(gradient)
-    if _seen is not None:
-        _seen.append(counts)
+    if _free is None:
+        if hasattr(_learning, "seen"):
+            _learning.seen.append(counts)
         return False
     if counts[0] > _free[0] or counts[1] > _free[1] or counts[2] > _free[2]:
         return False
@@ -57,25 +82,4 @@ class _Twin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ds: torch.Tensor, dh: torch.Tensor) -> Any:
-        import revkernels.eager
-
-        return gather(ds, dh, revkernels.eager)
-
-
-def _learn() -> ownership.Counts:
-    """The counts of a free gradient in this Python and this torch, read off two that are known to be free."""
-    global _seen
-    with torch.inference_mode(False), torch.enable_grad():
-        first, second = _Twin.apply(torch.zeros(2, requires_grad=True))
-        root = (first * 2 + second * 3).sum()
-    seen: list[ownership.Counts] = []
-    _seen = seen
-    try:
-        root.backward()
-    finally:
-        _seen = None
-    return tuple(map(min, zip(*seen, strict=True)))
-
-
-if ownership.COUNTABLE:
-    _free = _learn()
+        return gather(ds, dh, eager)

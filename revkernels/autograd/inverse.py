@@ -25,15 +25,15 @@ def invert(
     A branch runs on throw-away copies of its running statistics: undoing a batch must not count it again.
     """
     source, target = streams
-    for branch, (args, kwargs) in reversed(half_steps):
+    for k, (branch, (args, kwargs)) in reversed(list(enumerate(half_steps))):
         undo = Snapshot(branch).restore()
         try:
             f = branch(source, *args, **kwargs)
         finally:
             put_back(undo)
         if type(f) is tuple:
-            f, _ = check_aux(f)
-        check_branch_output(f, target, branch)
+            f, _ = check_aux(f, name, k)
+        check_branch_output(f, target, name, k)
         source, target = _uncouple(kernels, target, f), source
     return source, target
 

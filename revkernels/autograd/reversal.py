@@ -12,6 +12,10 @@ under saved-tensor hooks that keep a number (half-step, index) in a saved tensor
 for a tensor of half-step k, branch k is run once more from s[k+1], what it saves is collected, and its output turns
 s[k+2] back into s[k]. Two streams, two gradients and one branch's saved tensors are alive at a time, at any depth;
 gradients travel through torch's engine, so hooks, DDP and frozen parameters are its business, not ours.
+
+What is to come has its place: which stream a half-step adds to and which it reads is said in `advance` and `_rebuild`
+alone (more than two streams); a tensor worth keeping is returned by `_pack` itself (memory budgets); the options of an
+exact coupling go into the two calls, `Couple` here and ``kernels.uncouple`` in `_rebuild`.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels import eager
+from revkernels.autograd.accumulate import prepare
 from revkernels.autograd.coupling import Couple, Enter
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.snapshot import Snapshot, put_back, version_of
@@ -81,6 +86,8 @@ class Reversal:
         self.name = name
         self.aux: list[Any] = []
         self.recording = not keep and torch.is_grad_enabled()
+        if torch.is_grad_enabled() and kernels is not eager:
+            prepare()
         self._count = 0
         self._steps: list[_Step] = []
         self._saved: list[Metadata] = []  # of the half-step under way
@@ -113,9 +120,9 @@ class Reversal:
                 f"adds to: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
         if type(f) is tuple:
-            f, aux = check_aux(f)
+            f, aux = check_aux(f, self.name, self._count)
             self.aux.append(aux)
-        check_branch_output(f, target, branch)
+        check_branch_output(f, target, self.name, self._count)
         self._count += 1
         self.target, self.branch_input = source, None
         if kernels is eager:
@@ -296,27 +303,26 @@ class _Step:
         self.drawn: Drawn = []
 
 
-def check_aux(result: tuple[Any, ...]) -> tuple[torch.Tensor, Any]:
+def check_aux(result: tuple[Any, ...], name: Callable[[int], str], k: int) -> tuple[torch.Tensor, Any]:
     """A branch returns f, or (f, aux)."""
     if len(result) != 2:
-        raise TypeError(f"a branch returned a tuple of {len(result)}; it must return f, or the pair (f, aux)")
+        raise TypeError(f"{name(k)} returned a tuple of {len(result)}; it must return f, or the pair (f, aux)")
     return result
 
 
-def check_branch_output(f: Any, stream: torch.Tensor, branch: Any) -> None:
+def check_branch_output(f: Any, stream: torch.Tensor, name: Callable[[int], str], k: int) -> None:
     """f can be added to the stream: a floating-point tensor of its shape, on its device."""
-    name = type(branch).__name__
     if not isinstance(f, torch.Tensor):
-        raise TypeError(f"{name} returned a {type(f).__name__}; a branch must return a tensor, or (tensor, aux)")
+        raise TypeError(f"{name(k)} returned a {type(f).__name__}; it must return a tensor, or (tensor, aux)")
     if f.shape != stream.shape:
         raise ValueError(
-            f"{name} returned shape {tuple(f.shape)} for a stream of shape {tuple(stream.shape)}: a reversible block "
-            f"must keep the shape (stride 1, as many channels out as in)"
+            f"{name(k)} returned shape {tuple(f.shape)} for a stream of shape {tuple(stream.shape)}: a reversible "
+            f"block must keep the shape (stride 1, as many channels out as in)"
         )
     if not f.is_floating_point():
-        raise TypeError(f"{name} returned {f.dtype}; a branch must return a floating-point tensor")
+        raise TypeError(f"{name(k)} returned {f.dtype}; it must return a floating-point tensor")
     if f.device != stream.device:
-        raise ValueError(f"{name} returned a tensor on {f.device}; the stream is on {stream.device}")
+        raise ValueError(f"{name(k)} returned a tensor on {f.device}; the stream is on {stream.device}")
 
 
 def _same_memory(a: Any, b: torch.Tensor) -> bool:

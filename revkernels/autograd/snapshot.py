@@ -139,15 +139,15 @@ def version_of(tensor: torch.Tensor) -> int:
 def modules_behind(function: Callable[..., Any]) -> list[nn.Module]:
     """The modules that a plain callable reaches through what it is bound to, closes over, defaults to or holds."""
     found: dict[nn.Module, None] = {}
-    for held in _held_by(function):
-        if isinstance(held, nn.Module):
-            found.update(dict.fromkeys(held.modules()))
-        elif isinstance(held, list | tuple):
-            for item in held:
+    waiting, seen = [function], {id(function)}
+    while waiting:
+        for held in _held_by(waiting.pop()):
+            for item in held if isinstance(held, list | tuple) else (held,):
                 if isinstance(item, nn.Module):
                     found.update(dict.fromkeys(item.modules()))
-        elif callable(held) and held is not function and not isinstance(held, type):
-            found.update(dict.fromkeys(modules_behind(held)))
+                elif callable(item) and not isinstance(item, type) and id(item) not in seen:
+                    seen.add(id(item))
+                    waiting.append(item)
     return list(found)
 
 

@@ -56,7 +56,7 @@ def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
             pair.append((here_args, mine))
         calls.append((pair[0], pair[1]))
     unknown = set(kwargs) - taken
-    if unknown and blocks:
+    if unknown:
         raise TypeError(f"no branch takes the keyword {', '.join(map(repr, sorted(unknown)))}")
     return calls
 

@@ -16,8 +16,9 @@ from revkernels.autograd.inverse import invert
 from revkernels.autograd.reversal import Reversal
 from revkernels.errors import ReconstructionError
 from revkernels.nn.arguments import Call, PerBlock, route
-from revkernels.nn.streams import check_options, dense, pair_of
+from revkernels.nn.streams import check_options, dense, is_store, pair_of
 
+_OPTIONS = ("split_dim", "activations", "coupling", "backend")
 _handed_over = threading.local()  # the Reversal a chain hands to a block that it calls through the block's hooks
 
 
@@ -26,6 +27,13 @@ class ReversibleBlock(nn.Module):
 
     F and G are modules, or any callables, that keep the shape of what they are given (stride 1). They are kept by
     reference and called as ``F(x, *args, **kwargs)``; each may return ``f``, or ``(f, aux)`` with any object as aux.
+
+    F and G must not write to what they are given (ReLU(inplace=True) first of all): it is the stream that is added to
+    later. This is refused, but a pair that the caller passed in has been written by then, as in plain torch.
+
+    Forward hooks of F and G fire again in the recompute (`is_recomputing` tells it apart), those of a block do not: it
+    is not recomputed as a whole. Backward hooks fire once. What a plain callable reads is watched as far as it shows:
+    the modules it is bound to, closes over, or has as arguments; not those it finds in globals.
 
     Called alone it works like a `ReversibleSequential` of one block, with the options given here; inside one, the
     chain's options hold.
@@ -137,8 +145,12 @@ class ReversibleSequential(nn.Module):
     def __iter__(self) -> Iterator[ReversibleBlock]:
         return iter(self._modules.values())  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> ReversibleBlock:
-        return list(self)[index]
+    def __getitem__(self, index: int | slice) -> Any:
+        """Return one block, or a chain of the same blocks with the same options for a slice."""
+        if not isinstance(index, slice):
+            return list(self)[index]
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return ReversibleSequential(list(self)[index], **options)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Map x (halved along ``split_dim``) or (x1, x2) to y or (y1, y2), or to (y, [aux, ...])."""
@@ -162,7 +174,7 @@ def _run(owner: Any, blocks: Sequence[ReversibleBlock], x: Any, args: tuple[Any,
     calls = route(blocks, args, kwargs)
     if not blocks:
         return x
-    keep = owner.activations == "store"
+    keep = is_store(owner.activations)
     side_inputs = _by_name(args, kwargs)
     name = _half_step_name(owner, blocks)
     reversal = Reversal((dense(x1), dense(x2)), _kernels(owner, x1), keep, side_inputs, name)
@@ -265,5 +277,4 @@ def _hooked(blocks: Sequence[nn.Module]) -> list[bool]:
 
 
 def _options_of(owner: Any) -> str:
-    names = ("split_dim", "activations", "coupling", "backend")
-    return ", ".join(f"{name}={getattr(owner, name)!r}" for name in names)
+    return ", ".join(f"{name}={getattr(owner, name)!r}" for name in _OPTIONS)

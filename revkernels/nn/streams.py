@@ -13,13 +13,20 @@ ACTIVATIONS = ("reconstruct", "store")
 COUPLINGS = ("float",)
 
 
+def is_store(activations: Any) -> bool:
+    """Whether activations are kept; ValueError for a choice that does not exist."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}; it must be {' or '.join(map(repr, ACTIVATIONS))}")
+    return activations == "store"
+
+
 def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any) -> None:
     """Raise TypeError or ValueError (BackendError for the backend) for an option that does not exist."""
     if isinstance(split_dim, bool) or not isinstance(split_dim, int):
         raise TypeError(f"split_dim is a {type(split_dim).__name__}; it must be an int")
-    for name, value, known in (("activations", activations, ACTIVATIONS), ("coupling", coupling, COUPLINGS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; it must be {' or '.join(map(repr, known))}")
+    is_store(activations)
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling is {coupling!r}; it must be {' or '.join(map(repr, COUPLINGS))}")
     if backend is not None:
         backends.require(backend)
 
