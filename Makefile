@@ -71,4 +71,5 @@ lint: $(BUILT)
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.made-build-*
 	rm -f revkernels/*.so revkernels/*.so.*
+	rm -rf revkernels/include revkernels/cmake revkernels/pkgconfig
 	find revkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,10 +3,29 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
+
+from revkernels import native
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype("f8"), np.dtype("f4"), BFLOAT16, np.dtype("f2")]
 SIGNIFICAND = {BFLOAT16: (8, -126, 3.3895313892515355e38), np.dtype("f2"): (11, -14, 65504.0)}
+
+# Trying one chooses it, so the order ends with what the library chooses by itself: the best.
+ISAS = []
+if native.missing() is None:
+    from revkernels import _native
+
+    ISAS = [isa for isa in ("baseline", "avx2", "avx512") if _native.set_isa(isa)]
+
+
+@pytest.fixture(params=ISAS)
+def each_isa(request):
+    """The name of each instruction set of this machine in turn, with the library's loops switched to it."""
+    before = _native.cpu_isa()
+    assert _native.set_isa(request.param)
+    yield request.param
+    _native.set_isa(before)
 
 
 def rounded(value, dtype):

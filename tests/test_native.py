@@ -7,24 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from native_oracle import BFLOAT16, DTYPES, LAYOUTS, assert_same_bits, expected, operands, rounded, views
+from native_oracle import BFLOAT16, DTYPES, LAYOUTS, assert_same_bits, each_isa, expected, operands, rounded, views
 
 from revkernels import native
 from revkernels.coupling import Coupling
 
 if native.missing() is not None:
     pytest.skip(str(native.missing()), allow_module_level=True)
-from revkernels import _native
-
-ISAS = [isa for isa in ("baseline", "avx2", "avx512") if _native.set_isa(isa)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _native.cpu_isa()
-    assert _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+isa = each_isa
 
 
 @pytest.mark.parametrize("f_dtype", DTYPES, ids=str)

@@ -5,24 +5,14 @@ import itertools
 
 import numpy as np
 import pytest
-from native_oracle import BFLOAT16, DTYPES, LAYOUTS, assert_same_bits, bits_of, views
+from native_oracle import BFLOAT16, DTYPES, LAYOUTS, assert_same_bits, bits_of, each_isa, views
 
 from revkernels import native
 from revkernels.coupling import Coupling
 
 if native.missing() is not None:
     pytest.skip(str(native.missing()), allow_module_level=True)
-from revkernels import _native
-
-ISAS = [isa for isa in ("baseline", "avx2", "avx512") if _native.set_isa(isa)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _native.cpu_isa()
-    assert _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+isa = each_isa
 
 
 def memory_order(array):

@@ -40,7 +40,6 @@ std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name
 }
 
 // torch
-// ---------------------------------------------------------------------------------------------------------------
 
 // The objects of an imported torch. They live as long as the process, so nothing is released.
 struct Torch {
@@ -142,7 +141,6 @@ void read_tensor(Array& array, py::handle tensor, bool words) {
 }
 
 // NumPy
-// ---------------------------------------------------------------------------------------------------------------
 
 int32_t numpy_dtype(const Array& array, py::handle descr, bool words) {
   struct Known {
@@ -185,8 +183,8 @@ void read_ndarray(Array& array, py::handle object, bool words) {
     value_error(std::string(array.name) + " is not aligned to its dtype; it must be");
   for (int k = 0; k < array.rank; ++k) {
     array.sizes[k] = proxy->dimensions[k];
-    const int64_t stride =
-        array.sizes[k] > 1 ? proxy->strides[k] : item;  // of size 1: free to be anything
+    // The stride of a dimension of size 1 is free to be anything.
+    const int64_t stride = array.sizes[k] > 1 ? proxy->strides[k] : item;
     if (stride < 0)
       value_error(std::string(array.name) + " has a negative stride in dimension " +
                   std::to_string(k) + "; it must be copied first");

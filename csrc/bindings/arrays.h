@@ -45,9 +45,9 @@ struct Array {
   std::string shape() const;
 };
 
-// Fills `array` from `object`. Raises TypeError for what is no array and for dtypes, ValueError for
-// memory that the kernels cannot address. `words` admits the 64-bit integers instead of the
-// floating-point types.
+// Fills `array` from `object`. Raises TypeError for what is no array and
+// for dtypes, ValueError for memory that the kernels cannot address.
+// `words` admits the 64-bit integers instead of the floating-point types.
 void read_array(Array& array, const char* name, py::handle object, bool words = false);
 
 // What a tensor's library says about the call's surroundings.

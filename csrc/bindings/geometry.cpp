@@ -77,8 +77,8 @@ bool Geometry::assign_in_order(const Roles& roles) {
   return false;
 }
 
-// The view's order is not the memory's, which the kernels undo; the outermost dimensions left over
-// are looped.
+// The view's order is not the memory's, which the kernels
+// undo; the outermost dimensions left over are looped.
 void Geometry::assign_by_role(const Roles& roles) {
   bool free_slot[3] = {true, true, true};
   if (roles.channel >= 0) free_slot[1] = false;

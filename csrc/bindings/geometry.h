@@ -10,13 +10,13 @@ namespace revk::python {
 
 constexpr int kMaxArrays = 4;
 
-// The dimensions that a scale runs along; -1: none. A dimension in a role keeps its own place in
-// the view.
+// The dimensions that a scale runs along; -1: none. A
+// dimension in a role keeps its own place in the view.
 struct Roles {
   int channel = -1;
   int sample = -1;
-  bool ordered =
-      false;  // a checksum counts elements in memory order, so the view may not be rearranged
+  // A checksum counts elements in memory order, so the view may not be rearranged.
+  bool ordered = false;
 };
 
 class Geometry {
@@ -27,8 +27,8 @@ class Geometry {
 
   int64_t rows_per_sample() const { return rows_per_sample_; }
 
-  // Calls body(views) for every sub-array of at most three dimensions: most arrays are a single
-  // one.
+  // Calls body(views) for every sub-array of at most
+  // three dimensions: most arrays are a single one.
   template <class Body>
   void for_each(Body&& body) const {
     revk_view views[kMaxArrays];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the C interface: reads the arrays, checks them under their Python names, makes
-// views, calls.
+// The Python face of the C interface: reads the arrays,
+// checks them under their Python names, makes views, calls.
 #include <pybind11/pybind11.h>
 
 #include <optional>
@@ -23,7 +23,6 @@ void raise_on_error(revk_status status) {
 }
 
 // Checks under the names that the Python caller knows
-// ----------------------------------------------------------------
 
 void check_together(const Array& leader, const Array& other) {
   if (other.library != leader.library)
@@ -85,7 +84,6 @@ bool is_long(const Array& written, int64_t elements) {
 }
 
 // The coupling's options
-// ----------------------------------------------------------------------------------------------
 
 struct Options {
   revk_coupling coupling;
@@ -160,7 +158,6 @@ struct Options {
 };
 
 // Kernels
-// -------------------------------------------------------------------------------------------------------------
 
 using Couple = revk_status (*)(const revk_view*, const revk_view*, const revk_view*,
                                const revk_coupling*, const revk_where*);
@@ -298,6 +295,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_isa", &revk_cpu_isa);
   m.def("cuda_archs", &revk_cuda_archs);
   m.def("cuda_missing", &revk_cuda_missing);
-  m.def("set_isa", &revk_set_isa_for_tests,
+  m.def("set_isa", &revktest_set_isa,
         "For tests: False if this machine lacks the instruction set.");
 }

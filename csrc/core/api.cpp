@@ -7,6 +7,7 @@
 
 #include "core/backends.h"
 #include "core/error.h"
+#include "core/structs.h"
 #include "core/views.h"
 
 namespace revk {
@@ -17,20 +18,19 @@ std::string& last_error() {
   return text;
 }
 
-void check_where(const revk_where* where) {
-  if (where == nullptr) throw invalid("where is NULL, a revk_where is needed");
-  if (where->struct_size != int32_t(sizeof(revk_where)))
-    throw invalid("where: struct_size is " + std::to_string(where->struct_size) +
-                  ", this library needs " + std::to_string(sizeof(revk_where)));
-  if (where->device < -1)
-    throw invalid("where: device is " + std::to_string(where->device) +
+revk_where read_where(const revk_where* given) {
+  if (given == nullptr) throw invalid("where is NULL, a revk_where is needed");
+  const revk_where where = read_struct<revk_where>("where", given);
+  if (where.device < -1)
+    throw invalid("where: device is " + std::to_string(where.device) +
                   ", -1 (the host) or a CUDA device's index is needed");
-  if (where->threads < 0)
-    throw invalid("where: threads is " + std::to_string(where->threads) + ", 0 or more is needed");
-  if (where->device >= 0) {
+  if (where.threads < 0)
+    throw invalid("where: threads is " + std::to_string(where.threads) + ", 0 or more is needed");
+  if (where.device >= 0) {
     const char* const reason = cuda::missing();
     if (reason != nullptr) throw unsupported(std::string("CUDA cannot run here: ") + reason);
   }
+  return where;
 }
 
 // The coupling as the kernels get it: nullptr for the plain one, rows_per_sample at least 1.
@@ -41,10 +41,7 @@ struct CheckedCoupling {
 
   CheckedCoupling(const revk_coupling* given, const NamedView& out, int32_t scale_dtype) : value() {
     if (given == nullptr) return;
-    if (given->struct_size != int32_t(sizeof(revk_coupling)))
-      throw invalid("coupling: struct_size is " + std::to_string(given->struct_size) +
-                    ", this library needs " + std::to_string(sizeof(revk_coupling)));
-    value = *given;
+    value = read_struct<revk_coupling>("coupling", given);
     const int32_t k = value.grid_exponent;
     if (k != REVK_NO_GRID && (k < -126 || k > 126))
       throw invalid("coupling: grid_exponent is " + std::to_string(k) +
@@ -88,20 +85,42 @@ using Couple = void (*)(const revk_view&, const revk_view&, const revk_view&, co
                         const revk_where&);
 
 void couple_with(Couple on_cpu, Couple on_cuda, const NamedView& out, const NamedView& x,
-                 const NamedView& f, const revk_coupling* coupling, const revk_where* where) {
-  check_where(where);
+                 const NamedView& f, const revk_coupling* coupling, const revk_where* given_where) {
+  const revk_where where = read_where(given_where);
   x.same_shape_as(out);
   f.same_shape_as(out);
   out.apart_from_itself();
   if (!out.is(x)) out.apart_from(x);
   out.apart_from(f);
-  const CheckedCoupling checked(coupling, out, compute_dtype(x.view->dtype, f.view->dtype));
+  const CheckedCoupling checked(coupling, out, compute_dtype(x.view.dtype, f.view.dtype));
   if (out.layout.empty()) return;
-  (where->device < 0 ? on_cpu : on_cuda)(*out.view, *x.view, *f.view, checked.get(), *where);
+  (where.device < 0 ? on_cpu : on_cuda)(out.view, x.view, f.view, checked.get(), where);
 }
 
-// Every total is apart from every other array of the call. Sorted by address, only neighbours can
-// touch.
+// `count` views side by side, each as large as the first says it is. A deque never moves a view.
+std::deque<NamedView> read_list(const char* name, const revk_view* first, int64_t count) {
+  const int32_t step = size_of_struct(first);
+  std::deque<NamedView> list;
+  for (int64_t i = 0; i < count; ++i) {
+    const std::string called = std::string(name) + "[" + std::to_string(i) + "]";
+    const char* const at = reinterpret_cast<const char*>(first) + i * step;
+    if (size_of_struct(at) != step)
+      throw invalid(called + ": struct_size is " + std::to_string(size_of_struct(at)) + ", " +
+                    name + "[0] has " + std::to_string(step) + "; equal sizes are needed");
+    list.emplace_back(called, reinterpret_cast<const revk_view*>(at));
+  }
+  return list;
+}
+
+std::vector<revk_view> plain_views(const std::deque<NamedView>& list) {
+  std::vector<revk_view> views;
+  views.reserve(list.size());
+  for (const NamedView& named : list) views.push_back(named.view);
+  return views;
+}
+
+// Every total is apart from every other array of the
+// call. Sorted by address, only neighbours can touch.
 void check_apart(const std::deque<NamedView>& totals, const std::deque<NamedView>& parts) {
   struct Entry {
     const NamedView* view;
@@ -160,7 +179,7 @@ revk_status revk_reverse_step(const revk_view* y, const revk_view* f, const revk
                               const revk_where* where) {
   return guard(last_error(), [&] {
     const NamedView to_y("y", y), from_f("f", f), to_dy("dy", dy), from_df("df", df);
-    check_where(where);
+    const revk_where place = read_where(where);
     for (const NamedView* other : {&from_f, &to_dy, &from_df}) {
       other->same_shape_as(to_y);
       to_y.apart_from(*other);
@@ -169,32 +188,33 @@ revk_status revk_reverse_step(const revk_view* y, const revk_view* f, const revk
     to_dy.apart_from_itself();
     to_dy.apart_from(from_f);
     to_dy.apart_from(from_df);
-    const int32_t scale_dtype = compute_dtype(y->dtype, f->dtype);
+    const int32_t scale_dtype = compute_dtype(to_y.view.dtype, from_f.view.dtype);
     const CheckedCoupling checked(coupling, to_y, scale_dtype);
     const CheckedCoupling apart_from_dy(coupling, to_dy, scale_dtype);
     if (to_y.layout.empty()) return;
-    (where->device < 0 ? cpu::reverse_step : cuda::reverse_step)(*y, *f, *dy, *df, checked.get(),
-                                                                 *where);
+    const auto kernel = place.device < 0 ? cpu::reverse_step : cuda::reverse_step;
+    kernel(to_y.view, from_f.view, to_dy.view, from_df.view, checked.get(), place);
   });
 }
 
 revk_status revk_accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
                             const revk_where* where) {
   return guard(last_error(), [&] {
-    check_where(where);
+    const revk_where place = read_where(where);
     if (count < 0) throw invalid("count is " + std::to_string(count) + ", 0 or more is needed");
     if (count == 0) return;
     if (totals == nullptr) throw invalid("totals is NULL, an array of revk_view is needed");
     if (parts == nullptr) throw invalid("parts is NULL, an array of revk_view is needed");
-    std::deque<NamedView> written, read;  // a deque never moves a view
-    for (int64_t i = 0; i < count; ++i) {
-      written.emplace_back("totals", totals + i, i);
-      read.emplace_back("parts", parts + i, i);
-      read.back().same_shape_as(written.back());
-      written.back().apart_from_itself();
+    const std::deque<NamedView> written = read_list("totals", totals, count);
+    const std::deque<NamedView> read = read_list("parts", parts, count);
+    for (size_t i = 0; i < written.size(); ++i) {
+      read[i].same_shape_as(written[i]);
+      written[i].apart_from_itself();
     }
     check_apart(written, read);
-    (where->device < 0 ? cpu::accumulate : cuda::accumulate)(totals, parts, count, *where);
+    const std::vector<revk_view> sums = plain_views(written), added = plain_views(read);
+    const auto kernel = place.device < 0 ? cpu::accumulate : cuda::accumulate;
+    kernel(sums.data(), added.data(), count, place);
   });
 }
 
@@ -204,6 +224,6 @@ const char* revk_version(void) { return REVK_VERSION; }
 const char* revk_cpu_isa(void) { return cpu::isa(); }
 const char* revk_cuda_archs(void) { return cuda::archs(); }
 const char* revk_cuda_missing(void) { return cuda::missing(); }
-bool revk_set_isa_for_tests(const char* name) { return cpu::set_isa(name); }
+bool revktest_set_isa(const char* name) { return cpu::set_isa(name); }
 
 }  // extern "C"

@@ -2,18 +2,18 @@
 // What api.cpp asks of a backend. Both backends have the same four kernels and two questions.
 //
 // api.cpp has checked everything before a kernel is called, so a kernel need not look again:
+// - every struct is this library's own version, whatever version the caller has;
 // - every view has a known dtype, sizes >= 0, strides >= 0, an aligned pointer, and one shape with
-// its fellows;
+//   its fellows;
 // - a written operand overlaps nothing, itself included, except that `out` may be `x` exactly
-// (data, strides, dtype);
+//   (data, strides, dtype);
 // - `couple`, `uncouple` and `reverse_step` are not called on empty views; in `accumulate`, single
-// pairs may be empty;
+//   pairs may be empty;
 // - `coupling` is nullptr for the plain coupling; otherwise rows_per_sample >= 1 and grid_exponent
-// is in range;
+//   is in range;
 // - strides come in any order: (N, C, H*W) with channel_stride 1 is an image in channels-last
-// memory. A kernel that
-//   wants to walk memory in order reorders the dimensions itself; the checksum's index stays the
-//   view's row-major one.
+//   memory. A kernel that wants to walk memory in order reorders the dimensions itself; the
+//   checksum's index stays the view's row-major one.
 //
 // A kernel reports a failure by throwing revk::Error (core/error.h); the guard in api.cpp turns it
 // into a status.
@@ -45,12 +45,12 @@ void reverse_step(const revk_view& y, const revk_view& f, const revk_view& dy, c
                   const revk_coupling* coupling, const revk_where& where);
 void accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
                 const revk_where& where);
-const char* missing();  // nullptr if kernels can run here; otherwise why not. The text lives as
-                        // long as the library
-const char* archs();    // "80;90;100;ptx100" as compiled; "" in a build without CUDA
+// nullptr if kernels can run here; otherwise why not. The text lives as long as the library.
+const char* missing();
+const char* archs();  // "80;90;100;ptx100" as compiled; "" in a build without CUDA
 }  // namespace cuda
 
 }  // namespace revk
 
-// Exported for the Python module's tests, and no part of the C interface.
-extern "C" REVK_API bool revk_set_isa_for_tests(const char* name);
+// Exported for the Python module's tests. No part of the C interface, hence another prefix.
+extern "C" REVK_API bool revktest_set_isa(const char* name);

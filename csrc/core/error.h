@@ -21,9 +21,9 @@ inline Error invalid(const std::string& text) { return Error(REVK_INVALID_ARGUME
 inline Error unsupported(const std::string& text) { return Error(REVK_UNSUPPORTED, text); }
 inline Error cuda_error(const std::string& text) { return Error(REVK_CUDA_ERROR, text); }
 
-// Runs the body of one extern "C" entry: nothing thrown inside crosses the C boundary. `last_error`
-// is the thread's text; it is not touched on success, so that a caller may read it after a batch of
-// calls.
+// Runs the body of one extern "C" entry: nothing thrown inside crosses
+// the C boundary. `last_error` is the thread's text; it is not touched
+// on success, so that a caller may read it after a batch of calls.
 template <class Body>
 revk_status guard(std::string& last_error, Body&& body) noexcept {
   const auto remember = [&last_error](const char* text) noexcept {

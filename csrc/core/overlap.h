@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Do two strided arrays share memory? Decided exactly, not by bounding ranges: the two halves of an
-// image interleave without sharing an element, and an in-place update of one by the other is an
-// ordinary call.
+// Do two strided arrays share memory? Decided exactly, not by bounding
+// ranges: the two halves of an image interleave without sharing an
+// element, and an in-place update of one by the other is an ordinary call.
 //
 // Two elements meet where a sum of strides hits a target: sum c[k] * v[k] in [lo, hi], 0 <= v[k] <=
 // u[k]. For nested strides every level leaves one or two candidates, and strides shared by both

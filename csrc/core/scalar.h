@@ -104,8 +104,8 @@ REVK_HD float16 narrow<float16>(float value) {
     const uint32_t rebased = magnitude - (112u << 23);
     return float16{uint16_t(sign | (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13)};
   }
-  // Subnormal: adding 0.5 puts the last place of the sum at 2^-24, so that the addition itself
-  // rounds.
+  // Subnormal: adding 0.5 puts the last place of the
+  // sum at 2^-24, so that the addition itself rounds.
   const float aligned = bits_as<float>(magnitude) + 0.5f;
   return float16{uint16_t(sign | (bits_as<uint32_t>(aligned) - 0x3f000000u))};
 #endif
@@ -118,8 +118,8 @@ REVK_HD float round_to_odd(double value) {
   if (!(value - value == 0.0) || double(nearest) == value) return nearest;  // inf, NaN, exact
   const uint32_t bits = bits_as<uint32_t>(nearest);
   if (bits & 1u) return nearest;
-  const bool away =
-      (double(nearest) > value) == (value > 0.0);  // nearest lies farther from zero than value
+  // Whether nearest lies farther from zero than value.
+  const bool away = (double(nearest) > value) == (value > 0.0);
   return bits_as<float>(away ? bits - 1u : bits + 1u);
 }
 template <>

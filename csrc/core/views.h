@@ -4,9 +4,11 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "core/error.h"
 #include "core/overlap.h"
+#include "core/structs.h"
 #include "revkernels/revkernels.h"
 
 namespace revk {
@@ -26,34 +28,32 @@ inline int64_t element_count(const revk_view& view) {
   return view.outer * view.channels * view.inner;
 }
 
-// A view under its argument's name, with its dimensions as arrays. `data` outlives it.
+// A view under its argument's name, in this library's version of the struct, with its dimensions
+// as arrays that a Layout can point to.
 class NamedView {
  public:
-  NamedView(const char* name, const revk_view* view, int64_t index = -1) : view(view) {
-    this->name = index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
-    if (view == nullptr) throw invalid(this->name + " is NULL, a revk_view is needed");
-    if (view->struct_size != int32_t(sizeof(revk_view)))
-      fail("struct_size is " + std::to_string(view->struct_size) + ", this library needs " +
-           std::to_string(sizeof(revk_view)) + " (zero the struct, then set struct_size)");
-    if (view->dtype < REVK_FLOAT64 || view->dtype > REVK_FLOAT16)
-      fail("dtype is " + std::to_string(view->dtype) + ", a revk_dtype (0..3) is needed");
-    sizes[0] = view->outer, sizes[1] = view->channels, sizes[2] = view->inner;
-    strides[0] = view->outer_stride, strides[1] = view->channel_stride;
-    strides[2] = view->inner_stride;
+  NamedView(std::string called, const revk_view* given) : name(std::move(called)) {
+    if (given == nullptr) throw invalid(name + " is NULL, a revk_view is needed");
+    view = read_struct<revk_view>(name, given);
+    if (view.dtype < REVK_FLOAT64 || view.dtype > REVK_FLOAT16)
+      fail("dtype is " + std::to_string(view.dtype) + ", a revk_dtype (0..3) is needed");
+    sizes[0] = view.outer, sizes[1] = view.channels, sizes[2] = view.inner;
+    strides[0] = view.outer_stride, strides[1] = view.channel_stride;
+    strides[2] = view.inner_stride;
     for (int k = 0; k < 3; ++k) {
       if (sizes[k] < 0) fail("size " + shape() + " is negative");
       if (strides[k] < 0)
         fail("stride " + std::to_string(strides[k]) +
              " is negative; copy the array to dense memory");
     }
-    layout = {reinterpret_cast<uintptr_t>(view->data), item_size(view->dtype), 3, sizes, strides};
+    layout = {reinterpret_cast<uintptr_t>(view.data), item_size(view.dtype), 3, sizes, strides};
     const int64_t span = layout.span();
     if (span < 0 || layout.address + uintptr_t(span) < layout.address)
       fail("shape " + shape() + " with its strides reaches past the end of the address space");
     if (span == 0) return;
-    if (view->data == nullptr) fail("data is NULL, but shape " + shape() + " has elements");
+    if (view.data == nullptr) fail("data is NULL, but shape " + shape() + " has elements");
     if (layout.address % uintptr_t(layout.item) != 0)
-      fail("data is not aligned to its dtype, " + std::string(dtype_name(view->dtype)));
+      fail("data is not aligned to its dtype, " + std::string(dtype_name(view.dtype)));
   }
   NamedView(const NamedView&) = delete;  // layout points into the object
   NamedView& operator=(const NamedView&) = delete;
@@ -80,11 +80,11 @@ class NamedView {
           "needed");
   }
   bool is(const NamedView& other) const {
-    return view->dtype == other.view->dtype && same_memory(layout, other.layout);
+    return view.dtype == other.view.dtype && same_memory(layout, other.layout);
   }
   [[noreturn]] void fail(const std::string& reason) const { throw invalid(name + ": " + reason); }
 
-  const revk_view* view;
+  revk_view view;
   std::string name;
   int64_t sizes[3], strides[3];
   Layout layout;

@@ -8,8 +8,8 @@
 
 namespace revk::cpu {
 
-// Elements of a tile: three buffers of the compute type fit in the L1 cache beside the operands'
-// own lines.
+// Elements of a tile: three buffers of the compute type
+// fit in the L1 cache beside the operands' own lines.
 constexpr int64_t kTile = 1024;
 
 struct Operand {
@@ -18,8 +18,8 @@ struct Operand {
   int32_t dtype;
 };
 
-// What a coupling adds to the plain sum. The steps say how an index grows along the job's
-// dimensions.
+// What a coupling adds to the plain sum. The steps
+// say how an index grows along the job's dimensions.
 struct Extras {
   const void* channel_scale;  // of the compute type; nullptr: 1
   const void* sample_scale;
@@ -43,8 +43,9 @@ struct Job {
 // What a thread saw of its results; summing and taking the maximum give the same in any order.
 struct Report {
   uint64_t checksum = 0;
-  uint64_t amax_bits =
-      0;  // of |result| as stored: for floating-point numbers, bits order as values do, NaN on top
+  // The largest |result| as stored: without their signs, floating-point numbers order as their bits
+  // do, NaN on top.
+  uint64_t amax_bits = 0;
 };
 
 using RunTiles = void (*)(const Job& job, int64_t begin, int64_t end, Report& report);

@@ -2,6 +2,9 @@
 #include "cpu/loops.h"
 
 #include <omp.h>
+#if defined(REVK_X86_ISAS)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -16,12 +19,11 @@ namespace {
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kSerial = 32 * 1024;
 
-// A tile without buffers: long enough that its start and end do not count, short enough to share
-// out evenly.
+// A tile without buffers: long enough that its start and
+// end do not count, short enough to share out evenly.
 constexpr int64_t kLargeTile = 16 * 1024;
 
 // Instruction sets, best first
-// ----------------------------------------------------------------------------------------
 
 struct Isa {
   const char* name;
@@ -29,16 +31,24 @@ struct Isa {
   bool (*supported)();
 };
 
+#if defined(REVK_X86_ISAS)
+// Every flag that cmake/CpuKernels.cmake compiles with is asked for: a hypervisor may mask any one.
+// F16C by its bit, for older compilers' __builtin_cpu_supports does not know it.
+bool has_avx2() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 constexpr Isa kIsas[] = {
 #if defined(REVK_X86_ISAS)
-    {"avx512", avx512::run_tiles,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
-    // Every processor with AVX2 converts half precision too (F16C came one generation earlier).
-    {"avx2", avx2::run_tiles,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx512", avx512::run_tiles, has_avx512},
+    {"avx2", avx2::run_tiles, has_avx2},
 #endif
     {"baseline", baseline::run_tiles, [] { return true; }},
 };
@@ -58,7 +68,6 @@ std::atomic<const Isa*>& chosen() {
 }
 
 // Views to jobs
-// -------------------------------------------------------------------------------------------------------
 
 // One dimension with everything that advances along it.
 struct Dim {
@@ -90,8 +99,8 @@ int order_and_merge(Dim* dims, int rank) {
   return kept;
 }
 
-// Whether no operand needs a buffer (tiles.h decides the same of each), so that a tile may outgrow
-// the buffers.
+// Whether no operand needs a buffer (tiles.h decides the
+// same of each), so that a tile may outgrow the buffers.
 bool runs_in_place(const Job& job) {
   const int32_t dtype = job.out.dtype;
   const bool native = dtype == (job.wide ? REVK_FLOAT64 : REVK_FLOAT32);

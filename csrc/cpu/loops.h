@@ -7,8 +7,8 @@
 
 namespace revk::cpu {
 
-// out = x + f, or x - f. Neither view may be empty. `extras` is filled from `coupling` and outlives
-// the job.
+// out = x + f, or x - f. Neither view may be empty.
+// `extras` is filled from `coupling` and outlives the job.
 Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool subtract,
              const revk_coupling* coupling, Extras& extras);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops over a job's tiles, compiled once per instruction set (isa_*.cpp define REVK_ISA and
-// the compiler flags).
+// The loops over a job's tiles, compiled once per instruction set (isa_*.cpp define REVK_ISA,
+// cmake/CpuKernels.cmake gives them their compiler flags).
 //
 // A tile's operands are used where they lie if they are dense and of the compute type; otherwise
 // they pass through a buffer in L1, widened on the way in and narrowed on the way out. So the
@@ -30,7 +30,6 @@ namespace revk::cpu::REVK_ISA {
 namespace {
 
 // Dense rows
-// ----------------------------------------------------------------------------------------------------------
 
 template <class A, class T>
 inline A widen_to(T value) {
@@ -111,7 +110,6 @@ inline void combine_row(Op op, float16* to, const float16* x, const float16* f, 
 #endif
 
 // Tiles
-// ---------------------------------------------------------------------------------------------------------------
 
 struct Shape {
   int64_t rows, cols;
@@ -214,8 +212,9 @@ inline void combine(Op op, Rows<A> out, Rows<const A> x, Rows<const A> f, Shape 
     A* const to = out.data + r * out.step;
     const A* const from = x.data + r * x.step;
     const A* const branch = f.data + r * f.step;
-    REVK_INDEPENDENT  // `to` is `from` itself or apart from it
-        for (int64_t c = 0; c < shape.cols; ++c) to[c] = op(from[c], branch[c]);
+    // `to` is `from` itself or apart from it.
+    REVK_INDEPENDENT
+    for (int64_t c = 0; c < shape.cols; ++c) to[c] = op(from[c], branch[c]);
   }
 }
 
@@ -235,7 +234,6 @@ inline bool all_dense(const Job& job, int32_t dtype) {
 }
 
 // Extras
-// --------------------------------------------------------------------------------------------------------------
 
 template <class A>
 void scale(A* f, const Extras& extras, const int64_t* start, Shape shape) {
@@ -309,7 +307,6 @@ void report_tile(Report& report, const char* tile, const Operand& out, const Ext
 }
 
 // One tile, all tiles
-// -------------------------------------------------------------------------------------------------
 
 template <class A>
 struct alignas(64) Buffers {

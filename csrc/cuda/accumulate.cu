@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// totals[i] <- totals[i] + parts[i] for a whole list. Gradients come as hundreds of small arrays: a
-// launch each would cost more than the additions, so one launch takes as many as fit into a
-// kernel's arguments.
+// totals[i] <- totals[i] + parts[i] for a whole list. Gradients come as
+// hundreds of small arrays: a launch each would cost more than the
+// additions, so one launch takes as many as fit into a kernel's arguments.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -16,8 +16,8 @@
 namespace revk::cuda {
 namespace {
 
-constexpr int kShares =
-    112;  // what fits into 4 KB, the arguments' limit before CUDA 12.1 and on older drivers
+// What fits into 4 KB, the limit of a kernel's arguments before CUDA 12.1 and on older drivers.
+constexpr int kShares = 112;
 constexpr int kPacketsAThread = 4;  // of one chunk: big enough to pay for finding the chunk's array
 
 // Dense arrays of one pair of types, cut into chunks that are numbered through.
@@ -102,8 +102,8 @@ void launch_shares(const std::vector<Layout<2>>& flat, const revk_where& where) 
 
 }  // namespace
 
-// A launch for every pair of types and every kShares arrays; what is not dense has a launch of its
-// own.
+// A launch for every pair of types and every kShares
+// arrays; what is not dense has a launch of its own.
 void accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
                 const revk_where& where) {
   constexpr int kTypes = 4;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The additive coupling, its inverse and the reversal step on a GPU (Gomez et al. 2017, eq. 6, eq.
-// 7, Algorithm 1).
+// The additive coupling, its inverse and the reverse step on a GPU (Gomez et al. 2017, eq. 6, eq. 7
+// and Algorithm 1).
 //
 // The packet kernels are compiled once for each pair of stream and branch types, because the loads
 // of a thread must all be under way before its first conversion. The strided kernels wait for
@@ -163,8 +163,8 @@ void uncouple(const revk_view& out, const revk_view& y, const revk_view& f,
   couple_with<ops::Uncouple>("uncouple", out, y, f, coupling, where);
 }
 
-// One launch if both halves have the same pair of types, as they have in training; otherwise two,
-// moving as many bytes.
+// One launch if both halves have the same pair of types, as they have in training; otherwise two
+// launches, which move as many bytes.
 void reverse_step(const revk_view& y, const revk_view& f, const revk_view& dy, const revk_view& df,
                   const revk_coupling* coupling, const revk_where& where) {
   if (y.dtype != dy.dtype || f.dtype != df.dtype) {

@@ -10,8 +10,8 @@
 namespace revk::cuda {
 namespace {
 
-constexpr int kOldest =
-    8;  // the compute capability's major number that the kernels need: bfloat16 came with 8.0
+// The major number of the compute capability that the kernels need: bfloat16 came with 8.0.
+constexpr int kOldest = 8;
 
 std::string ask_why_missing() {
   int count = 0;

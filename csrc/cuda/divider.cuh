@@ -9,8 +9,8 @@
 
 namespace revk::cuda {
 
-// floor(n / divisor) = (high64(magic * n) + n) >> shift for every 0 <= n < 2^63 (Granlund and
-// Montgomery 1994, fig. 4.1).
+// floor(n / divisor) = (high64(magic * n) + n) >> shift for every 0 <= n < 2^63
+// (Granlund and Montgomery 1994, fig. 4.1).
 struct Divider {
   int64_t divisor = 1;
   uint64_t magic = 1;

@@ -44,9 +44,9 @@ struct Extras {
   }
 };
 
-// Blocks that ptxas must leave room for on a multiprocessor. Left to itself it stops at about 64
-// registers a thread, and spills the extras on sm_100; told that two blocks will do, it may use
-// 128.
+// Blocks that ptxas must leave room for on a multiprocessor. Left
+// to itself it stops at about 64 registers a thread, and spills the
+// extras on sm_100; told that two blocks will do, it may use 128.
 template <class AnyExtras>
 constexpr int kBlocksAtOnce = 2;
 template <>
@@ -111,8 +111,8 @@ class Walk<Extras<A>> {
   template <class T>
   __device__ void result(T stored) {
     checksum_ += ops::checksum_term(stored_bits(stored), uint64_t(index_++));
-    amax_ = Max{}(amax_, bits_as<uint32_t>(float(widen(stored))) &
-                             0x7fffffffu);  // as integers, NaN is the largest
+    // Without their signs, floats order as their bits do, NaN above all.
+    amax_ = Max{}(amax_, bits_as<uint32_t>(float(widen(stored))) & 0x7fffffffu);
   }
 
   __device__ void finish() {

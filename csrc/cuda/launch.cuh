@@ -19,13 +19,13 @@
 
 namespace revk::cuda {
 
-// Enough blocks to fill every multiprocessor a few times over: a block that ends early is replaced
-// at once, and the loop's own cost (one block-wide reduction, one pair of atomics) is spread over
-// many items.
+// Enough blocks to fill every multiprocessor a few times over: a block
+// that ends early is replaced at once, and the loop's own cost (one
+// block-wide reduction, one pair of atomics) is spread over many items.
 constexpr int kBlocksPerMultiprocessor = 32;
 
-// Calls body(spot, count) for each of this thread's items, `count` being kPacketSize except at a
-// row's end.
+// Calls body(spot, count) for each of this thread's
+// items, `count` being kPacketSize except at a row's end.
 template <int kPacketSize, int kOperands, class Body>
 __device__ void for_each_item(const Layout<kOperands>& layout, Body&& body) {
   const int64_t span = int64_t(gridDim.x) * kThreads;

@@ -46,8 +46,8 @@ struct Spot {
 
 template <int kOperands>
 __device__ Spot locate(const Layout<kOperands>& layout, int64_t item, int packet) {
-  const int64_t across =
-      layout.packets_per_row.divide(item);  // rows before this one, in all planes
+  // Rows before this one, in all planes.
+  const int64_t across = layout.packets_per_row.divide(item);
   Spot spot{0, across, (item - across * layout.packets_per_row.divisor) * packet, 0};
   spot.index = across * layout.row_size + spot.first;
   if (layout.planes > 1) {

@@ -26,9 +26,9 @@ template <class Stream, class Branch>
 constexpr int kPacket =
     kWord / int(sizeof(Stream) < sizeof(Branch) ? sizeof(Stream) : sizeof(Branch));
 
-// `count` < kSize at the end of a row; the rest is then zero and is not touched in memory. Every
-// loop unrolls fully, because an index that is unknown to the compiler would put the array into
-// local memory.
+// `count` < kSize at the end of a row; the rest is then zero and is not
+// touched in memory. Every loop unrolls fully, because an index that is
+// unknown to the compiler would put the array into local memory.
 template <class T, int kSize>
 struct Packet {
   static_assert(kSize * sizeof(T) % kWord == 0, "a packet is whole words");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of the additive coupling, element by element (Gomez et al. 2017, eq. 6, eq. 7 and Algorithm 1), in the
-// compute type A (float or double). Loops, dtypes and memory are the backends' business.
+// The arithmetic of the additive coupling, element by element (Gomez et al. 2017, eq. 6, eq. 7 and
+// Algorithm 1), in the compute type A (float or double). Loops, dtypes and memory are left to
+// the backends, which all share this file.
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,8 @@ struct Grid {
   REVK_HD A operator()(A f) const { return rint(f * up) * down; }
 };
 
-// The factor of f from layer scale (a channel's) and stochastic depth (a sample's); each rounds as written.
+// The factor of f from layer scale (a channel's) and stochastic depth (a sample's); each operation
+// rounds, in the order written.
 template <class A>
 REVK_HD A scaled(A f, A channel_scale, A sample_scale) {
   return (channel_scale * sample_scale) * f;

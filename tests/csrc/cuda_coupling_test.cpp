@@ -195,8 +195,8 @@ const test::Register kOutTypes("couple, out of another type", [] {
       }
 });
 
-// More items than threads: every block goes round its loop several times, and all of them add to
-// one checksum.
+// More items than threads: every block goes round its loop
+// several times, and all of them add to one checksum.
 const test::Register kMany("many blocks", [] {
   std::mt19937 random(5);
   const Case cases[] = {dense_case("100,003 elements", {1, 1, 100003}),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/cuda's smaller parts on the host: the divider, places in huge arrays, reductions, the device
-// guard, errors.
+// csrc/cuda's smaller parts on the host: the divider, places
+// in huge arrays, reductions, the device guard, errors.
 #include <cmath>
 #include <cstring>
 #include <random>

@@ -19,8 +19,8 @@ namespace oracle {
 inline int size_of(int dtype) { return dtype == REVK_FLOAT64 ? 8 : dtype == REVK_FLOAT32 ? 4 : 2; }
 inline bool is_wide(int a, int b) { return a == REVK_FLOAT64 || b == REVK_FLOAT64; }
 
-// The two half formats: value = fraction * 2^exponent, with `fraction_bits` stored below the
-// leading one.
+// The two half formats: value = fraction * 2^exponent,
+// with `fraction_bits` stored below the leading one.
 struct Half {
   int fraction_bits, bias;
   int exponents() const {
@@ -86,9 +86,9 @@ struct Strides {
   int64_t outer, channel, inner, offset;  // in elements; offset from a 16-byte boundary
 };
 
-// What lies before and between the view's elements is compared too. AddressSanitizer guards the
-// end, and needs memory of exactly the view's extent for that; without it, some bytes more are
-// compared.
+// What lies before and between the view's elements is compared too.
+// AddressSanitizer guards the end, and needs memory of exactly the
+// view's extent for that; without it, some bytes more are compared.
 class Array {
  public:
   Array(int dtype, Shape shape, Strides strides) : dtype(dtype), shape(shape), strides(strides) {

@@ -31,8 +31,8 @@ struct Register {
   }
 };
 
-// Runs the tests whose name is given, or all of them. 0 if all checks held and there was at least
-// one.
+// Runs the tests whose name is given, or all of them.
+// 0 if all checks held and there was at least one.
 inline int run(int count, char** names) {
   for (auto& [name, body, unasked] : all) {
     bool wanted = count < 2 && unasked;

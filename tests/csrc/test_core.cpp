@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C interface's checks, the overlap solver against brute force, and the scalar conversions,
-// without Python.
+// The C interface's checks, the overlap solver against
+// brute force, and the scalar conversions, without Python.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -11,7 +11,15 @@
 
 #include "core/overlap.h"
 #include "core/scalar.h"
+#include "core/structs.h"
 #include "revkernels/revkernels.h"
+
+struct Grown {  // a struct whose second version has one field more
+  int32_t struct_size, first;
+  int64_t added;
+};
+template <>
+constexpr size_t revk::kFirstSize<Grown> = offsetof(Grown, first) + sizeof(int32_t);
 
 namespace {
 
@@ -80,6 +88,77 @@ void test_refusals() {
   CHECK(revk_accumulate(nullptr, nullptr, 0, &where) == REVK_OK);
   CHECK(revk_accumulate(&good, &branch, -1, &where) == REVK_INVALID_ARGUMENT);
   CHECK(x == std::vector<float>(8, 1.0f));
+}
+
+// A struct of a newer caller: its fields lie behind the ones that this library knows.
+template <class Struct>
+struct Newer {
+  Struct known;
+  int64_t added;
+};
+template <class Struct>
+Newer<Struct> newer(Struct known, int64_t added) {
+  known.struct_size = int32_t(sizeof(Newer<Struct>));
+  return {known, added};
+}
+
+void test_structs_of_a_newer_caller() {
+  std::vector<float> x(8, 1.0f), f(8, 2.0f);
+  revk_coupling grid{};
+  grid.grid_exponent = 0;
+  for (int64_t which = 0; which < 4; ++which) {  // which struct sets the added field; 3: none
+    const auto y = newer(view(x.data(), 8), 0), branch = newer(view(f.data(), 8), which == 0);
+    const auto coupling = newer(grid, which == 1);
+    const auto where = newer(host(), which == 2);
+    const revk_status status =
+        revk_couple(&y.known, &y.known, &branch.known, &coupling.known, &where.known);
+    CHECK(status == (which == 3 ? REVK_OK : REVK_UNSUPPORTED));
+    CHECK(x == std::vector<float>(8, which == 3 ? 3.0f : 1.0f));
+    const char* const names[] = {"f", "coupling", "where"};
+    if (which < 3) CHECK(says((std::string(names[which]) + ": sets a field").c_str()));
+  }
+
+  // A list is stepped through by the caller's size of a view.
+  const revk_where where = host();
+  Newer<revk_view> totals[] = {newer(view(x.data(), 4), 0), newer(view(x.data() + 4, 4), 0)};
+  const revk_view parts[] = {view(f.data(), 4), view(f.data() + 4, 4)};
+  CHECK(revk_accumulate(&totals[0].known, parts, 2, &where) == REVK_OK);
+  CHECK(x == std::vector<float>(8, 5.0f));
+  totals[1].added = 1;
+  CHECK(revk_accumulate(&totals[0].known, parts, 2, &where) == REVK_UNSUPPORTED &&
+        says("totals[1]: sets a field"));
+  totals[1] = newer(view(x.data() + 4, 4), 0), totals[1].known.struct_size = sizeof(revk_view);
+  CHECK(revk_accumulate(&totals[0].known, parts, 2, &where) == REVK_INVALID_ARGUMENT &&
+        says("totals[1]: struct_size is 64, totals[0] has 72"));
+  CHECK(x == std::vector<float>(8, 5.0f));
+  revk_view endless = view(x.data(), 8);
+  endless.struct_size = INT32_MAX;
+  CHECK(revk_couple(&endless, &endless, parts, nullptr, &where) == REVK_INVALID_ARGUMENT);
+}
+
+// The other way round: this library's struct has grown since the caller was compiled.
+void test_structs_of_an_older_caller() {
+  struct {
+    int32_t struct_size, first;
+    int64_t of_someone_else;
+  } memory{8, 7, -1};
+  const Grown old = revk::read_struct<Grown>("old", &memory);
+  CHECK(old.struct_size == 16 && old.first == 7 && old.added == 0);
+  memory.struct_size = 16;
+  CHECK(revk::read_struct<Grown>("new", &memory).added == -1);
+  memory.struct_size = 7;
+  bool refused = false;
+  try {
+    revk::read_struct<Grown>("short", &memory);
+  } catch (const revk::Error& error) {
+    refused = error.status == REVK_INVALID_ARGUMENT;
+  }
+  CHECK(refused);
+
+  // The first version's sizes are the ABI: on the machines that have 64-bit pointers, these.
+  if (sizeof(void*) == 8)
+    CHECK(revk::kFirstSize<revk_view> == 64 && revk::kFirstSize<revk_where> == 20 &&
+          revk::kFirstSize<revk_coupling> == 48);
 }
 
 void test_coupling_refusals() {
@@ -153,8 +232,8 @@ void test_scalars() {
   }
   CHECK(std::isnan(widen(narrow<bfloat16>(bits_as<float>(0x7f800001u)))));
   CHECK(std::isnan(widen(narrow<float16>(bits_as<float>(0xff800001u)))));
-  // 1 + 2^-8 is a tie in bfloat16; a float64 just above it must not be rounded twice, first onto
-  // the tie.
+  // 1 + 2^-8 is a tie in bfloat16; a float64 just above
+  // it must not be rounded twice, first onto the tie.
   CHECK(widen(narrow<bfloat16>(1 + std::ldexp(1.0, -8))) == 1.0f);
   CHECK(widen(narrow<bfloat16>(1 + std::ldexp(1.0, -8) + std::ldexp(1.0, -40))) == 1.0078125f);
   CHECK(std::isinf(narrow<float>(1e300)) && std::isinf(widen(narrow<float16>(65520.0))));
@@ -182,6 +261,8 @@ void test_lists_on_any_number_of_threads() {
 int main() {
   test_refusals();
   test_coupling_refusals();
+  test_structs_of_a_newer_caller();
+  test_structs_of_an_older_caller();
   test_overlap_is_exact();
   test_scalars();
   test_lists_on_any_number_of_threads();

@@ -2,9 +2,10 @@
  *
  * The C interface of revkernels: reversible residual networks (Gomez et al., NeurIPS 2017).
  *
- * Plain C99. Nothing here knows a framework: memory is a pointer with a shape and strides, a place is a device with a
- * stream. Every function checks its arguments before it writes anything, returns a status, and leaves the reason for a
- * failure in revk_last_error(). All functions may be called from any thread.
+ * Plain C99. Nothing here knows a framework: memory is a pointer with a shape and strides, a place
+ * is a device with a stream. Every function checks its arguments before it writes anything, returns
+ * a status, and leaves the reason for a failure in revk_last_error(). All functions may be called
+ * from any thread.
  */
 #ifndef REVKERNELS_REVKERNELS_H_
 #define REVKERNELS_REVKERNELS_H_
@@ -38,10 +39,15 @@ typedef enum revk_dtype {
   REVK_FLOAT16 = 3
 } revk_dtype;
 
-/* Every struct begins with its own size (struct_size = sizeof(the struct)), so that it can grow. */
+/* Every struct begins with its own size, so that later versions can add fields at the end: zero the
+ * struct, then set struct_size = sizeof(the struct). A newer library takes the fields that its
+ * caller's header lacks as zero, and zero keeps the old meaning. An older library accepts a larger
+ * struct as long as the fields that it does not know are zero; otherwise it answers
+ * REVK_UNSUPPORTED. */
 
-/* An array seen as (outer, channels, inner). Strides count elements and are not negative. A dense array of n elements
- * may be given as (1, 1, n); an NCHW image is (N, C, H*W), a channels-last image or rows of tokens (N*H*W, C, 1). */
+/* An array seen as (outer, channels, inner). Strides count elements and are not negative. A dense
+ * array of n elements may be given as (1, 1, n); an NCHW image is (N, C, H*W), a channels-last
+ * image or rows of tokens (N*H*W, C, 1). */
 typedef struct revk_view {
   int32_t struct_size;
   int32_t dtype; /* a revk_dtype */
@@ -60,27 +66,31 @@ typedef struct revk_where {
 
 #define REVK_NO_GRID INT32_MIN
 
-/* What a coupling does to f on its way, and what it reports of the result. NULL in place of the struct is the plain
- * coupling. The addition is made in float64 if either operand is float64, else in float32, and rounded once.
+/* What a coupling does to f on its way, and what it reports of the result. NULL in place of the
+ * struct is the plain coupling. The addition is made in float64 if either operand is float64, else
+ * in float32, and rounded once.
  *
  *     f'     = rint(channel_scale[c] * sample_scale[o / rows_per_sample] * f * 2^k) * 2^-k
  *     result = x + f'   (couple)      or      y - f'   (uncouple, reverse_step)
  */
 typedef struct revk_coupling {
   int32_t struct_size;
-  int32_t grid_exponent;     /* k, -126..126; REVK_NO_GRID leaves f as it is */
-  const void* channel_scale; /* [channels] layer scale; NULL: 1. float64 if either operand is float64, else float32 */
-  const void* sample_scale;  /* [outer / rows_per_sample] stochastic depth; NULL: 1. The same type */
-  int64_t rows_per_sample;   /* rows of `outer` that share one sample_scale; 0 counts as 1 */
+  int32_t grid_exponent; /* k, -126..126; REVK_NO_GRID leaves f as it is */
+  /* Layer scale, [channels], and stochastic depth, [outer / rows_per_sample]. NULL: 1. Both are
+   * float64 if either operand is float64, else float32. */
+  const void* channel_scale;
+  const void* sample_scale;
+  int64_t rows_per_sample; /* rows of `outer` that share one sample_scale; 0 counts as 1 */
   /* Both live where the views live, are added to (the caller zeroes them), and may be NULL:
-   * checksum += sum over i of bits(result[i]) * (2*i + 1) modulo 2^64, i the row-major index in the view, bits() the
-   * stored element as an unsigned integer; amax = max(amax, |result[i]|), NaN if any result is NaN. */
+   * checksum += sum over i of bits(result[i]) * (2*i + 1) modulo 2^64, i the row-major index in the
+   * view, bits() the stored element as an unsigned integer;
+   * amax = max(amax, |result[i]|), NaN if any result is NaN. */
   uint64_t* checksum;
   float* amax;
 } revk_coupling;
 
-/* y = x + f   (paper eq. 6, forward). y may be x itself: then the work is done in place. Shapes are equal; dtypes and
- * strides may differ. */
+/* y = x + f   (paper eq. 6, forward). y may be x itself: then the work is done in place. Shapes are
+ * equal; dtypes and strides may differ. */
 REVK_API revk_status revk_couple(const revk_view* y, const revk_view* x, const revk_view* f,
                                  const revk_coupling* coupling, const revk_where* where);
 
@@ -88,23 +98,30 @@ REVK_API revk_status revk_couple(const revk_view* y, const revk_view* x, const r
 REVK_API revk_status revk_uncouple(const revk_view* x, const revk_view* y, const revk_view* f,
                                    const revk_coupling* coupling, const revk_where* where);
 
-/* y <- y - f and dy <- dy + df in one pass (Algorithm 1, lines 4-5 and 6-7). `coupling` acts on f alone. */
+/* y <- y - f and dy <- dy + df in one pass (Algorithm 1, lines 4-5 and 6-7). `coupling` acts on f
+ * alone. */
 REVK_API revk_status revk_reverse_step(const revk_view* y, const revk_view* f, const revk_view* dy,
                                        const revk_view* df, const revk_coupling* coupling,
                                        const revk_where* where);
 
-/* totals[i] <- totals[i] + parts[i] for i in 0..count-1; all of them in as few launches as the device allows. */
+/* totals[i] <- totals[i] + parts[i] for i in 0..count-1; all of them in as few launches as the
+ * device allows. The views of a list share one struct_size. */
 REVK_API revk_status revk_accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
                                      const revk_where* where);
 
 /* This thread's last failure, in words; "" if there was none. Never NULL. */
 REVK_API const char* revk_last_error(void);
 
-REVK_API int32_t revk_abi_version(void);     /* REVK_ABI_VERSION of the library */
-REVK_API const char* revk_version(void);     /* "0.1.0" */
-REVK_API const char* revk_cpu_isa(void);     /* "avx512", "avx2" or "baseline": the loops in use on this machine */
-REVK_API const char* revk_cuda_archs(void);  /* "80;90;100;ptx100" as compiled; "" in a build without CUDA */
-/* NULL if CUDA kernels can run here; otherwise why not, in words (not compiled, no driver, no device). */
+/* REVK_ABI_VERSION of the library. */
+REVK_API int32_t revk_abi_version(void);
+/* "0.1.0" */
+REVK_API const char* revk_version(void);
+/* "avx512", "avx2" or "baseline": the loops in use on this machine. */
+REVK_API const char* revk_cpu_isa(void);
+/* "80;90;100;ptx100" as compiled; "" in a build without CUDA. */
+REVK_API const char* revk_cuda_archs(void);
+/* NULL if CUDA kernels can run here; otherwise why not, in words (not compiled, no driver, no
+ * device). */
 REVK_API const char* revk_cuda_missing(void);
 
 #ifdef __cplusplus

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Enough of CUDA for g++ to compile and run the kernels of csrc/cuda as they are, on host memory.
-// Found by
-// `#include <cuda_runtime.h>` when this folder comes first on the include path.
+// Found by `#include <cuda_runtime.h>` when this folder comes first on the include path.
 #pragma once
 
 #include <algorithm>

@@ -35,8 +35,8 @@ struct Fibre {
   State state = State::kEnded;
 };
 
-// The lanes of a warp meet in a shuffle. Two buffers, because a lane may be one shuffle ahead of
-// another's reading.
+// The lanes of a warp meet in a shuffle. Two buffers, because
+// a lane may be one shuffle ahead of another's reading.
 struct Meeting {
   int arrived = 0;
   unsigned round = 0;

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Structs from callers with another version of the header. Fields are only ever added, behind all
+// others and not in their padding, and zero always means what the library did before the field.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "core/error.h"
+#include "revkernels/revkernels.h"
+
+namespace revk {
+
+// The bytes that the first version of a struct fills: its last field's end. These never change.
+template <class Struct>
+constexpr size_t kFirstSize = 0;
+template <>
+constexpr size_t kFirstSize<revk_view> = offsetof(revk_view, inner_stride) + sizeof(int64_t);
+template <>
+constexpr size_t kFirstSize<revk_where> = offsetof(revk_where, threads) + sizeof(int32_t);
+template <>
+constexpr size_t kFirstSize<revk_coupling> = offsetof(revk_coupling, amax) + sizeof(float*);
+
+// Beyond this a struct_size is garbage, and nothing is read by it.
+constexpr int32_t kLargestStruct = 1024;
+
+// The struct_size at `given`, which need not be aligned: an array's step may be any size.
+inline int32_t size_of_struct(const void* given) {
+  int32_t size;
+  std::memcpy(&size, given, sizeof size);
+  return size;
+}
+
+// The caller's struct in this library's version: what the caller's lacks is zero, what the library
+// does not know must be.
+template <class Struct>
+Struct read_struct(const std::string& name, const void* given) {
+  static_assert(kFirstSize<Struct> > 0 && sizeof(Struct) <= size_t(kLargestStruct),
+                "the struct needs a first size");
+  const int32_t size = size_of_struct(given);
+  if (size < int32_t(kFirstSize<Struct>) || size > kLargestStruct)
+    throw invalid(name + ": struct_size is " + std::to_string(size) + ", at least " +
+                  std::to_string(kFirstSize<Struct>) + " and at most " +
+                  std::to_string(kLargestStruct) +
+                  " is needed (zero the struct, then set struct_size to its sizeof)");
+  const char* const bytes = static_cast<const char*>(given);
+  for (size_t at = sizeof(Struct); at < size_t(size); ++at)
+    if (bytes[at] != 0)
+      throw unsupported(name + ": sets a field that revkernels " + revk_version() +
+                        " does not know (byte " + std::to_string(at) + " of " +
+                        std::to_string(size) + "); a newer library is needed");
+  Struct own{};
+  std::memcpy(&own, given, std::min(size_t(size), sizeof(Struct)));
+  own.struct_size = int32_t(sizeof(Struct));
+  return own;
+}
+
+}  // namespace revk
