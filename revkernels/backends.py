@@ -4,6 +4,9 @@
 The order of choice: the call's ``backend=``, the innermost `use_backend`, the environment variable
 ``REVKERNELS_BACKEND``, and else the first that is available for the array's device in `DEFAULTS`. A backend that was
 named is used or refused with the reason, never replaced.
+
+The environment variable is read when arrays of a library first meet a device, and what it led to is kept: looking it up
+at every call would cost a third of a small kernel. To change the choice while a program runs, use `use_backend`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class Backend:
 
     Attributes:
         name: what `backend=` takes.
-        module: defines couple, uncouple, reverse_step, accumulate and ``missing()``.
+        module: defines couple, uncouple, reverse_step, accumulate and ``missing(name)``, why it cannot run here
+            or None.
         devices: the devices whose arrays it takes; None is all.
         kinds: the array libraries it takes.
         about: one line for people.
@@ -47,21 +51,21 @@ class Backend:
 
     def missing(self) -> str | None:
         """Return why this backend cannot run here, or None if it can."""
-        module = self.load()
-        return module.missing(self.name) if self.module == "revkernels.native" else module.missing()
+        reason: str | None = self.load().missing(self.name)
+        return reason
 
     def refuses(self, kind: str, device: str) -> str | None:
         """Return why this backend does not take such an array, or None if it does."""
         if kind not in self.kinds:
             return f"it takes {' and '.join(self.kinds)} arrays, not {kind}"
-        if self.devices is not None and device not in self.devices:
-            extra = ", and CPU tensors under TRITON_INTERPRET=1" if self.name == "triton" else ""
-            return f"it takes arrays on {' and '.join(self.devices)}{extra}, not on {device}"
-        return None
-
-
-def _triton_devices() -> tuple[str, ...]:
-    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+        if self.devices is None or device in self.devices:
+            return None
+        extra = ""
+        if self.name == "triton":
+            if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+                return None
+            extra = ", and CPU tensors under TRITON_INTERPRET=1"
+        return f"it takes arrays on {' and '.join(self.devices)}{extra}, not on {device}"
 
 
 BACKENDS = {
@@ -71,7 +75,7 @@ BACKENDS = {
         Backend("eager", "revkernels.eager", None, ("torch",), "plain torch calls, the unfused baseline"),
         Backend("cpu", "revkernels.native", ("cpu",), ("torch", "numpy"), "C++, OpenMP, AVX2 and AVX-512"),
         Backend("cuda", "revkernels.native", ("cuda",), ("torch",), "CUDA C++"),
-        Backend("triton", "revkernels.triton_kernels.backend", _triton_devices(), ("torch",), "Triton"),
+        Backend("triton", "revkernels.triton_kernels.backend", ("cuda",), ("torch",), "Triton"),
     )
 }
 

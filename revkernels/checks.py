@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from revkernels.arrays import FLOATS, compute_dtype, device_name, dtype_name, kind_of
+from revkernels.arrays import FLOATS, compute_dtype, device_name, dtype_name, kind_of, strides_of
 from revkernels.coupling import GRID_EXPONENTS, Coupling
 
 
@@ -27,8 +28,7 @@ def check_float(**arrays: Any) -> None:
     for name, array in arrays.items():
         if dtype_name(array) not in FLOATS:
             raise TypeError(f"{name} is {dtype_name(array)}; it must be one of {', '.join(FLOATS)}")
-        if kind_of(array) == "numpy" and not array.dtype.isnative:
-            raise TypeError(f"{name} is byte-swapped; it must be in the machine's byte order")
+        _check_byte_order(name, array)
 
 
 def check_same_shape(**arrays: Any) -> None:
@@ -64,21 +64,20 @@ def check_writable(**arrays: Any) -> None:
 
 def check_disjoint(written: dict[str, Any], read: dict[str, Any]) -> None:
     """No written array shares an element with another one. (Interleaved halves of one buffer share none.)"""
-    entries = []
-    for group, is_written in ((written, True), (read, False)):
-        for name, array in group.items():
-            if 0 not in array.shape:
-                low, high = _byte_bounds(_as_extent(array))
-                entries.append((low, high, name, array, is_written))
-    entries.sort(key=lambda entry: entry[0])
-    reaching: list[tuple[int, int, str, Any, bool]] = []  # of those before, the ones whose range goes on
-    for entry in entries:
-        reaching = [other for other in reaching if other[1] > entry[0]]
+    if not written:
+        return
+    ranges = []
+    for order, (name, array) in enumerate([*written.items(), *read.items()]):
+        if 0 not in array.shape and not _has_no_memory(array):
+            ranges.append((*_byte_bounds(array), order, name, array))
+    reaching: list[tuple[int, int, int, str, Any]] = []  # of those that begin before, the ones that go on
+    for current in sorted(ranges, key=lambda entry: entry[0]):
+        reaching = [other for other in reaching if other[1] > current[0]]
         for other in reaching:
-            if (entry[4] or other[4]) and _share_memory(entry[3], other[3]):
-                first, second = (entry, other) if entry[4] else (other, entry)
-                raise ValueError(f"{first[2]} and {second[2]} overlap in memory: {first[2]} is written, so it must not")
-        reaching.append(entry)
+            (order, name, array), (_, other_name, other_array) = sorted((current[2:], other[2:]), key=lambda e: e[0])
+            if order < len(written) and _share_memory(array, other_array):
+                raise ValueError(f"{name} and {other_name} overlap in memory: {name} is written, so it must not")
+        reaching.append(current)
 
 
 def check_operands(written: dict[str, Any], read: dict[str, Any]) -> None:
@@ -92,45 +91,86 @@ def check_operands(written: dict[str, Any], read: dict[str, Any]) -> None:
     check_disjoint(written, read)
 
 
-def check_coupling(coupling: Coupling | None, x: Any, f: Any) -> None:
-    """The options fit the operands: lengths, types, devices and the exponent's range."""
+def check_coupling(coupling: Coupling | None, written: dict[str, Any], read: dict[str, Any]) -> None:
+    """The options fit the operands: types, lengths, devices, memory and the exponent's range.
+
+    The stream is the first array of ``written``, or of ``read`` where the result is a new array; the branch is "f".
+    Of the operands only what the options are held against is checked.
+    """
     if coupling is None:
         return
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling is a {type(coupling).__name__}; it must be a revkernels.Coupling or None")
-    rank = len(x.shape)
-    if coupling.channel_scale is not None and not -rank <= coupling.channel_dim < rank:
-        raise ValueError(f"channel_dim is {coupling.channel_dim}; x has {rank} dimensions")
-    scales = {
-        "channel_scale": (coupling.channel_scale, coupling.channel_dim),
-        "sample_scale": (coupling.sample_scale, 0),
-    }
-    for name, (scale, dim) in scales.items():
-        if scale is None:
-            continue
-        check_arrays(x=x, **{name: scale})
-        check_same_device(x=x, **{name: scale})
-        needs = compute_dtype(x, f)
+    operands = written | read
+    check_arrays(**operands)
+    scales = {"channel_scale": coupling.channel_scale, "sample_scale": coupling.sample_scale}
+    scales = {name: scale for name, scale in scales.items() if scale is not None}
+    cells = {"checksum": coupling.checksum, "amax": coupling.amax}
+    cells = {name: cell for name, cell in cells.items() if cell is not None}
+    name, stream = next(iter(operands.items()))
+    check_arrays(**{name: stream}, **scales, **cells)
+    check_same_device(**{name: stream}, **scales, **cells)
+    _check_grid(coupling.grid_exponent)
+    _check_scales(coupling, scales, name, stream, compute_dtype(stream, read["f"]))
+    _check_cells(cells)
+    if scales or cells:
+        check_disjoint(written | cells, read | scales)
+
+
+def _check_grid(exponent: Any) -> None:
+    if exponent is None:
+        return
+    _check_int("grid_exponent", exponent, "an int or None")
+    if exponent not in GRID_EXPONENTS:
+        raise ValueError(f"grid_exponent is {exponent}; it must be {GRID_EXPONENTS[0]} to {GRID_EXPONENTS[-1]}")
+
+
+def _check_scales(coupling: Coupling, scales: dict[str, Any], stream_name: str, stream: Any, needs: str) -> None:
+    rank, channel_dim = len(stream.shape), coupling.channel_dim
+    _check_int("channel_dim", channel_dim, "an int")
+    if "channel_scale" in scales and not -rank <= channel_dim < rank:
+        raise ValueError(f"channel_dim is {channel_dim}; {stream_name} has {rank} dimensions")
+    if len(scales) == 2 and channel_dim % rank == 0:
+        raise ValueError(f"channel_dim is {channel_dim}; with a sample_scale it must be another dimension than 0")
+    for name, scale in scales.items():
         if dtype_name(scale) != needs:
             raise TypeError(f"{name} is {dtype_name(scale)}; it must be {needs}, the type these operands are added in")
-        if rank == 0 or tuple(scale.shape) != (x.shape[dim],):
-            size = f"({x.shape[dim]},), x's dimension {dim}" if rank else "absent, for x has no dimensions"
+        _check_byte_order(name, scale)
+        dim = channel_dim if name == "channel_scale" else 0
+        if rank == 0 or tuple(scale.shape) != (stream.shape[dim],):
+            absent = f"absent, for {stream_name} has no dimensions"
+            size = f"({stream.shape[dim]},), {stream_name}'s dimension {dim}" if rank else absent
             raise ValueError(f"{name} has shape {tuple(scale.shape)}; it must be {size}")
-    k = coupling.grid_exponent
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
-        raise TypeError(f"grid_exponent is a {type(k).__name__}; it must be an int or None")
-    if k is not None and k not in GRID_EXPONENTS:
-        raise ValueError(f"grid_exponent is {k}; it must be {GRID_EXPONENTS[0]} to {GRID_EXPONENTS[-1]}")
-    for name, cell_types in {"checksum": ("int64", "uint64"), "amax": ("float32",)}.items():
-        cell = getattr(coupling, name)
-        if cell is None:
-            continue
-        check_arrays(x=x, **{name: cell})
-        check_same_device(x=x, **{name: cell})
-        if dtype_name(cell) not in cell_types:
-            raise TypeError(f"{name} is {dtype_name(cell)}; it must be {' or '.join(cell_types)}")
-        if int(np.prod(tuple(cell.shape))) != 1:
+        (stride,) = strides_of(scale)
+        if scale.shape[0] > 1 and stride != 1:
+            raise ValueError(f"{name} has stride {stride}; it must be dense")
+
+
+def _check_cells(cells: dict[str, Any]) -> None:
+    for name, cell in cells.items():
+        types = ("int64", "uint64") if name == "checksum" else ("float32",)
+        if dtype_name(cell) not in types:
+            raise TypeError(f"{name} is {dtype_name(cell)}; it must be {' or '.join(types)}")
+        _check_byte_order(name, cell)
+        if math.prod(cell.shape) != 1:
             raise ValueError(f"{name} has shape {tuple(cell.shape)}; it must hold one element")
+        if getattr(cell, "requires_grad", False):
+            raise ValueError(f"{name} requires grad; it must not, for it is written and not differentiated")
+    check_writable(**cells)
+
+
+def _check_int(name: str, value: Any, needs: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be {needs}")
+
+
+def _check_byte_order(name: str, array: Any) -> None:
+    if kind_of(array) == "numpy" and not array.dtype.isnative:
+        raise TypeError(f"{name} is byte-swapped; it must be in the machine's byte order")
+
+
+def _has_no_memory(array: Any) -> bool:
+    return kind_of(array) == "torch" and array.is_meta  # shapes alone: nothing to overlap
 
 
 class _Extent:
@@ -151,10 +191,13 @@ def _as_extent(array: Any) -> np.ndarray:
     return array if kind_of(array) == "numpy" else np.asarray(_Extent(array))
 
 
-def _byte_bounds(array: np.ndarray) -> tuple[int, int]:
-    steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
-    begin = array.__array_interface__["data"][0]
-    return begin + sum(min(step, 0) for step in steps), begin + sum(max(step, 0) for step in steps) + array.itemsize
+def _byte_bounds(array: Any) -> tuple[int, int]:
+    if kind_of(array) == "torch":
+        begin, size = array.data_ptr(), array.element_size()
+    else:
+        begin, size = array.__array_interface__["data"][0], array.itemsize
+    steps = [(n - 1) * stride * size for n, stride in zip(array.shape, strides_of(array), strict=True)]
+    return begin + sum(step for step in steps if step < 0), begin + sum(step for step in steps if step > 0) + size
 
 
 def _share_memory(a: Any, b: Any) -> bool:

@@ -16,15 +16,18 @@ class Coupling:
         f'     = rint(channel_scale[c] * sample_scale[n] * f * 2^k) * 2^-k
         result = x + f'    or    y - f'
 
-    Scales are float64 if either operand is float64, else float32, and lie on the operands' device.
+    Every array is of the operands' library and on their device. Scales are dense, and float64 if either operand is
+    float64, else float32. What is written (the result, ``checksum``, ``amax``) shares no memory with anything else.
+    Options that do not fit are refused before anything is written.
 
     Attributes:
         channel_scale: ``[channels]``, layer scale along ``channel_dim``; None is 1.
         sample_scale: ``[samples]``, stochastic depth along dimension 0; None is 1.
-        channel_dim: the dimension that ``channel_scale`` runs along; may be negative.
+        channel_dim: the dimension that ``channel_scale`` runs along; may be negative; not 0 beside a ``sample_scale``.
         grid_exponent: k; f is rounded to multiples of 2^-k, halves to even. None leaves f as it is.
         checksum: one 64-bit integer, added to: the sum of ``bits(result[i]) * (2*i + 1)`` modulo 2^64, i counting the
-            result's elements in memory order. The caller zeroes it.
+            result's elements in memory order. The caller zeroes it. The compiled kernels walk three dimensions at
+            most and refuse a checksum of a layout that does not merge into three.
         amax: one float32, raised to the largest ``|result|``; NaN if a result is NaN. The caller zeroes it.
     """
 

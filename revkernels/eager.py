@@ -17,7 +17,7 @@ from revkernels.coupling import Coupling
 CHECKS_OPERANDS = False
 
 
-def missing() -> str | None:
+def missing(name: str = "eager") -> str | None:
     """Why this backend cannot run here, or None."""
     return None if importlib.util.find_spec("torch") else "torch is not installed: pip install revkernels[torch]"
 

@@ -46,10 +46,10 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
         RuntimeError: a profiler is already running in this thread (CPU).
     """
     if not callable(fn):
-        raise TypeError(f"fn: got {type(fn).__name__}, needs a callable without arguments")
+        raise TypeError(f"fn is a {type(fn).__name__}; it must be callable without arguments")
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {device}, needs 'cpu' or a CUDA device")
+        raise ValueError(f"device is {device}; it must be 'cpu' or a CUDA device")
     gc.collect()  # garbage of earlier work must not be freed in the middle of the measurement
     return _cpu_peak(fn) if device.type == "cpu" else _cuda_peak(fn, device)
 
@@ -118,10 +118,10 @@ def angle(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """
     u, v = (torch.cat([t.detach().flatten().double() for t in tensors]) for tensors in (a, b))
     if u.numel() != v.numel():
-        raise ValueError(f"a, b: got {u.numel()} and {v.numel()} elements, needs equally many")
+        raise ValueError(f"b has {v.numel()} elements, a has {u.numel()}: they must be equal")
     for name, vector in (("a", u), ("b", v)):
         norm = vector.norm().item()
         if not math.isfinite(norm) or norm == 0:
-            raise ValueError(f"{name}: got a vector of norm {norm}, which has no direction")
+            raise ValueError(f"{name} has norm {norm}; it must be finite and not zero, to have a direction")
         vector /= norm
     return math.degrees(2 * math.atan2((u - v).norm().item(), (u + v).norm().item()))

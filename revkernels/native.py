@@ -43,11 +43,11 @@ except ImportError as error:  # the package stays usable: other backends run, an
     couple = uncouple = reverse_step = accumulate = _refuse
 
 
-def missing(backend: str = "cpu") -> str | None:
-    """Return why the backend "cpu" or "cuda" cannot run here, or None if it can."""
+def missing(name: str = "cpu") -> str | None:
+    """Return why the backend of that name, "cpu" or "cuda", cannot run here, or None if it can."""
     if _broken is not None:
         return _broken
-    if backend == "cpu":
+    if name == "cpu":
         return None
     from revkernels import _native
 

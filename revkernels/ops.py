@@ -30,23 +30,21 @@ __all__ = ["Coupling", "accumulate_", "couple", "couple_", "reverse_step_", "unc
 def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """Return y = x + f, the additive coupling (Gomez et al. 2017, eq. 6).
 
-    y is a new array with x's shape, dtype and strides. Differentiable in x, f and the scales.
+    y is a new array of x's shape and dtype, dense in x's memory order: channels last stays channels last, and half of a
+    larger array becomes dense. Differentiable in x, f and the scales.
     """
     return _out_of_place("couple", x, f, coupling, backend)
 
 
 def uncouple(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
-    """Return x = y - f, the inverse of `couple` (eq. 7), as a new array with y's shape, dtype and strides."""
+    """Return x = y - f, the inverse of `couple` (eq. 7): a new array, laid out and differentiable as there."""
     return _out_of_place("uncouple", y, f, coupling, backend)
 
 
 def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """x <- x + f, in place (eq. 6). Returns x."""
     kernels = select(x, backend, "x")
-    if not kernels.CHECKS_OPERANDS or coupling is not None:
-        checks.check_operands({"x": x}, {"f": f})
-        checks.check_coupling(coupling, x, f)
-    tracked = _about_to_write("x f", (x, f), coupling)
+    tracked = _about_to_write(kernels, "x f", (x, f), 1, coupling)
     kernels.couple(x, x, f, coupling)
     if tracked:
         _wrote(x)
@@ -56,10 +54,7 @@ def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | 
 def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """y <- y - f, in place (eq. 7): the output of a coupling becomes its input again. Returns y."""
     kernels = select(y, backend, "y")
-    if not kernels.CHECKS_OPERANDS or coupling is not None:
-        checks.check_operands({"y": y}, {"f": f})
-        checks.check_coupling(coupling, y, f)
-    tracked = _about_to_write("y f", (y, f), coupling)
+    tracked = _about_to_write(kernels, "y f", (y, f), 1, coupling)
     kernels.uncouple(y, y, f, coupling)
     if tracked:
         _wrote(y)
@@ -76,10 +71,7 @@ def reverse_step_(
     ``coupling`` acts on f alone. y and dy must not overlap anything else. Returns (y, dy).
     """
     kernels = select(y, backend, "y")
-    if not kernels.CHECKS_OPERANDS or coupling is not None:
-        checks.check_operands({"y": y, "dy": dy}, {"f": f, "df": df})
-        checks.check_coupling(coupling, y, f)
-    tracked = _about_to_write("y f dy df", (y, f, dy, df), coupling)
+    tracked = _about_to_write(kernels, "y dy f df", (y, dy, f, df), 2, coupling)
     kernels.reverse_step(y, f, dy, df, coupling)
     if tracked:
         _wrote(y)
@@ -95,9 +87,7 @@ def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
     if isinstance(total, list | tuple) or isinstance(part, list | tuple):
         return _accumulate_lists(total, part, backend)
     kernels = select(total, backend, "total")
-    if not kernels.CHECKS_OPERANDS:
-        checks.check_operands({"total": total}, {"part": part})
-    tracked = _about_to_write("total part", (total, part))
+    tracked = _about_to_write(kernels, "total part", (total, part), 1)
     kernels.accumulate((total,), (part,))
     if tracked:
         _wrote(total)
@@ -114,13 +104,13 @@ def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str 
     kernels = select(totals[0], backend, "total[0]")
     named = {f"total[{i}]": total for i, total in enumerate(totals)}
     named_parts = {f"part[{i}]": part for i, part in enumerate(parts)}
-    checks.check_arrays(**named, **named_parts)
     if not kernels.CHECKS_OPERANDS:
+        checks.check_arrays(**named, **named_parts)
         checks.check_same_device(**named)
         for (name, total), (part_name, part) in zip(named.items(), named_parts.items(), strict=True):
             checks.check_operands({name: total}, {part_name: part})
         checks.check_disjoint(named, named_parts)
-    tracked = _about_to_write(" ".join([*named, *named_parts]), (*totals, *parts))
+    tracked = _tracks_versions(" ".join([*named, *named_parts]), (*totals, *parts))
     kernels.accumulate(totals, parts)
     if tracked:
         for total in totals:
@@ -132,8 +122,7 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
     argument = "x" if name == "couple" else "y"
     kernels = select(x, backend, argument)
     if not kernels.CHECKS_OPERANDS or coupling is not None:
-        checks.check_operands({}, {argument: x, "f": f})
-        checks.check_coupling(coupling, x, f)
+        _check(kernels, {}, {argument: x, "f": f}, coupling)
     if kind_of(x) == "torch":
         torch = sys.modules["torch"]
         if torch.is_grad_enabled() and any(
@@ -149,7 +138,24 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
     return out
 
 
-def _about_to_write(names: str, arrays: tuple[Any, ...], coupling: Coupling | None = None) -> bool:
+def _check(kernels: Any, written: dict[str, Any], read: dict[str, Any], coupling: Coupling | None) -> None:
+    if not kernels.CHECKS_OPERANDS:
+        checks.check_operands(written, read)
+    if coupling is not None:
+        checks.check_coupling(coupling, written, read)
+
+
+def _about_to_write(
+    kernels: Any, names: str, arrays: tuple[Any, ...], writes: int, coupling: Coupling | None = None
+) -> bool:
+    """Check the arrays, the first ``writes`` of which are written. Returns whether they count their versions."""
+    if not kernels.CHECKS_OPERANDS or coupling is not None:
+        named = list(zip(names.split(), arrays, strict=True))
+        _check(kernels, dict(named[:writes]), dict(named[writes:]), coupling)
+    return _tracks_versions(names, arrays, coupling)
+
+
+def _tracks_versions(names: str, arrays: tuple[Any, ...], coupling: Coupling | None = None) -> bool:
     """Refuse what autograd would refuse, or would lose. Returns whether the arrays count their versions."""
     if kind_of(arrays[0]) != "torch":
         return False

@@ -2,6 +2,7 @@
 """What every test shares: equal seeds, two threads, and a reason to skip where there is no GPU."""
 
 import importlib.util
+import os
 import random
 import sys
 from pathlib import Path
@@ -41,6 +42,28 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def available():
+    """available(name) -> the name of a backend that can run here; else the test is skipped, or fails if it may not be.
+
+    It may not be where everything is built (CI=1), nor where the run is about that backend (REVKERNELS_BACKEND).
+    """
+
+    def check(name):
+        from revkernels.backends import BACKENDS
+
+        reason = BACKENDS[name].missing()
+        if reason is not None:
+            if os.environ.get("CI"):
+                pytest.fail(f"backend {name!r} must be there in CI: {reason}")
+            if os.environ.get("REVKERNELS_BACKEND") == name:
+                pytest.fail(f"backend {name!r} is asked for by REVKERNELS_BACKEND: {reason}")
+            pytest.skip(f"backend {name!r}: {reason}")
+        return name
+
+    return check
 
 
 @pytest.fixture(autouse=True)

@@ -234,7 +234,7 @@ def test_importing_the_package_imports_numpy_alone():
 
 def test_every_backend_has_every_kernel():
     """The four functions and missing(), by name."""
-    for name in ("reference", "eager", "cpu"):
+    for name in backends.BACKENDS:
         module = module_of(name)
         for function in ("couple", "uncouple", "reverse_step", "accumulate", "missing"):
             assert callable(getattr(module, function)), f"{name}.{function}"

@@ -11,10 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from benchmarks import compare, gpu_report  # noqa: E402
-from revkernels.bench import results  # noqa: E402
+from revkernels.bench import memory, results  # noqa: E402
+from revkernels.bench.chains import Shape  # noqa: E402
 from revkernels.bench.clocks import HostClock, last_level_cache  # noqa: E402
 from revkernels.bench.coupling import SUITE, Setup  # noqa: E402
 from revkernels.bench.harness import Goal, Suite, Trial, measure, rotation  # noqa: E402
+from revkernels.cli.cases import KERNELS  # noqa: E402
+from revkernels.cli.output import Table, plain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,6 +164,27 @@ def test_every_contender_computes_the_same():
         assert not torch.equal(expected[0], trial.operands[0][0])
 
 
+def memory_goals(monkeypatch, growth):
+    """{(variant, depth): goal}, by a meter that shows ``growth`` bytes more at the second depth."""
+    monkeypatch.setattr(memory, "peak_bytes", lambda step, device: next(shown))
+    shown = iter([1000] * 3 + [1000 + growth] * 3)
+    rows = list(memory.run(Shape(batch=2, width=4, side=8), depths=(4, 8)))
+    return {(row["variant"], row["depth"]): row["goal"] for row in rows}
+
+
+def test_memory_is_judged_where_it_is_rebuilt(monkeypatch):
+    goals = memory_goals(monkeypatch, growth=0)
+    judged = {key for key, goal in goals.items() if goal is not None}
+    assert judged == {("reconstruct, eager", 8), ("reconstruct, fused", 8)}
+    limit = {"quantity": "growth_bytes", "at_most": 0, "of": "depth 4"}
+    assert goals["reconstruct, fused", 8] == {**limit, "value": 0, "met": True}
+
+
+def test_memory_that_grows_misses_its_goal(monkeypatch):
+    goal = memory_goals(monkeypatch, growth=1)["reconstruct, fused", 8]
+    assert (goal["value"], goal["met"]) == (1, False)
+
+
 def lines(path, **rows):
     stamp = {"device": "A (R) Device 9"}
     made = [{"benchmark": "b", "case": "c", "variant": v, "median_s": s, "ratio": 1.0} for v, s in rows.items()]
@@ -209,9 +233,46 @@ def test_gpu_report_plans_flat_and_few_files(tmp_path):
     assert len(names) <= 8
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
     assert plan[0].name == "build"
-    assert sum(stage.limit for stage in plan if stage.name.startswith(("build", "gpu", "bench"))) < gpu_report.BUDGET
+    timed = ("build", "check", "gpu", "bench")  # a sanitizer that takes long takes it from the benchmarks
+    assert sum(stage.limit for stage in plan if stage.name.startswith(timed)) < gpu_report.BUDGET
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["result"] for row in report["tables"][0]["rows"]] == ["planned"] * len(plan)
+
+
+def test_gpu_report_tests_each_backend_by_itself(tmp_path):
+    plan = {stage.name: stage for stage in gpu_report.stages(tmp_path, tmp_path / "site")}
+    assert plan["build"].env == {"REVK_CUDA": "ON"}
+    for backend in ("cuda", "triton"):
+        stage = plan[f"gpu tests, {backend}"]
+        assert stage.env["REVKERNELS_BACKEND"] == backend
+        files = {Path(word) for word in stage.command if word.endswith(".py")}
+        own, chains, meter = f"test_{backend}_gpu.py", "behaviour/test_gpu.py", "test_measure.py"
+        assert files == {ROOT / "tests" / name for name in (own, chains, meter)}
+        assert all(file.exists() for file in files)
+
+
+def test_gpu_report_has_few_tests_sanitized(tmp_path):
+    first, second = (stage for stage in gpu_report.stages(tmp_path, None) if stage.tool)
+    assert first.command == second.command
+    command = [sys.executable, *first.command, "--collect-only"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = re.findall(r"::(\w+)", done.stdout)
+    assert 20 <= len(tests) <= 40
+    lists, types = "test_accumulate_lists", "test_reverse_step_with_four_dtypes"
+    assert set(tests) == {"test_every_layout", "test_coupling_options", lists, types}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+def test_gpu_report_takes_no_check_that_checked_nothing(backend, tmp_path):
+    proof = next(s.proof for s in gpu_report.stages(tmp_path, None) if s.name == f"check, {backend}")
+    table = Table("check", {"backend": "backend", **{kernel: kernel for kernel in KERNELS}, "reason": "reason"})
+    for cells in (["ok (7 calls)"] * 4, ["ok (7 calls)"] * 3 + ["1 of 7 calls FAILED"], ["left out"] * 4):
+        table.rows = [
+            {"backend": "other", **dict.fromkeys(KERNELS, "ok (1 calls)")},
+            {"backend": backend, **dict(zip(KERNELS, cells, strict=True))},
+        ]
+        assert re.findall(proof, plain(table)) == (["ok (7 calls)"] if set(cells) == {"ok (7 calls)"} else [])
 
 
 def run_plan(tmp_path, *plan, budget=60):

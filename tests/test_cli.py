@@ -90,6 +90,17 @@ def test_check_agrees_with_the_oracle(tmp_path):
         assert row["reason"] == missing
 
 
+def test_check_of_one_backend_runs_it_or_says_why_not():
+    done = revk("check", "--backend", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cpu" in done.stdout and "eager" not in done.stdout
+    done = revk("check", "--backend", "eager", without=["torch", "triton"])
+    assert done.returncode == 2
+    assert "revkernels check: --backend='eager' cannot run here: torch is not installed" in done.stderr
+    assert "Available: reference" in done.stderr
+    assert "ok (" not in done.stdout
+
+
 def test_check_without_torch_runs_on_numpy_and_says_what_it_left_out():
     done = revk("check", without=["torch", "triton", "rich"])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -250,7 +261,7 @@ def test_block_and_memory_on_a_tiny_chain(tmp_path):
     peaks = {row["variant"]: (row["depth_4"], row["depth_16"]) for row in table["rows"]}
     stored, rebuilt = peaks["store, eager"], peaks["reconstruct, fused"]
     assert stored[1] > 2 * stored[0]
-    assert rebuilt[1] <= 1.5 * rebuilt[0]
+    assert rebuilt[1] == rebuilt[0]
 
 
 def test_stamp_holds_no_path_or_host_name():

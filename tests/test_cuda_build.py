@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("coupling", "accumulate")
 SIZES = {"double": 8, "float": 4, "bfloat16": 2, "float16": 2}
-ARCHS = ["90", pytest.param("80", marks=pytest.mark.slow), pytest.param("100", marks=pytest.mark.slow)]
+ARCHS = ["80", "90", pytest.param("100", marks=pytest.mark.slow)]
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 

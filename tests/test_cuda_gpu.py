@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 
 from kernel_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, make, some_coupling  # noqa: E402
 
-from revkernels import Coupling, native, ops  # noqa: E402
+from revkernels import Coupling, ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -17,11 +17,9 @@ INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 @pytest.fixture(autouse=True)
-def kernels():
+def kernels(available):
     """Skip, and say why, where the extension was built without CUDA or the driver is too old for it."""
-    reason = native.missing("cuda")
-    if reason is not None:
-        pytest.skip(f'backend "cuda": {reason}')
+    available("cuda")
 
 
 def bits(tensor):

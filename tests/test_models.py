@@ -27,12 +27,14 @@ PARAMETERS = {
 }
 DEPTHS = {"basic": 2, "bottleneck": 3}
 REVNETS = ["revnet38", "revnet56", "revnet104", "revnet110", "revnet164"]
+PLAN = ("block", "units", "widths", "stem_width", "stem", "strides")
 RESNETS = ["resnet32", "resnet101", "resnet110", "resnet164"]
 
 
 def small(kind="basic", activations="store", backend=None, **options):
     widths = (8, 12, 20) if kind == "basic" else (16, 32, 48)
-    return models.RevNet(kind, (2, 1, 3), widths, stem_width=4, activations=activations, backend=backend, **options)
+    plan = models.Plan(kind, (2, 1, 3), widths, stem_width=4)
+    return models.RevNet(plan, activations=activations, backend=backend, **options)
 
 
 @pytest.mark.parametrize(("name", "classes"), PARAMETERS)
@@ -157,7 +159,7 @@ def resnet_forward(state, x, units, widths, convolutions):
 def test_forward_is_the_papers(family, kind):
     torch.manual_seed(0)
     units, widths = (2, 1, 3), (8, 12, 20) if kind == "basic" else (16, 32, 48)
-    model = getattr(models, family)(kind, units, widths, stem_width=4, activations="store")
+    model = getattr(models, family)(models.Plan(kind, units, widths, stem_width=4), activations="store")
     model = model.double()
     for p in model.parameters():  # norms too: scale 1 and shift 0 would hide a swap
         nn.init.normal_(p, std=0.3)
@@ -259,22 +261,24 @@ def test_resnet_refuses_to_reconstruct(name, activations):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"block": "wide"}, ValueError, "block: got 'wide', needs one of 'basic', 'bottleneck'"),
-        ({"stem": "mnist"}, ValueError, "stem: got 'mnist'"),
-        ({"units": (2, 0)}, ValueError, "units: got 0"),
-        ({"units": (2,)}, ValueError, "units, widths, strides: need one entry a stage"),
-        ({"units": (2, 1.5)}, TypeError, "units: got 1.5"),
-        ({"widths": (8, 13)}, ValueError, "widths: got 13, needs multiples of 2"),
-        ({"widths": (8, 6)}, ValueError, "widths that never shrink"),
+        ({"block": "wide"}, ValueError, "block is 'wide'; it must be one of 'basic', 'bottleneck'"),
+        ({"stem": "mnist"}, ValueError, "stem is 'mnist'"),
+        ({"units": (2, 0)}, ValueError, "units is 0; it must be at least 1"),
+        ({"units": (2,)}, ValueError, "widths has length 2, units has 1"),
+        ({"units": (2, 1.5)}, TypeError, "units is 1.5, a float; it must be an int"),
+        ({"widths": (8, 13)}, ValueError, "widths is 13; it must be a multiple of 2"),
+        ({"widths": (8, 6)}, ValueError, "widths are .* must never shrink"),
         (
             {"block": "bottleneck", "widths": (8, 20)},
             ValueError,
-            "widths: got 20, needs multiples of 8",
+            "widths is 20; it must be a multiple of 8",
         ),
-        ({"strides": (1, 0)}, ValueError, "strides: got 0"),
-        ({"stem_width": 5}, ValueError, "stem_width: got 5"),
-        ({"num_classes": 0}, ValueError, "num_classes: got 0"),
-        ({"in_channels": True}, TypeError, "in_channels: got True"),
+        ({"strides": (1,)}, ValueError, "strides has length 1, units has 2"),
+        ({"units": (), "widths": ()}, ValueError, "units is empty"),
+        ({"strides": (1, 0)}, ValueError, "strides is 0"),
+        ({"stem_width": 5}, ValueError, "stem_width is 5; it must be a multiple of 2"),
+        ({"num_classes": 0}, ValueError, "num_classes is 0"),
+        ({"in_channels": True}, TypeError, "in_channels is True, a bool"),
         ({"activations": "recompute"}, ValueError, "activations"),
         ({"backend": "metal"}, ValueError, "metal"),
     ],
@@ -282,11 +286,12 @@ def test_resnet_refuses_to_reconstruct(name, activations):
 def test_bad_arguments(change, error, message):
     arguments = {"block": "basic", "units": (2, 2), "widths": (8, 16), "stem_width": 4, **change}
     with pytest.raises(error, match=message):
-        models.RevNet(arguments.pop("block"), arguments.pop("units"), arguments.pop("widths"), **arguments)
+        sizes = {key: arguments.pop(key) for key in PLAN if key in arguments}
+        models.RevNet(models.Plan(**sizes), **arguments)
 
 
 def test_resnet_checks_coupling_and_backend():
-    with pytest.raises(ValueError, match="coupling: got 'exact'"):
+    with pytest.raises(ValueError, match="coupling is 'exact'; it must be 'float'"):
         models.resnet32(coupling="exact")
     with pytest.raises(ValueError, match="metal"):
         models.resnet32(backend="metal")
@@ -294,7 +299,7 @@ def test_resnet_checks_coupling_and_backend():
 
 @pytest.mark.parametrize("model", [small, lambda: models.resnet32(in_channels=3)])
 def test_bad_images(model):
-    with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 8, 8\), needs \(N, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 1, 8, 8\); it must be \(N, 3, H, W\)"):
         model()(torch.zeros(2, 1, 8, 8))
-    with pytest.raises(TypeError, match="x: got list"):
+    with pytest.raises(TypeError, match="x is a list"):
         model()([1.0])

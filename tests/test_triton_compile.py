@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,15 @@ DTYPES = {
     "bfloat16+float32": (BF16, F32),
     "float64+bfloat16": (F64, BF16),
 }
-# `make test` compiles for one target the dtypes that training uses; the rest is marked slow.
-MATRIX = [
-    pytest.param(
-        target, dtypes, id=f"{target}-{dtypes}", marks=[] if target == "sm_90" and i < 3 else [pytest.mark.slow]
-    )
-    for target in TARGETS
-    for i, dtypes in enumerate(DTYPES)
-]
+
+
+def matrix(*targets):
+    """Every target and dtypes; `make test` takes those of mixed training on the targets named, and sm_90's float32."""
+    quick = {*product(targets, ("bfloat16", "float32+bfloat16")), ("sm_90", "float32")}
+    return [
+        pytest.param(*case, id="-".join(case), marks=[] if case in quick else [pytest.mark.slow])
+        for case in product(TARGETS, DTYPES)
+    ]
 
 
 class Driver:
@@ -180,7 +182,7 @@ def zeros(dtype, *shape):
     return torch.zeros(shape, dtype=dtype)
 
 
-@pytest.mark.parametrize(("target", "dtypes"), MATRIX)
+@pytest.mark.parametrize(("target", "dtypes"), matrix(*TARGETS))
 def test_dense(compiler, tmp_path, target, dtypes):
     stream, branch = DTYPES[dtypes]
     for arrays in (
@@ -191,7 +193,7 @@ def test_dense(compiler, tmp_path, target, dtypes):
         assert faults(compiler(target, arrays), tmp_path, stream, branch) == []
 
 
-@pytest.mark.parametrize(("target", "dtypes"), MATRIX)
+@pytest.mark.parametrize(("target", "dtypes"), matrix("sm_90"))
 def test_any_number_of_elements_moves_16_bytes(compiler, tmp_path, target, dtypes):
     """All tiles but the last go without a mask. The last one goes element by element."""
     stream, branch = DTYPES[dtypes]
@@ -201,7 +203,7 @@ def test_any_number_of_elements_moves_16_bytes(compiler, tmp_path, target, dtype
     )
 
 
-@pytest.mark.parametrize(("target", "dtypes"), MATRIX)
+@pytest.mark.parametrize(("target", "dtypes"), matrix("sm_90"))
 def test_channel_halves(compiler, tmp_path, target, dtypes):
     stream, branch = DTYPES[dtypes]
     for order in (torch.contiguous_format, torch.channels_last):
@@ -211,7 +213,7 @@ def test_channel_halves(compiler, tmp_path, target, dtypes):
         assert faults(compiled, tmp_path, stream, branch) == []
 
 
-@pytest.mark.parametrize(("target", "dtypes"), MATRIX)
+@pytest.mark.parametrize(("target", "dtypes"), matrix(*TARGETS))
 def test_all_options(compiler, tmp_path, target, dtypes):
     stream, branch = DTYPES[dtypes]
     wide = F64 if F64 in (stream, branch) else F32
@@ -227,7 +229,7 @@ def test_all_options(compiler, tmp_path, target, dtypes):
         assert faults(compiler(target, (x, f), coupling), tmp_path, stream, branch, masked=True) == []
 
 
-@pytest.mark.parametrize(("target", "dtypes"), MATRIX)
+@pytest.mark.parametrize(("target", "dtypes"), matrix("sm_90"))
 def test_accumulate_lists(compiler, tmp_path, target, dtypes):
     stream, branch = DTYPES[dtypes]
     sizes = [4096, 1, 17, 999, 0]

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.gpu
 EVERYTHING = "channel sample grid checksum amax"
 
 
+@pytest.fixture(autouse=True)
+def kernels(available):
+    """Skip, and say why, where triton finds no device that it can compile for."""
+    available("triton")
+
+
 def same_bits(a, b):
     """Equal shapes, dtypes and stored bits. The inputs hold no NaN."""
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]

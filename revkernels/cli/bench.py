@@ -120,9 +120,11 @@ def _memory(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         rows = list(memory.run(shape, depths, begin))
     table = Table(f"peak activation memory of a training step, {args.batch} images", {"variant": "variant"})
     table.columns |= {f"depth_{depth}": f"depth {depth}, MiB" for depth in depths}
+    table.columns |= _GOAL
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        peaks = {f"depth_{row['depth']}": row["peak_bytes"] / _MIB for row in rows if row["variant"] == variant}
-        table.rows.append({"variant": variant, **peaks})
+        own = [row for row in rows if row["variant"] == variant]
+        peaks = {f"depth_{row['depth']}": row["peak_bytes"] / _MIB for row in own}
+        table.rows.append({"variant": variant, **peaks, **_goal(own[-1].get("goal"), "")})
     size = f"{args.batch}x{args.width}x{args.side}x{args.side}"
     table.notes = [f"depth counts branches, two a block; a stream is {size}, float32"]
     return rows, [table]
@@ -153,8 +155,10 @@ def _timing(title: str, rows: list[dict[str, Any]], unit: str, scale: float) -> 
 def _goal(goal: dict[str, Any] | None, baseline: str) -> dict[str, Any]:
     if goal is None:
         return {}
-    of = "" if goal["of"] == baseline else f" of {goal['of']}"
-    unit = " us above" if goal["quantity"] == "extra_us" else ""
+    unit, link = {"extra_us": (" us above", "of"), "growth_bytes": (" bytes above", "")}.get(
+        goal["quantity"], ("", "of")
+    )
+    of = "" if goal["of"] == baseline else f" {link} {goal['of']}".replace("  ", " ")
     return {"goal": f"<= {goal['at_most']:g}{unit}{of}", "reached": goal["value"], "met": goal["met"]}
 
 

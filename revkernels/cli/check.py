@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from revkernels.backends import BACKENDS
+from revkernels.backends import BACKENDS, require
 from revkernels.cli.cases import KERNELS, Call, calls, differences, left_out
 from revkernels.cli.output import Table, add_json_option, progress, report
 
@@ -44,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, show the table, and return 1 if anything differs."""
+    """Check, show the table, and return 1 if anything differs.
+
+    Raises:
+        BackendError: the backend that was named cannot run here; without a name such a one is left out.
+    """
+    if args.backend:
+        require(args.backend, "--backend")
     names = [args.backend] if args.backend else [name for name in BACKENDS if name != _ORACLE]
     with progress("check", len(names) + 1) as begin:
         verdicts, failures = examine(names, list(calls()), begin)

@@ -5,6 +5,7 @@ Every function takes ``num_classes`` and the keywords ``in_channels=3, activatio
 """
 
 from revkernels.models.layers import BasicBranch, BottleneckBranch, param_groups
+from revkernels.models.plan import Plan
 from revkernels.models.resnet import ResNet, resnet32, resnet101, resnet110, resnet164
 from revkernels.models.revnet import (
     RevNet,
@@ -19,6 +20,7 @@ from revkernels.models.revnet import (
 __all__ = [
     "BasicBranch",
     "BottleneckBranch",
+    "Plan",
     "ResNet",
     "RevNet",
     "Transition",

@@ -9,8 +9,7 @@ pre-activation residual functions after He et al. 2016, batch normalisation with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -26,6 +25,7 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
 
 
 def norm_relu(channels: int) -> Iterator[nn.Module]:
+    """Batch normalisation and the ReLU behind it, each a layer of its own."""
     # PyTorch's momentum is the weight of the new batch: 0.01 is a running average decay of 0.99.
     yield nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
     # In place on the norm's output, which neither the norm nor the ReLU keeps for its backward.
@@ -171,51 +171,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def check_sizes(
-    block: str,
-    units: Sequence[int],
-    widths: Sequence[int],
-    strides: Sequence[int],
-    stem_kind: str,
-    multiple: int,
-    **positive: int,
-) -> None:
-    """Raise before anything is built; every width must be a multiple of ``multiple``."""
-    if block not in BLOCKS:
-        raise ValueError(f"block: got {block!r}, needs one of {', '.join(map(repr, BLOCKS))}")
-    if stem_kind not in ("cifar", "imagenet"):
-        raise ValueError(f"stem: got {stem_kind!r}, needs 'cifar' or 'imagenet'")
-    for name, value in positive.items():
-        _check_positive(name, value)
-    for name, values in (("units", units), ("widths", widths), ("strides", strides)):
-        for value in values:
-            _check_positive(name, value)
-    if not len(units) == len(widths) == len(strides) > 0:
-        raise ValueError(
-            f"units, widths, strides: need one entry a stage each, got {len(units)}, {len(widths)} and {len(strides)}"
-        )
-    for value in widths:
-        if value % multiple:
-            raise ValueError(f"widths: got {value}, needs multiples of {multiple} ({block} blocks)")
-    if block == "basic":
-        all_widths = (positive["stem_width"], *widths)
-        if any(a > b for a, b in pairwise(all_widths)):
-            raise ValueError(
-                f"widths: got {all_widths} with the stem's, but a basic block's shortcut pads channels "
-                "and cannot drop any: needs widths that never shrink"
-            )
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), needs whole numbers")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, needs at least 1")
-
-
 def check_images(x: Tensor, in_channels: int) -> None:
     """Name the argument before a convolution deep inside complains about its own."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, needs a tensor of images")
+        raise TypeError(f"x is a {type(x).__name__}; it must be a torch.Tensor")
     if x.dim() != 4 or x.shape[1] != in_channels:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, needs (N, {in_channels}, H, W)")
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (N, {in_channels}, H, W)")

@@ -5,7 +5,6 @@ residual functions, shortcuts and settings as RevNet at full width, with stored 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from revkernels.models.layers import (
     build_head,
     build_stem,
     check_images,
-    check_sizes,
     initialise,
 )
+from revkernels.models.plan import Plan, check_positive
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,15 +50,10 @@ class ResNet(nn.Module):
     """A pre-activation ResNet of any depth. (N, in_channels, H, W) -> logits (N, num_classes).
 
     The stored-activation baseline: plain PyTorch throughout, so ``backend`` changes nothing here and is checked for its
-    name only. Depth is sum(units) * (2 for basic, 3 for bottleneck) + 2.
+    name only. Depth is sum(plan.units) * (2 for basic, 3 for bottleneck) + 2.
 
     Args:
-        block: "basic" or "bottleneck".
-        units: residual units of each stage.
-        widths: channels of each stage; multiples of 4 for bottleneck blocks.
-        stem_width: channels behind the stem.
-        stem: "cifar" (3x3) or "imagenet" (7x7 stride 2 and max-pool).
-        strides: of each stage's first unit; default 1, 2, 2, ...
+        plan: blocks, depth and widths.
         num_classes, in_channels: of the data.
         activations: "store", the only choice.
         coupling: "float", the only choice.
@@ -72,14 +66,9 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: str,
-        units: Sequence[int],
-        widths: Sequence[int],
-        *,
-        stem_width: int,
-        stem: str = "cifar",
-        strides: Sequence[int] | None = None,
+        plan: Plan,
         num_classes: int = 10,
+        *,
         in_channels: int = 3,
         activations: Any = "store",
         coupling: Any = "float",
@@ -88,34 +77,24 @@ class ResNet(nn.Module):
         super().__init__()
         if activations != "store":
             raise ValueError(
-                f"activations: got {activations!r}, a ResNet needs 'store': its unit y = x + F(x) has no inverse in "
-                "closed form, so inputs cannot be reconstructed from outputs; a RevNet of the same depth can"
+                f"activations is {activations!r}; it must be 'store': a ResNet's unit y = x + F(x) has no inverse in "
+                f"closed form, so inputs cannot be reconstructed from outputs; a RevNet of the same depth can"
             )
         if coupling != "float":
-            raise ValueError(f"coupling: got {coupling!r}, a ResNet needs 'float': it has no coupling to invert")
+            raise ValueError(f"coupling is {coupling!r}; it must be 'float': a ResNet has no coupling to invert")
         if backend is not None:
             require(backend)
-        if strides is None:
-            strides = [1] + [2] * (len(units) - 1)
-        check_sizes(
-            block,
-            units,
-            widths,
-            strides,
-            stem,
-            multiple=1 if block == "basic" else 4,
-            stem_width=stem_width,
-            num_classes=num_classes,
-            in_channels=in_channels,
-        )
+        check_positive("num_classes", num_classes)
+        check_positive("in_channels", in_channels)
+        plan.check_streams(1)
         self.in_channels = in_channels
-        self.stem = build_stem(stem, in_channels, stem_width)
+        self.stem = build_stem(plan.stem, in_channels, plan.stem_width)
         layers: list[Unit] = []
-        before = stem_width
-        for count, width, first_stride in zip(units, widths, strides, strict=True):
+        before = plan.stem_width
+        for count, width, first_stride in plan.stages():
             for unit in range(count):
                 stride = first_stride if unit == 0 else 1
-                layers.append(Unit(block, before, width, stride, preactivate=bool(layers)))
+                layers.append(Unit(plan.block, before, width, stride, preactivate=bool(layers)))
                 before = width
         self.units = nn.Sequential(*layers)
         self.head = build_head(before, num_classes)
@@ -128,30 +107,20 @@ class ResNet(nn.Module):
 
 def resnet32(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
     """ResNet-32 for CIFAR: 5-5-5 basic units of widths 16-32-64; 464,154 parameters."""
-    widths = (16, 32, 64)
-    return ResNet("basic", (5, 5, 5), widths, stem_width=16, num_classes=num_classes, **options)
+    return ResNet(Plan("basic", (5, 5, 5), (16, 32, 64), stem_width=16), num_classes, **options)
 
 
 def resnet110(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
     """ResNet-110 for CIFAR: 18-18-18 basic units of widths 16-32-64; 1,727,962 parameters."""
-    units, widths = (18, 18, 18), (16, 32, 64)
-    return ResNet("basic", units, widths, stem_width=16, num_classes=num_classes, **options)
+    return ResNet(Plan("basic", (18, 18, 18), (16, 32, 64), stem_width=16), num_classes, **options)
 
 
 def resnet164(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
     """ResNet-164 for CIFAR: 18-18-18 bottleneck units of widths 64-128-256; 1,703,258 parameters."""
-    units, widths = (18, 18, 18), (64, 128, 256)
-    return ResNet("bottleneck", units, widths, stem_width=16, num_classes=num_classes, **options)
+    return ResNet(Plan("bottleneck", (18, 18, 18), (64, 128, 256), stem_width=16), num_classes, **options)
 
 
 def resnet101(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> ResNet:
     """ResNet-101 for ImageNet: 3-4-23-3 bottleneck units, widths 256 to 2048; 44,541,480 parameters."""
-    return ResNet(
-        "bottleneck",
-        (3, 4, 23, 3),
-        (256, 512, 1024, 2048),
-        stem_width=64,
-        stem="imagenet",
-        num_classes=num_classes,
-        **options,
-    )
+    widths = (256, 512, 1024, 2048)
+    return ResNet(Plan("bottleneck", (3, 4, 23, 3), widths, stem_width=64, stem="imagenet"), num_classes, **options)

@@ -17,9 +17,9 @@ from revkernels.models.layers import (
     build_head,
     build_stem,
     check_images,
-    check_sizes,
     initialise,
 )
+from revkernels.models.plan import Plan, check_positive
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 if TYPE_CHECKING:
@@ -72,15 +72,10 @@ class RevNet(nn.Module):
 
     A stage of n units is one Transition and one ReversibleSequential of n - 1 blocks. The stem's output is split once;
     the pair (x1, x2) travels through all stages and is joined in the head. Depth in the paper's count is
-    2 * sum(units) * (2 for basic, 3 for bottleneck) + 2.
+    2 * sum(plan.units) * (2 for basic, 3 for bottleneck) + 2.
 
     Args:
-        block: "basic" or "bottleneck".
-        units: residual units of each stage.
-        widths: channels of both halves together, of each stage; even for basic, a multiple of 8 for bottleneck blocks.
-        stem_width: channels behind the stem, even.
-        stem: "cifar" (3x3) or "imagenet" (7x7 stride 2 and max-pool).
-        strides: of each stage's first unit; default 1, 2, 2, ...
+        plan: blocks, depth and widths.
         num_classes, in_channels: of the data.
         activations: "reconstruct" (memory flat in depth) or "store", as in ReversibleSequential.
         coupling: "float", as in ReversibleSequential.
@@ -92,42 +87,25 @@ class RevNet(nn.Module):
 
     def __init__(
         self,
-        block: str,
-        units: Sequence[int],
-        widths: Sequence[int],
-        *,
-        stem_width: int,
-        stem: str = "cifar",
-        strides: Sequence[int] | None = None,
+        plan: Plan,
         num_classes: int = 10,
+        *,
         in_channels: int = 3,
         activations: Any = "reconstruct",
         coupling: Any = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if strides is None:
-            strides = [1] + [2] * (len(units) - 1)
-        check_sizes(
-            block,
-            units,
-            widths,
-            strides,
-            stem,
-            multiple=2 if block == "basic" else 8,
-            stem_width=stem_width,
-            num_classes=num_classes,
-            in_channels=in_channels,
-        )
-        if stem_width % 2:
-            raise ValueError(f"stem_width: got {stem_width}, needs an even number (it is split in two)")
+        check_positive("num_classes", num_classes)
+        check_positive("in_channels", in_channels)
+        plan.check_streams(2)
         self.in_channels = in_channels
-        self.stem = build_stem(stem, in_channels, stem_width)
-        branch = BLOCKS[block]
+        self.stem = build_stem(plan.stem, in_channels, plan.stem_width)
+        branch = BLOCKS[plan.block]
         stages: list[nn.Module] = []
-        half = stem_width // 2
-        for stage, (count, width, stride) in enumerate(zip(units, widths, strides, strict=True)):
-            transition = Transition(block, half, width // 2, stride, preactivate=stage > 0)
+        half = plan.stem_width // 2
+        for stage, (count, width, stride) in enumerate(plan.stages()):
+            transition = Transition(plan.block, half, width // 2, stride, preactivate=stage > 0)
             half = width // 2
             chain = ReversibleSequential(
                 *(ReversibleBlock(branch(half, half), branch(half, half)) for _ in range(count - 1)),
@@ -149,40 +127,28 @@ class RevNet(nn.Module):
 
 def revnet38(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
     """RevNet-38 for CIFAR: 3-3-3 basic units of widths 32-64-112; 464,890 parameters."""
-    widths = (32, 64, 112)
-    return RevNet("basic", (3, 3, 3), widths, stem_width=32, num_classes=num_classes, **options)
+    return RevNet(Plan("basic", (3, 3, 3), (32, 64, 112), stem_width=32), num_classes, **options)
 
 
 def revnet110(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
     """RevNet-110 for CIFAR: 9-9-9 basic units of widths 32-64-128; 1,729,194 parameters."""
-    widths = (32, 64, 128)
-    return RevNet("basic", (9, 9, 9), widths, stem_width=32, num_classes=num_classes, **options)
+    return RevNet(Plan("basic", (9, 9, 9), (32, 64, 128), stem_width=32), num_classes, **options)
 
 
 def revnet164(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
     """RevNet-164 for CIFAR: 9-9-9 bottleneck units of widths 128-256-512; 1,748,778 parameters."""
-    widths = (128, 256, 512)
-    return RevNet("bottleneck", (9, 9, 9), widths, stem_width=32, num_classes=num_classes, **options)
+    return RevNet(Plan("bottleneck", (9, 9, 9), (128, 256, 512), stem_width=32), num_classes, **options)
 
 
 def revnet56(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> RevNet:
     """RevNet-56 for ImageNet: 2-2-3-2 bottleneck units of widths 512 to 3328; 27,553,128 parameters."""
-    return _imagenet((2, 2, 3, 2), num_classes, **options)
+    return RevNet(_imagenet((2, 2, 3, 2)), num_classes, **options)
 
 
 def revnet104(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> RevNet:
     """RevNet-104 for ImageNet: 2-2-11-2 bottleneck units, widths 512 to 3328; 45,428,072 parameters."""
-    return _imagenet((2, 2, 11, 2), num_classes, **options)
+    return RevNet(_imagenet((2, 2, 11, 2)), num_classes, **options)
 
 
-def _imagenet(units: Sequence[int], num_classes: int, **options: Unpack[ModelOptions]) -> RevNet:
-    widths = (512, 1024, 2048, 3328)
-    return RevNet(
-        "bottleneck",
-        units,
-        widths,
-        stem_width=128,
-        stem="imagenet",
-        num_classes=num_classes,
-        **options,
-    )
+def _imagenet(units: Sequence[int]) -> Plan:
+    return Plan("bottleneck", units, (512, 1024, 2048, 3328), stem_width=128, stem="imagenet")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracle: slow, plain NumPy, float64, in the paper's own names. It shares no code with the kernels it judges."""
 
+from revkernels.reference.accumulate import accumulate
 from revkernels.reference.algorithm1 import (
     block_backward,
     block_forward,
@@ -9,7 +10,7 @@ from revkernels.reference.algorithm1 import (
     chain_forward,
     chain_inverse,
 )
-from revkernels.reference.coupling import accumulate, amax_of, checksum_of, couple, reverse_step, uncouple
+from revkernels.reference.coupling import amax_of, checksum_of, couple, reverse_step, uncouple
 from revkernels.reference.rounding import bits_of, round_to
 
 __all__ = [

@@ -11,11 +11,12 @@ import numpy as np
 from revkernels.arrays import dtype_name, kind_of, memory_order
 from revkernels.coupling import Coupling
 from revkernels.reference import coupling as oracle
+from revkernels.reference.accumulate import accumulate as plain_sum
 
 CHECKS_OPERANDS = False
 
 
-def missing() -> str | None:
+def missing(name: str = "reference") -> str | None:
     """Why this backend cannot run here: never."""
     return None
 
@@ -44,7 +45,7 @@ def reverse_step(y: Any, f: Any, dy: Any, df: Any, coupling: Coupling | None) ->
 def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> None:
     """totals[i] <- totals[i] + parts[i]"""
     for total, part in zip(totals, parts, strict=True):
-        _write(total, oracle.accumulate(_values(total), _values(part), dtype_name(total), dtype_name(part)))
+        _write(total, plain_sum(_values(total), _values(part), dtype_name(total), dtype_name(part)))
 
 
 def _one(operation: Any, out: Any, x: Any, f: Any, coupling: Coupling | None) -> None:

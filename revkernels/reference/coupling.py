@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from revkernels.reference.rounding import bits_of, round_to
+from revkernels.reference.accumulate import accumulate
+from revkernels.reference.rounding import bits_of, round_to, wide_type
 
 
 def couple(
     x: np.ndarray, f: np.ndarray, x_dtype: str = "float64", f_dtype: str = "float64", **options: Any
 ) -> np.ndarray:
     """y = x + f   (paper eq. 6)"""
-    wide = _wide(x_dtype, f_dtype)
+    wide = wide_type(x_dtype, f_dtype)
     with np.errstate(all="ignore"):
         return round_to(x.astype(wide) + _on_its_way(f, wide, **options), x_dtype)
 
@@ -28,16 +29,9 @@ def uncouple(
     y: np.ndarray, f: np.ndarray, y_dtype: str = "float64", f_dtype: str = "float64", **options: Any
 ) -> np.ndarray:
     """x = y - f   (paper eq. 7)"""
-    wide = _wide(y_dtype, f_dtype)
+    wide = wide_type(y_dtype, f_dtype)
     with np.errstate(all="ignore"):
         return round_to(y.astype(wide) - _on_its_way(f, wide, **options), y_dtype)
-
-
-def accumulate(
-    total: np.ndarray, part: np.ndarray, total_dtype: str = "float64", part_dtype: str = "float64"
-) -> np.ndarray:
-    """total + part   (Algorithm 1, lines 6 and 7: a derivative gathers its second contribution)"""
-    return couple(total, part, total_dtype, part_dtype)
 
 
 def reverse_step(
@@ -60,10 +54,6 @@ def checksum_of(stored: np.ndarray, dtype: str) -> int:
 def amax_of(stored: np.ndarray) -> np.float32:
     """max |stored|, NaN if any is, 0 if there is none"""
     return np.float32(np.max(np.abs(stored), initial=0.0))
-
-
-def _wide(*dtypes: str) -> Any:
-    return np.float64 if "float64" in dtypes else np.float32
 
 
 def _on_its_way(

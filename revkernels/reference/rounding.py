@@ -12,6 +12,11 @@ _HALF_TYPES = {
 }
 
 
+def wide_type(*dtypes: str) -> type[np.floating]:
+    """Return the type that operands of these dtypes are added in: float64 if one of them is, else float32."""
+    return np.float64 if "float64" in dtypes else np.float32
+
+
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
     """Return ``values`` rounded once to ``dtype``, as float64 numbers that ``dtype`` holds exactly."""
     values = np.asarray(values, dtype=np.float64)

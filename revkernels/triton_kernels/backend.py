@@ -28,7 +28,7 @@ _GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows'
 _prepared: dict[Any, Prepared] = {}
 
 
-def missing() -> str | None:
+def missing(name: str = "triton") -> str | None:
     """Why this backend cannot run here, or None. Imports neither torch nor triton."""
     for module, extra in (("torch", "revkernels[torch]"), ("triton", "'triton>=3.6'")):
         if importlib.util.find_spec(module) is None:

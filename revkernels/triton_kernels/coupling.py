@@ -21,7 +21,7 @@ def place(strides, row, col, period, RANK: tl.constexpr):
 
 
 @triton.jit
-def load_scale(ptr, strides, row, col, rows, cols, period, inside, VARIES: tl.constexpr, RANK: tl.constexpr):
+def load_scale(ptr, strides, row, col, rows, period, inside, VARIES: tl.constexpr, RANK: tl.constexpr):
     """The scale of every element; where it is the same along a row, of every row."""
     if VARIES:
         return tl.load(ptr + place(strides, row, col, period, RANK), inside)
@@ -76,18 +76,15 @@ def couple_kernel(
                 tl.store(dy_at, narrow(dy, dy_ptr.dtype.element_ty), inside)
 
             if channel_ptr is not None:
-                scale = load_scale(
-                    channel_ptr, channel_strides, row, col, rows, cols, period, inside, CHANNEL_VARIES, RANK
-                ).to(WIDE)
+                scale = load_scale(channel_ptr, channel_strides, row, col, rows, period, inside, CHANNEL_VARIES, RANK)
+                scale = scale.to(WIDE)
                 if sample_ptr is not None:
-                    scale *= load_scale(
-                        sample_ptr, sample_strides, row, col, rows, cols, period, inside, SAMPLE_VARIES, RANK
-                    ).to(WIDE)
+                    sample = load_scale(sample_ptr, sample_strides, row, col, rows, period, inside, SAMPLE_VARIES, RANK)
+                    scale *= sample.to(WIDE)
                 f = scale * f
             elif sample_ptr is not None:
-                f = f * load_scale(
-                    sample_ptr, sample_strides, row, col, rows, cols, period, inside, SAMPLE_VARIES, RANK
-                ).to(WIDE)
+                sample = load_scale(sample_ptr, sample_strides, row, col, rows, period, inside, SAMPLE_VARIES, RANK)
+                f = f * sample.to(WIDE)
             if up is not None:
                 f = round_half_even(f * up) * down
 

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every situation is tried on the unfused and on the compiled backend, rebuilding and storing activations."""
 
-import os
-
 import pytest
-
-from revkernels.backends import BACKENDS
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -18,23 +14,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def available(name):
-    """Return ``name`` if that backend can run here; else skip, or fail where it must be there."""
-    reason = BACKENDS[name].missing()
-    if reason is not None:
-        if os.environ.get("CI"):
-            pytest.fail(f"backend {name!r} must be there in CI: {reason}")
-        pytest.skip(f"backend {name!r}: {reason}")
-    return name
-
-
 @pytest.fixture(params=["eager", "cpu"])
-def backend(request):
+def backend(request, available):
     return available(request.param)
 
 
 @pytest.fixture
-def compiled():
+def compiled(available):
     """The compiled backend alone."""
     return available("cpu")
 

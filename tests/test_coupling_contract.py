@@ -1,30 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public kernels and autograd, and every bad input: named before anything is written."""
-
-import os
+"""The coupling and autograd, and its bad input: every one named before anything is written."""
 
 import numpy as np
 import pytest
 
-import revkernels as rk
-from revkernels import ops
-from revkernels.backends import BACKENDS
-
 torch = pytest.importorskip("torch")
+
+from bad_operands import BAD, assert_says, check_refused, ones  # noqa: E402
+
+import revkernels as rk  # noqa: E402
+from revkernels import ops  # noqa: E402
 
 
 @pytest.fixture(params=["cpu", "eager", "reference"])
-def backend(request):
-    reason = BACKENDS[request.param].missing()
-    if reason is not None:
-        if os.environ.get("CI"):
-            pytest.fail(f"backend {request.param!r} must be there in CI: {reason}")
-        pytest.skip(f"backend {request.param!r}: {reason}")
-    return request.param
-
-
-def ones(*shape, **options):
-    return torch.ones(*(shape or (2, 3)), **options)
+def backend(request, available):
+    return available(request.param)
 
 
 # ---- autograd
@@ -33,8 +23,6 @@ IN_PLACE = {
     "couple_": lambda a, b, c, d, **k: ops.couple_(a, b, **k),
     "uncouple_": lambda a, b, c, d, **k: ops.uncouple_(a, b, **k),
     "reverse_step_": lambda a, b, c, d, **k: ops.reverse_step_(a, b, c, d, **k),
-    "accumulate_": lambda a, b, c, d, **k: ops.accumulate_(a, b, **k),
-    "accumulate_ of lists": lambda a, b, c, d, **k: ops.accumulate_([a, c], [b, d], **k),
 }
 
 
@@ -46,7 +34,7 @@ def test_in_place_calls_raise_the_version(name, backend):
     IN_PLACE[name](a, b, c, d, backend=backend)
     assert a._version > before[0]
     assert (b._version, d._version) == (before[1], before[3])
-    assert (c._version > before[2]) is (name in ("reverse_step_", "accumulate_ of lists"))
+    assert (c._version > before[2]) is (name == "reverse_step_")
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -63,7 +51,7 @@ def test_autograd_notices_an_in_place_call(name, backend):
 def test_in_place_on_a_tensor_that_requires_grad_is_refused(name, backend):
     """With the argument's name; under no_grad it is done."""
     a, c = ones(requires_grad=True), ones()
-    first = {"couple_": "x", "accumulate_": "total", "accumulate_ of lists": r"total\[0\]"}.get(name, "y")
+    first = "x" if name == "couple_" else "y"
     with pytest.raises(ValueError, match=f"^{first} requires grad.*no_grad"):
         IN_PLACE[name](a, ones(), c, ones(), backend=backend)
     assert torch.equal(a, ones())
@@ -164,7 +152,7 @@ def test_one_tensor_as_both_operands(backend):
         ops.couple_(x, x, backend=backend)
 
 
-# ---- bad input. Each case: the error, what its message says, and a call on fresh tensors.
+# ---- bad input
 
 
 def read_only():
@@ -174,81 +162,21 @@ def read_only():
 
 
 base = torch.ones(4, 3)
-BAD = {
-    "f of another shape": (ValueError, ["f has shape (3, 2)", "x has (2, 3)", "equal"], lambda o: o(f=ones(3, 2))),
-    "f that would broadcast": (ValueError, ["f has shape (3,)", "(2, 3)"], lambda o: o(f=ones(3))),
-    "f of integers": (
-        TypeError,
-        ["f is ", "int64", "must be", "float64, float32"],
-        lambda o: o(f=ones(dtype=torch.int64)),
-    ),
-    "x of integers": (
-        TypeError,
-        ["x is ", "int32", "must be", "float64, float32"],
-        lambda o: o(x=ones(dtype=torch.int32)),
-    ),
-    "x of bool": (TypeError, ["x is ", "bool", "must be"], lambda o: o(x=ones(dtype=torch.bool))),
-    "f complex": (TypeError, ["f is ", "complex64", "must be"], lambda o: o(f=ones(dtype=torch.complex64))),
-    "x of float8": (TypeError, ["x is ", "float8_e4m3fn", "must be"], lambda o: o(x=ones().to(torch.float8_e4m3fn))),
-    "f a list": (TypeError, ["f is a list", "torch.Tensor"], lambda o: o(f=[1.0])),
-    "f None": (TypeError, ["f is a NoneType"], lambda o: o(f=None)),
-    "x a float": (TypeError, ["x is a float"], lambda o: o(x=1.0)),
-    "f from NumPy": (TypeError, ["f ", "numpy", "torch", "one library"], lambda o: o(f=np.ones((2, 3), np.float32))),
-    "f on another device": (ValueError, ["f is on meta", "must"], lambda o: o(f=ones(device="meta"))),
-}
 
 
-def written_and_read():
-    return torch.full((2, 3), 5.0), ones()
-
-
-@pytest.mark.parametrize("operation", ["couple", "couple_", "uncouple", "uncouple_", "accumulate_"])
+@pytest.mark.parametrize("operation", ["couple", "couple_", "uncouple", "uncouple_"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_operands(case, operation, backend):
-    """The message names the argument as the function does, what it got and what it needs; nothing is written."""
-    error, parts, call = BAD[case]
-    names = {"uncouple": ("y", "f"), "uncouple_": ("y", "f"), "accumulate_": ("total", "part")}.get(
-        operation, ("x", "f")
-    )
-    x, f = written_and_read()
-    kept = x.clone()
-
-    def given(**changed):
-        return getattr(ops, operation)(changed.get("x", x), changed.get("f", f), backend=backend)
-
-    with pytest.raises(error) as raised:
-        call(given)
-    if (operation, case) == ("accumulate_", "f a list"):  # which would be right for a list of totals
-        assert_says(raised, ["total and part must both be arrays, or both lists of arrays"])
-    else:
-        assert_says(raised, [renamed(part, names) for part in parts])
-    assert torch.equal(x, kept)
-
-
-def assert_says(raised, parts):
-    for part in parts:
-        assert part.lower() in str(raised.value).lower(), f"the message does not say {part!r}: {raised.value}"
-
-
-def renamed(part, names):
-    for old, new in zip(("x", "f"), names, strict=True):
-        if part == old or part.startswith(f"{old} "):
-            return new + part[1:]
-    return part
+    """Named before anything is written."""
+    check_refused(operation, ("x" if operation.startswith("couple") else "y", "f"), case, backend)
 
 
 OVERLAPS = {
     "couple_ of neighbours": lambda b: ops.couple_(base[:2], base[1:3], backend=b),
-    "accumulate_ of neighbours": lambda b: ops.accumulate_(base[:2], base[1:3], backend=b),
     "reverse_step_, y and dy": lambda b: ops.reverse_step_(base[:2], ones(), base[1:3], ones(), backend=b),
     "reverse_step_, y and f": lambda b: ops.reverse_step_(base[:2], base[:2], ones(), ones(), backend=b),
     "reverse_step_, dy and f": lambda b: ops.reverse_step_(ones(), base[:2], base[:2], ones(), backend=b),
     "reverse_step_, y and df": lambda b: ops.reverse_step_(base[:2], ones(), ones(), base[1:3], backend=b),
-    "accumulate_ of lists, two totals": lambda b: ops.accumulate_([base[:2], base[1:3]], [ones(), ones()], backend=b),
-    "accumulate_ of lists, total and part": lambda b: ops.accumulate_([base[:2]], [base[1:3]], backend=b),
-    "accumulate_ of lists, one's total and another's part": lambda b: ops.accumulate_(
-        [base[:2], ones()], [ones(), base[1:3]], backend=b
-    ),
 }
 
 
@@ -300,26 +228,11 @@ def test_bad_operands_of_reverse_step(backend):
     assert all(torch.equal(t, ones()) for t in good.values())
 
 
-def test_bad_lists(backend):
-    """Unequal lengths, an array and a list, and a bad pair at the end: nothing is written."""
-    totals = [ones(), ones()]
-    with pytest.raises(ValueError, match="part has 1 arrays, total has 2"):
-        ops.accumulate_(totals, [ones()], backend=backend)
-    with pytest.raises(TypeError, match="both be arrays, or both lists"):
-        ops.accumulate_(totals, ones(), backend=backend)
-    with pytest.raises(TypeError, match=r"^total\[1\] is a str"):
-        ops.accumulate_([ones(), "text"], [ones(), ones()], backend=backend)
-    for bad, error in ((ones(5), ValueError), (ones(dtype=torch.int64), TypeError), (None, TypeError)):
-        with pytest.raises(error, match="part"):
-            ops.accumulate_(totals, [ones(), bad], backend=backend)
-    assert all(torch.equal(t, ones()) for t in totals)
-
-
 BAD_COUPLINGS = {
     "not a coupling": (TypeError, ["coupling is a dict", "Coupling"], {}),
     "channel_scale too long": (
         ValueError,
-        ["channel_scale has shape (4,)", "(3,)"],
+        ["channel_scale has shape (4,)", "(3,), STREAM's dimension 1"],
         rk.Coupling(channel_scale=ones(4)),
     ),
     "channel_scale of two dimensions": (ValueError, ["channel_scale"], rk.Coupling(channel_scale=ones(3, 1))),
@@ -335,7 +248,7 @@ BAD_COUPLINGS = {
         rk.Coupling(channel_scale=np.ones(3, np.float32)),
     ),
     "channel_dim out of range": (
-        *(ValueError, ["channel_dim is 2", "2 dimensions"]),
+        *(ValueError, ["channel_dim is 2", "STREAM has 2 dimensions"]),
         rk.Coupling(channel_scale=ones(3), channel_dim=2),
     ),
     "grid_exponent too large": (ValueError, ["grid_exponent is 127", "-126 to 126"], rk.Coupling(grid_exponent=127)),
@@ -343,11 +256,35 @@ BAD_COUPLINGS = {
     "checksum of floats": (TypeError, ["checksum is float32", "int64"], rk.Coupling(checksum=ones(1))),
     "checksum of two": (ValueError, ["checksum", "one element"], rk.Coupling(checksum=ones(2, dtype=torch.int64))),
     "amax of float64": (TypeError, ["amax is float64", "float32"], rk.Coupling(amax=ones(1, dtype=torch.float64))),
+    "channel_scale with gaps": (
+        *(ValueError, ["channel_scale has stride 2", "dense"]),
+        rk.Coupling(channel_scale=ones(6)[::2]),
+    ),
+    "sample_scale expanded": (
+        *(ValueError, ["sample_scale has stride 0", "dense"]),
+        rk.Coupling(sample_scale=ones(1).expand(2)),
+    ),
+    "channel_dim a float": (
+        *(TypeError, ["channel_dim is a float", "int"]),
+        rk.Coupling(channel_scale=ones(3), channel_dim=1.0),
+    ),
+    "channel_dim a bool": (
+        *(TypeError, ["channel_dim is a bool", "int"]),
+        rk.Coupling(channel_scale=ones(3), channel_dim=True),
+    ),
+    "both scales along dimension 0": (
+        *(ValueError, ["channel_dim is -2", "another dimension"]),
+        rk.Coupling(channel_scale=ones(2), sample_scale=ones(2), channel_dim=-2),
+    ),
+    "amax that requires grad": (ValueError, ["amax requires grad"], rk.Coupling(amax=ones(1).requires_grad_())),
     "amax elsewhere": (ValueError, ["amax is on meta"], rk.Coupling(amax=ones(1, device="meta"))),
 }
 
 
-@pytest.mark.parametrize("operation", ["couple", "couple_", "uncouple_", "reverse_step_"])
+WITH_A_COUPLING = ["couple", "couple_", "uncouple", "uncouple_", "reverse_step_"]
+
+
+@pytest.mark.parametrize("operation", WITH_A_COUPLING)
 @pytest.mark.parametrize("case", BAD_COUPLINGS)
 def test_bad_couplings(case, operation, backend):
     """Every option is checked against the operands before anything is written."""
@@ -355,8 +292,81 @@ def test_bad_couplings(case, operation, backend):
     arrays = [ones() for _ in range(4 if operation == "reverse_step_" else 2)]
     with pytest.raises(error) as raised:
         getattr(ops, operation)(*arrays, coupling=coupling, backend=backend)
-    assert_says(raised, parts)
+    stream = "x" if operation.startswith("couple") else "y"
+    assert_says(raised, [part.replace("STREAM", stream) for part in parts])
     assert all(torch.equal(a, ones()) for a in arrays)
+
+
+def shared(operation, backend, **views):
+    """Call with a coupling whose options lie in one of the operands' memory; that memory holds ones throughout."""
+    arrays = [ones(2, 3) for _ in range(4 if operation == "reverse_step_" else 2)]
+    coupling = rk.Coupling(**{name: view(arrays) for name, view in views.items()})
+    with pytest.raises(ValueError, match="overlap in memory") as raised:
+        getattr(ops, operation)(*arrays, coupling=coupling, backend=backend)
+    assert all(torch.equal(a, ones()) for a in arrays)
+    return raised
+
+
+@pytest.mark.parametrize("operation", WITH_A_COUPLING)
+def test_options_that_share_memory_with_what_is_written(operation, backend):
+    """The order of the elements must not decide the result."""
+    in_place = operation.endswith("_")
+    if in_place:
+        assert_says(shared(operation, backend, channel_scale=lambda a: a[0][1]), ["channel_scale"])
+        assert_says(shared(operation, backend, sample_scale=lambda a: a[0].view(-1)[:2]), ["sample_scale"])
+    if operation == "reverse_step_":
+        assert_says(shared(operation, backend, channel_scale=lambda a: a[2][1]), ["dy", "channel_scale"])
+        assert_says(shared(operation, backend, amax=lambda a: a[3][1, :1]), ["df", "amax"])
+    assert_says(shared(operation, backend, amax=lambda a: a[0][1, :1]), ["amax"])
+    assert_says(shared(operation, backend, amax=lambda a: a[1][1, :1]), ["f", "amax"])
+    assert_says(shared(operation, backend, checksum=lambda a: a[1].view(-1)[:2].view(torch.int64)), ["f", "checksum"])
+    scale = ones(3)
+    assert_says(shared(operation, backend, channel_scale=lambda a: scale, amax=lambda a: scale[:1]), ["amax"])
+    assert torch.equal(scale, ones(3))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("operation", WITH_A_COUPLING)
+def test_bad_options_of_numpy_arrays(operation, backend, available):
+    """Read-only or byte-swapped: refused by name, and the operands stay as they were."""
+    available(backend)
+    checksum, amax = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    checksum.flags.writeable = amax.flags.writeable = False
+    cases = {
+        "checksum is read-only": (ValueError, rk.Coupling(checksum=checksum)),
+        "amax is read-only": (ValueError, rk.Coupling(amax=amax)),
+        "checksum is byte-swapped": (TypeError, rk.Coupling(checksum=np.zeros(1, ">i8"))),
+        "channel_scale is byte-swapped": (TypeError, rk.Coupling(channel_scale=np.ones(3, ">f4"))),
+    }
+    for message, (error, coupling) in cases.items():
+        arrays = [np.ones((2, 3), np.float32) for _ in range(4 if operation == "reverse_step_" else 2)]
+        with pytest.raises(error, match=f"^{message}"):
+            getattr(ops, operation)(*arrays, coupling=coupling, backend=backend)
+        assert all((a == 1).all() for a in arrays)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_operands_beside_a_coupling(case, backend):
+    """The options' checks come first and must not stumble over what the operands' refuse."""
+    error, parts, call = BAD[case]
+    x, coupling = ones(), rk.Coupling(channel_scale=ones(3), checksum=torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(error) as raised:
+        call(lambda **k: ops.couple_(k.get("x", x), k.get("f", ones()), coupling=coupling, backend=backend))
+    assert_says(raised, parts)
+    assert torch.equal(x, ones())
+
+
+def test_meta_tensors_have_shapes_and_no_memory():
+    """Under ``with torch.device("meta")`` the default backend computes shapes."""
+    x, f = (torch.empty(2, 3, 4, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    for function in (ops.couple, ops.uncouple, ops.couple_, ops.uncouple_):
+        y = function(x, f)
+        assert (y.is_meta, y.shape, y.dtype) == (True, x.shape, x.dtype)
+    assert ops.reverse_step_(x, f, f.clone(), x.clone())[0] is x
+    scale = torch.empty(3, device="meta")
+    assert ops.couple(x, f, coupling=rk.Coupling(channel_scale=scale)).is_meta
+    with pytest.raises(ValueError, match=r"^f has shape \(2, 3\)"):
+        ops.couple(x, f[..., 0])
 
 
 def test_errors_have_their_documented_kinds():

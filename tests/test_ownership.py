@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose memory may be written over. torch is asked through functions that it does not document: if an update takes them
+away, results stay right, and memory and speed are lost without a word. So this is where it is said."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from revkernels.autograd import ownership  # noqa: E402
+from revkernels.nn import ReversibleBlock, ReversibleSequential  # noqa: E402
+from revkernels.reference import backend as kernels  # noqa: E402
+
+BLOCKS = 5
+
+
+def test_this_torch_counts_the_holders_of_a_tensor():
+    """The private functions are there, and every kind of holder is seen."""
+    assert ownership.COUNTABLE
+    tensor = torch.zeros(4)
+    alone = ownership.holders(tensor)
+    same = tensor
+    assert ownership.holders(tensor) == (alone[0] + 1, alone[1], alone[2])
+    del same
+    view = tensor[1:]
+    assert ownership.holders(tensor)[2] > alone[2]
+    del view
+    assert ownership.holders(tensor) == alone
+    leaf = torch.zeros(4, requires_grad=True)
+    leaf.grad = tensor  # held from C++
+    assert ownership.holders(tensor)[1] > alone[1]
+
+
+def test_memory_is_free():
+    """Only if nothing else uses it, and no part of it is left out."""
+    tensor = torch.zeros(4)
+    assert ownership.memory_is_free(tensor)
+    view = tensor.view(2, 2)
+    assert not ownership.memory_is_free(tensor)
+    del view
+    assert ownership.memory_is_free(tensor)
+    assert not ownership.memory_is_free(torch.zeros(4)[1:])
+    assert not ownership.memory_is_free(torch.zeros(1).expand(4))
+
+
+def chain():
+    torch.manual_seed(0)
+    branches = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2 * BLOCKS)]
+    blocks = map(ReversibleBlock, branches[::2], branches[1::2])
+    return ReversibleSequential(*blocks, backend="reference").double()
+
+
+def record(monkeypatch, name):
+    """Let the kernel run as ever, and keep what it wrote to and the first thing that it read."""
+    kernel, seen = getattr(kernels, name), []
+
+    def recording(*args):
+        seen.append(args[:2])
+        return kernel(*args)
+
+    monkeypatch.setattr(kernels, name, recording)
+    return seen
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_chain_accumulates_its_gradients_in_place(held, monkeypatch):
+    """Algorithm 1's two sums a block, each over one of its terms; with a hook that keeps the terms, never."""
+    net, pair = chain(), [torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    y1, y2 = net(tuple(pair))
+    loss = (y1 * y2).sum()
+    kept = []
+    if held:
+        original = torch.autograd.graph.Node  # every gradient that any node of the graph is given
+        pending, visited = [loss.grad_fn], set()
+        while pending:
+            node = pending.pop()
+            if isinstance(node, original) and node not in visited:
+                visited.add(node)
+                node.register_prehook(kept.append)
+                pending += [next_node for next_node, _ in node.next_functions if next_node is not None]
+    sums, made = record(monkeypatch, "accumulate"), record(monkeypatch, "couple")
+    loss.backward()
+    elsewhere = [out for out, x in made if out is not x]
+    if held:
+        assert kept
+        assert len(sums) == 0
+        assert len(elsewhere) == 2 * BLOCKS
+    else:
+        assert len(sums) == 2 * BLOCKS
+        assert not elsewhere
+    del sums, made, elsewhere
+    monkeypatch.undo()
+    got = [t.grad for t in (*pair, *net.parameters())]
+    for tensor in (*pair, *net.parameters()):
+        tensor.grad = None
+    net.activations = "store"
+    y1, y2 = net(tuple(pair))
+    (y1 * y2).sum().backward()
+    for gradient, tensor in zip(got, (*pair, *net.parameters()), strict=True):
+        torch.testing.assert_close(gradient, tensor.grad, rtol=1e-12, atol=1e-13)
