@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a benchmark is run: contenders in turn, operands in rotation, medians, and ratios within one run.
 
-A machine's speed drifts (other load, clocks), so contenders are called A B C A B C ... and a ratio is the median over
-the rounds of (contender / baseline *of the same round*), never a quotient of two times measured apart.
+A machine's speed drifts (other load, clocks), so contenders take turns, each once a round, in an order drawn anew for
+every round; and a ratio is the median over the rounds of (contender / baseline *of the same round*), never a quotient of
+two times measured apart.
 
     suite = Suite("coupling")
 
@@ -13,6 +14,7 @@ the rounds of (contender / baseline *of the same round*), never a quotient of tw
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,10 +146,12 @@ def measure(
     if unknown := named - set(trial.contenders):
         raise ValueError(f"no contender {', '.join(sorted(unknown))}; there are {', '.join(trial.contenders)}")
     samples: dict[str, list[float]] = {name: [] for name in trial.contenders}
-    turn = 0
+    contenders, shuffled, turn = list(trial.contenders.items()), random.Random(0), 0
     for number in range(warmup + rounds):
         begin("warm-up" if number < warmup else f"round {number - warmup + 1}")
-        for name, function in trial.contenders.items():
+        # Each round in another order: what one contender leaves in the caches and the allocator helps or hinders the
+        # next, and a fixed order would give each contender the same neighbour every time.
+        for name, function in shuffled.sample(contenders, len(contenders)):
             operands = [trial.operands[(turn + call) % len(trial.operands)] for call in range(trial.calls)]
             turn += trial.calls
             seconds = clock.time(function, operands) / trial.calls
