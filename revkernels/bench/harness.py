@@ -2,8 +2,8 @@
 """How a benchmark is run: contenders in turn, operands in rotation, medians, and ratios within one run.
 
 A machine's speed drifts (other load, clocks), so contenders take turns, each once a round, in an order drawn anew for
-every round; and a ratio is the median over the rounds of (contender / baseline *of the same round*), never a quotient of
-two times measured apart.
+every round; and a ratio is the median over the rounds of (contender / baseline *of the same round*), never a quotient
+of two times measured apart.
 
     suite = Suite("coupling")
 
