@@ -165,7 +165,7 @@ class Reversal:
 
     def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
         """Keep what the backward starts from: ``outputs``, of which ``split`` makes the pair of streams again."""
-        if self.recording and any(output.requires_grad for output in outputs):
+        if any(step.saved for step in self._steps):  # by what leads to the outputs, or to an aux output alone
             anchor = torch.zeros((), requires_grad=True)
             self._kept = _Kept.apply(anchor, *(output.detach() for output in outputs)).grad_fn
             self._split = split

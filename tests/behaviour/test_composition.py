@@ -287,3 +287,30 @@ def test_a_block_with_a_forward_of_its_own_is_refused():
 
     with pytest.raises(TypeError, match=r"blocks\[0\] is a Doubled with a forward of its own"):
         ReversibleSequential(Doubled(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+
+class OnlyAux(nn.Module):
+    """A branch whose gradient goes through its auxiliary output alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, x):
+        f = self.linear(x)
+        return f.detach(), f.pow(2).sum()
+
+
+def test_gradient_through_auxiliary_outputs_alone(backend):
+    """Row 21: no output of the chain requires grad, its auxiliary outputs do."""
+    gradients = []
+    for activations in ("store", "reconstruct"):
+        torch.manual_seed(0)
+        blocks = [ReversibleBlock(OnlyAux(), OnlyAux()) for _ in range(2)]
+        net = ReversibleSequential(*blocks, activations=activations, backend=backend)
+        y, aux = net(rows(requires_grad=False))
+        assert not y.requires_grad and len(aux) == 4
+        sum(aux).backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    for stored, rebuilt in zip(*gradients, strict=True):
+        assert stored.abs().sum() > 0 and torch.allclose(stored, rebuilt, rtol=1e-10)
