@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain of reversible blocks run backwards as a function: from its output to its input."""
+"""A chain of half-steps run backwards as a function: from its output to its input."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 
 from revkernels import eager
 from revkernels.autograd.coupling import differentiable
-from revkernels.autograd.reversal import check_aux, check_branch_output
+from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.snapshot import Snapshot, put_back
 
 
 def invert(
-    streams: tuple[torch.Tensor, torch.Tensor],
-    half_steps: Sequence[tuple[Any, tuple[tuple[Any, ...], dict[str, Any]]]],
-    kernels: Any,
-    name: Callable[[int], str],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """s[k] = s[k+2] - B[k](s[k+1]) from the last half-step to the first, out of place.
+    streams: Sequence[torch.Tensor], half_steps: Sequence[HalfStep], kernels: Any, name: Callable[[int], str]
+) -> list[torch.Tensor]:
+    """s[target] = s[target] - B[k](h) from the last half-step to the first, out of place.
 
     A branch runs on throw-away copies of its running statistics: undoing a batch must not count it again.
     """
-    source, target = streams
-    for k, (branch, (args, kwargs)) in reversed(list(enumerate(half_steps))):
+    streams = list(streams)
+    for k, (branch, target, sources, args, kwargs) in reversed(list(enumerate(half_steps))):
+        h = streams[sources[0]]
+        for index in sources[1:]:
+            h = h + streams[index]
         undo = Snapshot(branch).restore()
         try:
-            f = branch(source, *args, **kwargs)
+            f = branch(h, *args, **kwargs)
         finally:
             put_back(undo)
         if type(f) is tuple:
             f, _ = check_aux(f, name, k)
-        check_branch_output(f, target, name, k)
-        source, target = _uncouple(kernels, target, f), source
-    return source, target
+        check_branch_output(f, streams[target], name, k)
+        streams[target] = _uncouple(kernels, streams[target], f)
+    return streams
 
 
 def _uncouple(kernels: Any, y: torch.Tensor, f: torch.Tensor) -> torch.Tensor:

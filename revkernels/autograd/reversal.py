@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The driver: an ordinary autograd graph whose saved tensors are rebuilt instead of kept.
 
-A chain of reversible blocks is one recurrence over half-steps. With streams s[0] = x1, s[1] = x2 and branches
-B[0] = F, B[1] = G of the first block, B[2] = F of the second ...
+A chain of reversible blocks is one recurrence over half-steps. Half-step k adds a branch of some streams to another:
 
-    forward   s[k+2] = s[k] + B[k](s[k+1])
-    inverse   s[k]   = s[k+2] - B[k](s[k+1])
+    forward   s[target] <- s[target] + B[k](h)      h = s[source], or the sum of several sources
+    inverse   s[target] <- s[target] - B[k](h)      the target is no source, so h is the same both ways
 
-which is Algorithm 1 of Gomez et al. 2017, twice a block. The forward builds the graph that plain torch would build,
-under saved-tensor hooks that keep a number (half-step, index) in a saved tensor's place. When the backward first asks
-for a tensor of half-step k, branch k is run once more from s[k+1], what it saves is collected, and its output turns
-s[k+2] back into s[k]. Two streams, two gradients and one branch's saved tensors are alive at a time, at any depth;
-gradients travel through torch's engine, so hooks, DDP and frozen parameters are its business, not ours.
+With two streams and targets 0, 1, 0, 1 ... that is Algorithm 1 of Gomez et al. 2017, twice a block. The forward builds
+the graph that plain torch would build, under saved-tensor hooks that keep a number (half-step, index) in a saved
+tensor's place. When the backward first asks for a tensor of half-step k, branch k is run once more from the same h,
+what it saves is collected, and its output turns the stream back into what it was. The streams, their gradients and one
+branch's saved tensors are alive at a time, at any depth; gradients travel through torch's engine, so hooks, DDP and
+frozen parameters are its business, not ours.
 
-What is to come has its place: which stream a half-step adds to and which it reads is said in `advance` and `_rebuild`
-alone (more than two streams); a tensor worth keeping is returned by `_pack` itself (memory budgets); the options of an
+What is to come has its place: a tensor worth keeping is returned by `_pack` itself (memory budgets); the options of an
 exact coupling go into the two calls, `Couple` here and ``kernels.uncouple`` in `_rebuild`.
 """
 
@@ -30,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revkernels import eager
 from revkernels.autograd.accumulate import prepare
 from revkernels.autograd.coupling import Couple, Enter
+from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.snapshot import Snapshot, put_back, version_of
 from revkernels.autograd.surroundings import Drawn, Surroundings, drawn, own_generators, states_of
@@ -63,7 +63,7 @@ class Reversal:
     """One call of a chain: its forward, and all backwards through it. State lives here, never on a module.
 
     Args:
-        streams: (s[0], s[1]), dense; neither is ever written to.
+        streams: the streams, dense; none of them is ever written to.
         kernels: the backend that couples.
         keep: True stores activations as plain torch does; False rebuilds them.
         side_inputs: what the branches are given besides their stream, by name, to be checked for changes.
@@ -72,16 +72,14 @@ class Reversal:
 
     def __init__(
         self,
-        streams: tuple[torch.Tensor, torch.Tensor],
+        streams: Sequence[torch.Tensor],
         kernels: Any,
         keep: bool,
         side_inputs: dict[str, Any],
         name: Callable[[int], str],
     ) -> None:
-        self.target: Any
-        self.source: Any
-        self.target, self.source = streams  # s[k] and s[k+1] at half-step k
-        self.branch_input: torch.Tensor | None = None  # s[k+1] again, if its node already gave it a second output
+        self.streams = list(streams)
+        self._twin: tuple[int, torch.Tensor] | None = None  # a stream's number, and the second output of its node
         self.kernels = kernels
         self.name = name
         self.aux: list[Any] = []
@@ -93,7 +91,7 @@ class Reversal:
         self._saved: list[Metadata] = []  # of the half-step under way
         self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
         if self.recording:
-            self._surroundings = Surroundings(self.source.device, side_inputs)
+            self._surroundings = Surroundings(streams[0].device, side_inputs)
             self._states = self._surroundings.states()
             self._hooks: Any = saved_tensors_hooks(self._pack, self._unpack)
         self._layouts = [(s.shape, s.stride()) for s in streams]
@@ -101,46 +99,58 @@ class Reversal:
         self._task, self._cursor = -1, 0
         self._kept: Any = None
         self._frame: list[tuple[torch.Tensor, int]] = []
-        self._rebuilt: list[torch.Tensor] = []  # s[cursor] and s[cursor + 1], while a backward runs
+        self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
 
     # ---- forward
 
-    def advance(self, branch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read_next: bool) -> None:
-        """Half-step k: s[k+2] = s[k] + branch(s[k+1]). ``read_next``: another half-step follows directly."""
-        kernels, target, source, h = self.kernels, self.target, self.source, self.branch_input
-        if h is None:
-            h = source
-            if kernels is not eager and source.requires_grad and torch.is_grad_enabled():
-                source, h = Enter.apply(source, kernels)
-        version = version_of(source)
-        f = self._record(branch, args, kwargs, h) if self.recording else branch(h, *args, **kwargs)
-        if version_of(source) != version:
+    def advance(self, step: HalfStep, read_next: bool = False) -> None:
+        """Run the next half-step. ``read_next``: the one after it follows directly, and reads its target alone."""
+        kernels, branch, args, kwargs = self.kernels, step.branch, step.args, step.kwargs
+        h = self._entered(step.sources[0])
+        watched = self.streams[step.sources[0]]
+        if len(step.sources) > 1:
+            for index in step.sources[1:]:
+                h = h + self._entered(index)
+            watched = h
+        version = version_of(watched)
+        f = self._record(step, h) if self.recording else branch(h, *args, **kwargs)
+        if version_of(watched) != version:
             raise ReconstructionError(
                 f"{self.name(self._count)} wrote to its input in place. The input is the stream that a later half-step "
                 f"adds to: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
+        target = self.streams[step.target]
         if type(f) is tuple:
             f, aux = check_aux(f, self.name, self._count)
             self.aux.append(aux)
         check_branch_output(f, target, self.name, self._count)
         self._count += 1
-        self.target, self.branch_input = source, None
         if kernels is eager:
-            self.source = (target + f).to(target.dtype)
+            self.streams[step.target] = (target + f).to(target.dtype)
         else:
-            self.source, twin = Couple.apply(target, f, kernels)
+            self.streams[step.target], twin = Couple.apply(target, f, kernels)
             if read_next:
-                self.branch_input = twin
+                self._twin = (step.target, twin)
 
-    def _record(self, branch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], h: torch.Tensor) -> Any:
+    def _entered(self, index: int) -> torch.Tensor:
+        """The stream for a branch to read: with the gradient that comes back from there accumulated by our own node."""
+        twin, self._twin = self._twin, None
+        if twin is not None and twin[0] == index:
+            return twin[1]
+        s = h = self.streams[index]
+        if self.kernels is not eager and s.requires_grad and torch.is_grad_enabled():
+            self.streams[index], h = Enter.apply(s, self.kernels)
+        return h
+
+    def _record(self, half_step: HalfStep, h: torch.Tensor) -> Any:
         """Run the branch, and note all that running it again will need."""
-        step = _Step(branch, args, kwargs, h.requires_grad)
+        step = _Step(half_step, h.requires_grad)
         self._steps.append(step)
         self._saved = step.saved
         own = own_generators(step.snapshot.modules)
         before = self._states + states_of(own) if own else self._states
         with self._hooks:
-            f = branch(h, *args, **kwargs)
+            f = half_step.branch(h, *half_step.args, **half_step.kwargs)
         self._open = []
         step.snapshot.complete()
         after = self._surroundings.states()
@@ -151,20 +161,19 @@ class Reversal:
 
     def adopt(self, streams: Any, whose: str) -> None:
         """Take over streams that went through a module's hooks: torch may wrap them, but their values must stay."""
-        ours = (self.target, self.source)
-        if type(streams) is not tuple or len(streams) != 2 or not all(map(_same_memory, streams, ours)):
+        theirs = streams if type(streams) is tuple else ()
+        if len(theirs) != len(self.streams) or not all(map(_same_memory, theirs, self.streams)):
             raise ReconstructionError(
                 f"a hook of {whose} replaced the streams. They are rebuilt by running the branches backwards, which "
                 f"cannot undo a hook: put the change into a branch, or set activations='store'"
             )
         if self.recording:
             self._states = self._surroundings.states()  # what the hook drew is not the next branch's
-        if streams[0] is not self.target or streams[1] is not self.source:
-            self.target, self.source = streams
-            self.branch_input = None
+        self.streams = list(theirs)
+        self._twin = None
 
     def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
-        """Keep what the backward starts from: ``outputs``, of which ``split`` makes the pair of streams again."""
+        """Keep what the backward starts from: ``outputs``, of which ``split`` makes the streams again."""
         if any(step.saved for step in self._steps):  # by what leads to the outputs, or to an aux output alone
             anchor = torch.zeros((), requires_grad=True)
             self._kept = _Kept.apply(anchor, *(output.detach() for output in outputs)).grad_fn
@@ -173,8 +182,8 @@ class Reversal:
 
     def release(self) -> None:
         """Let go of the streams: they hold the graph, and the graph's hooks hold us, in a ring that gc cannot see."""
-        self.target = self.source = self.branch_input = self._hooks = None
-        self.aux, self._open = [], []
+        self._twin = self._hooks = None
+        self.streams, self.aux, self._open = [], [], []
 
     def _pack(self, tensor: torch.Tensor) -> int:
         self._saved.append((tensor.dtype, tensor.shape))
@@ -223,10 +232,7 @@ class Reversal:
                 f"the output of the reversible chain was changed in place after the forward, and the backward starts "
                 f"from it: make the operation that follows the chain out of place. ({error})"
             ) from None
-        source, target = (stream.detach() for stream in self._split(*outputs))
-        if source.stride() != self._layout(len(self._steps))[1]:
-            source = self._empty(len(self._steps), source).copy_(source)  # a branch must read it in the same strides
-        self._rebuilt = [source, target]
+        self._rebuilt = [stream.detach() for stream in self._split(*outputs)]
         self._task, self._cursor, self._frame = task, len(self._steps), []
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
@@ -236,10 +242,9 @@ class Reversal:
             self._task, self._frame, self._rebuilt, self._hooks = -1, [], [], None
 
     def _rebuild(self, k: int) -> None:
-        """Run branch k again: what it saves becomes the frame, and s[k+2] becomes s[k]."""
+        """Run branch k again: what it saves becomes the frame, and the target what it was before half-step k."""
         self._frame = []  # first of all: one kept frame more, and memory would grow with depth
         step = self._steps[k]
-        source, target = self._rebuilt
         problem = step.snapshot.problem() or self._surroundings.problem()
         if problem is not None:
             raise ReconstructionError(f"{self.name(k)}: {problem}")
@@ -250,7 +255,7 @@ class Reversal:
         try:
             torch.set_grad_enabled(True)
             with self._hooks:
-                h = source.detach().requires_grad_(step.needs_grad)
+                h = self._read(step.sources).requires_grad_(step.needs_grad)
                 f = step.branch(h, *step.args, **step.kwargs)
         finally:
             torch.set_grad_enabled(higher_order)
@@ -264,15 +269,29 @@ class Reversal:
                 f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
                 f"changed in between, or count its calls?"
             )
-        self._rebuilt = []
-        if k:  # nobody reads s[0]
+        if k == 0:  # nobody reads what the first half-step added to
+            self._rebuilt = []
+        else:
             f = (f[0] if type(f) is tuple else f).detach()
-            # Over s[k+2], unless that is the caller's, or a hook or a gradient's graph holds on to it.
-            free = not higher_order and target.stride() == self._layout(k)[1] and memory_is_free(target)
-            earlier = target if free else self._empty(k, target)
-            self.kernels.uncouple(earlier, target, f, None)
-            self._rebuilt = [earlier, source]
+            index = step.target
+            target = self._rebuilt[index]
+            # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
+            free = not higher_order and target.stride() == self._layouts[index][1] and memory_is_free(target)
+            self._rebuilt[index] = target if free else self._empty(index, target)
+            self.kernels.uncouple(self._rebuilt[index], target, f, None)
         self._cursor = k
+
+    def _read(self, sources: Sequence[int]) -> torch.Tensor:
+        """What the branch read, from the rebuilt streams: the same values in the same strides."""
+        with torch.no_grad():
+            for index in sources:
+                stream = self._rebuilt[index]
+                if stream.stride() != self._layouts[index][1]:  # a part of the caller's output
+                    self._rebuilt[index] = self._empty(index, stream).copy_(stream)
+            h = self._rebuilt[sources[0]].detach()
+            for index in sources[1:]:
+                h = h + self._rebuilt[index]
+        return h
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._frame.append((tensor.detach(), version_of(tensor)))
@@ -282,47 +301,23 @@ class Reversal:
         """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
         return self._frame[index][0]
 
-    def _layout(self, k: int) -> tuple[torch.Size, tuple[int, ...]]:
-        """s[k] has the shape and strides of s[k % 2]. Strides are part of the value: other strides give other bits."""
-        return self._layouts[k % 2]
-
-    def _empty(self, k: int, like: torch.Tensor) -> torch.Tensor:
-        shape, strides = self._layout(k)
+    def _empty(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for a stream in its own strides. Strides are part of the value: other strides give other bits."""
+        shape, strides = self._layouts[index]
         return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
 
 class _Step:
     """One half-step as its forward ran: the call, what the branch saw and drew, and what it saved."""
 
-    __slots__ = ("args", "branch", "drawn", "kwargs", "needs_grad", "saved", "snapshot")
+    __slots__ = ("args", "branch", "drawn", "kwargs", "needs_grad", "saved", "snapshot", "sources", "target")
 
-    def __init__(self, branch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needs_grad: bool) -> None:
-        self.branch, self.args, self.kwargs, self.needs_grad = branch, args, kwargs, needs_grad
-        self.snapshot = Snapshot(branch)
+    def __init__(self, half_step: HalfStep, needs_grad: bool) -> None:
+        self.branch, self.target, self.sources, self.args, self.kwargs = half_step
+        self.needs_grad = needs_grad
+        self.snapshot = Snapshot(self.branch)
         self.saved: list[Metadata] = []
         self.drawn: Drawn = []
-
-
-def check_aux(result: tuple[Any, ...], name: Callable[[int], str], k: int) -> tuple[torch.Tensor, Any]:
-    """A branch returns f, or (f, aux)."""
-    if len(result) != 2:
-        raise TypeError(f"{name(k)} returned a tuple of {len(result)}; it must return f, or the pair (f, aux)")
-    return result
-
-
-def check_branch_output(f: Any, stream: torch.Tensor, name: Callable[[int], str], k: int) -> None:
-    """f can be added to the stream: a floating-point tensor of its shape, on its device."""
-    if not isinstance(f, torch.Tensor):
-        raise TypeError(f"{name(k)} returned a {type(f).__name__}; it must return a tensor, or (tensor, aux)")
-    if f.shape != stream.shape:
-        raise ValueError(
-            f"{name(k)} returned shape {tuple(f.shape)} for a stream of shape {tuple(stream.shape)}: a reversible "
-            f"block must keep the shape (stride 1, as many channels out as in)"
-        )
-    if not f.is_floating_point():
-        raise TypeError(f"{name(k)} returned {f.dtype}; it must return a floating-point tensor")
-    if f.device != stream.device:
-        raise ValueError(f"{name(k)} returned a tensor on {f.device}; the stream is on {stream.device}")
 
 
 def _same_memory(a: Any, b: torch.Tensor) -> bool:

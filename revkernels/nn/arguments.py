@@ -26,8 +26,8 @@ class PerBlock:
         return f"PerBlock({list(self.values)!r})"
 
 
-def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Call, Call]]:
-    """Return what F and what G of every block are called with.
+def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[Call]]:
+    """Return what each branch of each block is called with.
 
     Positional arguments go to every branch. A keyword goes to the branches whose ``forward`` names it or takes
     ``**kwargs``, so that an attention branch can have a mask that its MLP neighbour knows nothing of.
@@ -37,7 +37,7 @@ def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         ValueError: a `PerBlock` holds fewer or more values than there are blocks.
     """
     if not args and not kwargs:
-        return [_NOTHING] * len(blocks)
+        return [[_NOTHING] * len(block.branches) for block in blocks]
     for name, value in (*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items()):
         if isinstance(value, PerBlock) and len(value.values) != len(blocks):
             raise ValueError(
@@ -48,20 +48,20 @@ def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for index, block in enumerate(blocks):
         here_args = tuple(_here(value, index) for value in args)
         here_kwargs = {name: _here(value, index) for name, value in kwargs.items()}
-        pair = []
-        for branch in (block.F, block.G):
+        of_block = []
+        for branch in block.branches:
             names = _keywords_of(branch)
             mine = here_kwargs if names is None else {n: v for n, v in here_kwargs.items() if n in names}
             taken.update(mine)
-            pair.append((here_args, mine))
-        calls.append((pair[0], pair[1]))
+            of_block.append((here_args, mine))
+        calls.append(of_block)
     unknown = set(kwargs) - taken
     if unknown:
         raise TypeError(f"no branch takes the keyword {', '.join(map(repr, sorted(unknown)))}")
     return calls
 
 
-_NOTHING: tuple[Call, Call] = (((), {}), ((), {}))
+_NOTHING: Call = ((), {})
 
 
 def _here(value: Any, index: int) -> Any:

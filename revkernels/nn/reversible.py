@@ -7,16 +7,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
-from revkernels import backends, eager
-from revkernels.autograd.inverse import invert
+from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.reversal import Reversal
-from revkernels.errors import ReconstructionError
-from revkernels.nn.arguments import Call, PerBlock, route
-from revkernels.nn.streams import check_options, dense, is_store, pair_of
+from revkernels.nn.arguments import route
+from revkernels.nn.chain import advance, forward, inverse
+from revkernels.nn.streams import check_options
 
 _OPTIONS = ("split_dim", "activations", "coupling", "backend")
 _handed_over = threading.local()  # the Reversal a chain hands to a block that it calls through the block's hooks
@@ -24,6 +22,9 @@ _handed_over = threading.local()  # the Reversal a chain hands to a block that i
 
 class ReversibleBlock(nn.Module):
     """y1 = x1 + F(x2); y2 = x2 + G(y1)   (Gomez et al. 2017, eq. 6).
+
+    With more branches it couples as many streams: y1 = x1 + F(x2 + x3 + ...); y2 = x2 + G(y1); y3 = x3 + H(y2) ...
+    (Li et al. 2021, Training Graph Neural Networks with 1000 Layers, grouped reversible connections).
 
     F and G are modules, or any callables, that keep the shape of what they are given (stride 1). They are kept by
     reference and called as ``F(x, *args, **kwargs)``; each may return ``f``, or ``(f, aux)`` with any object as aux.
@@ -39,14 +40,14 @@ class ReversibleBlock(nn.Module):
     chain's options hold.
 
     Args:
-        F, G: the residual functions.
-        split_dim: the dimension that a single tensor is halved along.
+        F, G, *more: the residual functions, one for each stream. Those after G are the attributes branch2, branch3 ...
+        split_dim: the dimension that a single tensor is cut into streams along.
         activations: "reconstruct" rebuilds the input from the output in the backward; "store" keeps activations.
         coupling: "float".
         backend: "cpu", "cuda", "triton", "eager", "reference", or None for the best that the input's device has.
 
     Raises:
-        TypeError: F or G is not callable.
+        TypeError: a branch is not callable.
         ValueError: an option is unknown; BackendError (a ValueError): the backend cannot run here.
     """
 
@@ -54,31 +55,39 @@ class ReversibleBlock(nn.Module):
         self,
         F: Callable[..., Any],
         G: Callable[..., Any],
+        *more: Callable[..., Any],
         split_dim: int = 1,
         activations: str = "reconstruct",
         coupling: str = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, branch in (("F", F), ("G", G)):
+        names = ("F", "G", *(f"branch{index}" for index in range(2, 2 + len(more))))
+        for name, branch in zip(names, (F, G, *more), strict=True):
             if not callable(branch):
                 raise TypeError(f"{name} is a {type(branch).__name__}; it must be an nn.Module or another callable")
         check_options(split_dim, activations, coupling, backend)
-        self.F = F
-        self.G = G
+        self.branch_names = names
+        for name, branch in zip(names, (F, G, *more), strict=True):
+            setattr(self, name, branch)
         self.split_dim = split_dim
         self.activations = activations
         self.coupling = coupling
         self.backend = backend
 
+    @property
+    def branches(self) -> tuple[Callable[..., Any], ...]:
+        """F, G and those after them: as many as there are streams."""
+        return tuple(getattr(self, name) for name in self.branch_names)
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Map x (halved along ``split_dim``) or (x1, x2) to y or (y1, y2), or to (y, [aux, ...])."""
-        reversal, calls = getattr(_handed_over, "to", {}).pop(id(self), (None, None))
+        """Map x (cut along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
+        reversal, half_steps = getattr(_handed_over, "to", {}).pop(id(self), (None, None))
         if reversal is None:
             return _run(self, [self], x, args, kwargs)
         reversal.adopt((x, *args), "a block")
-        _advance(reversal, self, calls, False)
-        return reversal.target, reversal.source
+        advance(reversal, half_steps)
+        return tuple(reversal.streams)
 
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         """x2 = y2 - G(y1); x1 = y1 - F(x2)   (eq. 7). See `ReversibleSequential.inverse`."""
@@ -108,7 +117,7 @@ class ReversibleSequential(nn.Module):
 
     Raises (in the call):
         TypeError: x is neither a floating-point tensor nor a pair of them; a keyword that no branch takes.
-        ValueError: an odd size to halve, unequal halves, a branch that changes the shape.
+        ValueError: a size that cannot be cut into the streams, unequal streams, a branch that changes the shape.
         ReconstructionError: what a backward needs was changed, or a branch does not do the same twice.
     """
 
@@ -133,6 +142,11 @@ class ReversibleSequential(nn.Module):
                 )
         check_options(split_dim, activations, coupling, backend)
         for index, block in enumerate(blocks):
+            if len(block.branches) != len(blocks[0].branches):
+                raise ValueError(
+                    f"blocks[{index}] couples {len(block.branches)} streams, blocks[0] couples "
+                    f"{len(blocks[0].branches)}: all blocks of a chain must have as many branches"
+                )
             self.add_module(str(index), block)
         self.split_dim = split_dim
         self.activations = activations
@@ -153,7 +167,7 @@ class ReversibleSequential(nn.Module):
         return ReversibleSequential(list(self)[index], **options)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Map x (halved along ``split_dim``) or (x1, x2) to y or (y1, y2), or to (y, [aux, ...])."""
+        """Map x (cut along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
         return _run(self, list(self), x, args, kwargs)
 
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,94 +184,69 @@ class ReversibleSequential(nn.Module):
 
 def _run(owner: Any, blocks: Sequence[ReversibleBlock], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a chain, and of a block called alone."""
-    (x1, x2), joined = pair_of(x, owner.split_dim, "x")
-    calls = route(blocks, args, kwargs)
-    if not blocks:
-        return x
-    keep = is_store(owner.activations)
-    side_inputs = _by_name(args, kwargs)
-    name = _half_step_name(owner, blocks)
-    reversal = Reversal((dense(x1), dense(x2)), _kernels(owner, x1), keep, side_inputs, name)
-    try:
-        hooked = _hooked(blocks)
-        for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+    half_steps = _half_steps(blocks, args, kwargs)
+    hooked = _hooked(blocks)
+
+    def through(reversal: Reversal) -> None:
+        pending: list[HalfStep] = []
+        for index, block in enumerate(blocks):
             if hooked[index]:
-                _call_through_hooks(reversal, block, call, index)
+                advance(reversal, pending)
+                pending = []
+                _call_through_hooks(reversal, block, half_steps[index], index)
             else:
-                follows = index + 1 < len(blocks) and not hooked[index + 1]
-                _advance(reversal, block, call, follows)
-        aux, dim = reversal.aux, owner.split_dim
-        y1, y2 = reversal.target, reversal.source
-        if joined:
-            y: Any = torch.cat((y1, y2), dim)
-            reversal.finish((y,), lambda y: y.chunk(2, dim))
-        else:
-            y = (y1, y2)
-            reversal.finish(y, lambda y1, y2: (y1, y2))
-    except BaseException:
-        reversal.release()
-        raise
-    return (y, aux) if aux else y
+                pending += half_steps[index]
+        advance(reversal, pending)
 
-
-def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
-    return {name: value.values if isinstance(value, PerBlock) else value for name, value in named.items()}
-
-
-def _advance(reversal: Reversal, block: ReversibleBlock, calls: tuple[Call, Call], follows: bool) -> None:
-    reversal.advance(block.F, *calls[0], read_next=True)
-    reversal.advance(block.G, *calls[1], read_next=follows)
-
-
-def _call_through_hooks(reversal: Reversal, block: ReversibleBlock, calls: tuple[Call, Call], index: int) -> None:
-    """Call the block as a module, so that its hooks fire, and let its forward advance our reversal."""
-    if not hasattr(_handed_over, "to"):
-        _handed_over.to = {}
-    _handed_over.to[id(block)] = (reversal, calls)
-    try:
-        # As two arguments: a full-backward hook looks for tensors among these only, not inside a tuple.
-        streams = block(reversal.target, reversal.source)
-    finally:
-        _handed_over.to.pop(id(block), None)
-    reversal.adopt(streams, f"block {index}")
+    flat = [half_step for of_block in half_steps for half_step in of_block]
+    return forward(owner, x, _groups(blocks), flat, _half_step_name(owner, blocks), through)
 
 
 def _run_inverse(
     owner: Any, blocks: Sequence[ReversibleBlock], y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    (y1, y2), joined = pair_of(y, owner.split_dim, "y")
-    calls = route(blocks, args, kwargs)
-    if not blocks:
-        return y
-    half_steps = [
-        (branch, call)
-        for block, pair in zip(blocks, calls, strict=True)
-        for branch, call in zip((block.F, block.G), pair, strict=True)
+    flat = [half_step for of_block in _half_steps(blocks, args, kwargs) for half_step in of_block]
+    return inverse(owner, y, _groups(blocks), flat, _half_step_name(owner, blocks))
+
+
+def _groups(blocks: Sequence[ReversibleBlock]) -> int:
+    return len(blocks[0].branch_names) if blocks else 2
+
+
+def _half_steps(
+    blocks: Sequence[ReversibleBlock], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[list[HalfStep]]:
+    """Each block's half-steps: the first branch reads the sum of the other streams, a later one what came before."""
+    others = tuple(range(1, _groups(blocks)))
+    return [
+        [
+            HalfStep(branch, index, (index - 1,) if index else others, *call)
+            for index, (branch, call) in enumerate(zip(block.branches, of_block, strict=True))
+        ]
+        for block, of_block in zip(blocks, route(blocks, args, kwargs), strict=True)
     ]
-    x1, x2 = invert((dense(y1), dense(y2)), half_steps, _kernels(owner, y1), _half_step_name(owner, blocks))
-    return torch.cat((x1, x2), owner.split_dim) if joined else (x1, x2)
 
 
-def _kernels(owner: Any, x: torch.Tensor) -> Any:
-    # Tensor subclasses, and tensors inside torch.func, have no memory that a kernel could be given.
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if owner.activations == "reconstruct":
-            raise ReconstructionError(
-                "torch.func transforms cannot run a reversible backward: set activations='store' for them "
-                "(torch.func.functional_call alone needs nothing)"
-            )
-        return eager
-    if owner.backend is None and type(x) not in (torch.Tensor, nn.Parameter):
-        return eager
-    return backends.select(x, owner.backend)
+def _call_through_hooks(reversal: Reversal, block: ReversibleBlock, half_steps: Sequence[HalfStep], index: int) -> None:
+    """Call the block as a module, so that its hooks fire, and let its forward advance our reversal."""
+    if not hasattr(_handed_over, "to"):
+        _handed_over.to = {}
+    _handed_over.to[id(block)] = (reversal, half_steps)
+    try:
+        # As arguments of their own: a full-backward hook looks for tensors among these only, not inside a tuple.
+        streams = block(*reversal.streams)
+    finally:
+        _handed_over.to.pop(id(block), None)
+    reversal.adopt(streams, f"block {index}")
 
 
 def _half_step_name(owner: Any, blocks: Sequence[ReversibleBlock]) -> Callable[[int], str]:
     def name(k: int) -> str:
-        branch = "FG"[k % 2]
-        kind = type(getattr(blocks[k // 2], branch)).__name__
-        return f"block {k // 2}, branch {branch} ({kind})" if owner is not blocks[0] else f"branch {branch} ({kind})"
+        number, place = divmod(k, _groups(blocks))
+        attribute = blocks[number].branch_names[place]
+        kind = type(getattr(blocks[number], attribute)).__name__
+        branch = f"branch {attribute.removeprefix('branch')} ({kind})"
+        return branch if owner is blocks[0] else f"block {number}, {branch}"
 
     return name
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain's input as its two streams, and the options that every reversible module takes."""
+"""A chain's input as its streams, and the options that every reversible module takes."""
 
 from __future__ import annotations
 
@@ -31,40 +31,47 @@ def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any)
         backends.require(backend)
 
 
-def pair_of(x: Any, split_dim: int, name: str) -> tuple[tuple[torch.Tensor, torch.Tensor], bool]:
-    """Return the two streams of ``x``, and whether it was one tensor that has to be joined again."""
-    joined = isinstance(x, torch.Tensor)
-    if not joined and not (isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(t, torch.Tensor) for t in x)):
-        raise TypeError(f"{name} is {_describe(x)}; it must be a tensor, or a pair of tensors ({name}1, {name}2)")
-    for half in (x,) if joined else x:
-        if not half.is_floating_point():
-            raise TypeError(f"{name} is {half.dtype}; it must be floating point (float64, float32, bfloat16, float16)")
-    if joined:
+def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[torch.Tensor], bool]:
+    """Return the ``groups`` streams of ``x``, and whether it was one tensor that has to be joined again."""
+    if isinstance(x, torch.Tensor):
+        _check_floating(x, name)
         if not -x.dim() <= split_dim < x.dim():
             raise ValueError(f"{name} has shape {tuple(x.shape)}; split_dim={split_dim} is not one of its dimensions")
-        if x.shape[split_dim] % 2:
+        size = x.shape[split_dim]
+        if size % groups:
+            need = "even, to be halved into two streams" if groups == 2 else f"divisible into {groups} streams"
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: its size in dimension {split_dim} is {x.shape[split_dim]}; it "
-                f"must be even, to be halved into two streams"
+                f"{name} has shape {tuple(x.shape)}: its size in dimension {split_dim} is {size}; it must be {need}"
             )
-        half_size = x.shape[split_dim] // 2
-        return (x.narrow(split_dim, 0, half_size), x.narrow(split_dim, half_size, half_size)), True
-    x1, x2 = x
-    for what, first, second in (
-        ("shape", tuple(x1.shape), tuple(x2.shape)),
-        ("dtype", x1.dtype, x2.dtype),
-        ("device", x1.device, x2.device),
-    ):
-        if first != second:
-            raise ValueError(f"{name}1 has {what} {first}, {name}2 has {second}: they must be equal")
-    return (x1, x2), False
+        part = size // groups
+        return [x.narrow(split_dim, index * part, part) for index in range(groups)], True
+    if not (isinstance(x, tuple | list) and len(x) == groups and all(isinstance(t, torch.Tensor) for t in x)):
+        several = f"a pair of tensors ({name}1, {name}2)" if groups == 2 else f"a tuple of {groups} tensors"
+        raise TypeError(f"{name} is {_describe(x)}; it must be a tensor, or {several}")
+    for stream in x:
+        _check_floating(stream, name)
+    first = x[0]
+    for index, other in enumerate(x[1:], 2):
+        for what, expected, got in (
+            ("shape", tuple(first.shape), tuple(other.shape)),
+            ("dtype", first.dtype, other.dtype),
+            ("device", first.device, other.device),
+        ):
+            if got != expected:
+                raise ValueError(f"{name}1 has {what} {expected}, {name}{index} has {got}: they must be equal")
+    return list(x), False
 
 
-def dense(half: torch.Tensor) -> torch.Tensor:
-    """Return ``half`` without gaps in memory, copied only if it has some: strides are part of a stream's value."""
-    if half.is_contiguous() or torch.empty_like(half, device="meta").stride() == half.stride():
-        return half
-    return half.clone()
+def _check_floating(stream: torch.Tensor, name: str) -> None:
+    if not stream.is_floating_point():
+        raise TypeError(f"{name} is {stream.dtype}; it must be floating point (float64, float32, bfloat16, float16)")
+
+
+def dense(stream: torch.Tensor) -> torch.Tensor:
+    """Return ``stream`` without gaps in memory, copied only if it has some: strides are part of a stream's value."""
+    if stream.is_contiguous() or torch.empty_like(stream, device="meta").stride() == stream.stride():
+        return stream
+    return stream.clone()
 
 
 def _describe(x: Any) -> str:

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One half-step of a reversible recurrence, and what its branch may return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+class HalfStep(NamedTuple):
+    """``streams[target] += branch(sum of streams[sources], *args, **kwargs)``; the target is none of the sources."""
+
+    branch: Callable[..., Any]
+    target: int
+    sources: tuple[int, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}  # never written to
+
+
+def check_aux(result: tuple[Any, ...], name: Callable[[int], str], k: int) -> tuple[torch.Tensor, Any]:
+    """A branch returns f, or (f, aux)."""
+    if len(result) != 2:
+        raise TypeError(f"{name(k)} returned a tuple of {len(result)}; it must return f, or the pair (f, aux)")
+    return result
+
+
+def check_branch_output(f: Any, stream: torch.Tensor, name: Callable[[int], str], k: int) -> None:
+    """f can be added to the stream: a floating-point tensor of its shape, on its device."""
+    if not isinstance(f, torch.Tensor):
+        raise TypeError(f"{name(k)} returned a {type(f).__name__}; it must return a tensor, or (tensor, aux)")
+    if f.shape != stream.shape:
+        raise ValueError(
+            f"{name(k)} returned shape {tuple(f.shape)} for a stream of shape {tuple(stream.shape)}: a reversible "
+            f"block must keep the shape (stride 1, as many channels out as in)"
+        )
+    if not f.is_floating_point():
+        raise TypeError(f"{name(k)} returned {f.dtype}; it must return a floating-point tensor")
+    if f.device != stream.device:
+        raise ValueError(f"{name(k)} returned a tensor on {f.device}; the stream is on {stream.device}")

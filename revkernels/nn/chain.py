@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chain of half-steps applied to a tensor or a tuple of streams: what every reversible module here comes down to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from revkernels import backends, eager
+from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.inverse import invert
+from revkernels.autograd.reversal import Reversal
+from revkernels.errors import ReconstructionError
+from revkernels.nn.streams import check_options, dense, is_store, streams_of
+
+__all__ = ["HalfStep", "run", "run_inverse"]
+
+Name = Callable[[int], str]
+
+
+class Options(NamedTuple):
+    """The options of a chain, for what is no module; a module has them as attributes."""
+
+    split_dim: int = 1
+    activations: str = "reconstruct"
+    coupling: str = "float"
+    backend: str | None = None
+
+
+def run(half_steps: Sequence[HalfStep], x: Any, groups: int = 2, name: Name | None = None, **options: Any) -> Any:
+    """Run any half-steps, in order: ``streams[target] += branch(sum of streams[sources], *args, **kwargs)``.
+
+    `ReversibleSequential` is this with the half-steps of its blocks. Use it for a recurrence of another order, an odd
+    number of half-steps, or branches held by a module of your own.
+
+    Args:
+        half_steps: `HalfStep`s. None at all is the identity.
+        x: one tensor, cut into ``groups`` equal streams along ``split_dim`` and joined again; or a tuple of ``groups``
+            streams, and a tuple comes out.
+        groups: how many streams there are.
+        name: the words for half-step k in error messages.
+        **options: split_dim, activations, coupling and backend, see `ReversibleBlock`.
+
+    Returns:
+        y, or (y, [aux, ...]) if a branch returns (f, aux).
+
+    Raises:
+        TypeError: x or a half-step is not of the form above. ValueError: an option or a stream's number does not exist,
+        a half-step's target is among its sources. ReconstructionError: see `ReversibleSequential`.
+    """
+    owner = Options(**options)
+    check_options(*owner)
+    _check(half_steps, groups)
+    return forward(owner, x, groups, half_steps, name or _number, lambda reversal: advance(reversal, half_steps))
+
+
+def run_inverse(
+    half_steps: Sequence[HalfStep], y: Any, groups: int = 2, name: Name | None = None, **options: Any
+) -> Any:
+    """Return the x that `run` maps to ``y``, up to rounding: the half-steps in reverse order, each subtracting."""
+    owner = Options(**options)
+    check_options(*owner)
+    _check(half_steps, groups)
+    return inverse(owner, y, groups, half_steps, name or _number)
+
+
+def forward(
+    owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], name: Name, through: Callable[[Reversal], None]
+) -> Any:
+    """`run` with the options of ``owner``, unchecked. ``through`` advances the reversal by the half-steps."""
+    streams, joined = streams_of(x, owner.split_dim, groups, "x")
+    keep = is_store(owner.activations)
+    if not half_steps:
+        return x
+    kernels = _kernels(owner, streams[0])
+    reversal = Reversal([dense(s) for s in streams], kernels, keep, _side_inputs(half_steps), name)
+    try:
+        through(reversal)
+        aux, dim = reversal.aux, owner.split_dim
+        if joined:
+            y: Any = torch.cat(reversal.streams, dim)
+            reversal.finish((y,), lambda y: y.chunk(groups, dim))
+        else:
+            y = tuple(reversal.streams)
+            reversal.finish(y, lambda *streams: streams)
+    except BaseException:
+        reversal.release()
+        raise
+    return (y, aux) if aux else y
+
+
+def advance(reversal: Reversal, half_steps: Sequence[HalfStep]) -> None:
+    """Run half-steps that follow each other directly."""
+    for step, following in zip_longest(half_steps, half_steps[1:]):
+        reversal.advance(step, following is not None and following.sources == (step.target,))
+
+
+def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], name: Name) -> Any:
+    """`run_inverse` with the options of ``owner``, unchecked."""
+    streams, joined = streams_of(y, owner.split_dim, groups, "y")
+    if not half_steps:
+        return y
+    x = invert([dense(s) for s in streams], half_steps, _kernels(owner, streams[0]), name)
+    return torch.cat(x, owner.split_dim) if joined else tuple(x)
+
+
+def _kernels(owner: Any, x: torch.Tensor) -> Any:
+    # Tensor subclasses, and tensors inside torch.func, have no memory that a kernel could be given.
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if owner.activations == "reconstruct":
+            raise ReconstructionError(
+                "torch.func transforms cannot run a reversible backward: set activations='store' for them "
+                "(torch.func.functional_call alone needs nothing)"
+            )
+        return eager
+    if owner.backend is None and type(x) not in (torch.Tensor, nn.Parameter):
+        return eager
+    return backends.select(x, owner.backend)
+
+
+def _side_inputs(half_steps: Sequence[HalfStep]) -> dict[str, Any]:
+    """What the branches are given besides their stream, by name; a list where it is not the same for all."""
+    found: dict[str, list[Any]] = {}
+    for step in half_steps:
+        if step.args or step.kwargs:
+            for name, value in _named(step.args, step.kwargs):
+                known = found.setdefault(name, [])
+                if all(value is not other for other in known):
+                    known.append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return chain(((f"argument {index}", value) for index, value in enumerate(args)), kwargs.items())
+
+
+def _number(k: int) -> str:
+    return f"half-step {k}"
+
+
+def _check(half_steps: Sequence[HalfStep], groups: int) -> None:
+    for k, step in enumerate(half_steps):
+        if not isinstance(step, HalfStep):
+            raise TypeError(f"half_steps[{k}] is a {type(step).__name__}; it must be a HalfStep")
+        if not callable(step.branch):
+            raise TypeError(f"half_steps[{k}].branch is a {type(step.branch).__name__}; it must be callable")
+        numbers = (step.target, *step.sources)
+        if not step.sources or any(not 0 <= number < groups for number in numbers) or step.target in step.sources:
+            raise ValueError(
+                f"half_steps[{k}] adds a branch of streams {step.sources} to stream {step.target}; it must read one or "
+                f"more of the streams 0 to {groups - 1} and add to another"
+            )
