@@ -33,16 +33,22 @@ def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | N
     y is a new array of x's shape and dtype, dense in x's memory order: channels last stays channels last, and half of a
     larger array becomes dense. Differentiable in x, f and the scales.
     """
+    if _compiling() and _is_tensor(x):
+        return _operators().couple(x, f, coupling, backend)
     return _out_of_place("couple", x, f, coupling, backend)
 
 
 def uncouple(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """Return x = y - f, the inverse of `couple` (eq. 7): a new array, laid out and differentiable as there."""
+    if _compiling() and _is_tensor(y):
+        return _operators().uncouple(y, f, coupling, backend)
     return _out_of_place("uncouple", y, f, coupling, backend)
 
 
 def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """x <- x + f, in place (eq. 6). Returns x."""
+    if _compiling() and _is_tensor(x):
+        return _operators().couple_(x, f, coupling, backend)
     kernels = select(x, backend, "x")
     tracked = _about_to_write(kernels, "x f", (x, f), 1, coupling)
     kernels.couple(x, x, f, coupling)
@@ -53,6 +59,8 @@ def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | 
 
 def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """y <- y - f, in place (eq. 7): the output of a coupling becomes its input again. Returns y."""
+    if _compiling() and _is_tensor(y):
+        return _operators().uncouple_(y, f, coupling, backend)
     kernels = select(y, backend, "y")
     tracked = _about_to_write(kernels, "y f", (y, f), 1, coupling)
     kernels.uncouple(y, y, f, coupling)
@@ -70,6 +78,8 @@ def reverse_step_(
 
     ``coupling`` acts on f alone. y and dy must not overlap anything else. Returns (y, dy).
     """
+    if _compiling() and _is_tensor(y):
+        return _operators().reverse_step_(y, f, dy, df, coupling, backend)
     kernels = select(y, backend, "y")
     tracked = _about_to_write(kernels, "y dy f df", (y, dy, f, df), 2, coupling)
     kernels.reverse_step(y, f, dy, df, coupling)
@@ -84,6 +94,8 @@ def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
 
     Both may be lists of arrays of equal length; a CUDA device then takes as few launches as it can. Returns total.
     """
+    if _compiling() and _is_tensor(total):
+        return _operators().accumulate_(total, part, backend)
     if isinstance(total, list | tuple) or isinstance(part, list | tuple):
         return _accumulate_lists(total, part, backend)
     kernels = select(total, backend, "total")
@@ -179,3 +191,33 @@ def _wrote(tensor: Any) -> None:
     """Tell autograd, so that a backward that saved the tensor notices."""
     if not tensor.is_inference():
         sys.modules["torch"].autograd.graph.increment_version(tensor)
+
+
+# ---- inside torch.compile the same calls become operators of torch.library
+
+
+def _compiling_if_torch() -> bool:
+    """Stands for `torch.compiler.is_dynamo_compiling`, 30 ns a call, until torch is imported."""
+    global _compiling
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    if not torch.compiler.is_dynamo_compiling():
+        _compiling = torch.compiler.is_dynamo_compiling
+        return False
+    return True
+
+
+_compiling: Any = sys.modules["torch"].compiler.is_dynamo_compiling if "torch" in sys.modules else _compiling_if_torch
+
+
+def _operators() -> Any:
+    from revkernels.autograd import torch_ops
+
+    return torch_ops
+
+
+def _is_tensor(array: Any) -> bool:
+    if type(array) in (list, tuple):
+        return bool(array) and _is_tensor(array[0])
+    return isinstance(array, sys.modules["torch"].Tensor)

@@ -19,6 +19,7 @@ exact coupling go into the two calls, `Couple` here and ``kernels.uncouple`` in 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,6 +87,11 @@ class Reversal:
         self.recording = not keep and torch.is_grad_enabled()
         if torch.is_grad_enabled() and kernels is not eager:
             prepare()
+        self._compiler: Any = None
+        if "torch._dynamo" in sys.modules:
+            from revkernels.autograd import compiling  # slow where dynamo is not there already
+
+            self._compiler = compiling.compiler()
         self._count = 0
         self._steps: list[_Step] = []
         self._saved: list[Metadata] = []  # of the half-step under way
@@ -105,7 +111,7 @@ class Reversal:
 
     def advance(self, step: HalfStep, read_next: bool = False) -> None:
         """Run the next half-step. ``read_next``: the one after it follows directly, and reads its target alone."""
-        kernels, branch, args, kwargs = self.kernels, step.branch, step.args, step.kwargs
+        kernels = self.kernels
         h = self._entered(step.sources[0])
         watched = self.streams[step.sources[0]]
         if len(step.sources) > 1:
@@ -113,7 +119,7 @@ class Reversal:
                 h = h + self._entered(index)
             watched = h
         version = version_of(watched)
-        f = self._record(step, h) if self.recording else branch(h, *args, **kwargs)
+        f = self._record(step, h) if self.recording else self._call(step, h)
         if version_of(watched) != version:
             raise ReconstructionError(
                 f"{self.name(self._count)} wrote to its input in place. The input is the stream that a later half-step "
@@ -150,7 +156,7 @@ class Reversal:
         own = own_generators(step.snapshot.modules)
         before = self._states + states_of(own) if own else self._states
         with self._hooks:
-            f = half_step.branch(h, *half_step.args, **half_step.kwargs)
+            f = self._call(half_step, h)
         self._open = []
         step.snapshot.complete()
         after = self._surroundings.states()
@@ -158,6 +164,13 @@ class Reversal:
         if step.drawn:
             self._states = after
         return f
+
+    def _call(self, step: Any, h: torch.Tensor) -> Any:
+        if "torch._dynamo" in sys.modules:  # compiled, if it is, in the recompute as in the forward
+            from revkernels.autograd import compiling
+
+            return compiling.call(self._compiler, step.branch, h, step.args, step.kwargs)
+        return step.branch(h, *step.args, **step.kwargs)
 
     def adopt(self, streams: Any, whose: str) -> None:
         """Take over streams that went through a module's hooks: torch may wrap them, but their values must stay."""
@@ -256,7 +269,7 @@ class Reversal:
             torch.set_grad_enabled(True)
             with self._hooks:
                 h = self._read(step.sources).requires_grad_(step.needs_grad)
-                f = step.branch(h, *step.args, **step.kwargs)
+                f = self._call(step, h)
         finally:
             torch.set_grad_enabled(higher_order)
             put_back(undo)

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -70,6 +71,8 @@ def _here(value: Any, index: int) -> Any:
 
 def _keywords_of(branch: Any) -> frozenset[str] | None:
     """The keywords that a branch takes; None is any."""
+    if torch.compiler.is_dynamo_compiling():  # a trace is remembered itself, and would be made anew for what it wrote
+        return _inspect(branch)
     try:
         return _accepts[branch]
     except KeyError:

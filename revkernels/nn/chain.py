@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from revkernels import backends, eager
-from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
 from revkernels.autograd.reversal import Reversal
 from revkernels.errors import ReconstructionError
@@ -55,7 +56,7 @@ def run(half_steps: Sequence[HalfStep], x: Any, groups: int = 2, name: Name | No
     owner = Options(**options)
     check_options(*owner)
     _check(half_steps, groups)
-    return forward(owner, x, groups, half_steps, name or _number, lambda reversal: advance(reversal, half_steps))
+    return forward(owner, x, groups, half_steps, name or _number)
 
 
 def run_inverse(
@@ -69,9 +70,26 @@ def run_inverse(
 
 
 def forward(
-    owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], name: Name, through: Callable[[Reversal], None]
+    owner: Any,
+    x: Any,
+    groups: int,
+    half_steps: Sequence[HalfStep],
+    name: Name,
+    through: Callable[[Reversal], None] | None = None,
 ) -> Any:
-    """`run` with the options of ``owner``, unchecked. ``through`` advances the reversal by the half-steps."""
+    """`run` with the options of ``owner``, unchecked. ``through`` advances the reversal by the half-steps, if `advance`
+    would not do."""
+    if torch.compiler.is_dynamo_compiling():
+        if through is None and not rebuilds(owner):
+            return _traced(owner, x, groups, half_steps, name)
+        from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
+
+        return untraced(forward, owner, x, groups, half_steps, name, through)
+    if "torch._dynamo" in sys.modules:
+        from revkernels.autograd.compiling import active, untraced
+
+        if active():  # dynamo was here, and has given up
+            return untraced(forward, owner, x, groups, half_steps, name, through)
     streams, joined = streams_of(x, owner.split_dim, groups, "x")
     keep = is_store(owner.activations)
     if not half_steps:
@@ -79,7 +97,10 @@ def forward(
     kernels = _kernels(owner, streams[0])
     reversal = Reversal([dense(s) for s in streams], kernels, keep, _side_inputs(half_steps), name)
     try:
-        through(reversal)
+        if through is None:
+            advance(reversal, half_steps)
+        else:
+            through(reversal)
         aux, dim = reversal.aux, owner.split_dim
         if joined:
             y: Any = torch.cat(reversal.streams, dim)
@@ -93,6 +114,38 @@ def forward(
     return (y, aux) if aux else y
 
 
+def rebuilds(owner: Any) -> bool:
+    """Whether a call now would rebuild activations in its backward."""
+    return torch.is_grad_enabled() and not is_store(owner.activations)
+
+
+def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], name: Name) -> Any:
+    """`forward` with stored activations, as torch.compile traces it: the couplings are operators of its graph."""
+    from revkernels.autograd.torch_ops import couple
+
+    streams, joined = streams_of(x, owner.split_dim, groups, "x")
+    streams = [dense(s) for s in streams]
+    subclass = type(streams[0]) not in (torch.Tensor, nn.Parameter)
+    plain = owner.backend == "eager" or (owner.backend is None and subclass)
+    plain = plain or torch._C._are_functorch_transforms_active()  # they know no gradient of the operators
+    aux = []
+    for k, (branch, index, sources, args, kwargs) in enumerate(half_steps):
+        h = streams[sources[0]]
+        for source in sources[1:]:
+            h = h + streams[source]
+        f = branch(h, *args, **kwargs)
+        if type(f) is tuple:
+            f, extra = check_aux(f, name, k)
+            aux.append(extra)
+        target = streams[index]
+        check_branch_output(f, target, name, k)
+        streams[index] = (target + f).to(target.dtype) if plain else couple(target, f, None, owner.backend)
+    y = torch.cat(streams, owner.split_dim) if joined else tuple(streams)
+    if not half_steps:
+        return x
+    return (y, aux) if aux else y
+
+
 def advance(reversal: Reversal, half_steps: Sequence[HalfStep]) -> None:
     """Run half-steps that follow each other directly."""
     for step, following in zip_longest(half_steps, half_steps[1:]):
@@ -101,6 +154,10 @@ def advance(reversal: Reversal, half_steps: Sequence[HalfStep]) -> None:
 
 def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], name: Name) -> Any:
     """`run_inverse` with the options of ``owner``, unchecked."""
+    if torch.compiler.is_dynamo_compiling():
+        from revkernels.autograd.compiling import untraced
+
+        return untraced(inverse, owner, y, groups, half_steps, name)
     streams, joined = streams_of(y, owner.split_dim, groups, "y")
     if not half_steps:
         return y

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.reversal import Reversal
 from revkernels.nn.arguments import route
-from revkernels.nn.chain import advance, forward, inverse
+from revkernels.nn.chain import advance, forward, inverse, rebuilds
 from revkernels.nn.streams import check_options
 
 _OPTIONS = ("split_dim", "activations", "coupling", "backend")
@@ -84,7 +85,7 @@ class ReversibleBlock(nn.Module):
         """Map x (cut along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
         reversal, half_steps = getattr(_handed_over, "to", {}).pop(id(self), (None, None))
         if reversal is None:
-            return _run(self, [self], x, args, kwargs)
+            return _run(self, {"": self}, x, args, kwargs)
         reversal.adopt((x, *args), "a block")
         advance(reversal, half_steps)
         return tuple(reversal.streams)
@@ -168,7 +169,7 @@ class ReversibleSequential(nn.Module):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Map x (cut along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
-        return _run(self, list(self), x, args, kwargs)
+        return _run(self, self._modules, x, args, kwargs)
 
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the x that this chain maps to ``y``, up to rounding: x2 = y2 - G(y1); x1 = y1 - F(x2) for each block.
@@ -182,8 +183,13 @@ class ReversibleSequential(nn.Module):
         return _options_of(self)
 
 
-def _run(owner: Any, blocks: Sequence[ReversibleBlock], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a chain, and of a block called alone."""
+    if torch.compiler.is_dynamo_compiling() and rebuilds(owner):  # before anything of the blocks is looked at
+        from revkernels.autograd.compiling import untraced
+
+        return untraced(_run, owner, named, x, args, kwargs)
+    blocks = list(named.values())
     half_steps = _half_steps(blocks, args, kwargs)
     hooked = _hooked(blocks)
 
@@ -199,7 +205,7 @@ def _run(owner: Any, blocks: Sequence[ReversibleBlock], x: Any, args: tuple[Any,
         advance(reversal, pending)
 
     flat = [half_step for of_block in half_steps for half_step in of_block]
-    return forward(owner, x, _groups(blocks), flat, _half_step_name(owner, blocks), through)
+    return forward(owner, x, _groups(blocks), flat, _half_step_name(owner, blocks), through if any(hooked) else None)
 
 
 def _run_inverse(

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A driver among code compiled by torch.compile: the driver stays out of the graph, its branches do not.
+
+The driver looks at reference counts, versions and generators, which a trace has none of. So a chain that rebuilds its
+activations is a break in the graph: it runs as it is, and hands the compiler that met it to each of its branches, in
+the forward and again, for the same graphs and the same saved tensors, in the backward.
+
+To be imported only where ``torch._dynamo`` has been, which is slow to import.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch._dynamo
+from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._dynamo.decorators import skip
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+#: What dynamo must neither trace nor compile when it meets it, in a forward or on the way of a backward.
+_OUTSIDE = (
+    *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "inverse", "ownership", "reversal")),
+    *(f"revkernels.autograd.{name}" for name in ("snapshot", "surroundings")),
+    "revkernels.eager",
+)
+
+_local = threading.local()  # .compiler: what was compiling where `untraced` was called
+
+
+@skip
+def untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, run outside the graph with the compiler off until a branch is called."""
+    outer = getattr(_local, "compiler", None)
+    compiler = _local.compiler = set_eval_frame(None)
+    try:
+        return function(*args)
+    finally:
+        set_eval_frame(compiler)
+        _local.compiler = outer
+
+
+@skip
+def active() -> Any:
+    """The compiler that would compile a function called now: dynamo's callback, or None."""
+    compiler = set_eval_frame(None)
+    set_eval_frame(compiler)
+    return compiler
+
+
+@skip
+def compiler() -> Any:
+    """The compiler for the branches of a chain that is called now, or None."""
+    return active() or getattr(_local, "compiler", None)
+
+
+@skip
+def call(compiler: Any, branch: Any, h: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return ``branch(h, *args, **kwargs)``, compiled by ``compiler``, or not compiled if it is None."""
+    before = set_eval_frame(None)
+    try:
+        frame = _call if compiler is None else _frame_of(branch)
+        set_eval_frame(compiler)
+        return frame(branch, h, args, kwargs)
+    finally:
+        set_eval_frame(before)
+
+
+def _call(branch: Any, h: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return branch(h, *args, **kwargs)  # a frame of ours, since dynamo passes over those of torch.nn.Sequential
+
+
+_frames: dict[Any, FunctionType] = {}
+_frame_by_branch: weakref.WeakKeyDictionary[Any, FunctionType] = weakref.WeakKeyDictionary()
+
+
+def _frame_of(branch: Any) -> Callable[..., Any]:
+    """`_call` for the branches of one structure, which share a compilation, however many there are.
+
+    All branches do not share a function, because dynamo compiles one only a few times before it gives up on it.
+    """
+    try:
+        return _frame_by_branch[branch]
+    except (KeyError, TypeError):
+        pass
+    structure = _structure(branch)
+    frame = _frames.get(structure)
+    if frame is None:
+        code: CodeType = _call.__code__.replace(co_name=f"call_{type(branch).__name__}")
+        frame = _frames[structure] = FunctionType(code, globals())
+    with suppress(TypeError):  # what cannot be remembered is looked at each time
+        _frame_by_branch[branch] = frame
+    return frame
+
+
+def _structure(branch: Any) -> Any:
+    if not isinstance(branch, nn.Module):
+        return getattr(branch, "__code__", type(branch))
+    return tuple((type(module), *map(_shape, module.parameters(False))) for module in branch.modules())
+
+
+def _shape(parameter: Any) -> torch.Size | None:
+    return None if isinstance(parameter, UninitializedTensorMixin) else parameter.shape
+
+
+for _name in _OUTSIDE:
+    torch._dynamo.trace_rules.add(_name)
