@@ -318,7 +318,9 @@ def test_gpu_report_exits_1_when_a_stage_fails(tmp_path, monkeypatch, capsys):
     assert "FAILED" in (tmp_path / "report.txt").read_text()
 
 
-@pytest.mark.parametrize("script", ["bench_coupling", "bench_block", "bench_memory", "compare", "gpu_report"])
+@pytest.mark.parametrize(
+    "script", ["bench_coupling", "bench_block", "bench_memory", "bench_overhead", "compare", "gpu_report"]
+)
 def test_scripts_start(script):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{script}", "--help"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -264,6 +264,17 @@ def test_block_and_memory_on_a_tiny_chain(tmp_path):
     assert rebuilt[1] == rebuilt[0]
 
 
+def test_overhead_of_the_driver(tmp_path):
+    pytest.importorskip("torch")
+    done = revk("bench", "overhead", "--threads", "1", "--rounds", "3", "--json", tmp_path / "overhead.json")
+    assert done.returncode == 0, done.stderr
+    (table,) = tables(tmp_path / "overhead.json").values()
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert rows["plain torch"]["ratio"] == 1
+    assert rows["reconstruct, eager"]["us"] > rows["plain torch"]["us"] > 0
+    assert [name for name, row in rows.items() if "met" in row] == ["reconstruct, eager", "reconstruct, fused"]
+
+
 def test_stamp_holds_no_path_or_host_name():
     found = stamp.environment()
     assert found["device"] == found["cpu"] != ""

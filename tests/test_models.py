@@ -303,3 +303,19 @@ def test_bad_images(model):
         model()(torch.zeros(2, 1, 8, 8))
     with pytest.raises(TypeError, match="x is a list"):
         model()([1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_streams_are_float32_under_autocast(dtype):
+    """And of the model's own dtype without it."""
+    seen = []
+    net = models.RevNet(models.Plan("bottleneck", (2, 2), (16, 32), stem_width=8))
+    for stage in net.stages:
+        stage[1].register_forward_hook(lambda module, inputs, output: seen.extend(y.dtype for y in output))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", dtype):
+        net(x)
+    assert seen == [torch.float32] * 4
+    seen.clear()
+    net.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert seen == [torch.bfloat16] * 4

@@ -2,6 +2,10 @@
 """Whose memory may be written over. torch is asked through functions that it does not document: if an update takes them
 away, results stay right, and memory and speed are lost without a word. So this is where it is said."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -99,3 +103,31 @@ def test_a_chain_accumulates_its_gradients_in_place(held, monkeypatch):
     (y1 * y2).sum().backward()
     for gradient, tensor in zip(got, (*pair, *net.parameters()), strict=True):
         torch.testing.assert_close(gradient, tensor.grad, rtol=1e-12, atol=1e-13)
+
+
+AFTER_A_FAILED_TRACE = """
+import contextlib, torch
+from test_ownership import BLOCKS, chain
+from revkernels.reference import backend as kernels
+
+def fails(x):
+    torch._dynamo.graph_break()
+    return x
+
+with contextlib.suppress(torch._dynamo.exc.Unsupported):
+    torch.compile(fails, backend="eager", fullgraph=True)(torch.ones(2))
+written, accumulate = [], kernels.accumulate
+kernels.accumulate = lambda *args: (written.append(1), accumulate(*args))
+y1, y2 = chain()(tuple(torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)))
+(y1 * y2).sum().backward()
+print(len(written), 2 * BLOCKS)
+"""
+
+
+def test_in_place_also_after_an_error_of_torch_compile():
+    """From then on torch calls every Python function of the process in another way, and more references are held."""
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", AFTER_A_FAILED_TRACE], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    count, expected = done.stdout.split()
+    assert count == expected

@@ -11,7 +11,8 @@ import torch
 from revkernels import eager
 from revkernels.autograd import ownership
 
-_free: ownership.Counts | None = None  # learnt by `prepare`
+#: For each way of calling, what a free gradient's counts are: learnt by `prepare`.
+_free: dict[int, ownership.Counts] = {}
 _lock = threading.Lock()
 _learning = threading.local()  # .seen: the counts of the two gradients, while this thread learns
 
@@ -29,10 +30,11 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
     if torch.is_grad_enabled() or type(ds) is not torch.Tensor or type(dh) is not torch.Tensor:
         return ds + dh  # create_graph: the sum itself must be differentiable
     if ownership.COUNTABLE:
-        if _is_free(ds):
+        free = _free.get(ownership.way_of_calling())
+        if _is_free(ds, free):
             kernels.accumulate((ds,), (dh,))
             return ds
-        if dh.dtype == ds.dtype and _is_free(dh):
+        if dh.dtype == ds.dtype and _is_free(dh, free):
             kernels.accumulate((dh,), (ds,))
             return dh
     total = torch.empty_like(ds)
@@ -41,16 +43,14 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
 
 
 def prepare() -> None:
-    """Learn what a free gradient looks like in this Python and this torch, once, off two that are known to be free.
+    """Learn what a free gradient looks like in this Python and this torch, off two that are known to be free.
 
     Not at import: it runs a backward, and torch's engine starts its threads with the first one.
     """
-    global _free
-    if _free is not None or not ownership.COUNTABLE:
+    way = ownership.way_of_calling()
+    if way in _free or not ownership.COUNTABLE:
         return
     with _lock, torch.inference_mode(False), torch.enable_grad():
-        if _free is not None:
-            return
         seen: list[ownership.Counts] = []
         first, second = _Twin.apply(torch.zeros(2, requires_grad=True))
         _learning.seen = seen
@@ -58,19 +58,16 @@ def prepare() -> None:
             (first * 2 + second * 3).sum().backward()
         finally:
             del _learning.seen
-        _free = tuple(map(min, zip(*seen, strict=True)))
+        if way == ownership.way_of_calling():
+            _free[way] = tuple(map(min, zip(*seen, strict=True)))
 
 
-def _is_free(gradient: torch.Tensor) -> bool:
+def _is_free(gradient: torch.Tensor, free: ownership.Counts | None) -> bool:
     counts = ownership.holders(gradient)
-    if _free is None:
-        if hasattr(_learning, "seen"):
-            _learning.seen.append(counts)
+    if hasattr(_learning, "seen"):
+        _learning.seen.append(counts)
         return False
-    if counts[0] > _free[0] or counts[1] > _free[1] or counts[2] > _free[2]:
-        return False
-    # Not a part of something larger, nor an expanded scalar.
-    return gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+    return free is not None and counts[0] <= free[0] and counts[1] <= free[1] and counts[2] <= free[2]
 
 
 class _Twin(torch.autograd.Function):

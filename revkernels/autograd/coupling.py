@@ -47,6 +47,11 @@ class Couple(torch.autograd.Function):
         return total, total, None
 
 
+#: `Function.apply` without what it does for torch.func, whose tensors never come here: a microsecond a call.
+enter: Any = super(torch.autograd.Function, Enter).apply
+couple: Any = super(torch.autograd.Function, Couple).apply
+
+
 class _Op(torch.autograd.Function):
     """`revkernels.ops.couple` and `uncouple` on tensors that require grad, with every option."""
 
@@ -94,4 +99,5 @@ def _along(dim: int, rank: int) -> list[int]:
 
 
 def _sum_to(values: torch.Tensor, dim: int) -> torch.Tensor:
-    return values.sum([d for d in range(values.dim()) if d != dim % values.dim()])
+    others = [d for d in range(values.dim()) if d != dim % values.dim()]
+    return values.sum(others) if others else values  # sum([]) would be the sum over all

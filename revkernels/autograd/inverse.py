@@ -26,11 +26,14 @@ def invert(
         h = streams[sources[0]]
         for index in sources[1:]:
             h = h + streams[index]
-        undo = Snapshot(branch).restore()
-        try:
-            f = branch(h, *args, **kwargs)
-        finally:
-            put_back(undo)
+        snapshot = Snapshot(branch)
+        with snapshot.turn:
+            snapshot.take()
+            undo = snapshot.restore()
+            try:
+                f = branch(h, *args, **kwargs)
+            finally:
+                put_back(undo)
         if type(f) is tuple:
             f, _ = check_aux(f, name, k)
         check_branch_output(f, streams[target], name, k)

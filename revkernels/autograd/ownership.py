@@ -30,6 +30,22 @@ def memory_is_free(tensor: torch.Tensor) -> bool:
 
 
 def holders(tensor: torch.Tensor) -> Counts:
-    """Return the numbers of Python references, of C++ references and of users of the memory."""
+    """Return the numbers of Python references, of C++ references and of users of the memory.
+
+    The last is out of reach (a thousand more) for a tensor that is a part of something larger, or an expanded scalar.
+    """
     storage = tensor.untyped_storage()
-    return sys.getrefcount(tensor), _tensor_use_count(tensor), _storage_use_count(storage._cdata)
+    part = 0 if storage.nbytes() == tensor.numel() * tensor.element_size() else 1000
+    return sys.getrefcount(tensor), _tensor_use_count(tensor), _storage_use_count(storage._cdata) + part
+
+
+def way_of_calling() -> int:
+    """Tell apart the ways in which Python calls a function here, which differ in how many references a call holds.
+
+    A process has one, until torch.compile puts its own in its place; and it may stay there (after an error in a trace).
+    """
+    return _references(object())
+
+
+def _references(thing: object) -> int:
+    return sys.getrefcount(thing)

@@ -14,13 +14,14 @@ branch's saved tensors are alive at a time, at any depth; gradients travel throu
 frozen parameters are its business, not ours.
 
 What is to come has its place: a tensor worth keeping is returned by `_pack` itself (memory budgets); the options of an
-exact coupling go into the two calls, `Couple` here and ``kernels.uncouple`` in `_rebuild`.
+exact coupling go into the two calls, `couple` here and ``kernels.uncouple`` in `_rebuild`.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,17 +30,24 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels import eager
 from revkernels.autograd.accumulate import prepare
-from revkernels.autograd.coupling import Couple, Enter
+from revkernels.autograd.coupling import couple, enter
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.ownership import memory_is_free
-from revkernels.autograd.snapshot import Snapshot, put_back, version_of
-from revkernels.autograd.surroundings import Drawn, Surroundings, drawn, own_generators, states_of
+from revkernels.autograd.recorded import Frame, Metadata, RecordedStep
+from revkernels.autograd.snapshot import put_back, version_of
+from revkernels.autograd.surroundings import (
+    Surroundings,
+    drawn,
+    own_generators,
+    refuses_a_race,
+    states_of,
+    strayed,
+)
 from revkernels.errors import ReconstructionError
 
 _INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
 _local = threading.local()
-
-Metadata = tuple[torch.dtype, torch.Size]
+set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled calls, without its object
 
 
 def is_recomputing() -> bool:
@@ -82,18 +90,16 @@ class Reversal:
         self.streams = list(streams)
         self._twin: tuple[int, torch.Tensor] | None = None  # a stream's number, and the second output of its node
         self.kernels = kernels
+        self.keep = keep
         self.name = name
         self.aux: list[Any] = []
         self.recording = not keep and torch.is_grad_enabled()
         if torch.is_grad_enabled() and kernels is not eager:
             prepare()
-        self._compiler: Any = None
-        if "torch._dynamo" in sys.modules:
-            from revkernels.autograd import compiling  # slow where dynamo is not there already
-
-            self._compiler = compiling.compiler()
+        compiling = sys.modules.get("revkernels.autograd.compiling")  # imported where torch.compile meets a chain
+        self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
-        self._steps: list[_Step] = []
+        self._steps: list[RecordedStep] = []
         self._saved: list[Metadata] = []  # of the half-step under way
         self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
         if self.recording:
@@ -104,39 +110,44 @@ class Reversal:
         self._lock = threading.RLock()
         self._task, self._cursor = -1, 0
         self._kept: Any = None
-        self._frame: list[tuple[torch.Tensor, int]] = []
+        self._frame: Frame = []
+        self._first: int | None = None  # the first half-step that saved something
+        self._unread: set[int] = set()  # the tensors of its frame that nobody has asked for yet
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
 
     # ---- forward
 
     def advance(self, step: HalfStep, read_next: bool = False) -> None:
         """Run the next half-step. ``read_next``: the one after it follows directly, and reads its target alone."""
-        kernels = self.kernels
-        h = self._entered(step.sources[0])
-        watched = self.streams[step.sources[0]]
-        if len(step.sources) > 1:
-            for index in step.sources[1:]:
-                h = h + self._entered(index)
+        _, index, sources, _, _ = step
+        kernels, streams = self.kernels, self.streams
+        h = self._entered(sources[0])
+        watched = streams[sources[0]]
+        if len(sources) > 1:
+            for source in sources[1:]:
+                h = h + self._entered(source)
             watched = h
         version = version_of(watched)
         f = self._record(step, h) if self.recording else self._call(step, h)
         if version_of(watched) != version:
             raise ReconstructionError(
-                f"{self.name(self._count)} wrote to its input in place. The input is the stream that a later half-step "
-                f"adds to: make the branch's first operation out of place (such as ReLU(inplace=False))"
+                f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
+                f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
-        target = self.streams[step.target]
+        target = streams[index]
         if type(f) is tuple:
             f, aux = check_aux(f, self.name, self._count)
             self.aux.append(aux)
         check_branch_output(f, target, self.name, self._count)
         self._count += 1
         if kernels is eager:
-            self.streams[step.target] = (target + f).to(target.dtype)
+            y = (target + f).to(target.dtype)
+            # torch may choose other strides where a dimension is 1 long, and the rebuilt stream has the target's.
+            streams[index] = y if y.stride() == target.stride() else torch.empty_like(target).copy_(y)
         else:
-            self.streams[step.target], twin = Couple.apply(target, f, kernels)
+            streams[index], twin = couple(target, f, kernels)
             if read_next:
-                self._twin = (step.target, twin)
+                self._twin = (index, twin)
 
     def _entered(self, index: int) -> torch.Tensor:
         """The stream for a branch to read: with the gradient that comes back from there accumulated by our own node."""
@@ -145,40 +156,44 @@ class Reversal:
             return twin[1]
         s = h = self.streams[index]
         if self.kernels is not eager and s.requires_grad and torch.is_grad_enabled():
-            self.streams[index], h = Enter.apply(s, self.kernels)
+            self.streams[index], h = enter(s, self.kernels)
         return h
 
     def _record(self, half_step: HalfStep, h: torch.Tensor) -> Any:
         """Run the branch, and note all that running it again will need."""
-        step = _Step(half_step, h.requires_grad)
+        step = RecordedStep(half_step, h.requires_grad)
         self._steps.append(step)
         self._saved = step.saved
-        own = own_generators(step.snapshot.modules)
+        snapshot = step.snapshot
+        own = own_generators(snapshot.modules)
         before = self._states + states_of(own) if own else self._states
-        with self._hooks:
-            f = self._call(half_step, h)
+        with snapshot.turn:
+            snapshot.take()
+            with self._hooks, self._surroundings.guard:
+                f = self._call(half_step, h)
+            snapshot.complete()
         self._open = []
-        step.snapshot.complete()
         after = self._surroundings.states()
         step.drawn = drawn(before, after + states_of(own) if own else after)
         if step.drawn:
             self._states = after
         return f
 
-    def _call(self, step: Any, h: torch.Tensor) -> Any:
-        if "torch._dynamo" in sys.modules:  # compiled, if it is, in the recompute as in the forward
-            from revkernels.autograd import compiling
-
+    def _call(self, step: HalfStep, h: torch.Tensor) -> Any:
+        compiling = sys.modules.get("revkernels.autograd.compiling")
+        if compiling is not None:  # compiled in the forward, the branch is compiled in the recompute, and only then
             return compiling.call(self._compiler, step.branch, h, step.args, step.kwargs)
         return step.branch(h, *step.args, **step.kwargs)
 
     def adopt(self, streams: Any, whose: str) -> None:
         """Take over streams that went through a module's hooks: torch may wrap them, but their values must stay."""
         theirs = streams if type(streams) is tuple else ()
-        if len(theirs) != len(self.streams) or not all(map(_same_memory, theirs, self.streams)):
+        alike = _both_tensors if self.keep else _same_memory
+        if len(theirs) != len(self.streams) or not all(map(alike, theirs, self.streams)):
             raise ReconstructionError(
                 f"a hook of {whose} replaced the streams. They are rebuilt by running the branches backwards, which "
-                f"cannot undo a hook: put the change into a branch, or set activations='store'"
+                f"cannot undo a hook: put the change into a branch, or set activations='store' (where the hook is the "
+                f"cast of FSDP's mixed precision: cast_forward_inputs=False)"
             )
         if self.recording:
             self._states = self._surroundings.states()  # what the hook drew is not the next branch's
@@ -187,7 +202,8 @@ class Reversal:
 
     def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
         """Keep what the backward starts from: ``outputs``, of which ``split`` makes the streams again."""
-        if any(step.saved for step in self._steps):  # by what leads to the outputs, or to an aux output alone
+        self._first = next((k for k, step in enumerate(self._steps) if step.saved), None)
+        if self._first is not None:  # something is kept for the outputs, or for an aux output alone
             anchor = torch.zeros((), requires_grad=True)
             self._kept = _Kept.apply(anchor, *(output.detach() for output in outputs)).grad_fn
             self._split = split
@@ -196,7 +212,7 @@ class Reversal:
     def release(self) -> None:
         """Let go of the streams: they hold the graph, and the graph's hooks hold us, in a ring that gc cannot see."""
         self._twin = self._hooks = None
-        self.streams, self.aux, self._open = [], [], []
+        self.streams, self.aux, self._open, self._states = [], [], [], []
 
     def _pack(self, tensor: torch.Tensor) -> int:
         self._saved.append((tensor.dtype, tensor.shape))
@@ -227,6 +243,10 @@ class Reversal:
                 self._end()
                 raise
             tensor, version = self._frame[index]
+            if k == self._first:
+                self._unread.discard(index)
+                if not self._unread:
+                    _local.read_up = weakref.ref(self)
         if version_of(tensor) != version:
             raise ReconstructionError(
                 f"{self.name(k)}: a tensor needed for its gradient was changed in place inside the branch "
@@ -236,6 +256,9 @@ class Reversal:
 
     def _begin(self, task: int) -> None:
         """A backward starts, or starts over: from the kept outputs, whatever an earlier one left."""
+        other = getattr(_local, "read_up", lambda: None)()
+        if other is not None and other is not self:
+            other._let_go(task)
         try:
             outputs = self._kept.saved_tensors
         except RuntimeError as error:
@@ -250,6 +273,17 @@ class Reversal:
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
 
+    def _let_go(self, task: int) -> None:
+        """Drop what the first branch saved, after its last tensor was read and before the backward as a whole is over:
+        of many chains in one graph, only the one at work holds a branch's tensors. Asked once more, we start over.
+        """
+        if self._lock.acquire(blocking=False):  # in use by another thread, it is not ours to empty
+            try:
+                if self._task == task and not self._unread:
+                    self._frame, self._rebuilt, self._cursor = [], [], -1
+            finally:
+                self._lock.release()
+
     def _end(self, task: int | None = None) -> None:
         if task is None or task == self._task:
             self._task, self._frame, self._rebuilt, self._hooks = -1, [], [], None
@@ -258,26 +292,35 @@ class Reversal:
         """Run branch k again: what it saves becomes the frame, and the target what it was before half-step k."""
         self._frame = []  # first of all: one kept frame more, and memory would grow with depth
         step = self._steps[k]
-        problem = step.snapshot.problem() or self._surroundings.problem()
-        if problem is not None:
-            raise ReconstructionError(f"{self.name(k)}: {problem}")
+        _, index, sources, _, _ = half_step = step.half_step
         higher_order = torch.is_grad_enabled()
-        outer, _local.recomputing = is_recomputing(), True
-        surroundings = self._surroundings.restore(step.drawn)
-        undo = step.snapshot.restore()
-        try:
-            torch.set_grad_enabled(True)
-            with self._hooks:
-                h = self._read(step.sources).requires_grad_(step.needs_grad)
-                f = self._call(step, h)
-        finally:
-            torch.set_grad_enabled(higher_order)
-            put_back(undo)
-            if surroundings is not None:
-                surroundings.close()
-            _local.recomputing = outer
-        problem = _difference(step.saved, [(tensor.dtype, tensor.shape) for tensor, _ in self._frame])
-        if problem is not None:
+        h = self._read(sources)
+        if step.needs_grad:
+            h.requires_grad_()
+        with step.snapshot.turn:
+            problem = step.snapshot.problem() or self._surroundings.problem()
+            if problem is not None:
+                raise ReconstructionError(f"{self.name(k)}: {problem}")
+            outer, surroundings, undo = is_recomputing(), None, None
+            try:  # memory may run out at any of these
+                _local.recomputing = True
+                surroundings = self._surroundings.restore(step.drawn)
+                undo = step.snapshot.restore()
+                set_grad_enabled(True)
+                with self._hooks:
+                    f = self._call(half_step, h)
+                if step.drawn and strayed(step.drawn):
+                    with refuses_a_race(self.name(k)):
+                        self._call(half_step, h.detach())
+            finally:
+                set_grad_enabled(higher_order)
+                if undo:
+                    put_back(undo)
+                if surroundings is not None:
+                    surroundings.close()
+                _local.recomputing = outer
+        if not step.saved_alike(self._frame):
+            problem = step.difference(self._frame)
             raise ReconstructionError(
                 f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
                 f"changed in between, or count its calls?"
@@ -286,29 +329,30 @@ class Reversal:
             self._rebuilt = []
         else:
             f = (f[0] if type(f) is tuple else f).detach()
-            index = step.target
             target = self._rebuilt[index]
             # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
             free = not higher_order and target.stride() == self._layouts[index][1] and memory_is_free(target)
             self._rebuilt[index] = target if free else self._empty(index, target)
             self.kernels.uncouple(self._rebuilt[index], target, f, None)
+        if k == self._first:
+            self._unread = set(range(len(self._frame)))
         self._cursor = k
 
     def _read(self, sources: Sequence[int]) -> torch.Tensor:
         """What the branch read, from the rebuilt streams: the same values in the same strides."""
-        with torch.no_grad():
-            for index in sources:
-                stream = self._rebuilt[index]
-                if stream.stride() != self._layouts[index][1]:  # a part of the caller's output
-                    self._rebuilt[index] = self._empty(index, stream).copy_(stream)
-            h = self._rebuilt[sources[0]].detach()
-            for index in sources[1:]:
-                h = h + self._rebuilt[index]
+        for index in sources:
+            stream = self._rebuilt[index]
+            if stream.stride() != self._layouts[index][1]:  # a part of the caller's output
+                self._rebuilt[index] = self._empty(index, stream).copy_(stream)
+        h = self._rebuilt[sources[0]].detach()
+        for index in sources[1:]:
+            h = h + self._rebuilt[index]
         return h
 
     def _keep(self, tensor: torch.Tensor) -> int:
-        self._frame.append((tensor.detach(), version_of(tensor)))
-        return len(self._frame) - 1
+        frame = self._frame
+        frame.append((tensor.detach(), version_of(tensor)))
+        return len(frame) - 1
 
     def _kept_now(self, index: int) -> torch.Tensor:
         """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
@@ -320,17 +364,8 @@ class Reversal:
         return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
 
-class _Step:
-    """One half-step as its forward ran: the call, what the branch saw and drew, and what it saved."""
-
-    __slots__ = ("args", "branch", "drawn", "kwargs", "needs_grad", "saved", "snapshot", "sources", "target")
-
-    def __init__(self, half_step: HalfStep, needs_grad: bool) -> None:
-        self.branch, self.target, self.sources, self.args, self.kwargs = half_step
-        self.needs_grad = needs_grad
-        self.snapshot = Snapshot(self.branch)
-        self.saved: list[Metadata] = []
-        self.drawn: Drawn = []
+def _both_tensors(a: Any, b: torch.Tensor) -> bool:
+    return isinstance(a, torch.Tensor)
 
 
 def _same_memory(a: Any, b: torch.Tensor) -> bool:
@@ -339,17 +374,4 @@ def _same_memory(a: Any, b: torch.Tensor) -> bool:
         b.dtype,
         b.shape,
         b.stride(),
-    )
-
-
-def _difference(then: list[Metadata], now: list[Metadata]) -> str | None:
-    if now == then:
-        return None
-    if len(now) != len(then):
-        return f"the recompute saved {len(now)} tensors, the forward {len(then)}"
-    index = next(i for i, pair in enumerate(zip(then, now, strict=True)) if pair[0] != pair[1])
-    (dtype, shape), (then_dtype, then_shape) = now[index], then[index]
-    return (
-        f"saved tensor {index} is {dtype} of shape {tuple(shape)} in the recompute and was {then_dtype} of shape "
-        f"{tuple(then_shape)} in the forward"
     )

@@ -8,13 +8,16 @@ recorded here: parameters, buffers and train/eval flags. `surroundings` has the 
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from revkernels.errors import ReconstructionError
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
 Undo = list[tuple[dict[str, Any], str, Any]]
@@ -30,19 +33,52 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 #: For each module seen, the names of those buffers that its forward was found to write, statistics aside.
 _written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+class Turn:
+    """The right to run modules that have buffers: one thread's at a time.
+
+    A recompute hangs throw-away buffers into them, where another thread's forward would lose its statistics.
+    """
+
+    __slots__ = ("locks",)
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        # In one order for all threads, so that no two wait for each other.
+        self.locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
+
+    def __enter__(self) -> None:
+        for lock in self.locks:
+            lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        for lock in self.locks:
+            lock.release()
+
+
+_ANYBODYS = Turn(())
 
 
 class Snapshot:
-    """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute."""
+    """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute.
 
-    __slots__ = ("branch", "fixed", "flags", "modules", "rewound", "statistics")
+    Each of these belongs inside ``with snapshot.turn``, together with the run of the branch.
+    """
+
+    __slots__ = ("branch", "fixed", "flags", "modules", "rewound", "statistics", "turn")
 
     def __init__(self, branch: Any) -> None:
         self.branch = branch
         self.fixed: list[Slot] = []
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
-        self.modules = list(branch.modules()) if isinstance(branch, nn.Module) else modules_behind(branch)
+        self.modules = _tree(branch) if isinstance(branch, nn.Module) else modules_behind(branch)
+        stateful = [module for module in self.modules if module._buffers]
+        self.turn = Turn(stateful) if stateful else _ANYBODYS
+
+    def take(self) -> None:
+        """Before the forward: note what there is."""
         self.flags = [module.training for module in self.modules]
         for module in self.modules:
             for name, parameter in module._parameters.items():
@@ -73,6 +109,7 @@ class Snapshot:
                 found = _written.setdefault(module, set())
                 if _changed(slot):
                     found.add(slot[1])
+                if slot[1] in found:  # by this branch, or by another one that shares the module
                     changed.append((module, slot, value))
                 else:
                     self.fixed.append(slot)
@@ -96,23 +133,37 @@ class Snapshot:
     def restore(self) -> Undo:
         """Let the branch run as it did: in the mode and on the tensors of then, writing to throw-away buffers."""
         undo: Undo = []
+        try:
+            self._restore(undo)
+        except BaseException:  # memory may run out for a copy
+            put_back(undo)
+            raise
+        return undo
+
+    def _restore(self, undo: Undo) -> None:
         for module, flag in zip(self.modules, self.flags, strict=True):
             if module.training is not flag:
                 undo.append((module.__dict__, "training", module.training))
                 module.__dict__["training"] = flag
         for slots, name, tensor, _ in self.fixed:
             now = slots.get(name)
-            # torch.func.functional_call has put other tensors in since. A sharded parameter is its owner's affair.
-            if now is not tensor and type(now) in _PLAIN and type(tensor) in _PLAIN:
+            if now is tensor or type(tensor) not in _PLAIN:  # what was sharded then is its owner's affair
+                continue
+            if type(now) in _PLAIN:  # torch.func.functional_call has put other tensors in since
                 undo.append((slots, name, now))
                 slots[name] = tensor
+            elif isinstance(now, nn.Parameter):
+                raise ReconstructionError(
+                    f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the "
+                    f"group that it is sharded in is not gathered while this branch is run again. Give the branch a "
+                    f"group of its own: fully_shard(branch)"
+                )
         for slots, name, tensor, _ in self.statistics:
             undo.append((slots, name, slots[name]))
             slots[name] = tensor.detach().clone()
         for _, (slots, name, _, _), value in self.rewound:
             undo.append((slots, name, slots[name]))
             slots[name] = value.clone()
-        return undo
 
     def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:
         for root in [self.branch] if isinstance(self.branch, nn.Module) else self.modules:
@@ -123,6 +174,19 @@ class Snapshot:
         return name
 
 
+def _tree(module: nn.Module) -> list[nn.Module]:
+    """``list(module.modules())``, in any order: each module once."""
+    found = [module]
+    if module._modules:
+        seen = {module}
+        for parent in found:
+            for child in parent._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
+    return found
+
+
 def put_back(undo: Undo) -> None:
     """Undo `Snapshot.restore`: the branch has its own tensors again."""
     for slots, name, tensor in reversed(undo):
@@ -131,9 +195,10 @@ def put_back(undo: Undo) -> None:
 
 def version_of(tensor: torch.Tensor) -> int:
     """The tensor's version, or -1 where it has none: in inference mode, and before a lazy module's first call."""
-    if isinstance(tensor, UninitializedTensorMixin) or tensor.is_inference():
+    try:
+        return -1 if isinstance(tensor, UninitializedTensorMixin) else tensor._version
+    except RuntimeError:  # an inference tensor: it has none
         return -1
-    return tensor._version
 
 
 def modules_behind(function: Callable[..., Any]) -> list[nn.Module]:

@@ -3,19 +3,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd.snapshot import version_of
+from revkernels.errors import ReconstructionError
 
 #: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).
 States = list[tuple[torch.Generator, torch.Tensor, bytes]]
-#: Generators that a branch drew from, with their states before it; empty if it drew nothing.
-Drawn = list[tuple[torch.Generator, torch.Tensor]]
+#: Generators that a branch drew from, with their states before it and a hash of those after; empty if it drew nothing.
+Drawn = list[tuple[torch.Generator, torch.Tensor, int]]
+
+
+_IN_A_CAPTURE = (
+    "this torch cannot draw them again for the recompute inside the capture of a CUDA graph (2.10 can): capture "
+    "without dropout (p=0), or set activations='store'"
+)
 
 
 class Surroundings:
@@ -30,8 +39,14 @@ class Surroundings:
         kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
         self.autocast = [(kind, *_autocast_state(kind)) for kind in kinds]
         self.shared = [torch.default_generator]
+        self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if device.type == "cuda":
-            self.shared.append(torch.cuda.default_generators[device.index])
+            generator = torch.cuda.default_generators[device.index]
+            if torch.cuda.is_current_stream_capturing() and not _readable(generator):
+                # A draw could be neither noticed nor repeated, so it is refused as it happens.
+                self.guard = RefusesToDraw(_IN_A_CAPTURE)
+            else:
+                self.shared.append(generator)
 
     def states(self) -> States:
         """The shared generators' states as they are now."""
@@ -49,17 +64,51 @@ class Surroundings:
 
     def restore(self, drawn: Drawn) -> ExitStack | None:
         """Put autocast and the generators back to what they were; closing the result puts back what is now."""
-        stack = None
-        for kind, enabled, dtype, cache in self.autocast:
-            now = _autocast_state(kind)
-            if enabled != now[0] or (enabled and dtype != now[1]):
-                stack = stack or ExitStack()
+        other = [
+            state
+            for state in self.autocast
+            if state[1] != torch.is_autocast_enabled(state[0])
+            or (state[1] and state[2] != torch.get_autocast_dtype(state[0]))
+        ]
+        if not other and not drawn:
+            return None
+        with ExitStack() as stack:  # undone at once if memory runs out in between
+            for kind, enabled, dtype, cache in other:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-        for generator, state in drawn:
-            stack = stack or ExitStack()
-            stack.callback(generator.set_state, generator.get_state())
-            generator.set_state(state)
-        return stack
+            for generator, state, _ in drawn:
+                stack.callback(generator.set_state, generator.get_state())
+                generator.set_state(state)
+            return stack.pop_all()
+
+
+class RefusesToDraw(TorchDispatchMode):
+    """Raises `ReconstructionError` where an operator draws random numbers. ``why``: what is wrong with that here."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__()
+        self.why = why
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+            raise ReconstructionError(f"{func} draws random numbers, and {self.why}")
+        return func(*args, **kwargs)
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Operators are marked as random by what they can do: attention without dropout, or rrelu in eval mode, is not."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "training", "train"):
+            return bool(args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value))
+    return True
+
+
+def _readable(generator: torch.Generator) -> bool:
+    try:
+        generator.get_state()
+    except RuntimeError:  # "Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture"
+        return False
+    return True
 
 
 def own_generators(modules: Sequence[nn.Module]) -> list[torch.Generator]:
@@ -67,7 +116,7 @@ def own_generators(modules: Sequence[nn.Module]) -> list[torch.Generator]:
     return [
         value
         for module in modules
-        if not type(module).__module__.startswith("torch.")
+        if torch.Generator in map(type, module.__dict__.values())
         for value in module.__dict__.values()
         if type(value) is torch.Generator
     ]
@@ -75,13 +124,29 @@ def own_generators(modules: Sequence[nn.Module]) -> list[torch.Generator]:
 
 def states_of(generators: Sequence[torch.Generator]) -> States:
     """Copies of the generators' states: 5 KB for a CPU generator, 16 bytes for a CUDA one."""
-    states = [(generator, generator.get_state()) for generator in generators]
-    return [(generator, state, state.numpy().tobytes()) for generator, state in states]
+    return [(generator, state := generator.get_state(), state.numpy().tobytes()) for generator in generators]
 
 
 def drawn(before: States, after: States) -> Drawn:
     """Those of ``before`` whose generator was drawn from."""
-    return [(a[0], a[1]) for a, b in zip(before, after, strict=True) if a[2] != b[2]]
+    return [(a[0], a[1], hash(b[2])) for a, b in zip(before, after, strict=True) if a[2] != b[2]]
+
+
+def refuses_a_race(name: str) -> RefusesToDraw:
+    """To run a branch in whose generators have `strayed`, for it is in order if it draws nothing itself."""
+    return RefusesToDraw(
+        f"while {name} ran, in the forward or now, another thread drew from the same generator: the numbers cannot be "
+        f"the same again. Give that thread a torch.Generator of its own"
+    )
+
+
+def strayed(drawn: Drawn) -> bool:
+    """After the recompute: whether a generator was drawn from, and is not where the forward left it."""
+    for generator, before, after in drawn:
+        now = generator.get_state().numpy().tobytes()
+        if hash(now) != after and now != before.numpy().tobytes():
+            return True
+    return False
 
 
 def _autocast_state(kind: str) -> tuple[bool, torch.dtype, bool]:

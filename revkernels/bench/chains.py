@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from revkernels.models.layers import BasicBranch
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
-__all__ = ["WAYS", "Chain", "Shape"]
+__all__ = ["WAYS", "Chain", "Shape", "plain_block"]
 
 Step = Callable[[], None]
 
@@ -83,10 +83,11 @@ class Chain:
     def _checkpointed(self) -> tuple[Tensor, Tensor]:
         x1, x2 = self.input
         for F, G in zip(self.branches[::2], self.branches[1::2], strict=True):
-            x1, x2 = checkpoint(_block, F, G, x1, x2, use_reentrant=False)
+            x1, x2 = checkpoint(plain_block, F, G, x1, x2, use_reentrant=False)
         return x1, x2
 
 
-def _block(F: nn.Module, G: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+def plain_block(F: nn.Module, G: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """A block in plain torch."""
     y1 = x1 + F(x2)
     return y1, x2 + G(y1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels bench coupling | block | memory``: measure, show, and with --save append to the results kept."""
+"""``revkernels bench SUBJECT``: measure, show, and with --save append to the results kept."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("coupling", "the kernels against the torch calls they replace", _coupling),
         ("block", "a step of a chain of blocks, stored, checkpointed and rebuilt", _block),
         ("memory", "peak activation bytes against depth", _memory),
+        ("overhead", "what the driver itself costs a half-step", _overhead),
     ):
         subject = subjects.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         subject.set_defaults(measure=measure)
@@ -37,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         add_json_option(subject)
         if name != "memory":
-            rounds = {"coupling": 15, "block": 7}[name]
+            rounds = {"coupling": 15, "block": 7, "overhead": 100}[name]
             subject.add_argument("--rounds", type=_rounds, default=rounds, help=f"timed rounds (default: {rounds})")
         if name == "coupling":
             subject.add_argument(
                 "--megabytes", type=_positive, default=64, help="size of a stream (default: 64, past most caches)"
             )
-        else:
+        elif name != "overhead":
             batch = {"block": 32, "memory": 8}[name]
             subject.add_argument("--batch", type=_positive, default=batch, help=f"images (default: {batch})")
             subject.add_argument("--width", type=_positive, default=32, help="channels of a stream (default: 32)")
@@ -127,6 +128,21 @@ def _memory(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         table.rows.append({"variant": variant, **peaks, **_goal(own[-1].get("goal"), "")})
     size = f"{args.batch}x{args.width}x{args.side}x{args.side}"
     table.notes = [f"depth counts branches, two a block; a stream is {size}, float32"]
+    return rows, [table]
+
+
+def _overhead(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
+    from revkernels.bench import overhead
+    from revkernels.bench.clocks import clock_for
+
+    with progress("bench overhead", args.rounds + 2) as begin:
+        rows = _rows(list(overhead.run(args.device, clock_for(args.device), args.rounds, begin)))
+    table = _timing(f"forward and backward of {overhead.HALF_STEPS} branches of x * w, 8 elements", rows, "ms", 1e3)
+    del table.columns["benchmark"], table.columns["case"]
+    table.columns |= {"us": "us a half-step"} | _GOAL
+    for shown, row in zip(table.rows, rows, strict=True):
+        shown["us"] = row["us_a_half_step"]
+    table.notes = [_how(args)]
     return rows, [table]
 
 

@@ -35,6 +35,8 @@ class Transition(nn.Module):
 
         y1 = F(x2) + S(x1)        y2 = G(y1) + S(x2)
 
+    Under autocast the streams are float32, whatever dtype the branches return.
+
     F carries the stride; S is the block's shortcut (basic: average pool and zero channels; bottleneck: a strided 1x1
     convolution for each half). Halves (N, in_channels, H, W) -> halves (N, out_channels, H / stride, W / stride).
 
@@ -64,7 +66,14 @@ class Transition(nn.Module):
         x1, x2 = pair
         y1 = self.F(x2) + self.shortcut1(x1)
         y2 = self.G(y1) + self.shortcut2(x2)
-        return y1, y2
+        return _wide(y1), _wide(y2)
+
+
+def _wide(stream: Tensor) -> Tensor:
+    """A stream in float32 also where autocast made its values in a half type: a stream of halves drifts."""
+    if stream.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(stream.device.type):
+        return stream.float()
+    return stream
 
 
 class RevNet(nn.Module):

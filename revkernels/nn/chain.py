@@ -85,11 +85,9 @@ def forward(
         from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
 
         return untraced(forward, owner, x, groups, half_steps, name, through)
-    if "torch._dynamo" in sys.modules:
-        from revkernels.autograd.compiling import active, untraced
-
-        if active():  # dynamo was here, and has given up
-            return untraced(forward, owner, x, groups, half_steps, name, through)
+    compiling = sys.modules.get("revkernels.autograd.compiling")
+    if compiling is not None and compiling.active():  # dynamo was here, and has given up
+        return compiling.untraced(forward, owner, x, groups, half_steps, name, through)
     streams, joined = streams_of(x, owner.split_dim, groups, "x")
     keep = is_store(owner.activations)
     if not half_steps:

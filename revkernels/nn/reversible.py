@@ -17,6 +17,7 @@ from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, inverse, rebuilds
 from revkernels.nn.streams import check_options
 
+_KINDS_OF_HOOK = ("forward_pre", "forward", "backward_pre", "backward")
 _OPTIONS = ("split_dim", "activations", "coupling", "backend")
 _handed_over = threading.local()  # the Reversal a chain hands to a block that it calls through the block's hooks
 
@@ -79,7 +80,8 @@ class ReversibleBlock(nn.Module):
     @property
     def branches(self) -> tuple[Callable[..., Any], ...]:
         """F, G and those after them: as many as there are streams."""
-        return tuple(getattr(self, name) for name in self.branch_names)
+        modules: dict[str, Any] = self._modules  # looked up here first: nn.Module's own way there is slow
+        return tuple([modules[name] if name in modules else getattr(self, name) for name in self.branch_names])
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Map x (cut along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
@@ -191,12 +193,12 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
         return untraced(_run, owner, named, x, args, kwargs)
     blocks = list(named.values())
     half_steps = _half_steps(blocks, args, kwargs)
-    hooked = _hooked(blocks)
+    hooks = have_hooks(blocks)
 
     def through(reversal: Reversal) -> None:
         pending: list[HalfStep] = []
         for index, block in enumerate(blocks):
-            if hooked[index]:
+            if hooks[index]:
                 advance(reversal, pending)
                 pending = []
                 _call_through_hooks(reversal, block, half_steps[index], index)
@@ -205,30 +207,30 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
         advance(reversal, pending)
 
     flat = [half_step for of_block in half_steps for half_step in of_block]
-    return forward(owner, x, _groups(blocks), flat, _half_step_name(owner, blocks), through if any(hooked) else None)
+    return forward(owner, x, _groups(blocks, x), flat, _half_step_name(owner, blocks), through if any(hooks) else None)
 
 
 def _run_inverse(
     owner: Any, blocks: Sequence[ReversibleBlock], y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     flat = [half_step for of_block in _half_steps(blocks, args, kwargs) for half_step in of_block]
-    return inverse(owner, y, _groups(blocks), flat, _half_step_name(owner, blocks))
+    return inverse(owner, y, _groups(blocks, y), flat, _half_step_name(owner, blocks))
 
 
-def _groups(blocks: Sequence[ReversibleBlock]) -> int:
-    return len(blocks[0].branch_names) if blocks else 2
+def _groups(blocks: Sequence[ReversibleBlock], x: Any = None) -> int:
+    if blocks:
+        return len(blocks[0].branch_names)
+    return max(2, len(x)) if isinstance(x, (tuple, list)) else 2  # no block takes any number of streams
 
 
 def _half_steps(
     blocks: Sequence[ReversibleBlock], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[list[HalfStep]]:
     """Each block's half-steps: the first branch reads the sum of the other streams, a later one what came before."""
-    others = tuple(range(1, _groups(blocks)))
+    groups = range(_groups(blocks))
+    places = [(index, (index - 1,) if index else tuple(groups[1:])) for index in groups]
     return [
-        [
-            HalfStep(branch, index, (index - 1,) if index else others, *call)
-            for index, (branch, call) in enumerate(zip(block.branches, of_block, strict=True))
-        ]
+        [HalfStep(branch, *place, *call) for branch, place, call in zip(block.branches, places, of_block, strict=True)]
         for block, of_block in zip(blocks, route(blocks, args, kwargs), strict=True)
     ]
 
@@ -257,8 +259,9 @@ def _half_step_name(owner: Any, blocks: Sequence[ReversibleBlock]) -> Callable[[
     return name
 
 
-def _hooked(blocks: Sequence[nn.Module]) -> list[bool]:
-    everywhere = _torch_module._has_any_global_hook()
+def have_hooks(blocks: Sequence[nn.Module]) -> list[bool]:
+    """Which of the modules have hooks that a call would fire, of their own or everywhere."""
+    everywhere = any(getattr(_torch_module, f"_global_{kind}_hooks") for kind in _KINDS_OF_HOOK)
     return [
         bool(
             everywhere

@@ -45,7 +45,7 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
             )
         part = size // groups
         return [x.narrow(split_dim, index * part, part) for index in range(groups)], True
-    if not (isinstance(x, tuple | list) and len(x) == groups and all(isinstance(t, torch.Tensor) for t in x)):
+    if not (isinstance(x, (tuple, list)) and len(x) == groups and all(isinstance(t, torch.Tensor) for t in x)):
         several = f"a pair of tensors ({name}1, {name}2)" if groups == 2 else f"a tuple of {groups} tensors"
         raise TypeError(f"{name} is {_describe(x)}; it must be a tensor, or {several}")
     for stream in x:
@@ -75,6 +75,6 @@ def dense(stream: torch.Tensor) -> torch.Tensor:
 
 
 def _describe(x: Any) -> str:
-    if isinstance(x, tuple | list):
+    if isinstance(x, (tuple, list)):
         return f"a {type(x).__name__} of {len(x)} ({', '.join(type(item).__name__ for item in x)})"
     return f"a {type(x).__name__}"

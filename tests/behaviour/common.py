@@ -7,6 +7,8 @@ Nothing here uses the library's own store mode: `Plain` is written with torch ca
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from revkernels.models.layers import BasicBranch, BottleneckBranch  # noqa: E402
 from revkernels.nn import PerBlock, ReversibleBlock, ReversibleSequential  # noqa: E402
 
 WIDE = torch.float64
@@ -98,6 +101,47 @@ def rows(*shape, dtype=WIDE, requires_grad=True):
 
 def images(n=2, c=8, h=5, w=6):
     return rows(n, c, h, w)
+
+
+def tanh_norm_mlp(width=4):
+    return nn.Sequential(nn.Linear(width, 6), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, width)).to(WIDE)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Residual functions of one kind, and inputs of the shape that they keep."""
+
+    make: Callable[[], nn.Module]
+    stream: tuple[int, ...]  # the shape of one stream
+
+    def pairs(self, depth):
+        return pairs_of(self.make, depth)
+
+    def twins(self, depth, **options):
+        return twins(self.pairs(depth), **options)
+
+    def x(self, **options):
+        n, width, *rest = self.stream
+        return rows(n, 2 * width, *rest, **options)
+
+    def pair(self, **options):
+        return rows(*self.stream, **options), rows(*self.stream, **options)
+
+    def within(self, wrap):
+        """The same kind inside a module: ``wrap(branch)`` makes one."""
+        return Kind(lambda: wrap(self.make()), self.stream)
+
+    def with_dropout(self, p):
+        return self.within(lambda branch: nn.Sequential(branch, nn.Dropout(p)))
+
+
+#: Somebody's own modules, and the residual functions that this package has for its networks.
+KINDS = {
+    "mlp": Kind(tanh_norm_mlp, (6, 4)),
+    "conv": Kind(conv, (2, 4, 5, 6)),
+    "basic": Kind(lambda: BasicBranch(4, 4).to(WIDE), (2, 4, 5, 6)),
+    "bottleneck": Kind(lambda: BottleneckBranch(4, 4).to(WIDE), (2, 4, 5, 6)),
+}
 
 
 # ---- one training step, and everything that it leaves behind
@@ -235,3 +279,23 @@ def assert_raises(error, parts, action):
             assert part in message, f"the message does not say {part!r}: {message}"
         return raised
     raise AssertionError(f"nothing was raised; expected {error} saying {parts}")
+
+
+@contextmanager
+def unwritten(network, *values):
+    """Nothing is written inside: the bytes of ``values``, parameters, gradients, buffers and generator stay."""
+
+    def watched():
+        yield from tensors_in(list(values))
+        for p in network.parameters():
+            yield from (p,) if p.grad is None else (p, p.grad)
+        yield from network.buffers()
+        yield torch.get_rng_state()
+
+    def state():
+        tensors = [t.detach() for t in watched() if t.device.type != "meta"]
+        return [(t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes(), t._version) for t in tensors]
+
+    before = state()
+    yield
+    assert state() == before, "something was written to"

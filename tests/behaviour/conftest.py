@@ -33,3 +33,25 @@ def activations(request):
 @pytest.fixture
 def options(backend, activations):
     return {"backend": backend, "activations": activations}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what tries plain torch against plain torch: stored and unfused, but for the first kind of branches."""
+    left_out = {"backend": "eager", "activations": "store"}
+
+    def has_nothing_of_ours(item):
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        return left_out.items() <= params.items() and not {"basic", "bottleneck"}.isdisjoint(map(str, params.values()))
+
+    kept = [item for item in items if not has_nothing_of_ours(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if has_nothing_of_ours(item)])
+        items[:] = kept
+
+
+@pytest.fixture(params=["mlp", "basic", "bottleneck"])
+def kind(request):
+    """Branches of somebody's own, and the library's. Others of `KINDS` by indirect parametrisation."""
+    from behaviour.common import KINDS
+
+    return KINDS[request.param]

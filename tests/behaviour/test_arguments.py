@@ -12,6 +12,7 @@ from behaviour.common import (
     assert_raises,
     assert_same,
     check_step,
+    dropout_mlp,
     fresh,
     loss_of,
     mlp,
@@ -20,6 +21,7 @@ from behaviour.common import (
     step,
     torch,
     twins,
+    unwritten,
 )
 from revkernels.nn import PerBlock
 
@@ -29,9 +31,9 @@ class Masked(nn.Module):
 
     keywords = ("mask", "flip")
 
-    def __init__(self):
+    def __init__(self, inner=None):
         super().__init__()
-        self.inner = mlp()
+        self.inner = inner or mlp()
 
     def forward(self, x, mask=None, *, flip=False):
         f = self.inner(x.flip(0) if flip else x)
@@ -64,6 +66,43 @@ def test_keywords_go_to_the_branches_that_take_them(options):
     for flip in (False, True):
         check_step(net, plain, rows(), memory=memory, mask=mask, flip=flip)
     check_step(net, plain, rows(), memory=memory)
+
+
+class Conditioned(nn.Module):
+    """Any residual function, scaled by what it makes of a memory."""
+
+    keywords = ("memory",)
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, memory):
+        return self.inner(x) * torch.tanh(memory).mean() + memory.square().mean()
+
+
+def deaf(branch):
+    """Say so to the plain network: this branch takes no keywords."""
+    branch.keywords = ()
+    return branch
+
+
+def check_arguments(kind, **options):
+    """Rows 19 and 20, as a function: a memory and a mask, for all blocks and for each its own, with gradients."""
+    make = kind.make
+    pairs = [(Conditioned(make()), deaf(make())), (deaf(make()), Masked(make())), (Masked(make()), Conditioned(make()))]
+    net, plain = twins(pairs, **options)
+    memory, mask = torch.randn(7, 3, dtype=WIDE, requires_grad=True), torch.rand(kind.stream, dtype=WIDE)
+    check_step(net, plain, kind.x(), memory=memory, mask=mask, sides=[memory])
+    mask.requires_grad_()
+    each = [torch.randn(2, dtype=WIDE, requires_grad=True) for _ in range(3)]
+    masks = PerBlock([None, mask, mask])
+    check_step(net, plain, kind.x(), memory=PerBlock(each), mask=masks, flip=True, sides=[*(each[::2]), mask])
+
+
+def test_arguments_beside_branches_that_take_none(kind, options):
+    """Rows 19 and 20: the library's own branches, which take their stream alone, next to others and inside them."""
+    check_arguments(kind, **options)
 
 
 class Positional(nn.Module):
@@ -132,9 +171,9 @@ def test_autograd_grad_of_a_side_input(options):
 class Auxiliary(nn.Module):
     """Returns a loss of its own beside f."""
 
-    def __init__(self, as_dict=False):
+    def __init__(self, inner, as_dict=False):
         super().__init__()
-        self.inner, self.as_dict = mlp(), as_dict
+        self.inner, self.as_dict = inner, as_dict
 
     def forward(self, x):
         f = self.inner(x)
@@ -144,10 +183,17 @@ class Auxiliary(nn.Module):
 
 @pytest.mark.parametrize("as_dict", [False, True])
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
-def test_auxiliary_outputs(as_dict, pair, options):
+def test_auxiliary_outputs(as_dict, pair, kind, options):
     """Row 21: (f, aux) makes the call return (y, [aux, ...]) in call order, gradients included."""
-    net, plain = twins([(Auxiliary(as_dict), mlp()), (Auxiliary(), Auxiliary(as_dict)), (mlp(), mlp())], **options)
-    x = (rows(5, 4), rows(5, 4)) if pair else rows()
+    check_auxiliary_outputs(kind, as_dict, pair, **options)
+
+
+def check_auxiliary_outputs(kind, as_dict, pair, **options):
+    """Row 21, as a function."""
+    make = kind.make
+    mixed = [(Auxiliary(make(), as_dict), make()), (Auxiliary(make()), Auxiliary(make(), as_dict)), *kind.pairs(1)]
+    net, plain = twins(mixed, **options)
+    x = kind.pair() if pair else kind.x()
     check_step(net, plain, x)
     y, aux = net(x)
     assert isinstance(y, tuple) is pair
@@ -155,12 +201,12 @@ def test_auxiliary_outputs(as_dict, pair, options):
     assert not as_dict or aux[0]["name"] == "text"
 
 
-def test_auxiliary_outputs_alone(options):
+def test_auxiliary_outputs_alone(kind, options):
     """Row 21: a loss of auxiliary outputs only; the output of the chain is not used."""
     results = []
-    for network in twins(pairs_of(Auxiliary, 3), **options):
-        torch.manual_seed(0)
-        leaves, x = fresh(rows())
+    given = kind.x()
+    for network in kind.within(Auxiliary).twins(3, **options):
+        leaves, x = fresh(given)
         _, aux = network(x)
         (aux[1] * 2 + aux[4]).backward()
         results.append([leaves[0].grad, *(p.grad for p in network.parameters())])
@@ -172,7 +218,7 @@ def test_inverse_with_arguments(options):
     net, _ = twins(attention_pairs(), **options)
     x, memory, mask = rows(), torch.randn(7, 3, dtype=WIDE), torch.rand(5, 4, dtype=WIDE)
     assert_close(net.inverse(net(x, memory=memory, mask=mask), memory=memory, mask=mask), x)
-    net, _ = twins(pairs_of(Auxiliary, 2), **options)
+    net, _ = twins(pairs_of(lambda: Auxiliary(mlp()), 2), **options)
     assert_close(net.inverse(net(x)[0]), x)
 
 
@@ -208,11 +254,18 @@ class Functions(Plain):
 
 def test_bad_arguments(options):
     """A keyword that no branch takes; a PerBlock of the wrong length; a branch that returns three things."""
-    net, _ = twins(pairs_of(Masked, 3), **options)
+    net, _ = twins(pairs_of(lambda: Masked(dropout_mlp()), 3), **options)
     x = rows()
-    assert_raises(TypeError, ["no branch takes", "'maks'"], lambda: net(x, maks=1))
-    assert_raises(ValueError, ["mask", "2 values", "3 blocks"], lambda: net(x, mask=PerBlock([None, None])))
-    assert_raises(ValueError, ["argument 0", "4 values"], lambda: net(x, PerBlock([None] * 4)))
+    two = PerBlock([None, None])
+
+    def refused(call):
+        assert_raises(TypeError, ["no branch takes", "'maks'"], lambda: call(x, maks=1))
+        assert_raises(ValueError, ["mask", "2 values", "one for each of the 3 blocks"], lambda: call(x, mask=two))
+        assert_raises(ValueError, ["argument 0", "4 values"], lambda: call(x, PerBlock([None] * 4)))
+
+    with unwritten(net, x):
+        refused(net)
+        refused(net.inverse)
 
     class Three(nn.Module):
         def forward(self, x):

@@ -5,47 +5,90 @@ import pytest
 from torch import nn
 
 import revkernels as rk
-from behaviour.common import WIDE, assert_raises, images, mlp, pairs_of, rows, torch, twins
+from behaviour.common import (
+    WIDE,
+    assert_raises,
+    images,
+    loss_of,
+    mlp,
+    pairs_of,
+    rows,
+    torch,
+    twins,
+    unwritten,
+)
+from revkernels.models.layers import BasicBranch, BottleneckBranch
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 INPUTS = {
     "an odd number of channels": (ValueError, ["x has shape (5, 7)", "is 7", "even"], lambda: rows(5, 7)),
-    "no such dimension": (ValueError, ["x has shape (8,)", "split_dim=1"], lambda: rows(8)),
+    "no such dimension": (ValueError, ["x has shape (8,)", "split_dim=1", "one of its dimensions"], lambda: rows(8)),
+    "a number": (ValueError, ["x has shape ()", "split_dim=1", "one of its dimensions"], lambda: torch.ones(())),
+    "a half of integers": (
+        *(TypeError, ["x is torch.int32", "floating point"]),
+        lambda: (rows(5, 4), torch.ones(5, 4, dtype=torch.int32)),
+    ),
     "integers": (TypeError, ["x is torch.int64", "floating point"], lambda: torch.ones(5, 8, dtype=torch.int64)),
     "complex": (TypeError, ["x is torch.complex64", "float32"], lambda: torch.ones(5, 8, dtype=torch.complex64)),
     "an array": (TypeError, ["x is a ndarray", "tensor"], lambda: rows().detach().numpy()),
     "None": (TypeError, ["x is a NoneType", "(x1, x2)"], lambda: None),
-    "one half": (TypeError, ["x is a tuple of 1"], lambda: (rows(5, 4),)),
-    "three tensors": (TypeError, ["x is a tuple of 3"], lambda: (rows(5, 4),) * 3),
-    "half a pair": (TypeError, ["x is a tuple of 2 (Tensor, NoneType)"], lambda: (rows(5, 4), None)),
-    "unequal halves": (ValueError, ["x1 has shape (5, 4)", "x2 has (4, 4)"], lambda: (rows(5, 4), rows(4, 4))),
+    "one half": (TypeError, ["x is a tuple of 1", "a pair of tensors (x1, x2)"], lambda: (rows(5, 4),)),
+    "three tensors": (TypeError, ["x is a tuple of 3", "a pair of tensors (x1, x2)"], lambda: (rows(5, 4),) * 3),
+    "half a pair": (
+        *(TypeError, ["x is a tuple of 2 (Tensor, NoneType)", "a pair of tensors (x1, x2)"]),
+        lambda: (rows(5, 4), None),
+    ),
+    "unequal halves": (
+        *(ValueError, ["x1 has shape (5, 4)", "x2 has (4, 4)", "must be equal"]),
+        lambda: (rows(5, 4), rows(4, 4)),
+    ),
     "halves of two dtypes": (
-        *(ValueError, ["x1 has dtype torch.float64", "x2 has torch.float32"]),
+        *(ValueError, ["x1 has dtype torch.float64", "x2 has torch.float32", "must be equal"]),
         lambda: (rows(5, 4), rows(5, 4, dtype=torch.float32)),
     ),
     "halves on two devices": (
-        *(ValueError, ["x1 has device cpu", "x2 has meta"]),
+        *(ValueError, ["x1 has device cpu", "x2 has meta", "must be equal"]),
         lambda: (rows(5, 4), torch.ones(5, 4, dtype=WIDE, device="meta")),
     ),
 }
 
 
+def assert_refused(network, error, parts, call, given):
+    """``call(given)`` raises, and its message says what it has to, before anything is written."""
+    with unwritten(network, given):
+        assert_raises(error, parts, lambda: call(given))
+
+
+def trained(network, x):
+    """Give the parameters gradients, which a refused call must not touch either."""
+    loss_of(network(x)).backward()
+    return network
+
+
 class Never(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.armed = inner, False
+
     def forward(self, x):
-        raise AssertionError("the branch was run")
+        assert not self.armed, "the branch was run"
+        return self.inner(x)
 
 
 @pytest.mark.parametrize("case", INPUTS)
-def test_input(case, options):
-    """A chain, a block, and their inverses, which say y; no branch runs."""
+def test_input(case, kind, options):
+    """A chain, a block, and their inverses, which say y; no branch runs and nothing is written."""
     error, parts, make = INPUTS[case]
-    net, _ = twins([(Never(), Never())], **options)
-    block = ReversibleBlock(Never(), Never(), **options)
+    kind = kind.with_dropout(0.5).within(Never)
+    net = trained(kind.twins(2, **options)[0], kind.x())
+    block = trained(ReversibleBlock(kind.make(), kind.make(), **options), kind.x())
     for module in (net, block):
-        assert_raises(error, parts, lambda m=module: m(make()))
+        for branch in module.modules():
+            branch.armed = True
+        assert_refused(module, error, parts, module, make())
         of_y = [f"y{part[1:]}" if part.startswith("x") else part.replace("x2 has", "y2 has") for part in parts]
         of_y = [part.replace("(x1, x2)", "(y1, y2)") for part in of_y]
-        assert_raises(error, of_y, lambda m=module: m.inverse(make()))
+        assert_refused(module, error, of_y, module.inverse, make())
 
 
 class Returns(nn.Module):
@@ -59,10 +102,11 @@ class Returns(nn.Module):
 
 BRANCHES = {
     "another shape": (ValueError, ["Returns", "shape (5, 1)", "(5, 4)", "keep the shape"], lambda x: x[:, :1]),
-    "a shape that would broadcast": (ValueError, ["shape (4,)", "(5, 4)"], lambda x: x[0]),
+    "a shape that would broadcast": (ValueError, ["shape (4,)", "(5, 4)", "keep the shape"], lambda x: x[0]),
     "integers": (TypeError, ["Returns", "torch.int64", "floating-point"], lambda x: x.long()),
     "None": (TypeError, ["Returns", "NoneType", "must return a tensor"], lambda x: None),
-    "a list": (TypeError, ["Returns", "list"], lambda x: [x]),
+    "a list": (TypeError, ["Returns", "list", "must return a tensor"], lambda x: [x]),
+    "complex numbers": (TypeError, ["Returns", "torch.complex128", "floating-point"], lambda x: x + 0j),
     "a tuple of 3": (TypeError, ["tuple of 3", "(f, aux)"], lambda x: (x, x, x)),
     "a tuple of 1": (TypeError, ["tuple of 1", "(f, aux)"], lambda x: (x,)),
     "another device": (ValueError, ["Returns", "on meta", "on cpu"], lambda x: x.to("meta")),
@@ -72,21 +116,40 @@ BRANCHES = {
 @pytest.mark.parametrize("case", BRANCHES)
 @pytest.mark.parametrize("place", [0, 1])
 def test_what_a_branch_returns(case, place, options):
-    """Found in the call, in F and in G, forwards and backwards, with gradients and without."""
+    """Found in the call, in F and in G, forwards and backwards, with gradients and without; inputs are left alone."""
     error, parts, result = BRANCHES[case]
     pair = [mlp(), mlp()]
     pair[place] = Returns(result)
     net, _ = twins([tuple(pair)], **options)
-    assert_raises(error, parts, lambda: net(rows()))
-    assert_raises(error, parts, lambda: net.inverse(rows()))
-    with torch.no_grad():
-        assert_raises(error, parts, lambda: net(rows()))
+    parts = [*parts, f"branch {'FG'[place]}"]
+    for x in (rows(), (rows(5, 4), rows(5, 4))):
+        assert_refused(net, error, parts, net, x)
+        assert_refused(net, error, parts, net.inverse, x)
+        with torch.no_grad():
+            assert_refused(net, error, parts, net, x)
 
 
-def test_a_strided_convolution(options):
+STRIDED = {
+    "a convolution": lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1),
+    "a basic residual function": lambda: BasicBranch(4, 4, stride=2),
+    "a bottleneck residual function": lambda: BottleneckBranch(4, 4, stride=2),
+}
+
+
+@pytest.mark.parametrize("case", STRIDED)
+def test_a_strided_branch(case, options):
     """The usual way to change the shape: the message says what a reversible block needs."""
-    net, _ = twins([(nn.Conv2d(4, 4, 3, stride=2, padding=1).to(WIDE), nn.Identity())], **options)
-    assert_raises(ValueError, ["Conv2d", "(2, 4, 3, 3)", "(2, 4, 5, 6)", "stride 1"], lambda: net(images()))
+    strided = STRIDED[case]().to(WIDE).eval()
+    net, _ = twins([(strided, nn.Identity())], **options)
+    parts = [type(strided).__name__, "(2, 4, 3, 3)", "(2, 4, 5, 6)", "must keep the shape", "stride 1"]
+    assert_refused(net, ValueError, parts, net, images())
+
+
+def test_a_branch_of_more_channels(options):
+    """The other usual way."""
+    net, _ = twins([(nn.Identity(), BasicBranch(4, 6).to(WIDE).eval())], **options)
+    parts = ["BasicBranch", "(2, 6, 5, 6)", "(2, 4, 5, 6)", "as many channels out as in"]
+    assert_refused(net, ValueError, parts, net, images())
 
 
 CONSTRUCTIONS = {
@@ -104,6 +167,15 @@ def test_options(option):
     error, parts, options = CONSTRUCTIONS[option]
     assert_raises(error, parts, lambda: ReversibleSequential(**options))
     assert_raises(error, parts, lambda: ReversibleBlock(mlp(), mlp(), **options))
+
+
+@pytest.mark.parametrize("option", ["activations", "backend"])
+def test_options_changed_later(option, kind):
+    """Options are attributes: a bad one is refused by the next call."""
+    net = trained(kind.twins(2)[0], kind.x())
+    error, parts, options = CONSTRUCTIONS[option]
+    setattr(net, option, options[option])
+    assert_refused(net, error, parts, net, kind.x())
 
 
 def test_what_a_chain_is_made_of():

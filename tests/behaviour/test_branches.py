@@ -93,6 +93,23 @@ def test_on_rows(kind, options):
     check_step(*twins(pairs_of(ON_ROWS[kind], 3), **options), rows(), steps=2)
 
 
+def test_spectral_norm_on_every_layer(kind, options):
+    """Row 34: each forward in training writes the vectors that its weights are divided by the norm with."""
+    check_spectral_norm(kind, **options)
+
+
+def check_spectral_norm(kind, **options):
+    """Row 34, as a function."""
+
+    def constrain(branch):
+        for layer in list(branch.modules()):
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                nn.utils.parametrizations.spectral_norm(layer)
+        return branch
+
+    check_step(*kind.within(constrain).twins(3, **options), kind.x(), steps=3)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -2,7 +2,6 @@
 """Chains inside other things, other things inside chains, and several at once."""
 
 import gc
-import threading
 
 import pytest
 from torch import nn
@@ -22,7 +21,6 @@ from behaviour.common import (
     norm_mlp,
     pairs_of,
     rows,
-    step,
     torch,
     twins,
 )
@@ -161,66 +159,6 @@ def test_two_chains_in_one_graph(options):
         loss_of(c[which](a[which](x) * b[which](x))).backward()
         results.append([x.grad, *(p.grad for net in (a, b, c) for p in net[which].parameters())])
     assert_all_close(*results)
-
-
-def test_a_thread_a_model(options):
-    """Row 32: four threads train four models at once."""
-    nets = [twins(pairs_of(norm_mlp, 3), **options) for _ in range(4)]
-    inputs = [rows(6, 8) for _ in nets]
-    problems = []
-
-    def train(pair, x):
-        try:
-            for _ in range(5):
-                results = []
-                for network in pair:
-                    leaves, copied = fresh(x)
-                    network.zero_grad()
-                    loss_of(network(copied)).backward()
-                    results.append([leaves[0].grad, *(p.grad for p in network.parameters()), *network.buffers()])
-                assert_all_close(*results)
-        except BaseException as error:
-            problems.append(error)
-
-    threads = [threading.Thread(target=train, args=job) for job in zip(nets, inputs, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems, problems
-
-
-def test_one_model_in_several_threads(options):
-    """Row 32: one model, each thread its own forward and backward for the inputs' gradients."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
-    inputs = [rows() for _ in range(4)]
-    grads = [None] * 4
-
-    def run(index):
-        x = inputs[index]
-        for _ in range(5):
-            (grads[index],) = torch.autograd.grad(loss_of(net(x)), x)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert_all_close(grads, [torch.autograd.grad(loss_of(plain(x)), x)[0] for x in inputs])
-
-
-def test_forward_in_one_thread_and_backward_in_another(options):
-    """Row 32: a graph may be run backwards elsewhere than where it was made."""
-    net, plain = twins(pairs_of(dropout_mlp, 3), **options)
-    x = rows()
-    expected = step(plain, x, seed=2)
-    torch.manual_seed(2)
-    leaves, copied = fresh(x)
-    y = net(copied)
-    thread = threading.Thread(target=loss_of(y).backward)
-    thread.start()
-    thread.join()
-    assert_same(gathered(net, [y], leaves), expected)
 
 
 def test_a_chain_between_other_layers(options):

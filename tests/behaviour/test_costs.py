@@ -6,7 +6,7 @@ import gc
 import pytest
 from torch import nn
 
-from behaviour.common import WIDE, conv, pairs_of, rows, torch, twins
+from behaviour.common import WIDE, pairs_of, rows, torch, twins
 from revkernels.measure import peak_bytes
 from revkernels.nn import is_recomputing
 
@@ -63,12 +63,12 @@ def test_dropout_keeps_the_generator_state_alone(backend):
     assert deep - shallow <= half_steps * state * 1.1 + BLOCK
 
 
-def test_memory_is_flat_with_batch_norm(backend):
-    """Row 2: throw-away statistics are thrown away."""
-    x = rows(4, 16, 16, 16, requires_grad=False)
-    block = x.numel() * 8
-    shallow, deep = (activation_bytes(twins(pairs_of(lambda: conv(8), d), backend=backend)[0], x) for d in (3, 12))
-    assert abs(deep - shallow) <= block
+@pytest.mark.parametrize("kind", ["conv", "basic", "bottleneck"], indirect=True)
+def test_memory_is_flat_with_batch_norm(kind, compiled):
+    """Row 2: the library's own branches too; throw-away statistics are thrown away."""
+    x = rows(4, 8, 16, 16, requires_grad=False)
+    shallow, deep = (activation_bytes(kind.twins(depth, backend=compiled)[0], x) for depth in (4, 16))
+    assert abs(deep - shallow) <= x.numel() * 8
 
 
 class Counting(nn.Module):
@@ -90,32 +90,33 @@ def check_calls(net, x, recomputes):
         branch.calls.clear()
 
 
-def test_one_extra_forward(backend):
+def test_one_extra_forward(kind, backend):
     """Row 3: under "reconstruct" each branch runs exactly once more, the first too."""
-    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 5), backend=backend)
-    for _ in range(2):
-        check_calls(net, rows(3, 2 * WIDTH), recomputes=1)
+    net, _ = kind.within(Counting).twins(5, backend=backend)
+    for requires_grad in (True, False):
+        check_calls(net, kind.x(requires_grad=requires_grad), recomputes=1)
 
 
-def test_no_extra_forward_when_stored(backend):
+def test_no_extra_forward_when_stored(kind, backend):
     """Row 3: under "store" none does."""
-    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 5), backend=backend, activations="store")
-    check_calls(net, rows(3, 2 * WIDTH), recomputes=0)
+    net, _ = kind.within(Counting).twins(5, backend=backend, activations="store")
+    check_calls(net, kind.x(), recomputes=0)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_no_extra_forward_without_gradients(context, options):
+def test_no_extra_forward_without_gradients(context, kind, options):
     """Rows 3 and 16: nothing is recorded where no backward can come."""
-    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 3), **options)
+    net, _ = kind.within(Counting).twins(3, **options)
     with context():
-        net(rows(3, 2 * WIDTH))
+        y = net(kind.x())
+    assert y.grad_fn is None
     assert [branch.calls for block in net for branch in (block.F, block.G)] == [[False]] * 6
 
 
-def test_extra_forwards_of_two_gradients(backend):
+def test_extra_forwards_of_two_gradients(kind, backend):
     """Rows 3 and 10: a gradient for the last block alone rebuilds nothing below it."""
-    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 4), backend=backend)
-    y = net(rows(3, 2 * WIDTH))
+    net, _ = kind.within(Counting).twins(4, backend=backend)
+    y = net(kind.x())
     torch.autograd.grad(y.sum(), list(net[3].G.parameters()))
     assert [len(block.G.calls) for block in net] == [1, 1, 1, 2]
     assert [len(block.F.calls) for block in net] == [1, 1, 1, 1]

@@ -4,20 +4,14 @@
 import pytest
 from torch import nn
 
-from behaviour.common import assert_all_close, check_step, conv, fresh, images, mlp, pairs_of, rows, step, torch, twins
+from behaviour.common import assert_all_close, check_step, fresh, mlp, pairs_of, rows, step, torch, twins
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
 @pytest.mark.parametrize("depth", range(1, 7))
-def test_depth(depth, options):
+def test_depth(depth, kind, options):
     """Row 1: depth 1 to 6, odd and even."""
-    check_step(*twins(pairs_of(mlp, depth), **options), rows())
-
-
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_depth_of_convolutions(depth, options):
-    """Row 1: the same with convolutions and batch norms."""
-    check_step(*twins(pairs_of(conv, depth), **options), images(), steps=2)
+    check_step(*kind.twins(depth, **options), kind.x(), steps=2)
 
 
 def test_no_block_is_the_identity(options):
@@ -28,26 +22,26 @@ def test_no_block_is_the_identity(options):
     assert torch.equal(ReversibleSequential(**options).inverse(x), x)
 
 
-def test_one_block_alone(options):
+def test_one_block_alone(kind, options):
     """Rows 1 and 36: a block called without a chain works like a chain of one, on a tensor and on a pair."""
-    pairs = pairs_of(mlp, 1)
+    pairs = kind.pairs(1)
     net, plain = twins(pairs, **options)
     block = ReversibleBlock(*pairs[0], **options)
-    for x in (rows(), (rows(5, 4), rows(5, 4))):
+    for x in (kind.x(), kind.pair()):
         got, expected = step(block, x), step(plain, x)
         assert_all_close(got.outputs, expected.outputs)
         assert_all_close(got.inputs, expected.inputs)
         assert_all_close(list(got.parameters.values()), list(expected.parameters.values()))
         chained = step(net, x)
         assert_all_close(got.outputs, chained.outputs, tolerance=1e-300)
-    x = rows(requires_grad=False)
+    x = kind.x(requires_grad=False)
     assert_all_close([block.inverse(block(x))], [x], 1e-12)
 
 
-def test_pair_in_pair_out(options):
+def test_pair_in_pair_out(kind, options):
     """Row 36: (x1, x2) in, a tuple of two out, both differentiable on their own."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
-    x = rows(5, 4), rows(5, 4)
+    net, plain = kind.twins(3, **options)
+    x = kind.pair()
     check_step(net, plain, x)
     for which in (0, 1):
         grads = []
@@ -73,8 +67,8 @@ def test_pair_of_one_tensor_twice(options):
     assert_all_close(*grads)
 
 
-def test_a_pair_is_not_copied(options):
-    """Row 36: the first branch reads the caller's own memory."""
+def check_pair_is_not_copied(**options):
+    """Row 36, as a function: the branches read the caller's memory, and the pair that comes out is what they made."""
     seen = []
 
     class Spy(nn.Module):
@@ -82,10 +76,19 @@ def test_a_pair_is_not_copied(options):
             seen.append(x.data_ptr())
             return x * 2
 
-    net, _ = twins([(Spy(), Spy())], **options)
+    net, _ = twins([(Spy(), Spy()), (Spy(), Spy())], **options)
     x1, x2 = rows(5, 4), rows(5, 4)
-    net((x1, x2))
+    y1, _ = net((x1, x2))
     assert seen[0] == x2.data_ptr()
+    assert seen[3] == y1.data_ptr()
+    seen.clear()
+    y1, _ = net[0]((x1, x2))
+    assert seen == [x2.data_ptr(), y1.data_ptr()]
+
+
+def test_a_pair_is_not_copied(options):
+    """Row 36: by the addresses that the branches see, in a chain and in a block alone."""
+    check_pair_is_not_copied(**options)
 
 
 def test_a_list_of_two_is_a_pair(options):
@@ -102,13 +105,18 @@ def test_split_dim(split_dim, options):
     check_step(*twins(pairs_of(lambda: mlp(width), 3), split_dim=split_dim, **options), rows(6, 2, 8))
 
 
-def test_input_is_not_written_to(options):
-    """The caller's input is as it was after forward and backward, single or pair."""
-    net, _ = twins(pairs_of(mlp, 4), **options)
-    for x in (rows(), (rows(5, 4), rows(5, 4))):
+def check_input_is_not_written_to(kind, **options):
+    """Rows 17 and 36, as a function: the caller's input is as it was after forward and backward."""
+    net, _ = kind.twins(4, **options)
+    for x in (kind.x(), kind.pair()):
         leaves, handed = fresh(x)
         before, versions = [leaf.detach().clone() for leaf in leaves], [leaf._version for leaf in leaves]
         y = net(handed)
         sum(t.square().sum() for t in (y if isinstance(y, tuple) else (y,))).backward()
         assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
         assert versions == [leaf._version for leaf in leaves]
+
+
+def test_input_is_not_written_to(kind, options):
+    """Rows 17 and 36: neither a single tensor nor a pair."""
+    check_input_is_not_written_to(kind, **options)

@@ -12,7 +12,9 @@ import pytest
 from torch import nn
 
 from behaviour.common import (
+    KINDS,
     assert_all_close,
+    assert_close,
     assert_same,
     check_step,
     conv,
@@ -26,6 +28,7 @@ from behaviour.common import (
     pairs_of,
     rows,
     step,
+    tensors_in,
     torch,
     twins,
 )
@@ -55,6 +58,8 @@ def channels_last():
 
 
 CHAINS = {
+    "basic": (KINDS["basic"].make, KINDS["basic"].x),
+    "bottleneck": (KINDS["bottleneck"].make, KINDS["bottleneck"].x),
     "mlp": (mlp, rows),
     "batch norm": (norm_mlp, lambda: rows(6, 8)),
     "convolutions": (conv, lambda: images(3, 8, 33, 31)),
@@ -140,13 +145,15 @@ def test_two_forwards_before_one_backward(options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
-def test_autocast(dtype, inside, activations):
+@pytest.mark.parametrize("name", ["mlp", "basic", "bottleneck"])
+def test_autocast(name, dtype, inside, activations):
     """Row 8: the recompute, on autograd's thread of the device, casts where the forward cast."""
 
     def outer():
         return torch.autocast(DEVICE, dtype)
 
-    check_autocast(outer, outer if inside else contextlib.nullcontext, backend=None, activations=activations)
+    around_backward = outer if inside else contextlib.nullcontext
+    check_autocast(KINDS[name], outer, around_backward, backend=None, activations=activations)
 
 
 BATCH, WIDTH = 256, 128
@@ -183,13 +190,13 @@ def test_stored_memory_grows():
 
 def test_what_hooks_keep_does_not_change():
     """Row 22: memory is written over only where nobody holds it, which is asked on autograd's own thread here."""
-    for check in (check_stashed_streams, check_stashed_gradients):
-        check(twins(pairs_of(mlp, 4))[0])
+    check_stashed_streams(twins(pairs_of(mlp, 4))[0], (rows(5, 4), rows(5, 4)))
+    check_stashed_gradients(twins(pairs_of(mlp, 4))[0], rows())
 
 
 @pytest.mark.parametrize("backward_on_it", [True, False], ids=["backward on it", "backward on the default stream"])
 def test_on_a_side_stream(backward_on_it, options):
-    """Forward and backward follow the forward's stream: each starts behind a wait of some milliseconds on it."""
+    """Row 30: forward and backward follow the forward's stream: each starts behind a wait of milliseconds on it."""
     net, plain = twins(pairs_of(dropout_mlp, 3), **options)
     x = rows(64, 8, requires_grad=False)
     for network in (net, plain):
@@ -214,3 +221,137 @@ def test_on_a_side_stream(backward_on_it, options):
         loss.backward()
     torch.cuda.synchronize()
     assert_same(gathered(net, y, leaves), expected)
+
+
+# ---- row 30: CUDA graphs, and more than one device
+
+#: Before, torch could neither read nor set a CUDA generator's state during a capture, and a chain's forward reads it.
+needs_generators_in_captures = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 10), reason="torch.cuda.get_rng_state in a capture"
+)
+
+
+def captured_step(network, x, loss_of):
+    """Record a training step on ``x`` as a CUDA graph. Return it and the outputs that a replay writes.
+
+    As torch's notes on CUDA graphs ask: warmed up on a side stream, without gradients when the recording starts, so
+    that they are made in the graph's own memory and replays write to the same.
+    """
+    leaves = [*tensors_in(x), *network.parameters()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            loss_of(network(x)).backward()
+            for leaf in leaves:
+                leaf.grad = None
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        y = network(x)
+        loss_of(y).backward()
+    return graph, y
+
+
+@needs_generators_in_captures
+@pytest.mark.parametrize("chain", [name for name in CHAINS if name != "dropout"])
+def test_captured_as_a_cuda_graph(chain, options):
+    """Row 30: forward and backward in one graph; replays on other inputs are right, statistics included."""
+    make, inputs = CHAINS[chain]
+    net, plain = twins(pairs_of(make, 3), **options)
+    leaves, x = fresh(inputs())
+    graph, y = captured_step(net, x, loss_of)
+    plain.load_state_dict(net.state_dict())  # the warm-up has updated statistics, the recording has not
+    for _ in range(3):
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.normal_()
+        torch.manual_seed(3)
+        graph.replay()
+        got = gathered(net, y, leaves)
+        assert_same(got, step(plain, x))
+
+
+@needs_generators_in_captures
+def test_dropout_in_a_cuda_graph(options):
+    """Row 30: each replay draws new masks, and its recompute the same ones again.
+
+    Without bias and non-linearity y = A x and dx = A^T dy, so that <y, dy> = <x, dx> if A was the same both ways.
+    """
+    net, _ = twins(pairs_of(lambda: nn.Sequential(nn.Linear(4, 4, bias=False).double(), nn.Dropout(0.5)), 4), **options)
+    x, dy = rows(), torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(5, 8)
+    graph, y = captured_step(net, x, lambda y: (y * dy).sum())
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        assert_close((x * x.grad).sum(), (y * dy).sum())
+        seen.append(y.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+@needs_generators_in_captures
+def test_graphed_callable(options):
+    """Row 30: torch.cuda.make_graphed_callables, which records the forward and the backward separately."""
+    net, plain = twins(pairs_of(mlp, 3), **options)
+    x = rows()
+    expected = step(plain, x)
+    graphed = torch.cuda.make_graphed_callables(net, (x.detach().clone().requires_grad_(),))
+    for _ in range(2):
+        net.zero_grad()
+        torch.manual_seed(3)
+        leaves, leaf = fresh(x)
+        y = graphed(leaf)
+        loss_of(y).backward()
+        assert_same(gathered(net, y, leaves), expected)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_nothing_waits_for_the_device(chain, options):
+    """Row 30: neither forward nor backward reads from the device; what does could not be captured, and is slow."""
+    make, inputs = CHAINS[chain]
+    net, _ = twins(pairs_of(make, 3), **options)
+    x = inputs()
+    loss_of(net(x)).backward()  # libraries may wait while they set themselves up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(net(x)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+DEVICES = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+@pytest.mark.parametrize("device", DEVICES[2:] or [pytest.param(None, marks=pytest.mark.skip("one device"))], ids=str)
+def test_on_another_device_than_the_current_one(device, options):
+    """Row 30: kernels and generators are those of the tensors' device."""
+    assert torch.cuda.current_device() != device.index
+    with torch.device(device):
+        net, plain = twins(pairs_of(lambda: dropout_mlp(p=0.5), 3), **options)
+        x = rows()
+        got = check_step(net, plain, x, steps=2)
+        state = torch.cuda.get_rng_state(device)
+        step(plain, x, seed=1)
+        assert torch.equal(torch.cuda.get_rng_state(device), state)
+    assert all(t.device == device for t in (*got.outputs, *got.inputs, *got.parameters.values()))
+
+
+def test_chains_on_every_device_in_one_graph(options):
+    """Row 30: a tensor goes through a chain on the host and on each GPU, and back; generators are told apart."""
+    results = []
+    pairs = []
+    for device in DEVICES:
+        with torch.device(device):
+            pairs.append(twins(pairs_of(lambda: dropout_mlp(p=0.5), 2), **options))
+    given = rows()
+    for networks in zip(*pairs, strict=True):
+        torch.manual_seed(5)
+        leaves, y = fresh(given)
+        for device, network in zip((*DEVICES, *DEVICES), (*networks, *networks), strict=True):
+            y = network(y.to(device))
+        loss_of(y).backward()
+        results.append([y.detach(), leaves[0].grad, *(p.grad for network in networks for p in network.parameters())])
+        results[-1] += [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    assert_all_close(*results)

@@ -12,7 +12,6 @@ from behaviour.common import (
     fresh,
     loss_of,
     mlp,
-    norm_mlp,
     pairs_of,
     rows,
     step,
@@ -22,33 +21,35 @@ from behaviour.common import (
 
 
 @pytest.mark.parametrize("wanted", ["parameters", "inputs", "both", "one parameter in the middle", "the last bias"])
-def test_autograd_grad(wanted, options):
+@pytest.mark.parametrize("before", [None, 0.5], ids=["no grad yet", "a grad already"])
+def test_autograd_grad(wanted, before, kind, options):
     """Row 10: torch.autograd.grad returns the gradients, and .grad stays as it was."""
     results = []
-    for network in twins(pairs_of(mlp, 4), **options):
+    for network in kind.twins(4, **options):
         torch.manual_seed(1)
-        x = rows()
+        x = kind.x()
         parameters = list(network.parameters())
+        for leaf in (x, *parameters):
+            leaf.grad = None if before is None else torch.full_like(leaf, before)
         inputs = {
             "parameters": parameters,
             "inputs": [x],
             "both": [x, *parameters],
-            "one parameter in the middle": [parameters[10]],
+            "one parameter in the middle": [parameters[len(parameters) // 2]],
             "the last bias": [parameters[-1]],
         }[wanted]
         results.append(torch.autograd.grad(loss_of(network(x)), inputs))
-        assert all(p.grad is None for p in parameters)
-        assert x.grad is None
+        assert all(p.grad is None if before is None else (p.grad == before).all() for p in (x, *parameters))
     assert_all_close(*results)
 
 
-def test_backward_with_inputs(options):
+def test_backward_with_inputs(kind, options):
     """Row 10: backward(inputs=...) fills those and no others."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
+    net, plain = kind.twins(3, **options)
     grads = []
     for network in (net, plain):
         torch.manual_seed(1)
-        x, parameters = rows(), list(network.parameters())
+        x, parameters = kind.x(), list(network.parameters())
         loss_of(network(x)).backward(inputs=[parameters[0], parameters[5]])
         assert [i for i, p in enumerate(parameters) if p.grad is not None] == [0, 5]
         assert x.grad is None
@@ -56,19 +57,20 @@ def test_backward_with_inputs(options):
     assert_all_close(*grads)
 
 
-@pytest.mark.parametrize("make", [mlp, norm_mlp])
-def test_input_without_requires_grad(make, options):
+def test_input_without_requires_grad(kind, options):
     """Row 11: parameters train, single tensor or pair."""
-    net, plain = twins(pairs_of(make, 3), **options)
-    check_step(net, plain, rows(requires_grad=False), steps=2)
-    check_step(net, plain, (rows(5, 4, requires_grad=False), rows(5, 4, requires_grad=False)))
+    net, plain = kind.twins(3, **options)
+    got = check_step(net, plain, kind.x(requires_grad=False), steps=2)
+    assert all(gradient.abs().sum() > 0 for gradient in got.parameters.values())
+    check_step(net, plain, kind.pair(requires_grad=False))
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_one_half_without_requires_grad(which, options):
+def test_one_half_without_requires_grad(which, kind, options):
     """Rows 11 and 36: one stream of the pair is data, the other is learnt."""
-    x = rows(5, 4, requires_grad=which == 0), rows(5, 4, requires_grad=which == 1)
-    check_step(*twins(pairs_of(mlp, 3), **options), x)
+    x = kind.pair()
+    x[1 - which].requires_grad_(False)
+    check_step(*kind.twins(3, **options), x)
 
 
 FROZEN = {
@@ -84,45 +86,57 @@ FROZEN = {
 
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["input learns", "input is data"])
 @pytest.mark.parametrize("frozen", FROZEN)
-def test_frozen(frozen, requires_grad, options):
+def test_frozen(frozen, requires_grad, kind, options):
     """Row 12: frozen F or G, frozen blocks, all frozen but the input."""
-    net, plain = twins(pairs_of(mlp, 4), **options)
+    net, plain = kind.twins(4, **options)
     for network in (net, plain):
         for index, block in enumerate(network.children()):
             for name, parameter in block.named_parameters():
                 parameter.requires_grad_(not FROZEN[frozen](index, name))
-    check_step(net, plain, rows(requires_grad=requires_grad))
+    check_step(net, plain, kind.x(requires_grad=requires_grad))
 
 
-def test_shared_blocks(options):
+def test_shared_blocks(kind, options):
     """Row 13: one block's weights at every depth."""
-    F, G = mlp(), mlp()
-    check_step(*twins([(F, G)] * 4, **options), rows())
+    check_step(*twins(kind.pairs(1) * 4, **options), kind.x(), steps=2)
 
 
-def test_tied_branches(options):
+def test_tied_branches(kind, options):
     """Row 13: F and G are one module, some norms inside."""
-    check_step(*twins([(b, b) for b in (norm_mlp(), mlp(), norm_mlp())], **options), rows(6, 8), steps=2)
+    check_step(*twins([(b, b) for b in (kind.make(), kind.make(), kind.make())], **options), kind.x(), steps=2)
 
 
-def test_weight_shared_with_what_surrounds_the_chain(options):
+def test_tied_parameters(kind, options):
+    """Row 13: modules of their own that share their last parameter, between F and G and between blocks."""
+    pairs = kind.pairs(3)
+    layers = [
+        [layer for layer in branch.modules() if hasattr(layer, "weight")][-1] for pair in pairs for branch in pair
+    ]
+    for layer in layers:
+        layer.weight = layers[0].weight
+    net, plain = twins(pairs, **options)
+    assert len(list(net.parameters())) == len(list(plain.parameters())) < sum(1 for _ in kind.twins(3)[0].parameters())
+    check_step(net, plain, kind.x(), steps=2)
+
+
+def test_weight_shared_with_what_surrounds_the_chain(kind, options):
     """Row 13: an embedding's weight used before, inside and after."""
     results = []
-    for network in twins(pairs_of(mlp, 2), **options):
+    for network in kind.twins(2, **options):
         torch.manual_seed(0)
-        x, weight = rows(), next(network.parameters())
+        x, weight = kind.x(), next(network.parameters())
         y = network(x * weight.sum()) * weight.mean()
         results.append(torch.autograd.grad(loss_of(y), [x, *network.parameters()]))
     assert_all_close(*results)
 
 
-def test_backward_twice(options):
+def test_backward_twice(kind, options):
     """Row 14: retain_graph=True, then once more: twice the gradient."""
-    net, plain = twins(pairs_of(norm_mlp, 3), **options)
+    net, plain = kind.with_dropout(0.1).twins(3, **options)
     results = []
     for network in (net, plain):
         torch.manual_seed(0)
-        x = rows(6, 8)
+        x = kind.x()
         loss = loss_of(network(x))
         loss.backward(retain_graph=True)
         once = [x.grad.clone(), *(p.grad.clone() for p in network.parameters())]
@@ -142,12 +156,12 @@ def test_backward_a_third_time_is_refused_as_torch_refuses_it(options):
         loss.backward()
 
 
-def test_two_losses_on_one_forward(options):
+def test_two_losses_on_one_forward(kind, options):
     """Row 14: a backward through one output, then through the other, whose graphs overlap."""
     results = []
-    for network in twins(pairs_of(mlp, 3), **options):
+    for network in kind.twins(3, **options):
         torch.manual_seed(0)
-        leaves, x = fresh((rows(5, 4), rows(5, 4)))
+        leaves, x = fresh(kind.pair())
         y1, y2 = network(x)
         y2.square().sum().backward(retain_graph=True)
         y1.square().sum().backward()
@@ -155,12 +169,17 @@ def test_two_losses_on_one_forward(options):
     assert_all_close(*results)
 
 
-def test_second_order(options):
-    """Row 15: create_graph=True, a gradient penalty."""
+def test_second_order(kind, options):
+    """Row 15: create_graph=True, a gradient penalty, under the same dropout masks."""
+    check_second_order(kind, **options)
+
+
+def check_second_order(kind, **options):
+    """Row 15, as a function."""
     results = []
-    for network in twins(pairs_of(mlp, 3), **options):
+    for network in kind.with_dropout(0.1).twins(3, **options):
         torch.manual_seed(0)
-        x = rows()
+        x = kind.x()
         y = network(x)
         (dx,) = torch.autograd.grad(loss_of(y), x, create_graph=True)
         (loss_of(y) + dx.square().sum()).backward()
@@ -168,12 +187,12 @@ def test_second_order(options):
     assert_all_close(*results)
 
 
-def test_second_order_of_parameters(options):
+def test_second_order_of_parameters(kind, options):
     """Row 15: a Hessian-vector product."""
     results = []
-    for network in twins(pairs_of(mlp, 2), **options):
+    for network in kind.twins(2, **options):
         torch.manual_seed(0)
-        x, parameters = rows(), list(network.parameters())
+        x, parameters = kind.x(), list(network.parameters())
         first = torch.autograd.grad(loss_of(network(x)), parameters, create_graph=True)
         product = sum((g * torch.ones_like(g)).sum() for g in first)
         results.append(torch.autograd.grad(product, [x, *parameters], allow_unused=True))
@@ -188,12 +207,13 @@ def test_gradcheck(backend):
     assert torch.autograd.gradgradcheck(net, (x,))
 
 
-def test_a_second_step_after_a_partial_backward(options):
+def test_a_second_step_after_a_partial_backward(kind, options):
     """Row 10: a backward that stopped half-way leaves nothing behind for the next forward."""
-    net, plain = twins(pairs_of(mlp, 4), **options)
+    net, plain = kind.twins(4, **options)
+    x = kind.x()
     for network in (net, plain):
-        torch.autograd.grad(loss_of(network(rows())), next(reversed(list(network.parameters()))))
-    check_step(net, plain, rows())
+        torch.autograd.grad(loss_of(network(x)), next(reversed(list(network.parameters()))))
+    check_step(net, plain, kind.x())
 
 
 class Residual(nn.Module):

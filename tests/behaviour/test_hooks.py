@@ -15,7 +15,6 @@ from behaviour.common import (
     fresh,
     loss_of,
     mlp,
-    norm_mlp,
     pairs_of,
     rows,
     tensors_in,
@@ -33,25 +32,36 @@ def branches_of(network):
     return [branch for block in blocks_of(network) for branch in (block.F, block.G)]
 
 
-def test_forward_hooks_on_branches(options):
-    """Row 22: forward and pre-forward hooks fire in the forward and again in the recompute, told apart."""
-    net, _ = twins(pairs_of(mlp, 3), **options)
-    log = []
+def check_forward_hooks(kind, backend, activations):
+    """Row 22, as a function: on every F and G, and on every module inside them."""
+    net, _ = kind.twins(3, backend=backend, activations=activations)
+    logs = {"branches": [], "inside": []}
     for number, branch in enumerate(branches_of(net)):
-        branch.register_forward_pre_hook(lambda m, i, n=number: log.append(("pre", n, is_recomputing())))
-        branch.register_forward_hook(lambda m, i, o, n=number: log.append(("post", n, is_recomputing())))
-    y = net(rows())
-    forward = [(when, n, False) for n in range(6) for when in ("pre", "post")]
-    assert log == forward
+        for module in branch.modules():
+            log = logs["branches" if module is branch else "inside"]
+            module.register_forward_pre_hook(lambda m, i, n=number, log=log: log.append(("pre", n, is_recomputing())))
+            module.register_forward_hook(lambda m, i, o, n=number, log=log: log.append(("post", n, is_recomputing())))
+    y = net(kind.x())
+    calls = {"branches": [1] * 6, "inside": [len(list(branch.modules())) - 1 for branch in branches_of(net)]}
+    expected = {}
+    for which, count in calls.items():
+        forward = [(when, n, False) for n in range(6) for when in ("pre", "post") * count[n]]
+        assert logs[which] == forward
+        again = [(when, n, True) for n in reversed(range(6)) for when in ("pre", "post") * count[n]]
+        expected[which] = forward + (again if activations == "reconstruct" else [])
     loss_of(y).backward()
-    again = [(when, n, True) for n in reversed(range(6)) for when in ("pre", "post")]
-    assert log == forward + (again if options["activations"] == "reconstruct" else [])
+    assert logs == expected
     assert not is_recomputing()
 
 
-def test_hooks_see_the_values_of_the_forward_again(backend):
+def test_forward_hooks_on_branches(kind, options):
+    """Row 22: forward and pre-forward hooks fire in the forward and again in the recompute, told apart."""
+    check_forward_hooks(kind, **options)
+
+
+def test_hooks_see_the_values_of_the_forward_again(kind, backend):
     """Row 22: what a branch reads and returns in the recompute is what it read and returned."""
-    net, _ = twins(pairs_of(norm_mlp, 3), backend=backend)
+    net, _ = kind.twins(3, backend=backend)
     seen = {}
     for number, branch in enumerate(branches_of(net)):
 
@@ -59,30 +69,30 @@ def test_hooks_see_the_values_of_the_forward_again(backend):
             seen[number, is_recomputing()] = inputs[0].detach().clone(), output.detach().clone()
 
         branch.register_forward_hook(look)
-    loss_of(net(rows(6, 8))).backward()
+    loss_of(net(kind.x())).backward()
     assert len(seen) == 12
     for number in range(6):
         assert_all_close(seen[number, True], seen[number, False])
 
 
-def test_a_hook_that_changes_what_a_branch_reads_and_returns(options):
+def test_a_hook_that_changes_what_a_branch_reads_and_returns(kind, options):
     """Row 22: a hook's own arithmetic is part of the branch, with gradients, forward and recompute alike."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
+    net, plain = kind.twins(3, **options)
     for network in (net, plain):
         for branch in branches_of(network):
             branch.register_forward_pre_hook(lambda m, i: (torch.sin(i[0]),))
             branch.register_forward_hook(lambda m, i, o: o * torch.sigmoid(o))
-    check_step(net, plain, rows(), steps=2)
+    check_step(net, plain, kind.x(), steps=2)
 
 
-def test_hooks_on_blocks(options):
+def test_hooks_on_blocks(kind, options):
     """Row 22: a block is called once, with its two streams, and returns two."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
+    net, plain = kind.twins(3, **options)
     log = []
     for number, block in enumerate(net):
         block.register_forward_pre_hook(lambda m, i, n=number: log.append(("pre", n, len(i))))
         block.register_forward_hook(lambda m, i, o, n=number: log.append(("post", n, len(o))))
-    check_step(net, plain, rows())
+    check_step(net, plain, kind.x())
     assert log == [(when, n, 2) for n in range(3) for when in ("pre", "post")]
 
 
@@ -118,17 +128,18 @@ def test_a_block_hook_that_computes_and_draws(options):
     assert_all_close(*results)
 
 
-def test_full_backward_hooks(options):
-    """Row 22: on F, G and blocks: each once, with plain PyTorch's gradients."""
+def test_full_backward_hooks(kind, options):
+    """Row 22: on F and G: each once, with plain PyTorch's gradients."""
     logs = []
-    for network in twins(pairs_of(mlp, 3), **options):
+    given = kind.x()
+    for network in kind.twins(3, **options):
         torch.manual_seed(0)
         log = {}
         for number, branch in enumerate(branches_of(network)):
             branch.register_full_backward_hook(
                 lambda m, gi, go, n=number, log=log: log.setdefault(n, []).append((gi, go))
             )
-        loss_of(network(rows())).backward()
+        loss_of(network(given)).backward()
         assert sorted(log) == list(range(6))
         assert all(len(calls) == 1 for calls in log.values())
         logs.append([g for n in range(6) for half in log[n][0] for g in half])
@@ -147,11 +158,11 @@ class TwoStreams(nn.Module):
         return y1, x2 + self.block.G(y1)
 
 
-def test_full_backward_hooks_on_blocks(options):
+def test_full_backward_hooks_on_blocks(kind, options):
     """Row 22: a block's hooks get the gradients of its streams, in and out, once."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
+    net, plain = kind.twins(3, **options)
     plain_blocks = [TwoStreams(block) for block in blocks_of(plain)]
-    x = rows(requires_grad=True)
+    x = kind.x()
     logs = []
     for blocks in (list(net), plain_blocks):
         log = []
@@ -171,13 +182,13 @@ def test_full_backward_hooks_on_blocks(options):
         assert_all_close(tensors_in(got[2:]), tensors_in(expected[2:]), what=str(got[:2]))
 
 
-def test_a_backward_hook_that_changes_the_gradient(options):
+def test_a_backward_hook_that_changes_the_gradient(kind, options):
     """Row 22: what a full-backward hook returns is what goes on."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
+    net, plain = kind.twins(3, **options)
     for network in (net, plain):
         branches_of(network)[3].register_full_backward_hook(lambda m, gi, go: (gi[0] * 0.5,))
         branches_of(network)[2].register_full_backward_pre_hook(lambda m, go: (go[0] * 3,))
-    check_step(net, plain, rows())
+    check_step(net, plain, kind.x())
 
 
 def test_global_module_hooks(options):
@@ -193,10 +204,11 @@ def test_global_module_hooks(options):
     assert seen.count(net) == 1
 
 
-def test_hooks_on_parameters(options):
+def test_hooks_on_parameters(kind, options):
     """Row 22: post-accumulate-grad hooks and tensor hooks fire once, with the right gradient."""
     logs = []
-    for network in twins(pairs_of(mlp, 3), **options):
+    given = kind.x()
+    for network in kind.twins(3, **options):
         torch.manual_seed(0)
         log = []
         for name, p in network.named_parameters():
@@ -204,7 +216,7 @@ def test_hooks_on_parameters(options):
             p.register_post_accumulate_grad_hook(
                 lambda p, name=name, log=log: log.append((name, "post", p.grad.clone()))
             )
-        loss_of(network(rows())).backward()
+        loss_of(network(given)).backward()
         log.sort(key=lambda entry: entry[:2])
         logs.append(log)
     assert [entry[:2] for entry in logs[0]] == [entry[:2] for entry in logs[1]]
@@ -212,9 +224,9 @@ def test_hooks_on_parameters(options):
     assert_all_close(*([entry[2] for entry in log] for log in logs))
 
 
-def test_optimizer_steps_inside_the_backward(options):
+def test_optimizer_steps_inside_the_backward(kind, options):
     """Row 22: a post-accumulate-grad hook that steps each parameter as soon as its gradient is there, then frees it."""
-    nets = twins(pairs_of(norm_mlp, 3), **options)
+    nets = kind.twins(3, **options)
     for network in nets:
         for p in network.parameters():
 
@@ -226,11 +238,11 @@ def test_optimizer_steps_inside_the_backward(options):
             p.register_post_accumulate_grad_hook(step_now)
         torch.manual_seed(0)
         for _ in range(3):
-            loss_of(network(rows(6, 8))).backward()
+            loss_of(network(kind.x())).backward()
     assert_all_close(*(list(network.parameters()) for network in nets))
 
 
-def check_stashed_streams(net):
+def check_stashed_streams(net, x):
     """A stream that a hook kept, in the forward or the recompute, never changes afterwards. A step, as a function."""
     kept = []
 
@@ -242,19 +254,19 @@ def check_stashed_streams(net):
     for branch in branches_of(net):
         branch.register_forward_hook(stash)
     net[1].register_forward_hook(stash)
-    y = net((rows(5, 4), rows(5, 4)))
+    y = net(x)
     kept.extend((t, t.detach().clone()) for t in y)
     loss_of(y).backward()
     for number, (tensor, copy) in enumerate(kept):
         assert torch.equal(tensor, copy), f"the stream kept as number {number} was written over"
 
 
-def test_streams_that_a_hook_keeps_do_not_change(options):
+def test_streams_that_a_hook_keeps_do_not_change(kind, options):
     """Row 22: in-place writes happen only in memory that nobody else can see."""
-    check_stashed_streams(twins(pairs_of(mlp, 4), **options)[0])
+    check_stashed_streams(kind.twins(4, **options)[0], kind.pair())
 
 
-def check_stashed_gradients(net):
+def check_stashed_gradients(net, x):
     """A gradient that a hook kept never changes afterwards. A step, as a function."""
     kept = []
 
@@ -266,15 +278,15 @@ def check_stashed_gradients(net):
         branch.register_forward_hook(
             lambda m, i, o: o.requires_grad and o.register_hook(lambda g: kept.append((g, g.clone()))) and None
         )
-    loss_of(net(rows())).backward()
+    loss_of(net(x)).backward()
     assert len(kept) > 12
     for number, (gradient, copy) in enumerate(kept):
         assert torch.equal(gradient, copy), f"the gradient kept as number {number} was written over"
 
 
-def test_gradients_that_a_hook_keeps_do_not_change(options):
+def test_gradients_that_a_hook_keeps_do_not_change(kind, options):
     """Row 22: the gradient is accumulated in place only where nobody holds it."""
-    check_stashed_gradients(twins(pairs_of(mlp, 4), **options)[0])
+    check_stashed_gradients(kind.twins(4, **options)[0], kind.x())
 
 
 def test_a_hook_that_replaces_a_block_s_streams(backend):
@@ -284,7 +296,8 @@ def test_a_hook_that_replaces_a_block_s_streams(backend):
     assert_raises(rk.ReconstructionError, ["hook", "block 1", "activations='store'"], lambda: net(rows()))
 
 
-def test_outer_saved_tensor_hooks(options):
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_outer_saved_tensor_hooks(backward_inside, kind, options):
     """Row 35: save_on_cpu and packing hooks around the chain; the network around it is packed by them."""
     packed = []
 
@@ -296,17 +309,22 @@ def test_outer_saved_tensor_hooks(options):
         torch.autograd.graph.save_on_cpu(),
         torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy),
     ]
-    x, head = rows(), nn.Linear(8, 8).to(WIDE)
-    net, plain = twins(pairs_of(norm_mlp, 3), **options)
+    x = kind.x()
+    head = nn.Linear(x.shape[-1], x.shape[-1]).to(WIDE)
+    net, plain = kind.with_dropout(0.1).twins(3, **options)
     for context in contexts:
         results = []
         for network in (net, plain):
+            torch.manual_seed(0)
             leaves, copied = fresh(x)
             head.zero_grad()
             network.zero_grad()
             with context:
                 y = torch.tanh(head(network(copied.sin())))
-            loss_of(y).backward()
+                if backward_inside:
+                    loss_of(y).backward()
+            if not backward_inside:
+                loss_of(y).backward()
             results.append([leaves[0].grad, *(p.grad for p in network.parameters()), head.weight.grad.clone()])
         assert_all_close(*results)
     assert packed

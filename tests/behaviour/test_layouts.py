@@ -14,43 +14,53 @@ from behaviour.common import (
     images,
     loss_of,
     mlp,
-    norm_mlp,
     pairs_of,
     rows,
     torch,
     twins,
 )
+from revkernels.nn import ReversibleBlock
 
 LAYOUTS = {
-    "channels last": lambda: images().detach().to(memory_format=torch.channels_last),
-    "transposed": lambda: images(2, 8, 5, 6).detach().transpose(2, 3),
-    "every second row": lambda: images(2, 8, 10, 6).detach()[:, :, ::2],
-    "every second sample": lambda: images(4).detach()[::2],
-    "expanded": lambda: images(1).detach().expand(3, -1, -1, -1),
-    "offset": lambda: images(3).detach()[1:],
-    "batch innermost": lambda: images(8, 6, 5, 4).detach().permute(3, 0, 2, 1),
-    "batch of 1": lambda: images(1).detach(),
-    "batch of 1, channels last": lambda: images(1).detach().to(memory_format=torch.channels_last),
-    "one pixel": lambda: images(4, 8, 1, 1).detach(),
+    "channels last": lambda c=8: images(2, c).detach().to(memory_format=torch.channels_last),
+    "transposed": lambda c=8: images(2, c, 5, 6).detach().transpose(2, 3),
+    "every second row": lambda c=8: images(2, c, 10, 6).detach()[:, :, ::2],
+    "every second sample": lambda c=8: images(4, c).detach()[::2],
+    "expanded": lambda c=8: images(1, c).detach().expand(3, -1, -1, -1),
+    "offset": lambda c=8: images(3, c).detach()[1:],
+    "batch innermost": lambda c=8: images(c, 6, 5, 4).detach().permute(3, 0, 2, 1),
+    "batch of 1": lambda c=8: images(1, c).detach(),
+    "batch of 1, channels last": lambda c=8: images(1, c).detach().to(memory_format=torch.channels_last),
+    "one pixel": lambda c=8: images(4, c, 1, 1).detach(),
 }
 
 
-@pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(layout, pair, options):
-    """Row 18: any strides, and the caller's input is left alone."""
-    x, other = LAYOUTS[layout]().requires_grad_(), LAYOUTS[layout]().requires_grad_()
-    net, plain = twins(pairs_of(lambda: conv(8 if pair else 4), 3), **options)
-    check_step(net, plain, (x, other) if pair else x)
+on_images = pytest.mark.parametrize("kind", ["conv", "basic", "bottleneck"], indirect=True)
 
 
+@on_images
+@pytest.mark.parametrize("form", ["single", "pair", "two views of one tensor"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_of_a_view_of_something_that_learns(layout, options):
+def test_layout(layout, form, kind, options):
+    """Row 18: any strides, dense or with gaps between the samples."""
+    make = LAYOUTS[layout]
+    x = {
+        "single": lambda: make().requires_grad_(),
+        "pair": lambda: tuple(make(4).requires_grad_() for _ in range(2)),
+        "two views of one tensor": lambda: tuple(half.requires_grad_() for half in make().chunk(2, 1)),
+    }[form]()
+    check_step(*kind.twins(3, **options), x)
+
+
+@on_images
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_a_view_of_something_that_learns(layout, kind, options):
     """Row 18: the chain right after the view that made the layout."""
     results = []
-    for network in twins(pairs_of(conv, 2), **options):
+    given = LAYOUTS[layout]()
+    for network in kind.twins(2, **options):
         torch.manual_seed(0)
-        base = LAYOUTS[layout]().detach().requires_grad_()
+        base = given.detach().requires_grad_()
         y = network(base.mul(2).view_as(base))
         loss_of(y).backward()
         results.append([y.detach(), base.grad, *(p.grad for p in network.parameters())])
@@ -96,18 +106,27 @@ def test_zero_size_batch(shape, options):
     check_step(*twins(pairs_of(Scale, 3), **options), rows(*shape))
 
 
+@on_images
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_zero_size_batch_of_images(training, kind, options):
+    """Row 18: no images: gradients are zeros, and norms do with it what they do in plain PyTorch."""
+    net, plain = kind.twins(2, **options)
+    check_step(net.train(training), plain.train(training), rows(0, 8, 5, 6), steps=2)
+
+
 def test_batch_of_one_row(options):
     """Row 18: a batch of 1 of vectors."""
     check_step(*twins(pairs_of(mlp, 3), **options), rows(1, 8))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_relu_right_before_the_chain(inplace, options):
+def test_relu_right_before_the_chain(inplace, kind, options):
     """Row 18: the chain's input is what a ReLU saved for its own backward."""
     results = []
-    for network in twins(pairs_of(mlp, 3), **options):
+    given = kind.x()
+    for network in kind.twins(3, **options):
         torch.manual_seed(0)
-        leaf = rows()
+        leaf = given.detach().clone().requires_grad_()
         y = network(nn.ReLU(inplace)(leaf * 1.5))
         loss_of(y).backward()
         results.append([y.detach(), leaf.grad, *(p.grad for p in network.parameters())])
@@ -123,9 +142,9 @@ def test_in_place_inside_a_branch(options):
 
 
 class ReluFirst(nn.Module):
-    def __init__(self):
+    def __init__(self, inner):
         super().__init__()
-        self.relu, self.inner = nn.ReLU(inplace=True), mlp()
+        self.relu, self.inner = nn.ReLU(inplace=True), inner
 
     def forward(self, x):
         return self.inner(self.relu(x))
@@ -133,14 +152,12 @@ class ReluFirst(nn.Module):
 
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
 @pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_in_place_on_the_branch_s_input(place, pair, options):
+def test_in_place_on_the_branch_s_input(place, pair, kind, options):
     """Row 17: relu_ on the stream itself is refused with the branch's name, never silently wrong."""
-    pairs = [[mlp(), mlp()], [mlp(), mlp()]]
-    pairs[place[0]][place[1]] = ReluFirst()
+    pairs = [list(p) for p in kind.pairs(2)]
+    pairs[place[0]][place[1]] = ReluFirst(kind.make())
     net, _ = twins([tuple(p) for p in pairs], **options)
-    leaf = rows()
-    x = leaf * 1.0
-    x = (x[:, :4] * 1.0, x[:, 4:] * 1.0) if pair else x
+    x = tuple(half * 1.0 for half in kind.pair()) if pair else kind.x() * 1.0
     needs = ["in place", "ReluFirst", f"block {place[0]}, branch {'FG'[place[1]]}"]
     if options["activations"] == "store":
         needs = needs[:2]
@@ -151,10 +168,14 @@ def test_in_place_on_the_branch_s_input(place, pair, options):
     "operation", [torch.relu_, lambda y: y.mul_(2), lambda y: y[0].zero_()], ids=["relu", "mul", "item"]
 )
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
-def test_in_place_on_the_output(operation, pair, options):
+@pytest.mark.parametrize("alone", [False, True], ids=["chain", "block"])
+def test_in_place_on_the_output(operation, pair, alone, kind, options):
     """Row 17: right, or an error that says that the output was changed in place."""
-    net, plain = twins(pairs_of(norm_mlp, 2), **options)
-    x = (rows(5, 4), rows(5, 4)) if pair else rows(5, 8)
+    pairs = kind.pairs(1 if alone else 2)
+    net, plain = twins(pairs, **options)
+    if alone:
+        net = ReversibleBlock(*pairs[0], **options)
+    x = kind.pair() if pair else kind.x()
 
     def train(network):
         leaves, copied = fresh(x)
@@ -176,12 +197,12 @@ def test_in_place_on_the_output(operation, pair, options):
         assert_all_close(got, expected)
 
 
-def test_a_copy_of_the_output_may_be_changed(options):
+def test_a_copy_of_the_output_may_be_changed(kind, options):
     """Row 17: the way out that the error names."""
     results = []
-    for network in twins(pairs_of(mlp, 2), **options):
-        torch.manual_seed(0)
-        leaf = rows()
+    given = kind.x()
+    for network in kind.twins(2, **options):
+        leaf = given.detach().clone().requires_grad_()
         loss_of(network(leaf).mul(1.0).relu_()).backward()
         results.append([leaf.grad, *(p.grad for p in network.parameters())])
     assert_all_close(*results)

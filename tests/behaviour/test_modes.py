@@ -8,68 +8,80 @@ import pickle
 import pytest
 from torch import nn
 
+import revkernels as rk
 from behaviour.common import (
     WIDE,
     assert_all_close,
     assert_close,
     assert_same,
     check_step,
-    conv,
     fresh,
     gathered,
     images,
     loss_of,
     mlp,
-    norm_mlp,
     pairs_of,
     rows,
     step,
+    tensors_in,
     torch,
     twins,
 )
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_without_gradients(context, training, options):
-    """Row 16: the plain values, buffers and generator; the caller's input untouched."""
-    net, plain = twins(pairs_of(norm_mlp, 3), **options)
+def check_without_gradients(kind, context, training, pair, **options):
+    """Row 16, as a function: the plain values, buffers and generator; the caller's input untouched."""
+    net, plain = kind.with_dropout(0.5).twins(3, **options)
+    given = kind.pair() if pair else kind.x()
     results = []
     for network in (net, plain):
         network.train(training)
         torch.manual_seed(0)
-        leaves, x = fresh(rows(6, 8))
-        before = x.detach().clone()
+        leaves, x = fresh(given)
+        versions = [leaf._version for leaf in leaves]
         with context():
             y = network(x)
-        assert y.requires_grad is (context is torch.enable_grad)
-        assert y.is_inference() is (context is torch.inference_mode)
-        assert torch.equal(x, before)
-        results.append(gathered(network, [y.clone()], leaves))
+        assert type(y) is type(given)
+        for out, leaf, before in zip(tensors_in(y), leaves, tensors_in(given), strict=True):
+            assert out.requires_grad is (context is torch.enable_grad)
+            assert out.is_inference() is (context is torch.inference_mode)
+            assert torch.equal(leaf, before)
+        assert [leaf._version for leaf in leaves] == versions
+        results.append(gathered(network, [t.clone() for t in tensors_in(y)], leaves))
     assert_same(*results)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_without_gradients(context, training, pair, kind, options):
+    """Row 16: outputs, buffers, generator and input under no_grad, inference_mode and eval."""
+    check_without_gradients(kind, context, training, pair, **options)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_evaluation_between_training_steps(context, options):
+def test_evaluation_between_training_steps(context, kind, options):
     """Row 16: evaluating in between changes nothing, and trains on afterwards."""
-    net, plain = twins(pairs_of(norm_mlp, 2), **options)
-    check_step(net, plain, rows(6, 8))
+    net, plain = kind.twins(2, **options)
+    check_step(net, plain, kind.x())
+    x = kind.x()
     for network in (net, plain):
         network.eval()
         with context():
-            network(rows(6, 8))
+            network(x)
         network.train()
-    check_step(net, plain, rows(6, 8))
+    check_step(net, plain, kind.x())
 
 
-def test_evaluation_between_forward_and_backward(options):
+def test_evaluation_between_forward_and_backward(kind, options):
     """Row 16: a no_grad call between a forward and its backward, without switching modes."""
-    net, plain = twins(pairs_of(mlp, 3), **options)
+    net, plain = kind.twins(3, **options)
+    given = kind.x()
     results = []
     for network in (net, plain):
         torch.manual_seed(0)
-        leaves, x = fresh(rows())
+        leaves, x = fresh(given)
         loss = loss_of(network(x))
         with torch.no_grad():
             network(x)
@@ -78,23 +90,27 @@ def test_evaluation_between_forward_and_backward(options):
     assert_same(*results)
 
 
-def test_gradients_in_eval_mode(options):
+def test_gradients_in_eval_mode(kind, options):
     """Row 16: eval mode with gradients: norms use their running statistics, and pass gradients on."""
-    net, plain = twins(pairs_of(conv, 3), **options)
-    check_step(net, plain, images())
+    net, plain = kind.twins(3, **options)
+    check_step(net, plain, kind.x())
     net.eval()
     plain.eval()
-    check_step(net, plain, images(), steps=2)
+    check_step(net, plain, kind.x(), steps=2)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
-def test_inverse(context, training, options):
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_inverse(context, training, kind, options):
     """Row 28: net.inverse(net(x)) is x, and the inverse leaves running statistics alone."""
-    net, plain = twins(pairs_of(norm_mlp, 3), **options)
+    check_inverse(kind, context, training, **options)
+
+
+def check_inverse(kind, context, training, **options):
+    """Row 28, as a function."""
+    net, plain = kind.twins(3, **options)
     net.train(training)
-    x = rows(6, 8)
-    pair = rows(6, 4), rows(6, 4)
+    x, pair = kind.x(), kind.pair()
     with context():
         y, pair_out = net(x), net(pair)
         buffers = [b.clone() for b in net.buffers()]
@@ -106,7 +122,7 @@ def test_inverse(context, training, options):
         assert_close(y, plain.eval()(x))
 
 
-def test_inverse_is_differentiable(options):
+def test_inverse_is_differentiable(kind, options):
     """Row 28: gradients through the inverse are those of x2 = y2 - G(y1); x1 = y1 - F(x2) in plain PyTorch."""
 
     class PlainInverse(nn.Module):
@@ -121,8 +137,10 @@ def test_inverse_is_differentiable(options):
                 y1 = y1 - block.F(y2)
             return torch.cat((y1, y2), 1)
 
-    net, plain = twins(pairs_of(mlp, 3), **options)
-    y = rows()
+    net, plain = kind.twins(3, **options)
+    net.eval()  # its statistics stay, plain PyTorch's would be updated
+    plain.eval()
+    y = kind.x()
     results = []
     for network, inverse in ((net, net.inverse), (plain, PlainInverse(plain))):
         leaves, copied = fresh(y)
@@ -131,23 +149,23 @@ def test_inverse_is_differentiable(options):
     assert_all_close(*results)
 
 
-def test_inverse_of_a_block(options):
+def test_inverse_of_a_block(kind, options):
     """Rows 28 and 36: a block alone is inverted as well."""
-    block = ReversibleBlock(conv(), conv(), **options).eval()
-    x = images()
+    block = ReversibleBlock(kind.make(), kind.make(), **options).eval()
+    x = kind.x()
     assert_close(block.inverse(block(x)), x)
 
 
-def test_functional_call(options):
-    """Row 26: other parameters and buffers for one call; the backward, outside it, differentiates those."""
-    net, plain = twins(pairs_of(norm_mlp, 2), **options)
+def check_functional_call(kind, **options):
+    """Row 26, as a function: the backward, outside the call, differentiates the parameters that it had."""
+    net, plain = kind.twins(2, **options)
     results = []
     for network in (net, plain):
         torch.manual_seed(0)
         own = {name: p.detach().clone() for name, p in network.named_parameters()}
         others = {name: torch.randn_like(p).requires_grad_() for name, p in network.named_parameters()}
         buffers = {name: b.clone() for name, b in network.named_buffers()}
-        x = rows(6, 8)
+        x = kind.x()
         y = torch.func.functional_call(network, {**others, **buffers}, (x,))
         loss_of(y).backward()
         assert all(torch.equal(p, own[name]) and p.grad is None for name, p in network.named_parameters())
@@ -155,59 +173,88 @@ def test_functional_call(options):
     assert_all_close(*results)
 
 
-def test_state_dict(options):
+def test_functional_call(kind, options):
+    """Row 26: other parameters and buffers for one call."""
+    check_functional_call(kind, **options)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x[0]),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x[0]),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func_transforms(transform, options):
+    """Row 26: storing they work as in plain PyTorch; a reversible backward inside them is refused, and named."""
+    net, plain = twins(pairs_of(mlp, 2), **options)
+    x = rows(3, 5, 8, requires_grad=False)
+    through = TRANSFORMS[transform]
+    both = lambda y: net.inverse(net(y)).square().sum()  # noqa: E731
+    if options["activations"] == "store":
+        assert_close(through(lambda y: loss_of(net(y)), x), through(lambda y: loss_of(plain(y)), x))
+        assert_close(through(both, x), through(lambda y: y.square().sum(), x))
+    else:
+        for function in (lambda y: loss_of(net(y)), both):
+            with pytest.raises(rk.ReconstructionError, match=r"torch\.func .*activations='store'"):
+                through(function, x)
+
+
+def test_state_dict(kind, options):
     """Row 26: plain PyTorch's keys, no key twice, and a round trip through a file."""
-    net, plain = twins(pairs_of(norm_mlp, 3), **options)
+    net, plain = kind.twins(3, **options)
     state = net.state_dict()
     assert list(state) == list(plain.state_dict())
     addresses = [t.data_ptr() for t in state.values()]
     assert len(set(addresses)) == len(addresses)
-    other, _ = twins(pairs_of(norm_mlp, 3), **options)
+    other, _ = kind.twins(3, **options)
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    check_step(other, plain, rows(6, 8))
+    check_step(other, plain, kind.x())
 
 
-def test_parameters_are_listed_once_and_are_the_caller_s(options):
+def test_parameters_are_listed_once_and_are_the_caller_s(kind, options):
     """Row 26: branches are kept by reference."""
-    F, G = mlp(), mlp()
+    F, G = kind.make(), kind.make()
     net = ReversibleSequential(ReversibleBlock(F, G), ReversibleBlock(F, G), **options)
     assert [id(p) for p in net.parameters()] == [id(p) for branch in (F, G) for p in branch.parameters()]
-    step(net, rows())
+    step(net, kind.x())
     assert all(p.grad is not None for branch in (F, G) for p in branch.parameters())
 
 
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
 )
-def test_copies(how, options):
+def test_copies(how, kind, options):
     """Row 26: a copy made after training steps trains on by itself, and the original is left alone."""
-    net, plain = twins(pairs_of(norm_mlp, 2), **options)
-    check_step(net, plain, rows(6, 8), steps=2)
+    net, plain = kind.twins(2, **options)
+    check_step(net, plain, kind.x(), steps=2)
     other = how(net)
     kept = copy.deepcopy(plain)
-    check_step(other, plain, rows(6, 8), steps=2)
+    check_step(other, plain, kind.x(), steps=2)
     assert type(other) is ReversibleSequential and other.backend == net.backend
-    check_step(net, kept, rows(6, 8))
+    check_step(net, kept, kind.x())
 
 
-def test_to_dtype_and_back(options):
+def test_to_dtype_and_back(kind, options):
     """Row 26: to(dtype) converts in place; a step before it does not matter after it."""
-    net, plain = twins(pairs_of(norm_mlp, 2), **options)
-    check_step(net, plain, rows(6, 8))
+    net, plain = kind.twins(2, **options)
+    check_step(net, plain, kind.x())
     net.to(torch.float32)
     plain.to(torch.float32)
-    check_step(net, plain, rows(6, 8, dtype=torch.float32), tolerance=1e-4)
+    check_step(net, plain, kind.x(dtype=torch.float32), tolerance=1e-4)
     net.to(WIDE)
     plain.to(WIDE).load_state_dict(net.state_dict())  # running statistics have differed by a rounding in float32
-    check_step(net, plain, rows(6, 8))
+    check_step(net, plain, kind.x())
 
 
-def test_to_memory_format(options):
+@pytest.mark.parametrize("kind", ["conv", "basic", "bottleneck"], indirect=True)
+def test_to_memory_format(kind, options):
     """Row 26: to(memory_format=channels_last)."""
-    net, plain = twins(pairs_of(conv, 2), **options)
+    net, plain = kind.twins(2, **options)
     check_step(net, plain, images())
     net.to(memory_format=torch.channels_last)
     plain.to(memory_format=torch.channels_last)

@@ -1,132 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random chains against plain PyTorch: whatever was not thought of."""
 
-from dataclasses import dataclass
+import dataclasses
+import functools
+import math
+import warnings
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
-from torch import nn
 
-from behaviour.common import WIDE, assert_same, check_step, step, torch, twins
+from behaviour import test_the_tests as faults
+from behaviour.common import TOLERANCE, WIDE, assert_same, torch
+from behaviour.random_cases import SCENARIOS, cases
+from behaviour.random_networks import networks_of
+from behaviour.random_scenarios import algorithm_1, amplification, outcome_of
+from revkernels.errors import ReconstructionError
 
-HALF = 4
-KINDS = ["conv", "batch norm", "group norm", "dropout", "in place", "gate", "masked", "auxiliary", "none"]
-
-
-class Branch(nn.Module):
-    """A small residual function of the given kind on [N, 4, H, W]."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-        self.conv = nn.Conv2d(HALF, HALF, 3, padding=1, bias=kind not in ("batch norm", "group norm"))
-        norms = {"batch norm": nn.BatchNorm2d(HALF), "group norm": nn.GroupNorm(2, HALF)}
-        self.norm = norms.get(kind, nn.Identity())
-        self.drop = nn.Dropout(0.3 if kind == "dropout" else 0.0)
-        self.to(WIDE)
-
-    def forward(self, x, mask=None):
-        f = self.drop(torch.tanh(self.norm(self.conv(x))))
-        if self.kind == "in place":
-            f = f.mul(2).relu_()
-        if self.kind == "gate":
-            f = f * torch.sigmoid(x)
-        if self.kind == "masked" and mask is not None:
-            f = f * mask
-        return (f, f.square().mean()) if self.kind == "auxiliary" else f
+#: A checkpoint's own recompute and a chain inside a branch are not what `algorithm_1` does.
+SINGLE = {
+    "dtypes": (torch.float32, torch.bfloat16),
+    "scenarios": ["one step"],
+    "without": ("checkpoint", "reentrant checkpoint", "chain"),
+    "rank": 4,  # torch's backward of a bfloat16 Conv3d in channels_last_3d is wrong (2.13, CPU)
+}
+single, exact = cases(**SINGLE), cases(**SINGLE, simple=True)
+any_depth = cases(depths=(0, 8)) | cases(**SINGLE, depths=(0, 8)) | exact
 
 
-@dataclass
-class Chain:
-    kinds: list
-    shared: bool
-    frozen: list
-    batch: int
-    size: tuple
-    channels_last: bool
-    strided: bool
-    pair: bool
-    requires_grad: bool
-    masked: bool
-    mask_requires_grad: bool
-    training: bool
-    dtype: torch.dtype
-    backend: str
-    activations: str
-    number: int
+def check(case):
+    """Run the case on both networks: the same outputs, gradients, buffers and generators come of it."""
+    net, plain = networks_of(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = outcome_of(net, case)
+        rebuilt = case.dtype != WIDE and case.activations == "reconstruct"
+        expected = (algorithm_1 if rebuilt else outcome_of)(plain, case)
+        try:
+            assert_same(got, expected, TOLERANCE)  # far below a rounding of single precision: to the bit
+        except AssertionError:
+            assert_same(got, expected, max(TOLERANCE, allowed(case)))
 
 
-chains = st.builds(
-    Chain,
-    kinds=st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)), min_size=1, max_size=5),
-    shared=st.booleans(),
-    frozen=st.lists(st.integers(0, 9), max_size=4),
-    batch=st.integers(1, 3),
-    size=st.tuples(st.integers(2, 4), st.integers(2, 4)),
-    channels_last=st.booleans(),
-    strided=st.booleans(),
-    pair=st.booleans(),
-    requires_grad=st.booleans(),
-    masked=st.booleans(),
-    mask_requires_grad=st.booleans(),
-    training=st.booleans(),
-    dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]),
-    backend=st.sampled_from(["cpu", "cpu", "eager"]),
-    activations=st.sampled_from(["reconstruct", "reconstruct", "store"]),
-    number=st.integers(0, 10**6),
-)
+def allowed(case):
+    """What roundings may make of the outcome, relative: 16 a half-step, multiplied by what the network amplifies them.
 
-
-def stream(chain, channels):
-    h, w = chain.size
-    x = torch.randn(chain.batch, channels, h, w * (2 if chain.strided else 1))
-    x = (x[..., ::2] if chain.strided else x).to(chain.dtype)
-    if chain.channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    return x.requires_grad_(chain.requires_grad)
-
-
-def check(chain):
-    torch.manual_seed(chain.number)
-    pairs = [(Branch(f), Branch(g)) for f, g in chain.kinds]
-    if chain.shared:
-        pairs[-1] = pairs[0]
-    for index in chain.frozen:
-        pairs[index // 2 % len(pairs)][index % 2].requires_grad_(False)
-    net, plain = twins(pairs, backend=chain.backend, activations=chain.activations)
-    for network in (net, plain):
-        network.train(chain.training).to(chain.dtype)
-    x = (stream(chain, HALF), stream(chain, HALF)) if chain.pair else stream(chain, 2 * HALF)
-    kwargs, sides = {}, []
-    if chain.masked:
-        kwargs["mask"] = torch.rand(HALF, 1, 1).to(chain.dtype).requires_grad_(chain.mask_requires_grad)
-        sides.append(kwargs["mask"])
-    if chain.dtype == WIDE:
-        # A norm over few values amplifies roundings; what a wrong gradient is off by is larger by many orders.
-        check_step(net, plain, x, steps=2, sides=sides, tolerance=1e-8, **kwargs)
-    else:
-        # Single precision drifts: what is compared to the bit is the part that does not depend on it.
-        got, expected = (step(network, x, sides=sides, **kwargs) for network in (net, plain))
-        assert_same(got, expected, tolerance=2e-2)
+    In double precision they are those of the rebuilt streams. In the others `algorithm_1` rounds the same way: what
+    remains is the order in which the gradients of what is shared are added, and the layout that a convolution computes
+    in. (Autocast adds what it has cast.) What is amplified beyond bounds is compared for shape and dtype only.
+    """
+    mixed = case.autocast or case.has("autocast", "narrow")
+    unit = torch.finfo(case.dtype if case.dtype == WIDE or not mixed else torch.bfloat16).eps / 2
+    if case.dtype != WIDE and case.activations == "reconstruct" and case.backend == "cpu" and case.simple():
+        return 0.0  # our own node adds two gradients; torch's engine adds them one by one as they come
+    most = {WIDE: 1e-6}.get(case.dtype, math.inf)
+    amplified = max(1.0, amplification(dataclasses.replace(case, dtype=WIDE)))
+    return min(16 * unit * (1 + len(case.parts())) * amplified, most)
 
 
 QUIET = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@pytest.mark.usefixtures("compiled")
-@seed(20261)
-@settings(max_examples=60, **QUIET)
-@given(chains)
-def test_random_chains(chain):
-    """60 chains, always the same ones."""
-    check(chain)
+def run(strategy, number, action):
+    """Do ``action`` with the same ``number`` of cases every time."""
+    seed(20261)(settings(max_examples=number, **QUIET)(given(strategy)(action)))()
+
+
+#: 200 cases in all.
+RUNS = {scenario: (cases(scenarios=[scenario]), 9) for scenario in SCENARIOS}
+RUNS |= {"single precision": (single, 23), "single precision, to the bit": (exact, 200 - 23 - 9 * len(SCENARIOS))}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_random_chains(name, compiled):
+    """200 cases, always the same ones."""
+    run(*RUNS[name], lambda case: check(case))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.usefixtures("compiled")
-@settings(max_examples=1500, **QUIET)
-@given(chains)
-def test_many_random_chains(chain):
+@settings(max_examples=5000, **QUIET)
+@given(any_depth)
+def test_many_random_chains(case):
     """Others every time."""
-    check(chain)
+    check(case)
+
+
+FAULTS = [
+    faults.generator_not_restored,
+    faults.statistics_not_protected,
+    faults.autocast_dropped,
+    faults.side_inputs_detached,
+    faults.branches_swapped,
+]
+
+
+@functools.cache
+def the_cases():
+    """Those of `test_random_chains`."""
+    found = []
+    for strategy, number in RUNS.values():
+        run(strategy, number, lambda case: found.append(case))  # a built-in has no code to be shown
+    return found
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, compiled, monkeypatch):
+    """By one of the 200 cases, which passes without it."""
+    for case in the_cases():
+        with monkeypatch.context() as plant:
+            fault(plant)
+            try:
+                check(case)
+            except (AssertionError, ReconstructionError):
+                break
+    else:
+        raise AssertionError("none of the cases finds it")
+    check(case)

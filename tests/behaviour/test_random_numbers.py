@@ -21,16 +21,16 @@ from behaviour.common import (
 )
 
 
-def check_dropout(backend, activations, p=0.1):
+def check_dropout(kind, backend, activations, p=0.1):
     """Row 6, as a function: gradients under the same masks, and the generator where plain PyTorch leaves it."""
-    net, plain = twins(pairs_of(lambda: dropout_mlp(p=p), 3), backend=backend, activations=activations)
-    check_step(net, plain, rows(), steps=3)
+    net, plain = kind.with_dropout(p).twins(3, backend=backend, activations=activations)
+    check_step(net, plain, kind.x(), steps=3)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.9])
-def test_dropout(p, options):
+def test_dropout(p, kind, options):
     """Row 6: dropout in F and G."""
-    check_dropout(**options, p=p)
+    check_dropout(kind, **options, p=p)
 
 
 class Noise(nn.Module):
@@ -51,12 +51,13 @@ def test_some_branches_draw_and_some_do_not(options):
     check_step(*twins(pairs, **options), rows(), steps=2)
 
 
-def test_generator_state_is_the_caller_s_between_forward_and_backward(options):
+def test_generator_state_is_the_caller_s_between_forward_and_backward(kind, options):
     """Row 6: draws between forward and backward are the caller's, and the backward neither repeats nor moves them."""
     results = []
-    for network in twins(pairs_of(dropout_mlp, 3), **options):
+    given = kind.x()
+    for network in kind.with_dropout(0.5).twins(3, **options):
         torch.manual_seed(7)
-        leaves, x = fresh(rows_once())
+        leaves, x = fresh(given)
         y = network(x)
         between = torch.rand(3)
         y.square().sum().backward()
@@ -68,13 +69,19 @@ def rows_once():
     return torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
 
 
-def test_two_forwards_before_one_backward(options):
+def test_two_forwards_before_one_backward(kind, options):
     """Row 7: each forward has masks of its own, which its own part of the backward sees again."""
+    check_two_forwards(kind, **options)
+
+
+def check_two_forwards(kind, **options):
+    """Row 7, as a function."""
     results = []
-    for network in twins(pairs_of(lambda: dropout_mlp(p=0.5), 3), **options):
+    first, second = kind.x(), kind.x()
+    for network in kind.with_dropout(0.5).twins(3, **options):
         torch.manual_seed(7)
-        (a,), xa = fresh(rows_once())
-        (b,), xb = fresh(2 * rows_once().detach().requires_grad_())
+        (a,), xa = fresh(first)
+        (b,), xb = fresh(second)
         outputs = [network(xa), network(xb)]
         (outputs[0] * outputs[1]).sum().backward()
         results.append(gathered(network, outputs, [a, b]))
@@ -82,13 +89,14 @@ def test_two_forwards_before_one_backward(options):
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_two_forwards_then_two_backwards(first, options):
+def test_two_forwards_then_two_backwards(first, kind, options):
     """Row 7: in either order."""
     results = []
-    for network in twins(pairs_of(lambda: dropout_mlp(p=0.5), 3), **options):
+    given = kind.x()
+    for network in kind.with_dropout(0.5).twins(3, **options):
         torch.manual_seed(7)
-        (a,), xa = fresh(rows_once())
-        (b,), xb = fresh(rows_once())
+        (a,), xa = fresh(given)
+        (b,), xb = fresh(given)
         outputs = [network(xa), network(xb)]
         for index in (first, 1 - first):
             outputs[index].square().sum().backward()

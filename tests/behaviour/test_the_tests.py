@@ -1,41 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults planted in the driver, one at a time: the check that should find each of them does."""
+"""Faults planted in the driver, one at a time: the check that should find each of them does.
+
+Most are what other libraries get wrong today.
+"""
 
 import contextlib
+import functools
+import inspect
 
 import pytest
 
-from behaviour.common import assert_raises, mlp, pairs_of, rows, twins
-from behaviour.test_costs import Counting, check_calls, check_memory_is_flat, slim_branch
+from behaviour.common import KINDS, assert_raises, check_step, tensors_in, torch
+from behaviour.test_arguments import check_arguments, check_auxiliary_outputs
+from behaviour.test_branches import check_spectral_norm
+from behaviour.test_costs import Counting, check_calls, check_memory_is_flat
+from behaviour.test_depths import check_input_is_not_written_to, check_pair_is_not_copied
 from behaviour.test_failures import check_change_is_found
-from behaviour.test_hooks import check_stashed_gradients, check_stashed_streams
+from behaviour.test_gradients import check_second_order
+from behaviour.test_hooks import check_forward_hooks, check_stashed_gradients, check_stashed_streams
+from behaviour.test_modes import check_functional_call, check_inverse, check_without_gradients
 from behaviour.test_norms import check_statistics
 from behaviour.test_precision import bf16, check_autocast
-from behaviour.test_random_numbers import check_dropout
-from revkernels.autograd import accumulate, reversal, snapshot, surroundings
+from behaviour.test_random_numbers import check_dropout, check_two_forwards
+from revkernels.autograd import accumulate, coupling, inverse, reversal, snapshot, surroundings
 from revkernels.errors import ReconstructionError
+from revkernels.nn import chain, reversible
 
 RECONSTRUCT = {"backend": "cpu", "activations": "reconstruct"}
+ROWS = {}  # what is planted -> (plant, check)
 
 
-def generator_not_restored(plant):
-    plant.setattr(reversal, "drawn", lambda before, after: [])
+def found_by(check):
+    """Register a fault with the check that finds it, a function of the kind of branches or of nothing."""
+
+    def register(plant):
+        ROWS[f"{check.__name__}: {plant.__name__}"] = plant, check
+        return plant
+
+    return register
 
 
-def statistics_not_protected(plant):
-    plant.setattr(snapshot.Snapshot, "_take_buffers", lambda self, module: None)
+def row_1(kind):
+    check_step(*kind.twins(2, **RECONSTRUCT), kind.x())
 
 
-def autocast_dropped(plant):
-    init = surroundings.Surroundings.__init__
-
-    def forgetful(self, *args):
-        init(self, *args)
-        self.autocast = []
-
-    plant.setattr(surroundings.Surroundings, "__init__", forgetful)
+def row_2():
+    check_memory_is_flat("cpu", depths=(4, 8))
 
 
+def row_3(kind):
+    check_calls(kind.within(Counting).twins(3, backend="cpu")[0], kind.x(), recomputes=1)
+
+
+def row_4(kind):
+    check_statistics(kind, **RECONSTRUCT)
+
+
+def row_6(kind):
+    check_dropout(kind, **RECONSTRUCT, p=0.5)
+
+
+def row_7(kind):
+    check_two_forwards(kind, **RECONSTRUCT)
+
+
+def row_8(kind):
+    check_autocast(kind, bf16, contextlib.nullcontext, **RECONSTRUCT)
+
+
+def row_15(kind):
+    check_second_order(kind, **RECONSTRUCT)
+
+
+def row_16(kind):
+    check_without_gradients(kind, torch.no_grad, True, True, **RECONSTRUCT)
+
+
+def row_17(kind):
+    check_input_is_not_written_to(kind, **RECONSTRUCT)
+
+
+def row_20(kind):
+    check_arguments(kind, **RECONSTRUCT)
+
+
+def row_21(kind):
+    check_auxiliary_outputs(kind, False, True, **RECONSTRUCT)
+
+
+def row_22(kind):
+    check_forward_hooks(kind, **RECONSTRUCT)
+
+
+def row_22_streams(kind):
+    check_stashed_streams(kind.twins(4, **RECONSTRUCT)[0], kind.pair())
+
+
+def row_22_gradients(kind):
+    check_stashed_gradients(kind.twins(4, **RECONSTRUCT)[0], kind.x())
+
+
+def row_26(kind):
+    check_functional_call(kind, **RECONSTRUCT)
+
+
+def row_28(kind):
+    check_inverse(kind, torch.no_grad, True, **RECONSTRUCT)
+
+
+def row_33_parameters():
+    check_change_is_found("parameter", **RECONSTRUCT)
+
+
+def row_33_side_inputs():
+    check_change_is_found("side input", **RECONSTRUCT)
+
+
+def row_34(kind):
+    check_spectral_norm(kind, **RECONSTRUCT)
+
+
+def row_36():
+    check_pair_is_not_copied(**RECONSTRUCT)
+
+
+@found_by(row_1)
+def branches_swapped(plant):
+    """As with stored activations in neither order: F is run where G should be."""
+    branches = reversible.ReversibleBlock.branches
+    plant.setattr(reversible.ReversibleBlock, "branches", property(lambda self: branches.fget(self)[::-1]))
+
+
+@found_by(row_1)
+def nothing_rebuilt(plant):
+    """The recompute reads the outputs."""
+    plant.setattr(reversal.Reversal, "_read", lambda self, sources: self._split(*self._kept.saved_tensors)[sources[0]])
+
+
+@found_by(row_2)
 def frames_kept(plant):
     rebuild = reversal.Reversal._rebuild
     kept = []
@@ -47,19 +149,7 @@ def frames_kept(plant):
     plant.setattr(reversal.Reversal, "_rebuild", hoarding)
 
 
-def versions_not_checked(plant):
-    plant.setattr(snapshot.Snapshot, "problem", lambda self: None)
-    plant.setattr(surroundings.Surroundings, "problem", lambda self: None)
-
-
-def streams_always_free(plant):
-    plant.setattr(reversal, "memory_is_free", lambda tensor: True)
-
-
-def gradients_always_free(plant):
-    plant.setattr(accumulate, "_is_free", lambda gradient: True)
-
-
+@found_by(row_3)
 def recomputed_twice(plant):
     rebuild = reversal.Reversal._rebuild
 
@@ -68,48 +158,185 @@ def recomputed_twice(plant):
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, reversal._local, "recomputing", False)
             reversal._local.recomputing = True
-            step.branch(self._rebuilt[0].detach(), *step.args, **step.kwargs)
+            self._call(step.half_step, self._read(step.half_step.sources))
         rebuild(self, k)
 
     plant.setattr(reversal.Reversal, "_rebuild", twice)
 
 
-def check_side_input():
-    check_change_is_found("side input", **RECONSTRUCT)
+@found_by(row_4)
+def statistics_not_protected(plant):
+    """Updated by the recompute too."""
+    plant.setattr(snapshot.Snapshot, "_take_buffers", lambda self, module: None)
 
 
-def check_parameter():
-    check_change_is_found("parameter", **RECONSTRUCT)
+@found_by(row_6)
+def generator_not_restored(plant):
+    plant.setattr(reversal, "drawn", lambda before, after: [])
 
 
-def check_one_extra_forward():
-    net, _ = twins(pairs_of(lambda: Counting(slim_branch()), 3), backend="cpu")
-    check_calls(net, rows(3, 128), recomputes=1)
+@found_by(row_6)
+def generator_left_where_the_recompute_put_it(plant):
+    def restore(self, drawn):
+        for generator, state, _ in drawn:
+            generator.set_state(state)
+
+    plant.setattr(surroundings.Surroundings, "restore", restore)
 
 
-FOUND_BY = {
-    "row 6: generator not restored": (generator_not_restored, lambda: check_dropout(**RECONSTRUCT, p=0.5)),
-    "row 4: statistics not protected": (statistics_not_protected, lambda: check_statistics(**RECONSTRUCT)),
-    "row 8: autocast dropped": (autocast_dropped, lambda: check_autocast(bf16, contextlib.nullcontext, **RECONSTRUCT)),
-    "row 2: frames kept": (frames_kept, lambda: check_memory_is_flat("cpu", depths=(4, 8))),
-    "row 33: parameters not checked": (versions_not_checked, check_parameter),
-    "row 33: side inputs not checked": (versions_not_checked, check_side_input),
-    "row 22: streams always free": (streams_always_free, lambda: check_stashed_streams(four_blocks())),
-    "row 22: gradients always free": (gradients_always_free, lambda: check_stashed_gradients(four_blocks())),
-    "row 3: recomputed twice": (recomputed_twice, check_one_extra_forward),
-}
+@found_by(row_7)
+def generator_of_the_latest_forward(plant):
+    """The state is kept at the block, where the next forward overwrites it."""
+    record, rebuild = reversal.Reversal._record, reversal.Reversal._rebuild
+    latest = {}
+
+    def recording(self, *args):
+        f = record(self, *args)
+        latest[len(self._steps) - 1] = self._steps[-1].drawn
+        return f
+
+    def rebuilding(self, k):
+        self._steps[k].drawn = latest[k]
+        rebuild(self, k)
+
+    plant.setattr(reversal.Reversal, "_record", recording)
+    plant.setattr(reversal.Reversal, "_rebuild", rebuilding)
 
 
-def four_blocks():
-    return twins(pairs_of(mlp, 4), **RECONSTRUCT)[0]
+@found_by(row_8)
+def autocast_dropped(plant):
+    init = surroundings.Surroundings.__init__
+
+    def forgetful(self, *args):
+        init(self, *args)
+        self.autocast = []
+
+    plant.setattr(surroundings.Surroundings, "__init__", forgetful)
 
 
-@pytest.mark.parametrize("fault", FOUND_BY)
+@found_by(row_15)
+def gradients_added_without_a_graph(plant):
+    gather = coupling.gather
+
+    def detached(ds, dh, kernels):
+        total = gather(ds, dh, kernels)
+        return None if total is None else total.detach()
+
+    plant.setattr(coupling, "gather", detached)
+
+
+@found_by(row_16)
+@found_by(row_17)
+def input_written_to(plant):
+    """The coupling in place, as in the formula."""
+
+    def in_place(ctx, a, f, kernels):
+        ctx.kernels = kernels
+        ctx.set_materialize_grads(False)
+        s = a.detach()
+        kernels.couple(s, s, f, None)
+        return s, s.detach()
+
+    plant.setattr(coupling.Couple, "forward", staticmethod(in_place))
+
+
+@found_by(row_20)
+def side_inputs_detached(plant):
+    """Their gradients are lost, as in an autograd.Function that does not take them."""
+    half_step = reversible.HalfStep
+
+    def detached(branch, target, sources, args, kwargs):
+        kwargs = {name: value.detach() if torch.is_tensor(value) else value for name, value in kwargs.items()}
+        return half_step(branch, target, sources, args, kwargs)
+
+    plant.setattr(reversible, "HalfStep", detached)
+
+
+@found_by(row_21)
+def auxiliary_outputs_detached(plant):
+    check = reversal.check_aux
+
+    def detached(*args):
+        f, aux = check(*args)
+        return f, tensors_in(aux)[0].detach()
+
+    plant.setattr(reversal, "check_aux", detached)
+
+
+@found_by(row_22)
+def forward_called_instead_of_the_module(plant):
+    """Hooks of F and G never fire."""
+    half_step = reversible.HalfStep
+    plant.setattr(reversible, "HalfStep", lambda branch, *rest: half_step(branch.forward, *rest))
+
+
+@found_by(row_22)
+def recompute_not_told_apart(plant):
+    plant.setattr(reversal, "_local", type("Forgetful", (), {"__setattr__": lambda *_: None})())
+
+
+@found_by(row_22_streams)
+def streams_always_free(plant):
+    plant.setattr(reversal, "memory_is_free", lambda tensor: True)
+
+
+@found_by(row_22_gradients)
+def gradients_always_free(plant):
+    plant.setattr(accumulate, "_is_free", lambda gradient, free: True)
+
+
+@found_by(row_26)
+def parameters_of_today(plant):
+    """The recompute uses what hangs at the module now, not what the forward used."""
+    restore = snapshot.Snapshot.restore
+
+    def forgetful(self):
+        self.fixed = []
+        return restore(self)
+
+    plant.setattr(snapshot.Snapshot, "restore", forgetful)
+
+
+@found_by(row_28)
+def inverse_counts_the_batch(plant):
+    class Nothing(snapshot.Snapshot):
+        def restore(self):
+            return []
+
+    plant.setattr(inverse, "Snapshot", Nothing)
+
+
+@found_by(row_33_parameters)
+@found_by(row_33_side_inputs)
+def versions_not_checked(plant):
+    plant.setattr(snapshot.Snapshot, "problem", lambda self: None)
+    plant.setattr(surroundings.Surroundings, "problem", lambda self: None)
+
+
+@found_by(row_34)
+def written_buffers_not_rewound(plant):
+    complete = snapshot.Snapshot.complete
+
+    def forgetful(self):
+        complete(self)
+        self.rewound = []
+
+    plant.setattr(snapshot.Snapshot, "complete", forgetful)
+
+
+@found_by(row_36)
+def pair_copied(plant):
+    plant.setattr(chain, "dense", lambda stream: stream.clone())
+
+
+@pytest.mark.parametrize("fault", ROWS)
 def test_a_planted_fault_is_found(fault, compiled, monkeypatch):
     """The check passes without the fault and fails with it: by itself, or because the driver notices."""
-    plant, check = FOUND_BY[fault]
-    check()
-    with monkeypatch.context() as patches:
-        plant(patches)
-        assert_raises((AssertionError, ReconstructionError), [], check)
-    check()
+    plant, check = ROWS[fault]
+    kinds = [KINDS["mlp"], KINDS["basic"]] if inspect.signature(check).parameters else []
+    for given in [(kind,) for kind in kinds] or [()]:
+        check(*given)
+        with monkeypatch.context() as patches:
+            plant(patches)
+            assert_raises((AssertionError, ReconstructionError), [], functools.partial(check, *given))
+        check(*given)
