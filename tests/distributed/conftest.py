@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two processes that every test here sends its case to."""
+
+import importlib.util
+
+import pytest
+
+from distributed.processes import Processes
+
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob = ["test_*.py"]  # they import it first of all
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    dist = pytest.importorskip("torch.distributed")
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch is built without gloo")
+    started = Processes(tmp_path_factory.mktemp("processes"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def passes(request, processes, available):
+    """passes(case): the file's case comes to a good end in every process, or the test fails with their tracebacks."""
+
+    def check(case):
+        available(request.module.cases[case].backend)
+        error = processes.run(request.module.__name__, case)
+        if error is not None:
+            pytest.fail(error, pytrace=False)
+
+    return check
