@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch Geometric's ``torch_geometric.nn.GroupAddRev`` (2.8.1), on the chain of this package.
+
+    from revkernels.compat.pyg import GroupAddRev       # was: from torch_geometric.nn import GroupAddRev
+
+Nothing of PyTorch Geometric is imported: any module that is called ``conv(x, edge_index, ...)`` will do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from revkernels.nn.chain import HalfStep, run, run_inverse
+from revkernels.nn.reversible import have_hooks
+
+__all__ = ["GroupAddRev", "GroupAddRevs"]
+
+
+class GroupAddRev(nn.Module):
+    """Grouped reversible graph network block (Li et al. 2021, Training Graph Neural Networks with 1000 Layers).
+
+        y_0 = x_0 + convs[0](x_1 + ... + x_{C-1}, edge_index, ...)
+        y_i = x_i + convs[i](y_{i-1}, edge_index, ...)               i = 1 .. C-1
+
+    x is cut into C equal groups along ``split_dim``. Parameters have the original's names, so its state_dict loads.
+
+    Unlike the original: the caller's x keeps its memory (there, its storage is emptied); each conv runs once more in
+    the backward (there, twice), with the dropout masks of the forward, and updates its running statistics once; a
+    backward under ``retain_graph=True`` may run any number of times. The inverse is differentiable, but keeps its
+    activations.
+
+    Args:
+        conv: the graph network of one group, copied for the other groups, whose copies get new parameters where it has
+            a ``reset_parameters``; or an nn.ModuleList with one for each group.
+        split_dim: the dimension that x is cut along.
+        num_groups: the number of groups, 2 or more; not read where conv is an nn.ModuleList.
+        disable: True stores activations as plain torch does.
+        num_bwd_passes: accepted, not needed.
+
+    Raises:
+        TypeError: conv is not an nn.Module, or num_groups is not an int.
+        ValueError: fewer than two groups; in the call, a size that cannot be cut into groups.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Module,
+        split_dim: int = -1,
+        num_groups: int | None = None,
+        disable: bool = False,
+        num_bwd_passes: int = 1,
+    ) -> None:
+        super().__init__()
+        if not isinstance(conv, nn.Module):
+            raise TypeError(f"conv is a {type(conv).__name__}; it must be an nn.Module or an nn.ModuleList")
+        self.convs = conv if isinstance(conv, nn.ModuleList) else nn.ModuleList(_copies(conv, num_groups))
+        if len(self.convs) < 2:
+            raise ValueError(
+                f"conv is an nn.ModuleList of {len(self.convs)}; there must be one for each of 2 or more groups"
+            )
+        self.split_dim = split_dim
+        self.disable = disable
+        self.num_bwd_passes = num_bwd_passes
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups C."""
+        return len(self.convs)
+
+    def reset_parameters(self) -> None:
+        """Reset the parameters of every group's graph network."""
+        for conv in self.convs:
+            conv.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor, edge_index: Any, *args: Any) -> Any:
+        """Map x, node features, to y of the same shape.
+
+        Each further argument goes to every conv; a tensor among them whose size along ``split_dim`` is that of x is cut
+        into groups as x is, and each conv gets its own.
+        """
+        return _through(run, [(0, self)], "x", x, edge_index, args)
+
+    def inverse(self, y: torch.Tensor, edge_index: Any, *args: Any) -> Any:
+        """Return the x that `forward` maps to y with the same arguments, up to rounding."""
+        return _through(run_inverse, [(0, self)], "y", y, edge_index, args)
+
+    def _parts(self, arg: Any, x: torch.Tensor) -> Any:
+        """What each group gets of an argument: its own part of a tensor that is cut as x is, or the whole."""
+        dim = self.split_dim
+        has_dim = isinstance(arg, torch.Tensor) and all(-t.dim() <= dim < t.dim() for t in (arg, x))
+        if not has_dim or arg.shape[dim] != x.shape[dim] or x.shape[dim] % self.num_groups:
+            return [arg] * self.num_groups
+        return arg.chunk(self.num_groups, dim)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.convs[0]}, num_groups={self.num_groups})"
+
+
+class GroupAddRevs(nn.ModuleList):
+    """A list of `GroupAddRev`s that can be called: one chain, whose activation memory does not grow with its length.
+
+        self.convs = GroupAddRevs([GroupAddRev(...), ...])      # was: nn.ModuleList(...)
+        x = self.convs(x, edge_index, mask)                     # was: for conv in self.convs: x = conv(x, ...)
+
+    Called one by one, each layer keeps its output. (The original keeps none, since a layer empties what it is given.)
+    Where split_dim, num_groups or disable changes another chain begins, and a layer with hooks, or with a ``forward``
+    of its own, is called by itself: each keeps one more output. Parameters have the names that the nn.ModuleList gives
+    them. Not in the original.
+    """
+
+    def forward(self, x: torch.Tensor, edge_index: Any, *args: Any) -> Any:
+        """Map x to y; every layer gets the same arguments. See `GroupAddRev.forward`."""
+        for chain in self._chains():
+            (_, first), *others = chain
+            x = _through(run, chain, "x", x, edge_index, args) if others else first(x, edge_index, *args)
+        return x
+
+    def inverse(self, y: torch.Tensor, edge_index: Any, *args: Any) -> Any:
+        """Return the x that `forward` maps to y with the same arguments, up to rounding."""
+        for chain in reversed(self._chains()):
+            (_, first), *others = chain
+            y = (
+                _through(run_inverse, chain, "y", y, edge_index, args)
+                if others
+                else first.inverse(y, edge_index, *args)
+            )
+        return y
+
+    def _chains(self) -> list[list[tuple[int, Any]]]:
+        """The layers with their numbers, those together that can be one chain."""
+        chains: list[list[tuple[int, Any]]] = []
+        before: Any = None
+        layers: list[Any] = list(self)
+        for index, (layer, hooked) in enumerate(zip(layers, have_hooks(layers), strict=True)):
+            alone = hooked or type(layer).forward is not GroupAddRev.forward
+            here = None if alone else (layer.split_dim, layer.num_groups, bool(layer.disable))
+            if here is None or here != before:
+                chains.append([])
+            chains[-1].append((index, layer))
+            before = here
+        return chains
+
+
+def _through(
+    direction: Callable[..., Any],
+    layers: Sequence[tuple[int, GroupAddRev]],
+    name: str,
+    x: Any,
+    edge_index: Any,
+    args: tuple[Any, ...],
+) -> Any:
+    """Run layers of the same options as one chain, by `run` or `run_inverse`. ``name`` is what to call x."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    first = layers[0][1]
+    half_steps, words = [], []
+    parts = [first._parts(arg, x) for arg in args]
+    for index, layer in layers:
+        for i, conv in enumerate(layer.convs):
+            sources = (i - 1,) if i else tuple(range(1, layer.num_groups))
+            half_steps.append(HalfStep(conv, i, sources, (edge_index, *(part[i] for part in parts))))
+            words.append(f"layer {index}, convs[{i}] ({type(conv).__name__})")
+    activations = "store" if first.disable else "reconstruct"
+    return direction(
+        half_steps, x, first.num_groups, words.__getitem__, split_dim=first.split_dim, activations=activations
+    )
+
+
+def _copies(conv: nn.Module, num_groups: int | None) -> list[nn.Module]:
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+        raise TypeError(
+            f"num_groups is a {type(num_groups).__name__}; it must be an int, unless conv is an nn.ModuleList"
+        )
+    if num_groups < 2:
+        raise ValueError(f"num_groups is {num_groups}; it must be 2 or more")
+    copies = [conv, *(copy.deepcopy(conv) for _ in range(num_groups - 1))]
+    for other in copies[1:]:
+        if hasattr(other, "reset_parameters"):
+            other.reset_parameters()  # type: ignore[operator]
+    return copies

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RevTorch 0.2.4 on this package's driver: `ReversibleBlock` and `ReversibleSequence`.
+
+The names, the signatures and the names in a ``state_dict`` are RevTorch's. What is not: dropout masks are the forward's
+without ``fix_random_seed``, running statistics are counted once, an input that needs no gradient is no obstacle,
+``autograd.grad``, double backward and autocast work; a parameter changed between forward and backward, or an output
+changed in place, raises instead of spoiling the gradient.
+``block.backward_pass``, RevTorch's own loop, does not exist: gradients travel through torch's engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from revkernels.nn.chain import HalfStep, run
+from revkernels.nn.reversible import have_hooks
+
+__all__ = ["ReversibleBlock", "ReversibleSequence"]
+
+
+class ReversibleBlock(nn.Module):
+    """y1 = x1 + f_block(x2); y2 = x2 + g_block(y1).
+
+    Called alone it is a chain of one block, with gradients; RevTorch's then runs without any.
+
+    Args:
+        f_block, g_block: modules that keep the shape of what they are given.
+        split_along_dim: the dimension that the input is halved along.
+        fix_random_seed: accepted, not needed. Random numbers always come from torch's generators as they are, and are
+            the same in the backward; RevTorch reseeds them from Python's ``random``.
+    """
+
+    def __init__(
+        self, f_block: nn.Module, g_block: nn.Module, split_along_dim: int = 1, fix_random_seed: bool = False
+    ) -> None:
+        super().__init__()
+        self.f_block = f_block
+        self.g_block = g_block
+        self.split_along_dim = split_along_dim
+        self.fix_random_seed = fix_random_seed
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return _chain([(0, self)], x, self.split_along_dim)
+
+
+class ReversibleSequence(nn.Module):
+    """A chain of `ReversibleBlock`s, whose activation memory does not grow with its depth.
+
+    Blocks that follow one another and are halved along the same dimension are one chain. Where the dimension changes
+    another begins, and a block with hooks, or with a ``forward`` of its own, is called as a module and is a chain of
+    its own: each keeps one more output.
+
+    Args:
+        reversible_blocks: a ModuleList of `ReversibleBlock`s.
+        eagerly_discard_variables: accepted, not needed. A second backward takes ``retain_graph=True``, as in plain
+            torch, and memory is freed as soon as without it.
+
+    Raises:
+        TypeError: reversible_blocks is no ModuleList, or holds something else than a `ReversibleBlock`.
+    """
+
+    def __init__(self, reversible_blocks: nn.ModuleList, eagerly_discard_variables: bool = True) -> None:
+        super().__init__()
+        if not isinstance(reversible_blocks, nn.ModuleList):
+            raise TypeError(f"reversible_blocks is a {type(reversible_blocks).__name__}; it must be an nn.ModuleList")
+        for index, block in enumerate(reversible_blocks):
+            if not isinstance(block, ReversibleBlock):
+                raise TypeError(f"reversible_blocks[{index}] is a {type(block).__name__}; it must be a ReversibleBlock")
+        self.reversible_blocks = reversible_blocks
+        self.eagerly_discard_variables = eagerly_discard_variables
+
+    def forward(self, x: torch.Tensor) -> Any:
+        blocks: list[Any] = list(self.reversible_blocks)
+        alone = [
+            hooked or type(block).forward is not ReversibleBlock.forward
+            for block, hooked in zip(blocks, have_hooks(blocks), strict=True)
+        ]
+        for (is_alone, split_dim), part in groupby(
+            enumerate(blocks), lambda numbered: (alone[numbered[0]], numbered[1].split_along_dim)
+        ):
+            if is_alone:
+                for _, block in part:
+                    x = block(x)
+            else:
+                x = _chain(part, x, split_dim)
+        return x
+
+
+def _chain(blocks: Iterable[tuple[int, Any]], x: Any, split_dim: int) -> Any:
+    half_steps, names = [], []
+    for index, block in blocks:
+        half_steps += [HalfStep(block.f_block, 0, (1,)), HalfStep(block.g_block, 1, (0,))]
+        names += [f"reversible_blocks[{index}].{part}" for part in ("f_block", "g_block")]
+    return run(half_steps, x, name=names.__getitem__, split_dim=split_dim)
