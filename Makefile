@@ -3,7 +3,7 @@
 #
 # PYTHON=python3.12      another interpreter       VENV=.venv        another environment
 # DEMO_ARGS=--quick      options of the demo       TEST_ARGS="-k coupling"    options of pytest
-# REVK_CUDA=OFF          leave CUDA out of the build
+# REVK_CUDA=OFF          leave CUDA out of the build      TEST_WORKERS=2    processes that tests run in
 #
 # On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches the small torch.
 
@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TEST_WORKERS ?= 2
 REVK_CUDA ?= AUTO
 export REVK_CUDA
 
@@ -19,6 +20,7 @@ export REVK_CUDA
 CREATED := $(VENV)/.made-venv
 TOOLS := $(VENV)/.made-tools
 BUILT := $(VENV)/.made-build-cuda-$(REVK_CUDA)
+PEERS := $(VENV)/.made-peers
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: all demo test test-all lint clean
@@ -55,10 +57,16 @@ demo: $(BUILT)
 	$(BIN)/python -m revkernels demo $(DEMO_ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_ARGS)
 
-test-all: $(BUILT)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test-all: $(BUILT) $(PEERS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+
+# Other reversible libraries, for the tests that set ours beside them. PyTorch Geometric asks for the second line.
+$(PEERS): $(TOOLS) tests/compat/peers.txt
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --no-deps -r tests/compat/peers.txt
+	$(PIP) install --quiet --constraint constraints.txt aiohttp fsspec jinja2 psutil pyparsing requests tqdm xxhash
+	@touch $@
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 

@@ -219,5 +219,5 @@ def _operators() -> Any:
 
 def _is_tensor(array: Any) -> bool:
     if type(array) in (list, tuple):
-        return bool(array) and _is_tensor(array[0])
+        return len(array) > 0 and _is_tensor(array[0])
     return isinstance(array, sys.modules["torch"].Tensor)

@@ -16,13 +16,14 @@ Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, wi
 class RecordedStep:
     """The call, what the branch saw and drew, and the dtypes and shapes of what it saved."""
 
-    __slots__ = ("drawn", "half_step", "needs_grad", "saved", "snapshot")
+    __slots__ = ("drawn", "half_step", "needs_grad", "saved", "snapshot", "strides")
 
     def __init__(self, half_step: HalfStep, needs_grad: bool) -> None:
         self.half_step, self.needs_grad = half_step, needs_grad
         self.snapshot = Snapshot(half_step.branch)
         self.saved: list[Metadata] = []
         self.drawn: Drawn = []
+        self.strides: tuple[int, ...] = ()  # of the target, before it was added to
 
     def saved_alike(self, frame: Frame) -> bool:
         """Whether the recompute saved as many tensors as the forward, of the same dtypes and shapes."""

@@ -106,10 +106,12 @@ class Reversal:
             self._surroundings = Surroundings(streams[0].device, side_inputs)
             self._states = self._surroundings.states()
             self._hooks: Any = saved_tensors_hooks(self._pack, self._unpack)
-        self._layouts = [(s.shape, s.stride()) for s in streams]
+        # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
+        self._strides: list[tuple[int, ...]] = []
+        self._strides_now: list[tuple[int, ...]] = []
         self._lock = threading.RLock()
         self._task, self._cursor = -1, 0
-        self._kept: Any = None
+        self._kept: Any = None  # a tensor whose node holds the outputs
         self._frame: Frame = []
         self._first: int | None = None  # the first half-step that saved something
         self._unread: set[int] = set()  # the tensors of its frame that nobody has asked for yet
@@ -139,11 +141,11 @@ class Reversal:
             f, aux = check_aux(f, self.name, self._count)
             self.aux.append(aux)
         check_branch_output(f, target, self.name, self._count)
+        if self.recording:
+            self._steps[-1].strides = target.stride()
         self._count += 1
         if kernels is eager:
-            y = (target + f).to(target.dtype)
-            # torch may choose other strides where a dimension is 1 long, and the rebuilt stream has the target's.
-            streams[index] = y if y.stride() == target.stride() else torch.empty_like(target).copy_(y)
+            streams[index] = (target + f).to(target.dtype)
         else:
             streams[index], twin = couple(target, f, kernels)
             if read_next:
@@ -202,10 +204,11 @@ class Reversal:
 
     def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
         """Keep what the backward starts from: ``outputs``, of which ``split`` makes the streams again."""
+        self._strides = [stream.stride() for stream in self.streams]
         self._first = next((k for k, step in enumerate(self._steps) if step.saved), None)
         if self._first is not None:  # something is kept for the outputs, or for an aux output alone
             anchor = torch.zeros((), requires_grad=True)
-            self._kept = _Kept.apply(anchor, *(output.detach() for output in outputs)).grad_fn
+            self._kept = _Kept.apply(anchor, *(output.detach() for output in outputs))
             self._split = split
         self.release()
 
@@ -260,7 +263,7 @@ class Reversal:
         if other is not None and other is not self:
             other._let_go(task)
         try:
-            outputs = self._kept.saved_tensors
+            outputs = self._kept.grad_fn.saved_tensors
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -269,6 +272,7 @@ class Reversal:
                 f"from it: make the operation that follows the chain out of place. ({error})"
             ) from None
         self._rebuilt = [stream.detach() for stream in self._split(*outputs)]
+        self._strides_now = list(self._strides)
         self._task, self._cursor, self._frame = task, len(self._steps), []
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
@@ -331,8 +335,9 @@ class Reversal:
             f = (f[0] if type(f) is tuple else f).detach()
             target = self._rebuilt[index]
             # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
-            free = not higher_order and target.stride() == self._layouts[index][1] and memory_is_free(target)
-            self._rebuilt[index] = target if free else self._empty(index, target)
+            free = not higher_order and target.stride() == step.strides and memory_is_free(target)
+            self._rebuilt[index] = target if free else _empty(target, step.strides)
+            self._strides_now[index] = step.strides
             self.kernels.uncouple(self._rebuilt[index], target, f, None)
         if k == self._first:
             self._unread = set(range(len(self._frame)))
@@ -342,8 +347,8 @@ class Reversal:
         """What the branch read, from the rebuilt streams: the same values in the same strides."""
         for index in sources:
             stream = self._rebuilt[index]
-            if stream.stride() != self._layouts[index][1]:  # a part of the caller's output
-                self._rebuilt[index] = self._empty(index, stream).copy_(stream)
+            if stream.stride() != self._strides_now[index]:  # a part of the caller's output
+                self._rebuilt[index] = _empty(stream, self._strides_now[index]).copy_(stream)
         h = self._rebuilt[sources[0]].detach()
         for index in sources[1:]:
             h = h + self._rebuilt[index]
@@ -358,10 +363,9 @@ class Reversal:
         """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
         return self._frame[index][0]
 
-    def _empty(self, index: int, like: torch.Tensor) -> torch.Tensor:
-        """Room for a stream in its own strides. Strides are part of the value: other strides give other bits."""
-        shape, strides = self._layouts[index]
-        return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+
+def _empty(like: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
 
 def _both_tensors(a: Any, b: torch.Tensor) -> bool:

@@ -57,9 +57,6 @@ class Turn:
             lock.release()
 
 
-_ANYBODYS = Turn(())
-
-
 class Snapshot:
     """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute.
 
@@ -75,7 +72,7 @@ class Snapshot:
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         self.modules = _tree(branch) if isinstance(branch, nn.Module) else modules_behind(branch)
         stateful = [module for module in self.modules if module._buffers]
-        self.turn = Turn(stateful) if stateful else _ANYBODYS
+        self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
 
     def take(self) -> None:
         """Before the forward: note what there is."""

@@ -134,7 +134,9 @@ def branches_swapped(plant):
 @found_by(row_1)
 def nothing_rebuilt(plant):
     """The recompute reads the outputs."""
-    plant.setattr(reversal.Reversal, "_read", lambda self, sources: self._split(*self._kept.saved_tensors)[sources[0]])
+    plant.setattr(
+        reversal.Reversal, "_read", lambda self, sources: self._split(*self._kept.grad_fn.saved_tensors)[sources[0]]
+    )
 
 
 @found_by(row_2)
