@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from benchmarks import compare, gpu_report  # noqa: E402
-from revkernels.bench import memory, results  # noqa: E402
+from revkernels.bench import memory, overhead, results  # noqa: E402
 from revkernels.bench.chains import Shape  # noqa: E402
 from revkernels.bench.clocks import HostClock, last_level_cache  # noqa: E402
 from revkernels.bench.coupling import SUITE, Setup  # noqa: E402
@@ -163,6 +163,20 @@ def test_every_contender_computes_the_same():
             expected = expected or operands
             assert all(torch.equal(a, b) for a, b in zip(operands, expected, strict=True))
         assert not torch.equal(expected[0], trial.operands[0][0])
+
+
+@pytest.mark.parametrize(
+    ("us", "plain", "quantity", "value", "met"),
+    [
+        (70, 18, "extra_us", 52, True),
+        (91, 30, "extra_us", 61, False),
+        (80, 40, "ratio", 2, True),
+        (120, 40, "ratio", 3, False),
+    ],
+)
+def test_overhead_is_judged_by_the_clock_where_plain_torch_is_fast(us, plain, quantity, value, met):
+    judged = overhead.goal(us, plain, us / plain)
+    assert (judged["quantity"], judged["value"], judged["met"]) == (quantity, value, met)
 
 
 def memory_goals(monkeypatch, growth):
