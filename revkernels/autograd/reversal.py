@@ -274,6 +274,7 @@ class Reversal:
         self._rebuilt = [stream.detach() for stream in self._split(*outputs)]
         self._strides_now = list(self._strides)
         self._task, self._cursor, self._frame = task, len(self._steps), []
+        self._unread = {-1}  # of a frame that is still to come
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
 
