@@ -14,6 +14,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
+if not HAVE_TORCH:  # these import it first of all
+    collect_ignore_glob = [f"{folder}/test_*.py" for folder in ("behaviour", "compat", "distributed")]
 
 
 def why_no_gpu() -> str | None:

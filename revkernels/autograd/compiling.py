@@ -25,8 +25,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 #: What dynamo must neither trace nor compile when it meets it, in a forward or on the way of a backward.
 _OUTSIDE = (
-    *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "inverse", "ownership", "reversal")),
-    *(f"revkernels.autograd.{name}" for name in ("snapshot", "surroundings")),
+    *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "inverse", "ownership", "recorded")),
+    *(f"revkernels.autograd.{name}" for name in ("reversal", "snapshot", "surroundings")),
     "revkernels.eager",
 )
 

@@ -19,6 +19,12 @@ class HalfStep(NamedTuple):
     kwargs: Mapping[str, Any] = {}  # never written to
 
 
+def grouped(groups: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Targets and sources of a block's half-steps: the first reads the sum of the other streams, a later one what was
+    just updated."""
+    return [(index, (index - 1,) if index else tuple(range(1, groups))) for index in range(groups)]
+
+
 def check_aux(result: tuple[Any, ...], name: Callable[[int], str], k: int) -> tuple[torch.Tensor, Any]:
     """A branch returns f, or (f, aux)."""
     if len(result) != 2:

@@ -112,7 +112,7 @@ class Snapshot:
                     self.fixed.append(slot)
             self.rewound = changed
         for module in self.modules:
-            known = _written.get(module)
+            known = _written.get(module) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
                 known.update(slot[1] for slot in self.fixed if slot[0] is module._buffers and _changed(slot))
 

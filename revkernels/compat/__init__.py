@@ -5,4 +5,8 @@ Change the import and keep the model: ``from revkernels.compat import memcnn``. 
 ``docs/migration.md`` has the tables. Importing this package imports none of them, and no torch.
 """
 
-__all__ = ["memcnn", "pyg", "reformer", "revlib", "revnet_zero", "revtorch"]
+__all__ = ["UnsupportedError", "memcnn", "pyg", "reformer", "revlib", "revnet_zero", "revtorch"]
+
+
+class UnsupportedError(ValueError, NotImplementedError):
+    """An option of the other library that has no counterpart here. (Some of them raise NotImplementedError.)"""

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from revkernels.autograd.snapshot import Snapshot, put_back
+from revkernels.compat import UnsupportedError
 from revkernels.nn.chain import HalfStep, run
 
 __all__ = [
@@ -48,7 +49,7 @@ class AdditiveCoupling(nn.Module):
         split_dim: the dimension that the input is halved along.
 
     Raises:
-        NotImplementedError: another implementation than -1, 0 and 1.
+        UnsupportedError: another implementation than -1, 0 and 1.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class AdditiveCoupling(nn.Module):
         super().__init__()
         for name, number in (("implementation_fwd", implementation_fwd), ("implementation_bwd", implementation_bwd)):
             if number not in _ACTIVATIONS:
-                raise NotImplementedError(f"{name} is {number!r}; it must be -1, 0 or 1")
+                raise UnsupportedError(f"{name} is {number!r}; it must be -1, 0 or 1")
             if number != -1:
                 warnings.warn(f"{name}={number} is deprecated in MemCNN", DeprecationWarning, stacklevel=2)
         self.Gm = copy.deepcopy(Fm) if Gm is None else Gm  # before Fm: the order of MemCNN's parameters
@@ -179,10 +180,10 @@ def create_coupling(
     """Return the coupling of that name. ``adapter`` belongs to MemCNN's affine coupling and is not looked at.
 
     Raises:
-        NotImplementedError: coupling is not "additive".
+        UnsupportedError: coupling is not "additive".
     """
     if coupling != "additive":
-        raise NotImplementedError(f"coupling is {coupling!r}; it must be 'additive', the only coupling there is here")
+        raise UnsupportedError(f"coupling is {coupling!r}; it must be 'additive', the only coupling there is here")
     return AdditiveCoupling(Fm, Gm, implementation_fwd, implementation_bwd)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from revkernels.autograd.half_step import grouped
+from revkernels.compat._chains import Part, together
 from revkernels.nn.chain import HalfStep, run, run_inverse
-from revkernels.nn.reversible import have_hooks
 
 __all__ = ["GroupAddRev", "GroupAddRevs"]
 
@@ -115,35 +116,22 @@ class GroupAddRevs(nn.ModuleList):
 
     def forward(self, x: torch.Tensor, edge_index: Any, *args: Any) -> Any:
         """Map x to y; every layer gets the same arguments. See `GroupAddRev.forward`."""
-        for chain in self._chains():
-            (_, first), *others = chain
-            x = _through(run, chain, "x", x, edge_index, args) if others else first(x, edge_index, *args)
+        for alone, part in self._parts():
+            layer = part[0][1]
+            x = layer(x, edge_index, *args) if alone else _through(run, part, "x", x, edge_index, args)
         return x
 
     def inverse(self, y: torch.Tensor, edge_index: Any, *args: Any) -> Any:
         """Return the x that `forward` maps to y with the same arguments, up to rounding."""
-        for chain in reversed(self._chains()):
-            (_, first), *others = chain
-            y = (
-                _through(run_inverse, chain, "y", y, edge_index, args)
-                if others
-                else first.inverse(y, edge_index, *args)
-            )
+        for alone, part in reversed(self._parts()):
+            layer = part[0][1]
+            y = layer.inverse(y, edge_index, *args) if alone else _through(run_inverse, part, "y", y, edge_index, args)
         return y
 
-    def _chains(self) -> list[list[tuple[int, Any]]]:
-        """The layers with their numbers, those together that can be one chain."""
-        chains: list[list[tuple[int, Any]]] = []
-        before: Any = None
-        layers: list[Any] = list(self)
-        for index, (layer, hooked) in enumerate(zip(layers, have_hooks(layers), strict=True)):
-            alone = hooked or type(layer).forward is not GroupAddRev.forward
-            here = None if alone else (layer.split_dim, layer.num_groups, bool(layer.disable))
-            if here is None or here != before:
-                chains.append([])
-            chains[-1].append((index, layer))
-            before = here
-        return chains
+    def _parts(self) -> list[tuple[bool, Part]]:
+        return together(
+            list(self), GroupAddRev.forward, lambda layer: (layer.split_dim, layer.num_groups, bool(layer.disable))
+        )
 
 
 def _through(
@@ -160,10 +148,10 @@ def _through(
     first = layers[0][1]
     half_steps, words = [], []
     parts = [first._parts(arg, x) for arg in args]
+    places = grouped(first.num_groups)
     for index, layer in layers:
         for i, conv in enumerate(layer.convs):
-            sources = (i - 1,) if i else tuple(range(1, layer.num_groups))
-            half_steps.append(HalfStep(conv, i, sources, (edge_index, *(part[i] for part in parts))))
+            half_steps.append(HalfStep(conv, *places[i], (edge_index, *(part[i] for part in parts))))
             words.append(f"layer {index}, convs[{i}] ({type(conv).__name__})")
     activations = "store" if first.disable else "reconstruct"
     return direction(

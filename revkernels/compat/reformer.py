@@ -7,15 +7,14 @@ from revkernels.compat.reformer import ReversibleSequence   # was: from reformer
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
 from revkernels.autograd.reversal import is_recomputing
+from revkernels.compat._chains import together
 from revkernels.nn.chain import HalfStep, run
-from revkernels.nn.reversible import have_hooks
 
 __all__ = ["ReversibleBlock", "ReversibleSequence"]
 
@@ -107,12 +106,11 @@ class ReversibleSequence(nn.Module):
         blocks: list[Any] = [(number, self.blocks[number]) for number in self._kept_blocks()]
         if x.shape[1] <= self.reverse_thres or (self.send_signal and not self.training):
             return _through(blocks, x, calls, store=True)
-        for hooked, part in groupby(blocks, lambda numbered: have_hooks([numbered[1]])[0]):
-            if hooked:
-                for _, block in part:
-                    x = block(x, f_args=calls[0], g_args=calls[1])
+        for alone, part in together([block for _, block in blocks]):
+            if alone:
+                x = part[0][1](x, f_args=calls[0], g_args=calls[1])
             else:
-                x = _through(list(part), x, calls)
+                x = _through([blocks[index] for index, _ in part], x, calls)
         return x
 
     def _kept_blocks(self) -> list[int]:

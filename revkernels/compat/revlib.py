@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
+from revkernels.compat import UnsupportedError
+from revkernels.compat._chains import together
 from revkernels.nn.chain import HalfStep, run
-from revkernels.nn.reversible import have_hooks
 from revkernels.nn.streams import check_options, streams_of
 
 __all__ = [
@@ -114,7 +114,7 @@ class ReversibleSequential(nn.Sequential):
 
     Raises:
         TypeError: a module is no nn.Module; split_dim is no int.
-        NotImplementedError: another coupling, a target_device, a fused_optimizer.
+        UnsupportedError: another coupling, a target_device, a fused_optimizer.
     """
 
     def __init__(
@@ -152,13 +152,12 @@ class ReversibleSequential(nn.Sequential):
             (name, module, ((*args, *own_args), {**kwargs, **own_kwargs}))
             for (name, module), (own_args, own_kwargs) in zip(self._modules.items(), own, strict=True)
         ]
-        hooked = dict(zip(self._modules, have_hooks(list(self)), strict=True))
-        for (alone, savings), part in groupby(steps, lambda step: (hooked[step[0]], step[1].memory_savings)):
+        for alone, part in together(list(self), alike=lambda module: module.memory_savings):
             if alone:
-                for _, module, (its_args, its_kwargs) in part:
-                    pair = module(pair, *its_args, **its_kwargs)
+                _, module, (its_args, its_kwargs) = steps[part[0][0]]
+                pair = module(pair, *its_args, **its_kwargs)
             else:
-                pair = _run(list(part), pair, savings)
+                pair = _run([steps[index] for index, _ in part], pair, part[0][1].memory_savings)
         return torch.cat(pair, self.split_dim)
 
 
@@ -234,14 +233,14 @@ def _check_refused(forward: Sequence[Any], inverse: Sequence[Any], target_device
         for coupling in given:
             if coupling is not None and coupling is not additive:
                 name = getattr(coupling, "__name__", type(coupling).__name__)
-                raise NotImplementedError(
+                raise UnsupportedError(
                     f"{what} has {name}; it must be None or {additive.__name__}: the additive coupling is the only one "
                     f"here (momentum_net builds a MomentumNet of it)"
                 )
     if target_device:
-        raise NotImplementedError(f"target_device is {target_device!r}; it must be '': parameters stay where they are")
+        raise UnsupportedError(f"target_device is {target_device!r}; it must be '': parameters stay where they are")
     if fused_optimizer is not None:
-        raise NotImplementedError(
+        raise UnsupportedError(
             "fused_optimizer is given; it must be None: step an optimizer inside the backward with "
             "parameter.register_post_accumulate_grad_hook"
         )

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from revkernels.compat._chains import Part, together
 from revkernels.nn.chain import HalfStep, run, run_inverse
-from revkernels.nn.reversible import have_hooks
 
 __all__ = ["RevBlock", "RevBlocks", "RevTransformer", "RevTransformerBlock"]
 
@@ -67,31 +67,19 @@ class RevBlocks(nn.ModuleList):
 
     def forward(self, x: torch.Tensor) -> Any:
         """Map x [..., d] to y of the same shape."""
-        for chain in self._chains():
-            (_, first), *others = chain
-            x = _through(run, chain, x) if others else first(x)
+        for alone, part in self._parts():
+            x = part[0][1](x) if alone else _through(run, part, x)
         return x
 
     @torch.no_grad()
     def inverse(self, y: torch.Tensor) -> Any:
         """Return the x that `forward` maps to y, up to rounding, without a gradient."""
-        for chain in reversed(self._chains()):
-            (_, first), *others = chain
-            y = _through(run_inverse, chain, y) if others else first.inverse(y)
+        for alone, part in reversed(self._parts()):
+            y = part[0][1].inverse(y) if alone else _through(run_inverse, part, y)
         return y
 
-    def _chains(self) -> list[list[tuple[int, Any]]]:
-        """The blocks with their numbers, those together that can be one chain."""
-        chains: list[list[tuple[int, Any]]] = []
-        begin = True
-        blocks: list[Any] = list(self)
-        for index, (block, hooked) in enumerate(zip(blocks, have_hooks(blocks), strict=True)):
-            alone = hooked or type(block).forward is not RevBlock.forward
-            if begin or alone:
-                chains.append([])
-            chains[-1].append((index, block))
-            begin = alone
-        return chains
+    def _parts(self) -> list[tuple[bool, Part]]:
+        return together(list(self), RevBlock.forward)
 
 
 class _MultiHeadAttn(nn.Module):

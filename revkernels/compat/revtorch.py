@@ -11,14 +11,13 @@ changed in place, raises instead of spoiling the gradient.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
+from revkernels.compat._chains import together
 from revkernels.nn.chain import HalfStep, run
-from revkernels.nn.reversible import have_hooks
 
 __all__ = ["ReversibleBlock", "ReversibleSequence"]
 
@@ -75,19 +74,10 @@ class ReversibleSequence(nn.Module):
         self.eagerly_discard_variables = eagerly_discard_variables
 
     def forward(self, x: torch.Tensor) -> Any:
-        blocks: list[Any] = list(self.reversible_blocks)
-        alone = [
-            hooked or type(block).forward is not ReversibleBlock.forward
-            for block, hooked in zip(blocks, have_hooks(blocks), strict=True)
-        ]
-        for (is_alone, split_dim), part in groupby(
-            enumerate(blocks), lambda numbered: (alone[numbered[0]], numbered[1].split_along_dim)
-        ):
-            if is_alone:
-                for _, block in part:
-                    x = block(x)
-            else:
-                x = _chain(part, x, split_dim)
+        blocks = list(self.reversible_blocks)
+        for alone, part in together(blocks, ReversibleBlock.forward, lambda block: block.split_along_dim):
+            block = part[0][1]
+            x = block(x) if alone else _chain(part, x, block.split_along_dim)
         return x
 
 

@@ -122,6 +122,8 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
     from revkernels.autograd.torch_ops import couple
 
     streams, joined = streams_of(x, owner.split_dim, groups, "x")
+    if not half_steps:
+        return x
     streams = [dense(s) for s in streams]
     subclass = type(streams[0]) not in (torch.Tensor, nn.Parameter)
     plain = owner.backend == "eager" or (owner.backend is None and subclass)
@@ -139,8 +141,6 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
         check_branch_output(f, target, name, k)
         streams[index] = (target + f).to(target.dtype) if plain else couple(target, f, None, owner.backend)
     y = torch.cat(streams, owner.split_dim) if joined else tuple(streams)
-    if not half_steps:
-        return x
     return (y, aux) if aux else y
 
 

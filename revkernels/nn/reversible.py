@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
-from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.half_step import HalfStep, grouped
 from revkernels.autograd.reversal import Reversal
 from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, inverse, rebuilds
@@ -226,9 +226,7 @@ def _groups(blocks: Sequence[ReversibleBlock], x: Any = None) -> int:
 def _half_steps(
     blocks: Sequence[ReversibleBlock], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[list[HalfStep]]:
-    """Each block's half-steps: the first branch reads the sum of the other streams, a later one what came before."""
-    groups = range(_groups(blocks))
-    places = [(index, (index - 1,) if index else tuple(groups[1:])) for index in groups]
+    places = grouped(_groups(blocks))
     return [
         [HalfStep(branch, *place, *call) for branch, place, call in zip(block.branches, places, of_block, strict=True)]
         for block, of_block in zip(blocks, route(blocks, args, kwargs), strict=True)

@@ -233,7 +233,7 @@ def test_chain_of_layers_that_differ(backend):
     net[0].convs[1].register_forward_hook(lambda m, i, o: seen.append(o.shape))
     check_step(net, twin, rows(5, 12), EDGES)
     assert seen == [(5, 6), (5, 12), (5, 6)]
-    assert [len(chain) for chain in net._chains()] == [1, 1, 1, 1, 1]
+    assert [len(part) for _, part in net._parts()] == [1, 1, 1, 1, 1]
     x = rows(5, 12)
     assert_close(net.inverse(net(x, EDGES), EDGES), x)
 

@@ -143,7 +143,7 @@ def test_hooks_and_a_forward_of_its_own(backend):
     assert_close(net(x), expected)
     assert_close(net.inverse(net(x)), x.detach())
     assert type(net[1:3]) is RevBlocks
-    assert [len(part) for part in net._chains()] == [2, 1, 1, 1]
+    assert [len(part) for _, part in net._parts()] == [2, 1, 1, 1]
 
 
 def test_memory_is_that_of_one_block_at_any_depth():

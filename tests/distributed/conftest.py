@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two processes that every test here sends its case to."""
 
-import importlib.util
-
 import pytest
 
 from distributed.processes import Processes
-
-if importlib.util.find_spec("torch") is None:
-    collect_ignore_glob = ["test_*.py"]  # they import it first of all
 
 
 @pytest.fixture(scope="session")
