@@ -100,11 +100,14 @@ def stages(out: Path, site: Path | None) -> list[Stage]:
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         plan.append(Stage(tool, "sanitizer.log", cuda_tests, 75, sanitizer, env, passed))
     large = ["--batch", "128"]  # a smaller chain would measure launches
+    networks = ["--network", "revnet110", "--batch", "128", "--dtype", "float32", "bfloat16"]
     for subject, limit, more in (
-        ("coupling", 45, []),
-        ("block", 45, large),
-        ("memory", 20, large),
-        ("overhead", 15, ["--rounds", "20"]),
+        ("coupling", 30, []),
+        ("passes", 25, ["--matching", "past cache", "bfloat16"]),  # Triton compiles as it goes
+        ("block", 20, large),
+        ("network", 35, networks),
+        ("memory", 15, large),
+        ("overhead", 10, ["--rounds", "20"]),
     ):
         bench = ["-m", "revkernels", "bench", subject, "--device", "cuda", "--save", str(out), *more]
         plan.append(Stage(f"bench {subject}", "bench.log", bench, limit, proof=r"\d+ lines appended"))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # The host kernels. The tile loops are compiled once per instruction set and chosen at run time, never by -march=native.
 target_sources(revkernels PRIVATE
-  csrc/cpu/loops.cpp csrc/cpu/coupling.cpp csrc/cpu/accumulate.cpp csrc/cpu/isa_baseline.cpp)
+  csrc/cpu/loops.cpp csrc/cpu/coupling.cpp csrc/cpu/accumulate.cpp csrc/cpu/norm_plan.cpp csrc/cpu/norm_act.cpp
+  csrc/cpu/isa_baseline.cpp)
 target_link_libraries(revkernels PRIVATE OpenMP::OpenMP_CXX)
 
 # -O3 vectorises; no traps and no errno let it vectorise comparisons and rint, and change no result. Stored floats are

@@ -10,11 +10,14 @@ from revkernels.backends import use_backend
 from revkernels.coupling import Coupling
 from revkernels.errors import BackendError, ReconstructionError
 from revkernels.information import info
+from revkernels.norm import Norm, Statistics
 
 __all__ = [
     "BackendError",
     "Coupling",
+    "Norm",
     "ReconstructionError",
+    "Statistics",
     "__version__",
     "info",
     "ops",

@@ -32,8 +32,8 @@ class Backend:
 
     Attributes:
         name: what `backend=` takes.
-        module: defines couple, uncouple, reverse_step, accumulate and ``missing(name)``, why it cannot run here
-            or None.
+        module: defines couple, uncouple, reverse_step, accumulate, norm_act, couple_norm_act, uncouple_norm_act,
+            norm_act_backward, and ``missing(name)``, why it cannot run here or None.
         devices: the devices whose arrays it takes; None is all.
         kinds: the array libraries it takes.
         about: one line for people.

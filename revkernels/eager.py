@@ -13,6 +13,20 @@ from typing import Any
 
 from revkernels.arrays import memory_order
 from revkernels.coupling import Coupling
+from revkernels.eager_norm_act import norm_act, norm_act_backward
+from revkernels.norm import Norm
+
+__all__ = [
+    "accumulate",
+    "couple",
+    "couple_norm_act",
+    "missing",
+    "norm_act",
+    "norm_act_backward",
+    "reverse_step",
+    "uncouple",
+    "uncouple_norm_act",
+]
 
 CHECKS_OPERANDS = False
 
@@ -52,6 +66,18 @@ def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> None:
     """totals[i] <- totals[i] + parts[i]"""
     for total, part in zip(totals, parts, strict=True):
         total.add_(part)
+
+
+def couple_norm_act(h: Any, y: Any, x: Any, f: Any, norm: Norm, mean: Any, rstd: Any, given: bool) -> None:
+    """y <- x + f; h <- activation(norm(y)). y may be x."""
+    couple(y, x, f, None)
+    norm_act(h, y, norm, mean, rstd, given)
+
+
+def uncouple_norm_act(h: Any, x: Any, y: Any, f: Any, norm: Norm, mean: Any, rstd: Any, given: bool) -> None:
+    """x <- y - f; h <- activation(norm(x)). x may be y."""
+    uncouple(x, y, f, None)
+    norm_act(h, x, norm, mean, rstd, given)
 
 
 def _torch() -> Any:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled kernels: C++ and OpenMP for "cpu", CUDA C++ for "cuda".
 
-`couple`, `uncouple`, `reverse_step` and `accumulate` are the extension's own functions, without a Python frame around
-them: on small arrays a frame costs as much as the kernel. They take torch tensors and NumPy arrays of any rank, check
-everything before they write, and call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's
-CUDA stream or torch's thread count. Torch is used where it is imported already, and never imported from here.
+`couple`, `uncouple`, `reverse_step`, `accumulate`, `norm_act`, `couple_norm_act`, `uncouple_norm_act` and
+`norm_act_backward` are the extension's own functions, without a Python frame around them: on small arrays a frame costs
+as much as the kernel. They take torch tensors and NumPy arrays of any rank, check everything before they write, and
+call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread
+count. Torch is used where it is imported already, and never imported from here.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ __all__ = [
     "accumulate",
     "cmake_dir",
     "couple",
+    "couple_norm_act",
     "cpu_isa",
     "cuda_architectures",
     "include_dir",
     "missing",
+    "norm_act",
+    "norm_act_backward",
     "reverse_step",
     "uncouple",
+    "uncouple_norm_act",
     "version",
 ]
 
@@ -30,7 +35,16 @@ CHECKS_OPERANDS = True
 
 _broken: str | None = None
 try:
-    from revkernels._native import accumulate, couple, reverse_step, uncouple
+    from revkernels._native import (
+        accumulate,
+        couple,
+        couple_norm_act,
+        norm_act,
+        norm_act_backward,
+        reverse_step,
+        uncouple,
+        uncouple_norm_act,
+    )
 except ImportError as error:  # the package stays usable: other backends run, and missing() tells why
     if isinstance(error, ModuleNotFoundError):
         _broken = "the compiled extension is not there: build it with `pip install .`"
@@ -41,6 +55,7 @@ except ImportError as error:  # the package stays usable: other backends run, an
         raise RuntimeError(str(_broken))
 
     couple = uncouple = reverse_step = accumulate = _refuse
+    norm_act = couple_norm_act = uncouple_norm_act = norm_act_backward = _refuse
 
 
 def missing(name: str = "cpu") -> str | None:
@@ -97,3 +112,9 @@ def _torch_stream(device: int) -> int:
     torch = sys.modules["torch"]
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what torch's own compiler uses; a microsecond saved
     return int(raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream)
+
+
+def _torch_workspace(size: int, device: int) -> Any:
+    """Return a tensor of that many bytes on a CUDA device, for a norm's partial results."""
+    torch = sys.modules["torch"]
+    return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")

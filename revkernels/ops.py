@@ -2,7 +2,8 @@
 """The kernels as functions on arrays: torch tensors and NumPy arrays, in place where the name ends in ``_``.
 
 Shapes of a call are equal; dtypes (float64, float32, bfloat16, float16) and strides may differ. The arithmetic is made
-in float64 if either operand of a sum is float64, else in float32, and rounded once to the written array's dtype.
+in float64 if either operand of a sum is float64, else in float32, and rounded once to the written array's dtype. What
+normalises takes a `Norm`, with its parameters, and hands out `Statistics`; it is defined in `revkernels.norm_ops`.
 Every function raises before it writes anything:
 
     TypeError       not an array, an integer dtype, a byte-swapped array
@@ -19,12 +20,28 @@ from typing import Any
 
 import numpy as np
 
-from revkernels import checks
+from revkernels import checks, tracking
 from revkernels.arrays import kind_of
 from revkernels.backends import select
 from revkernels.coupling import Coupling
+from revkernels.norm import Norm, Statistics
+from revkernels.norm_ops import couple_norm_act, norm_act, norm_act_backward_, uncouple_norm_act_
 
-__all__ = ["Coupling", "accumulate_", "couple", "couple_", "reverse_step_", "uncouple", "uncouple_"]
+__all__ = [
+    "Coupling",
+    "Norm",
+    "Statistics",
+    "accumulate_",
+    "couple",
+    "couple_",
+    "couple_norm_act",
+    "norm_act",
+    "norm_act_backward_",
+    "reverse_step_",
+    "uncouple",
+    "uncouple_",
+    "uncouple_norm_act_",
+]
 
 
 def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
@@ -33,39 +50,39 @@ def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | N
     y is a new array of x's shape and dtype, dense in x's memory order: channels last stays channels last, and half of a
     larger array becomes dense. Differentiable in x, f and the scales.
     """
-    if _compiling() and _is_tensor(x):
+    if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple(x, f, coupling, backend)
     return _out_of_place("couple", x, f, coupling, backend)
 
 
 def uncouple(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """Return x = y - f, the inverse of `couple` (eq. 7): a new array, laid out and differentiable as there."""
-    if _compiling() and _is_tensor(y):
+    if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple(y, f, coupling, backend)
     return _out_of_place("uncouple", y, f, coupling, backend)
 
 
 def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """x <- x + f, in place (eq. 6). Returns x."""
-    if _compiling() and _is_tensor(x):
+    if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple_(x, f, coupling, backend)
     kernels = select(x, backend, "x")
     tracked = _about_to_write(kernels, "x f", (x, f), 1, coupling)
     kernels.couple(x, x, f, coupling)
     if tracked:
-        _wrote(x)
+        tracking.wrote(x)
     return x
 
 
 def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
     """y <- y - f, in place (eq. 7): the output of a coupling becomes its input again. Returns y."""
-    if _compiling() and _is_tensor(y):
+    if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple_(y, f, coupling, backend)
     kernels = select(y, backend, "y")
     tracked = _about_to_write(kernels, "y f", (y, f), 1, coupling)
     kernels.uncouple(y, y, f, coupling)
     if tracked:
-        _wrote(y)
+        tracking.wrote(y)
     return y
 
 
@@ -78,14 +95,14 @@ def reverse_step_(
 
     ``coupling`` acts on f alone. y and dy must not overlap anything else. Returns (y, dy).
     """
-    if _compiling() and _is_tensor(y):
+    if tracking.compiling() and tracking.is_tensor(y):
         return _operators().reverse_step_(y, f, dy, df, coupling, backend)
     kernels = select(y, backend, "y")
     tracked = _about_to_write(kernels, "y dy f df", (y, dy, f, df), 2, coupling)
     kernels.reverse_step(y, f, dy, df, coupling)
     if tracked:
-        _wrote(y)
-        _wrote(dy)
+        tracking.wrote(y)
+        tracking.wrote(dy)
     return y, dy
 
 
@@ -94,7 +111,7 @@ def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
 
     Both may be lists of arrays of equal length; a CUDA device then takes as few launches as it can. Returns total.
     """
-    if _compiling() and _is_tensor(total):
+    if tracking.compiling() and tracking.is_tensor(total):
         return _operators().accumulate_(total, part, backend)
     if isinstance(total, list | tuple) or isinstance(part, list | tuple):
         return _accumulate_lists(total, part, backend)
@@ -102,7 +119,7 @@ def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
     tracked = _about_to_write(kernels, "total part", (total, part), 1)
     kernels.accumulate((total,), (part,))
     if tracked:
-        _wrote(total)
+        tracking.wrote(total)
     return total
 
 
@@ -122,11 +139,11 @@ def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str 
         for (name, total), (part_name, part) in zip(named.items(), named_parts.items(), strict=True):
             checks.check_operands({name: total}, {part_name: part})
         checks.check_disjoint(named, named_parts)
-    tracked = _tracks_versions(" ".join([*named, *named_parts]), (*totals, *parts))
+    tracked = tracking.tracks_versions(" ".join([*named, *named_parts]), (*totals, *parts))
     kernels.accumulate(totals, parts)
     if tracked:
         for total in totals:
-            _wrote(total)
+            tracking.wrote(total)
     return totals
 
 
@@ -164,60 +181,19 @@ def _about_to_write(
     if not kernels.CHECKS_OPERANDS or coupling is not None:
         named = list(zip(names.split(), arrays, strict=True))
         _check(kernels, dict(named[:writes]), dict(named[writes:]), coupling)
-    return _tracks_versions(names, arrays, coupling)
-
-
-def _tracks_versions(names: str, arrays: tuple[Any, ...], coupling: Coupling | None = None) -> bool:
-    """Refuse what autograd would refuse, or would lose. Returns whether the arrays count their versions."""
-    if kind_of(arrays[0]) != "torch":
-        return False
-    if sys.modules["torch"].is_grad_enabled():
-        if coupling is not None:
-            names, arrays = names + " channel_scale sample_scale", (*arrays, *_scales(coupling))
-        for position, array in enumerate(arrays):
-            if getattr(array, "requires_grad", False):
-                raise ValueError(
-                    f"{names.split()[position]} requires grad, and a write in place would cut it from its graph: call "
-                    f"it under torch.no_grad(), or use the out-of-place function"
-                )
-    return True
+    if coupling is not None:
+        names, arrays = names + " channel_scale sample_scale", (*arrays, *_scales(coupling))
+    return tracking.tracks_versions(names, arrays)
 
 
 def _scales(coupling: Coupling | None) -> tuple[Any, ...]:
     return () if coupling is None else (coupling.channel_scale, coupling.sample_scale)
 
 
-def _wrote(tensor: Any) -> None:
-    """Tell autograd, so that a backward that saved the tensor notices."""
-    if not tensor.is_inference():
-        sys.modules["torch"].autograd.graph.increment_version(tensor)
-
-
 # ---- inside torch.compile the same calls become operators of torch.library
-
-
-def _compiling_if_torch() -> bool:
-    """Stands for `torch.compiler.is_dynamo_compiling`, 30 ns a call, until torch is imported."""
-    global _compiling
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return False
-    if not torch.compiler.is_dynamo_compiling():
-        _compiling = torch.compiler.is_dynamo_compiling
-        return False
-    return True
-
-
-_compiling: Any = sys.modules["torch"].compiler.is_dynamo_compiling if "torch" in sys.modules else _compiling_if_torch
 
 
 def _operators() -> Any:
     from revkernels.autograd import torch_ops
 
     return torch_ops
-
-
-def _is_tensor(array: Any) -> bool:
-    if type(array) in (list, tuple):
-        return len(array) > 0 and _is_tensor(array[0])
-    return isinstance(array, sys.modules["torch"].Tensor)

@@ -67,16 +67,17 @@ def test_c_host_by_pkg_config(tmp_path):
     assert run(program).startswith("revkernels ")
 
 
-def test_core_in_cpp(tmp_path):
+@pytest.mark.parametrize("name", ["core", "norm_act"])
+def test_host_side_in_cpp(tmp_path, name):
     """The same file that ctest runs (REVK_TESTS=ON), linked to the library as installed."""
     need("g++")
     need_extension()
-    program = tmp_path / "test_core"
+    program = tmp_path / f"test_{name}"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}", f"-I{HEADER}"]
     run(
         "g++",
         *flags,
-        ROOT / "tests" / "csrc" / "test_core.cpp",
+        ROOT / "tests" / "csrc" / f"test_{name}.cpp",
         library(),
         f"-Wl,-rpath,{library().parent}",
         "-o",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import revkernels
-from revkernels import backends
+from revkernels import backends, norm
 from revkernels.cli import cases, check, output, stamp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,8 @@ def test_check_covers_dtypes_layouts_and_libraries():
         assert len(pairs) == 16
         assert {call.layout for call in mine} == {"dense", "NCHW half", "channels-last half"}
         assert {call.library for call in mine} == {"numpy", "torch"}
-        assert any(call.options for call in mine) == (kernel != "accumulate_")
+        assert any(call.options for call in mine) == (kernel in ("couple", "uncouple_", "reverse_step_"))
+        assert {call.norm for call in mine} == (set(norm.KINDS) if "norm" in kernel else {""})
 
 
 def test_a_call_leaves_the_other_half_alone_and_repeats():
@@ -259,9 +260,12 @@ def test_block_and_memory_on_a_tiny_chain(tmp_path):
     assert done.returncode == 0, done.stderr
     (table,) = tables(tmp_path / "memory.json").values()
     peaks = {row["variant"]: (row["depth_4"], row["depth_16"]) for row in table["rows"]}
-    stored, rebuilt = peaks["store, eager"], peaks["reconstruct, fused"]
+    stored = peaks["store, eager"]
     assert stored[1] > 2 * stored[0]
-    assert rebuilt[1] == rebuilt[0]
+    assert peaks["reconstruct, eager"][1] == peaks["reconstruct, eager"][0]
+    shallow, deep = peaks["reconstruct, fused"]
+    statistics = 12 * 2 * 2 * 4 * 8 / 2**20  # 12 branches more of two norms, each with 8 means and rstds in float32
+    assert 0 <= deep - shallow <= statistics
 
 
 def test_overhead_of_the_driver(tmp_path):

@@ -17,7 +17,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("coupling", "accumulate")
+KERNELS = ("coupling", "accumulate", "norm_act", "norm_act_backward")
+# 16-byte loads and stores of the norms' kernels on packets of float32, which are two words; half as many of float64.
+# A team whose channels do not fit reads them again, which is a second or third copy of the loads. Stores are those of
+# h or dx, and of the coupling's result.
+NORM_WORDS = {
+    "norm_moments": (2 * 3, 2),
+    "norm_apply": (2 * 3, 2 * 2),
+    "norm_teams": (2 * (3 + 2), 2 * 2),
+    "norm_gradient_sums": (2 * 2, 0),
+    "norm_gradient": (2 * 3, 2),
+    "norm_gradient_teams": (2 * (3 + 2), 2),
+}
 SIZES = {"double": 8, "float": 4, "bfloat16": 2, "float16": 2}
 ARCHS = ["80", "90", pytest.param("100", marks=pytest.mark.slow)]
 
@@ -52,6 +63,10 @@ class Kernel:
     @property
     def registers(self):
         return int(re.search(r"Used (\d+) registers", self.report)[1])
+
+    def wide_accesses(self, access):
+        """How many 16-byte accesses of global memory it has; `access` is LDG or STG."""
+        return sum(n for name, n in self.instructions.items() if re.fullmatch(rf"{access}\.E\S*\.128\S*", name))
 
     def template(self):
         """("couple_packets", ["Couple", "float", "bfloat16", "Plain"])"""
@@ -101,7 +116,10 @@ def disassembled(kernels):
 
 
 def test_every_kernel_is_compiled(kernels):
-    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types."""
+    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types.
+
+    Norms know their compute type alone, and whether they go by packets.
+    """
     count = Counter(kernel.template()[0] for kernel in kernels)
     assert count == {
         "couple_packets": 2 * 2 * 16,
@@ -109,6 +127,9 @@ def test_every_kernel_is_compiled(kernels):
         "accumulate_shares": 16,
         "couple_strided": 2 * 2 * 2,
         "reverse_strided": 2 * 2,
+        **dict.fromkeys(NORM_WORDS, 2 * 2),
+        "norm_finish_statistics": 2,
+        "norm_finish_sums": 2,
     }
 
 
@@ -118,10 +139,10 @@ def test_nothing_spills(kernels):
 
 
 def test_registers_leave_room(kernels):
-    """Blocks of 256 threads: 64 registers let four run on a multiprocessor, 128 two; float64 may take those."""
+    """Blocks of 256 threads: 64 registers let four run on a multiprocessor, 128 two, for float64 and norms."""
     for kernel in kernels:
         wide = "double" in kernel.name
-        plain = "Extras" not in kernel.name
+        plain = "Extras" not in kernel.name and not kernel.name.startswith("norm_")
         assert kernel.registers <= (64 if plain and not wide else 128), f"{kernel.name}: {kernel.registers}"
 
 
@@ -142,10 +163,7 @@ def test_packets_move_in_16_byte_accesses(disassembled):
         packet = 16 // min(stream, branch)
         operands = 2 if stem == "reverse_packets" else 1
         expected = operands * packet * (stream + branch) // 16, operands * packet * stream // 16
-        counted = tuple(
-            sum(n for name, n in kernel.instructions.items() if re.fullmatch(rf"{access}\.E\S*\.128\S*", name))
-            for access in ("LDG", "STG")
-        )
+        counted = tuple(kernel.wide_accesses(access) for access in ("LDG", "STG"))
         copies = counted[0] // expected[0]  # of the body: ptxas may clone it
         assert copies >= 1, f"{kernel.name}: {counted}, needs {expected}"
         assert counted == (copies * expected[0], copies * expected[1]), f"{kernel.name}: {counted}, needs {expected}"
@@ -153,7 +171,24 @@ def test_packets_move_in_16_byte_accesses(disassembled):
     assert checked == 2 * 2 * 16 + 2 * 16 + 16
 
 
-def test_nothing_is_contracted(disassembled):
+def test_norms_move_in_16_byte_accesses(disassembled):
+    checked = 0
     for kernel in disassembled:
-        fused = [name for name in kernel.instructions if name.startswith(("FFMA", "DFMA"))]
+        stem, arguments = kernel.template()
+        if stem not in NORM_WORDS or arguments[1] == "1":
+            continue
+        words = tuple(count // (2 if arguments[0] == "double" else 1) for count in NORM_WORDS[stem])
+        counted = tuple(kernel.wide_accesses(access) for access in ("LDG", "STG"))
+        assert counted == words, f"{kernel.name}: {counted}, needs {words}"
+        checked += 1
+    assert checked == 2 * len(NORM_WORDS)
+
+
+def test_nothing_is_contracted(disassembled):
+    """Divisions, square roots and exponentials are made of fused operations; a norm's moments in float32 have none."""
+    for kernel in disassembled:
+        if kernel.name.startswith("norm_") and not kernel.name.startswith("norm_moments<float"):
+            continue
+        kinds = "FFMA" if kernel.name.startswith("norm_") else ("FFMA", "DFMA")
+        fused = [name for name in kernel.instructions if name.startswith(kinds)]
         assert not fused, f"{kernel.name}: {fused}"

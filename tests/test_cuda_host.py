@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("coupling", "accumulate", "device")
-TESTS = ("coupling", "accumulate", "launch")
+KERNELS = ("coupling", "accumulate", "norm_act", "norm_act_backward", "device")
+TESTS = ("coupling", "accumulate", "norm_act", "launch")
 SANITIZERS = "-fsanitize=address,undefined"
 COMMON = [
     *("-std=c++17", "-O0", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
@@ -75,6 +75,12 @@ def test_kernels_give_the_oracles_bits(sanitized):
     assert all(int(checks) > 0 for checks in ran.values())
 
 
+@pytest.mark.parametrize("name", ["", "_backward", ", mean 1e4", ", NaN", ", the same everywhere"])
+def test_norms_give_the_oracles_results(sanitized, name):
+    done = run(sanitized, f"norm_act{name}")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
 @pytest.mark.parametrize("situation", ["no driver", "old driver", "no device", "old device"])
 def test_why_cuda_is_missing(sanitized, situation):
     done = run(sanitized, f"missing: {situation}")
@@ -100,6 +106,58 @@ class Fault:
 
 
 MIXED = "couple, float32 += bfloat16"
+FORWARD = "norm_act", ("norm_act, briefly",)
+BACKWARD = "norm_act_backward", ("norm_act_backward, briefly",)
+FAR_MEAN = "norm_act", ("norm_act, mean 1e4",)
+NORM_FAULTS = [
+    Fault("norm: misaligned words", "norm_act_plan.cuh", "(across == 1 || whole(", "(true || whole(", *FORWARD),
+    Fault(
+        "norm: units lost",
+        "norm_act_plan.cuh",
+        "divided_up(plan.units, plan.lanes",
+        "(plan.units / plan.lanes",
+        *FORWARD,
+    ),
+    Fault(
+        "norm: one line of a slice", "norm_act_slices.cuh", "place.first_outer + line,", "place.first_outer,", *BACKWARD
+    ),
+    Fault("norm: no barrier in sums", "norm_act_slices.cuh", "/= fold;\n    __syncthreads();", "/= fold;", *FORWARD),
+    Fault("norm: sums past the lanes", "norm_act_slices.cuh", "m < fold; ++m", "m <= fold; ++m", *BACKWARD),
+    Fault("norm: no shift", "norm_act_slices.cuh", "lanes.rows ? value[e] : value[0];", "A(0);", *FAR_MEAN),
+    Fault(
+        "norm: each lane's own origin", "norm_act_slices.cuh", "memory[e][lanes.x() * lanes.x_stride()]", "0", *FAR_MEAN
+    ),
+    Fault("norm: slices of one weight", "norm_act_finish.cuh", "count * away * away", "away * away", *FORWARD),
+    Fault("norm: biased running variance", "norm_act_finish.cuh", "to.count - 1.0 :", "to.count :", *FORWARD),
+    Fault("norm: means without weight", "norm_act_finish.cuh", "by * sums[1]", "sums[1]", *BACKWARD),
+    Fault("norm: one channel's weight", "norm_act_element.cuh", "rows ? c + e : c;", "c;", *FORWARD),
+    Fault("norm: one element's statistics", "norm_act_element.cuh", "shared || e == 0", "true", *FORWARD),
+    Fault(
+        "norm: h from what was not stored",
+        "norm_act_packet.cuh",
+        "values[e] = widen(bfloat16{",
+        "widen(bfloat16{",
+        *FORWARD,
+    ),
+    Fault("norm: sums of other teams", "norm_act_teams.cuh", "(near < kWarp ? near : kWarp)", "kWarp", *FORWARD),
+    Fault(
+        "norm: sums not yet read", "norm_act_teams.cuh", "  __syncthreads();  // the last", "  // the last", *BACKWARD
+    ),
+    Fault(
+        "norm: means over partial sums",
+        "norm_act_backward.cu",
+        "partial_ + partial_count(",
+        "partial_ + 0 * (",
+        *BACKWARD,
+    ),
+    Fault(
+        "norm: own count for given sums",
+        "norm_act_backward.cu",
+        "call_.gradient.count",
+        "extent_.positions()",
+        *BACKWARD,
+    ),
+]
 FAULTS = [
     Fault("tail not stored", "packet.cuh", "if (e < count) to[e]", "if (false) to[e]", "coupling", (MIXED,)),
     Fault("tail stored whole", "packet.cuh", "if (e < count) to[e]", "to[e]", "coupling", (MIXED,)),
@@ -179,24 +237,41 @@ def findings_on(fault, faultless, folder):
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory):
-    """What the tests say of every fault, and under None of the same source without one."""
-    folder = tmp_path_factory.mktemp("cuda_faults")
-    faultless = build_all(source_with(None, folder), folder, ALIGNMENT)
+def faultless(tmp_path_factory):
+    """The folder and the object files of the same source without a fault."""
+    folder = tmp_path_factory.mktemp("cuda_faultless")
+    return folder, build_all(source_with(None, folder), folder, ALIGNMENT)
+
+
+def find(faults, faultless, folder):
+    """What the tests say of every fault, and under None of the source without one."""
+    clean, objects = faultless
     with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda fault: findings_on(fault, faultless, folder / fault.name.replace(" ", "_")), FAULTS)
-        found = dict(zip(FAULTS, done, strict=True))
-    found[None] = run(link(faultless.values(), folder / "all", ALIGNMENT), *{test for f in FAULTS for test in f.tests})
+        done = pool.map(lambda fault: findings_on(fault, objects, folder / re.sub(r"\W+", "_", fault.name)), faults)
+        found = dict(zip(faults, done, strict=True))
+    found[None] = run(link(objects.values(), clean / "all", ALIGNMENT), *{test for f in faults for test in f.tests})
     return found
 
 
-def test_without_a_fault_the_same_tests_pass(findings):
+@pytest.fixture(scope="module")
+def findings(faultless, tmp_path_factory):
+    return find(FAULTS, faultless, tmp_path_factory.mktemp("cuda_faults"))
+
+
+@pytest.fixture(scope="module")
+def norm_findings(faultless, tmp_path_factory):
+    return find(NORM_FAULTS, faultless, tmp_path_factory.mktemp("cuda_norm_faults"))
+
+
+@pytest.mark.parametrize("which", ["findings", "norm_findings"])
+def test_without_a_fault_the_same_tests_pass(which, request):
     """The control: what the faults are built with fails nothing by itself."""
-    assert findings[None].returncode == 0, findings[None].stdout + findings[None].stderr[-4000:]
+    done = request.getfixturevalue(which)[None]
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_planted_fault_is_found(fault, findings):
-    done = findings[fault]
+@pytest.mark.parametrize("fault", [*FAULTS, *NORM_FAULTS], ids=lambda fault: fault.name)
+def test_planted_fault_is_found(fault, request):
+    done = request.getfixturevalue("norm_findings" if fault in NORM_FAULTS else "findings")[fault]
     assert done.returncode != 0, f"nothing noticed:\n{done.stdout}"
     assert any(word in done.stderr for word in ("FAILED", "runtime error", "never comes")), done.stderr

@@ -85,8 +85,10 @@ def test_step_costs_are_the_theorys(data):
 
 def test_chain_memory_is_flat_and_bfloat16_angles_grow():
     shallow, deep = (demo._chain_costs(depth, seed=0, draws=1) for depth in (4, 16))
-    for mode in ("reconstruct, eager", "reconstruct, fused"):
-        assert deep["bytes"][mode] == shallow["bytes"][mode]
+    growth = {mode: deep["bytes"][mode] - shallow["bytes"][mode] for mode in demo.MODES}
+    assert growth["reconstruct, eager"] == 0
+    # 24 branches more of two norms, each with 16 means and rstds in float32
+    assert 0 <= growth["reconstruct, fused"] <= 24 * 2 * 2 * 16 * 4
     assert deep["bytes"]["store"] > 3.5 * shallow["bytes"]["store"]
     for row in (shallow, deep):
         assert 0 < row["degrees"]["float32"] < 0.1 < row["degrees"]["bfloat16"]

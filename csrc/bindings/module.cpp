@@ -3,85 +3,15 @@
 // checks them under their Python names, makes views, calls.
 #include <pybind11/pybind11.h>
 
-#include <optional>
 #include <vector>
 
-#include "bindings/arrays.h"
+#include "bindings/checks.h"
 #include "bindings/geometry.h"
+#include "bindings/norm_act.h"
 #include "core/backends.h"
 
 namespace revk::python {
 namespace {
-
-// Below this many elements a call is over sooner than the interpreter lock is handed around.
-constexpr int64_t kKeepLock = 32 * 1024;
-
-void raise_on_error(revk_status status) {
-  if (status == REVK_OK) return;
-  if (status == REVK_INVALID_ARGUMENT) value_error(revk_last_error());
-  throw std::runtime_error(revk_last_error());
-}
-
-// Checks under the names that the Python caller knows
-
-void check_together(const Array& leader, const Array& other) {
-  if (other.library != leader.library)
-    type_error(std::string(other.name) + " and " + leader.name +
-               " come from torch and NumPy; all arrays of a call must come from one library");
-  if (other.device != leader.device)
-    value_error(std::string(other.name) + " is on " + device_text(other.device) + ", " +
-                leader.name + " is on " + device_text(leader.device) +
-                ": they must share a device");
-}
-
-void check_alike(const Array& leader, const Array& other) {
-  check_together(leader, other);
-  bool same = other.rank == leader.rank;
-  for (int k = 0; same && k < leader.rank; ++k) same = other.sizes[k] == leader.sizes[k];
-  if (!same)
-    value_error(std::string(other.name) + " has shape " + other.shape() + ", " + leader.name +
-                " has " + leader.shape() + ": they must be equal");
-}
-
-void check_written(const Array& written) {
-  if (!written.writable)
-    value_error(std::string(written.name) +
-                " is read-only; it must be writable, for the result is written there");
-  if (overlaps_itself(written.layout()))
-    value_error(
-        std::string(written.name) +
-        " has several elements in one place (an expanded view); it must have its own memory");
-}
-
-void check_apart(const Array& written, const Array& other) {
-  if (overlaps(written.layout(), other.layout()))
-    value_error(std::string(written.name) + " and " + other.name +
-                " overlap in memory: " + written.name + " is written, so it must not");
-}
-
-revk_where where_of(const Array& written, int64_t elements) {
-  revk_where where{int32_t(sizeof(revk_where)), written.device, nullptr, 0};
-  if (written.library != Library::kTorch) return where;
-  if (written.device >= 0)
-    where.stream = torch_stream(written.device);
-  else if (elements >= kKeepLock)
-    where.threads = torch_threads();
-  return where;
-}
-
-// The kernels block on nothing but their own work, so other Python threads run meanwhile.
-class Unlocked {
- public:
-  explicit Unlocked(bool large) {
-    if (large) release_.emplace();
-  }
-
- private:
-  std::optional<py::gil_scoped_release> release_;
-};
-bool is_long(const Array& written, int64_t elements) {
-  return written.device >= 0 || elements >= kKeepLock;
-}
 
 // The coupling's options
 
@@ -291,6 +221,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("reverse_step", &reverse_step, py::arg("y"), py::arg("f"), py::arg("dy"), py::arg("df"),
         py::arg("coupling") = py::none());
   m.def("accumulate", &accumulate, py::arg("totals"), py::arg("parts"));
+  bind_norm_act(m);
   m.def("version", &revk_version);
   m.def("cpu_isa", &revk_cpu_isa);
   m.def("cuda_archs", &revk_cuda_archs);

@@ -5,33 +5,11 @@
 #include <deque>
 #include <vector>
 
-#include "core/backends.h"
-#include "core/error.h"
-#include "core/structs.h"
+#include "core/entry.h"
 #include "core/views.h"
 
 namespace revk {
 namespace {
-
-std::string& last_error() {
-  thread_local std::string text;
-  return text;
-}
-
-revk_where read_where(const revk_where* given) {
-  if (given == nullptr) throw invalid("where is NULL, a revk_where is needed");
-  const revk_where where = read_struct<revk_where>("where", given);
-  if (where.device < -1)
-    throw invalid("where: device is " + std::to_string(where.device) +
-                  ", -1 (the host) or a CUDA device's index is needed");
-  if (where.threads < 0)
-    throw invalid("where: threads is " + std::to_string(where.threads) + ", 0 or more is needed");
-  if (where.device >= 0) {
-    const char* const reason = cuda::missing();
-    if (reason != nullptr) throw unsupported(std::string("CUDA cannot run here: ") + reason);
-  }
-  return where;
-}
 
 // The coupling as the kernels get it: nullptr for the plain one, rows_per_sample at least 1.
 struct CheckedCoupling {

@@ -23,6 +23,11 @@ template <>
 constexpr size_t kFirstSize<revk_where> = offsetof(revk_where, threads) + sizeof(int32_t);
 template <>
 constexpr size_t kFirstSize<revk_coupling> = offsetof(revk_coupling, amax) + sizeof(float*);
+template <>
+constexpr size_t kFirstSize<revk_norm> = offsetof(revk_norm, workspace_bytes) + sizeof(int64_t);
+template <>
+constexpr size_t kFirstSize<revk_norm_gradient> =
+    offsetof(revk_norm_gradient, reserved) + sizeof(int32_t);
 
 // Beyond this a struct_size is garbage, and nothing is read by it.
 constexpr int32_t kLargestStruct = 1024;

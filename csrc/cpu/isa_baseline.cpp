@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tile loops for baseline; cmake/CpuKernels.cmake gives this file its compiler flags.
+// The loops for baseline; cmake/CpuKernels.cmake gives this file its compiler flags.
 #define REVK_ISA baseline
+#include "cpu/norm_table.h"
 #include "cpu/tiles.h"

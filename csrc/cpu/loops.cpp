@@ -16,9 +16,6 @@
 namespace revk::cpu {
 namespace {
 
-// Below this many elements a parallel region costs more than it saves.
-constexpr int64_t kSerial = 32 * 1024;
-
 // A tile without buffers: long enough that its start and
 // end do not count, short enough to share out evenly.
 constexpr int64_t kLargeTile = 16 * 1024;
@@ -27,7 +24,7 @@ constexpr int64_t kLargeTile = 16 * 1024;
 
 struct Isa {
   const char* name;
-  RunTiles run_tiles;
+  Loops loops;
   bool (*supported)();
 };
 
@@ -47,10 +44,10 @@ bool has_avx512() {
 
 constexpr Isa kIsas[] = {
 #if defined(REVK_X86_ISAS)
-    {"avx512", avx512::run_tiles, has_avx512},
-    {"avx2", avx2::run_tiles, has_avx2},
+    {"avx512", {avx512::run_tiles, avx512::kNormLoops}, has_avx512},
+    {"avx2", {avx2::run_tiles, avx2::kNormLoops}, has_avx2},
 #endif
-    {"baseline", baseline::run_tiles, [] { return true; }},
+    {"baseline", {baseline::run_tiles, baseline::kNormLoops}, [] { return true; }},
 };
 
 const Isa* best_isa() {
@@ -130,6 +127,7 @@ void choose_tiles(Job& job) {
 
 }  // namespace
 
+const Loops& loops_in_use() { return chosen().load(std::memory_order_relaxed)->loops; }
 const char* isa() { return chosen().load(std::memory_order_relaxed)->name; }
 
 bool set_isa(const char* name) {
@@ -197,7 +195,7 @@ Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool 
 }
 
 Report run_jobs(const Job* jobs, int64_t count, int32_t threads) {
-  const RunTiles run_tiles = chosen().load(std::memory_order_relaxed)->run_tiles;
+  const RunTiles run_tiles = loops_in_use().run_tiles;
   Report report;
   int64_t elements = 0, tiles = 0;
   for (int64_t j = 0; j < count; ++j) {

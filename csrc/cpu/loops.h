@@ -3,9 +3,20 @@
 #pragma once
 
 #include "cpu/job.h"
+#include "cpu/norm_job.h"
 #include "revkernels/revkernels.h"
 
 namespace revk::cpu {
+
+// Below this many elements a parallel region costs more than it saves.
+constexpr int64_t kSerial = 32 * 1024;
+
+// The loops of one instruction set.
+struct Loops {
+  RunTiles run_tiles;
+  const NormLoops& norm;
+};
+const Loops& loops_in_use();
 
 // out = x + f, or x - f. Neither view may be empty.
 // `extras` is filled from `coupling` and outlives the job.

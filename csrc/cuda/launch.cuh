@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "core/error.h"
@@ -39,19 +40,28 @@ __device__ void for_each_item(const Layout<kOperands>& layout, Body&& body) {
   }
 }
 
-// Starts `kernel` on the caller's stream with a thread for each item, as far as the device's size
-// makes that useful: the loop does the rest. No items, no launch.
+// Starts `kernel` on the caller's stream with that many blocks. No blocks, no launch.
 template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t items, const revk_where& where,
-            Parameters... arguments) {
-  if (items == 0) return;
+void launch_blocks(const char* name, void (*kernel)(Parameters...), int64_t blocks,
+                   const revk_where& where, std::common_type_t<Parameters>... arguments) {
+  if (blocks == 0) return;
   const DeviceGuard guard(where.device);
-  const int64_t most = int64_t(multiprocessors(where.device)) * kBlocksPerMultiprocessor;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::min((items + kThreads - 1) / kThreads, most)));
+  config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(where.stream);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Parameters>(arguments)...), name);
+}
+
+// The same with a thread for each item, as far as the device's size makes that useful: the loop
+// does the rest.
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t items, const revk_where& where,
+            std::common_type_t<Parameters>... arguments) {
+  if (items == 0) return;
+  const int64_t most = int64_t(multiprocessors(where.device)) * kBlocksPerMultiprocessor;
+  launch_blocks(name, kernel, std::min((items + kThreads - 1) / kThreads, most), where,
+                std::forward<Parameters>(arguments)...);
 }
 
 // Calls body(T{}) with the type behind a dtype code.

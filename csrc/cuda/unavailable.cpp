@@ -28,5 +28,12 @@ void reverse_step(const revk_view&, const revk_view&, const revk_view&, const re
 void accumulate(const revk_view*, const revk_view*, int64_t, const revk_where&) {
   throw unsupported(kReason);
 }
+void norm_act(const NormActCall&, const revk_where&) { throw unsupported(kReason); }
+void norm_act_backward(const NormActBackwardCall&, const revk_where&) {
+  throw unsupported(kReason);
+}
+int64_t norm_workspace(const revk_view&, const revk_norm&, const revk_where&) {
+  throw unsupported(kReason);
+}
 
 }  // namespace revk::cuda

@@ -42,6 +42,13 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
     return total
 
 
+def owned(gradient: torch.Tensor) -> bool:
+    """Whether a node may write over a gradient that it was given. To be called as `gather` is, by its ``backward``."""
+    if torch.is_grad_enabled() or type(gradient) is not torch.Tensor or not ownership.COUNTABLE:
+        return False
+    return _is_free(gradient, _free.get(ownership.way_of_calling()))
+
+
 def prepare() -> None:
     """Learn what a free gradient looks like in this Python and this torch, off two that are known to be free.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from revkernels import eager
+from revkernels.autograd import fusion
 from revkernels.autograd.coupling import differentiable
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.snapshot import Snapshot, put_back
@@ -22,16 +23,18 @@ def invert(
     A branch runs on throw-away copies of its running statistics: undoing a batch must not count it again.
     """
     streams = list(streams)
-    for k, (branch, target, sources, args, kwargs) in reversed(list(enumerate(half_steps))):
+    for k, step in reversed(list(enumerate(half_steps))):
+        target, sources = step.target, step.sources
         h = streams[sources[0]]
         for index in sources[1:]:
             h = h + streams[index]
-        snapshot = Snapshot(branch)
+        snapshot = Snapshot(step.branch)
         with snapshot.turn:
             snapshot.take()
             undo = snapshot.restore()
             try:
-                f = branch(h, *args, **kwargs)
+                with fusion.Within(kernels, None):
+                    f = fusion.call_branch(step, h, kernels)
             finally:
                 put_back(undo)
         if type(f) is tuple:

@@ -49,3 +49,18 @@ def way_of_calling() -> int:
 
 def _references(thing: object) -> int:
     return sys.getrefcount(thing)
+
+
+def both_tensors(a: Any, b: torch.Tensor) -> bool:
+    """Whether a is a tensor at all."""
+    return isinstance(a, torch.Tensor)
+
+
+def same_memory(a: Any, b: torch.Tensor) -> bool:
+    """Whether a is b, or a tensor that torch has wrapped round the same memory."""
+    return isinstance(a, torch.Tensor) and (a.data_ptr(), a.dtype, a.shape, a.stride()) == (
+        b.data_ptr(),
+        b.dtype,
+        b.shape,
+        b.stride(),
+    )

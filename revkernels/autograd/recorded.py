@@ -4,26 +4,49 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from revkernels.autograd.entry import Entry
+from revkernels.autograd.fusion import Tape
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.autograd.surroundings import Drawn
+from revkernels.norm import Statistics
 
 Metadata = tuple[torch.dtype, torch.Size]
 Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, with their versions
 
 
 class RecordedStep:
-    """The call, what the branch saw and drew, and the dtypes and shapes of what it saved."""
+    """The call, what the branch saw and drew, and the dtypes and shapes of what it saved.
 
-    __slots__ = ("drawn", "half_step", "needs_grad", "saved", "snapshot", "strides")
+    Attributes:
+        entry: the norm that was applied on the way into the branch, if one was.
+        statistics: of the fused batch norms inside the branch, in the order of their calls.
+    """
 
-    def __init__(self, half_step: HalfStep, needs_grad: bool) -> None:
-        self.half_step, self.needs_grad = half_step, needs_grad
+    __slots__ = ("drawn", "entry", "half_step", "needs_grad", "saved", "snapshot", "statistics", "strides")
+
+    def __init__(self, half_step: HalfStep) -> None:
+        self.half_step = half_step
+        self.needs_grad = False
+        self.entry: Entry | None = None
+        self.statistics: list[tuple[nn.Module, Statistics]] = []
         self.snapshot = Snapshot(half_step.branch)
         self.saved: list[Metadata] = []
         self.drawn: Drawn = []
         self.strides: tuple[int, ...] = ()  # of the target, before it was added to
+
+    def tape(self, replaying: bool) -> Tape:
+        """The branch's batch statistics, to be noted or to be used again."""
+        return Tape(self.statistics, replaying)
+
+    def counted(self) -> list[nn.Module]:
+        """The batch norms whose statistics were noted, once for each call."""
+        layers = [layer for layer, _ in self.statistics]
+        if self.entry is not None and self.entry.counts:
+            layers.append(self.entry.fusable.norm)
+        return layers
 
     def saved_alike(self, frame: Frame) -> bool:
         """Whether the recompute saved as many tensors as the forward, of the same dtypes and shapes."""

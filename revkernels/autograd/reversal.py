@@ -29,20 +29,16 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels import eager
+from revkernels.autograd import fusion
 from revkernels.autograd.accumulate import prepare
 from revkernels.autograd.coupling import couple, enter
+from revkernels.autograd.entry import Entry, Ready, Waiting, entry_of
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
-from revkernels.autograd.ownership import memory_is_free
+from revkernels.autograd.kept import Kept
+from revkernels.autograd.ownership import both_tensors, memory_is_free, same_memory
 from revkernels.autograd.recorded import Frame, Metadata, RecordedStep
 from revkernels.autograd.snapshot import put_back, version_of
-from revkernels.autograd.surroundings import (
-    Surroundings,
-    drawn,
-    own_generators,
-    refuses_a_race,
-    states_of,
-    strayed,
-)
+from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, refuses_a_race, states_of, strayed
 from revkernels.errors import ReconstructionError
 
 _INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
@@ -53,19 +49,6 @@ set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled cal
 def is_recomputing() -> bool:
     """Whether this thread is inside the second run of a branch. For hooks and branches that keep count."""
     return getattr(_local, "recomputing", False)
-
-
-class _Kept(torch.autograd.Function):
-    """A node that holds the chain's outputs as saved tensors, so that autograd checks their versions and frees them."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*outputs)
-        return anchor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        raise RuntimeError("this node only holds tensors")  # nothing ever depends on its output
 
 
 class Reversal:
@@ -89,6 +72,8 @@ class Reversal:
     ) -> None:
         self.streams = list(streams)
         self._twin: tuple[int, torch.Tensor] | None = None  # a stream's number, and the second output of its node
+        self._waiting: Waiting | None = None  # the last coupling, left to the norm that comes next: `_entry`
+        self._entry: Entry | None = None
         self.kernels = kernels
         self.keep = keep
         self.name = name
@@ -115,27 +100,16 @@ class Reversal:
         self._frame: Frame = []
         self._first: int | None = None  # the first half-step that saved something
         self._unread: set[int] = set()  # the tensors of its frame that nobody has asked for yet
+        self._ready: Ready | None = None  # what the norm of half-step `_cursor - 1` makes of its stream
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
 
     # ---- forward
 
-    def advance(self, step: HalfStep, read_next: bool = False) -> None:
-        """Run the next half-step. ``read_next``: the one after it follows directly, and reads its target alone."""
-        _, index, sources, _, _ = step
+    def advance(self, step: HalfStep, following: HalfStep | None = None) -> None:
+        """Run the next half-step. ``following``: the one that comes directly after it."""
         kernels, streams = self.kernels, self.streams
-        h = self._entered(sources[0])
-        watched = streams[sources[0]]
-        if len(sources) > 1:
-            for source in sources[1:]:
-                h = h + self._entered(source)
-            watched = h
-        version = version_of(watched)
-        f = self._record(step, h) if self.recording else self._call(step, h)
-        if version_of(watched) != version:
-            raise ReconstructionError(
-                f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
-                f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
-            )
+        f = self._record(step) if self.recording else self._run(step, None)
+        index = step.target
         target = streams[index]
         if type(f) is tuple:
             f, aux = check_aux(f, self.name, self._count)
@@ -146,10 +120,49 @@ class Reversal:
         self._count += 1
         if kernels is eager:
             streams[index] = (target + f).to(target.dtype)
-        else:
-            streams[index], twin = couple(target, f, kernels)
-            if read_next:
-                self._twin = (index, twin)
+            return
+        read_next = following is not None and following.sources == (index,)
+        if read_next:
+            self._entry = self._entry_of(following)  # type: ignore[arg-type]
+            if self._entry is not None:
+                self._waiting = (index, target, f)
+                return
+        streams[index], twin = couple(target, f, kernels)
+        if read_next:
+            self._twin = (index, twin)
+
+    def _entry_of(self, step: HalfStep) -> Entry | None:
+        if self._compiler is not None:  # torch.compile fuses the branch by itself, and has to see all of it
+            return None
+        return entry_of(step, self.kernels)
+
+    def _run(self, step: HalfStep, recorded: RecordedStep | None) -> Any:
+        """Let the streams enter the branch, and call it."""
+        sources, streams = step.sources, self.streams
+        waiting, self._waiting = self._waiting, None
+        entry, self._entry = (self._entry_of(step) if waiting is None else self._entry), None
+        with fusion.Within(self.kernels, None if recorded is None else recorded.tape(False)):
+            normed = None if entry is None else entry.apply(streams, sources[0], waiting, self.kernels)
+            if normed is None:
+                h = self._entered(sources[0])
+                watched = streams[sources[0]]
+                if len(sources) > 1:
+                    for source in sources[1:]:
+                        h = h + self._entered(source)
+                    watched = h
+            else:
+                h = watched = streams[sources[0]]
+            if recorded is not None:
+                recorded.needs_grad = h.requires_grad
+                recorded.entry = None if normed is None else entry
+            version = version_of(watched)
+            f = self._call(step, h, normed)
+        if version_of(watched) != version:
+            raise ReconstructionError(
+                f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
+                f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
+            )
+        return f
 
     def _entered(self, index: int) -> torch.Tensor:
         """The stream for a branch to read: with the gradient that comes back from there accumulated by our own node."""
@@ -161,9 +174,9 @@ class Reversal:
             self.streams[index], h = enter(s, self.kernels)
         return h
 
-    def _record(self, half_step: HalfStep, h: torch.Tensor) -> Any:
+    def _record(self, half_step: HalfStep) -> Any:
         """Run the branch, and note all that running it again will need."""
-        step = RecordedStep(half_step, h.requires_grad)
+        step = RecordedStep(half_step)
         self._steps.append(step)
         self._saved = step.saved
         snapshot = step.snapshot
@@ -172,8 +185,8 @@ class Reversal:
         with snapshot.turn:
             snapshot.take()
             with self._hooks, self._surroundings.guard:
-                f = self._call(half_step, h)
-            snapshot.complete()
+                f = self._run(half_step, step)
+            snapshot.complete(step.counted())
         self._open = []
         after = self._surroundings.states()
         step.drawn = drawn(before, after + states_of(own) if own else after)
@@ -181,16 +194,26 @@ class Reversal:
             self._states = after
         return f
 
-    def _call(self, step: HalfStep, h: torch.Tensor) -> Any:
+    def _call(self, step: HalfStep, h: torch.Tensor, normed: Any = None) -> Any:
         compiling = sys.modules.get("revkernels.autograd.compiling")
-        if compiling is not None:  # compiled in the forward, the branch is compiled in the recompute, and only then
-            return compiling.call(self._compiler, step.branch, h, step.args, step.kwargs)
-        return step.branch(h, *step.args, **step.kwargs)
+        if compiling is None:
+            return fusion.call_branch(step, h, self.kernels, normed)
+        if self._compiler is None:
+            return compiling.call(None, fusion.call_branch, step, (h, self.kernels, normed), {})
+        # Compiled in the forward, the branch is compiled in the recompute, and only then.
+        return compiling.call(self._compiler, step.branch, h, step.args, step.kwargs)
+
+    def _again(self, step: RecordedStep, h: torch.Tensor) -> Any:
+        """Run the branch as `_run` did, from the rebuilt stream."""
+        ready, self._ready = self._ready, None
+        with fusion.Within(self.kernels, step.tape(True)):
+            normed = None if step.entry is None else step.entry.again(h, ready)
+            return self._call(step.half_step, h, normed)
 
     def adopt(self, streams: Any, whose: str) -> None:
         """Take over streams that went through a module's hooks: torch may wrap them, but their values must stay."""
         theirs = streams if type(streams) is tuple else ()
-        alike = _both_tensors if self.keep else _same_memory
+        alike = both_tensors if self.keep else same_memory
         if len(theirs) != len(self.streams) or not all(map(alike, theirs, self.streams)):
             raise ReconstructionError(
                 f"a hook of {whose} replaced the streams. They are rebuilt by running the branches backwards, which "
@@ -208,13 +231,13 @@ class Reversal:
         self._first = next((k for k, step in enumerate(self._steps) if step.saved), None)
         if self._first is not None:  # something is kept for the outputs, or for an aux output alone
             anchor = torch.zeros((), requires_grad=True)
-            self._kept = _Kept.apply(anchor, *(output.detach() for output in outputs))
+            self._kept = Kept.apply(anchor, *(output.detach() for output in outputs))
             self._split = split
         self.release()
 
     def release(self) -> None:
         """Let go of the streams: they hold the graph, and the graph's hooks hold us, in a ring that gc cannot see."""
-        self._twin = self._hooks = None
+        self._twin = self._hooks = self._waiting = self._entry = None
         self.streams, self.aux, self._open, self._states = [], [], [], []
 
     def _pack(self, tensor: torch.Tensor) -> int:
@@ -273,7 +296,7 @@ class Reversal:
             ) from None
         self._rebuilt = [stream.detach() for stream in self._split(*outputs)]
         self._strides_now = list(self._strides)
-        self._task, self._cursor, self._frame = task, len(self._steps), []
+        self._task, self._cursor, self._frame, self._ready = task, len(self._steps), [], None
         self._unread = {-1}  # of a frame that is still to come
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
@@ -285,19 +308,21 @@ class Reversal:
         if self._lock.acquire(blocking=False):  # in use by another thread, it is not ours to empty
             try:
                 if self._task == task and not self._unread:
-                    self._frame, self._rebuilt, self._cursor = [], [], -1
+                    self._frame, self._rebuilt, self._cursor, self._ready = [], [], -1, None
             finally:
                 self._lock.release()
 
     def _end(self, task: int | None = None) -> None:
-        if task is None or task == self._task:
-            self._task, self._frame, self._rebuilt, self._hooks = -1, [], [], None
+        with self._lock:  # another thread may be about to begin
+            if task is not None and task != self._task:
+                return
+            self._task, self._frame, self._rebuilt, self._hooks, self._ready = -1, [], [], None, None
 
     def _rebuild(self, k: int) -> None:
         """Run branch k again: what it saves becomes the frame, and the target what it was before half-step k."""
         self._frame = []  # first of all: one kept frame more, and memory would grow with depth
         step = self._steps[k]
-        _, index, sources, _, _ = half_step = step.half_step
+        index, sources = step.half_step.target, step.half_step.sources
         higher_order = torch.is_grad_enabled()
         h = self._read(sources)
         if step.needs_grad:
@@ -313,10 +338,10 @@ class Reversal:
                 undo = step.snapshot.restore()
                 set_grad_enabled(True)
                 with self._hooks:
-                    f = self._call(half_step, h)
+                    f = self._again(step, h)
                 if step.drawn and strayed(step.drawn):
                     with refuses_a_race(self.name(k)):
-                        self._call(half_step, h.detach())
+                        self._again(step, h.detach())
             finally:
                 set_grad_enabled(higher_order)
                 if undo:
@@ -339,7 +364,11 @@ class Reversal:
             free = not higher_order and target.stride() == step.strides and memory_is_free(target)
             self._rebuilt[index] = target if free else _empty(target, step.strides)
             self._strides_now[index] = step.strides
-            self.kernels.uncouple(self._rebuilt[index], target, f, None)
+            before = self._steps[k - 1]
+            if before.entry is not None and before.half_step.sources == (index,):
+                self._ready = before.entry.uncouple(self._rebuilt[index], target, f)
+            else:
+                self.kernels.uncouple(self._rebuilt[index], target, f, None)
         if k == self._first:
             self._unread = set(range(len(self._frame)))
         self._cursor = k
@@ -367,16 +396,3 @@ class Reversal:
 
 def _empty(like: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
-
-
-def _both_tensors(a: Any, b: torch.Tensor) -> bool:
-    return isinstance(a, torch.Tensor)
-
-
-def _same_memory(a: Any, b: torch.Tensor) -> bool:
-    return isinstance(a, torch.Tensor) and (a.data_ptr(), a.dtype, a.shape, a.stride()) == (
-        b.data_ptr(),
-        b.dtype,
-        b.shape,
-        b.stride(),
-    )

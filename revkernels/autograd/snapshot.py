@@ -98,8 +98,14 @@ class Snapshot:
             else:
                 self.fixed.append(slot)
 
-    def complete(self) -> None:
-        """After the forward: of the buffers copied, keep the copies of those that it wrote."""
+    def complete(self, counted: Sequence[nn.Module] = ()) -> None:
+        """After the forward: of the buffers copied, keep the copies of those that it wrote.
+
+        ``counted``: batch norms that the recompute runs with the forward's statistics, so that it writes no buffers,
+        once for each call.
+        """
+        if counted:
+            self._set_aside(counted)
         if self.rewound:
             changed = []
             for module, slot, value in self.rewound:
@@ -115,6 +121,16 @@ class Snapshot:
             known = _written.get(module) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
                 known.update(slot[1] for slot in self.fixed if slot[0] is module._buffers and _changed(slot))
+
+    def _set_aside(self, counted: Sequence[nn.Module]) -> None:
+        calls: dict[int, int] = {}
+        for module in counted:
+            calls[id(module._buffers)] = calls.get(id(module._buffers), 0) + 1
+        for slots, name, tensor, version in self.statistics:
+            # Each call adds to this buffer: one more, and the module was also called in another way.
+            if name == "num_batches_tracked" and version_of(tensor) - version != calls.get(id(slots)):
+                calls.pop(id(slots), None)
+        self.statistics = [slot for slot in self.statistics if id(slot[0]) not in calls]
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from revkernels import ops
+from revkernels import ops, tracking
 from revkernels.autograd.coupling import _Op
 from revkernels.coupling import Coupling
 
@@ -97,10 +97,12 @@ def _gradient(ctx: Any, dy: torch.Tensor) -> Any:
     return _Op.backward(ctx, dy)[:4]
 
 
+#: Strides are part of a stream's value: a compiler must hand over what the uncompiled call would have seen.
+exact_strides = getattr(torch.Tag, "needs_exact_strides", None) or torch.Tag.needs_fixed_stride_order
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("revkernels", "DEF")
-    # Strides are part of a stream's value: a compiler must hand over what the uncompiled call would have seen.
-    strides = getattr(torch.Tag, "needs_exact_strides", None) or torch.Tag.needs_fixed_stride_order
     implementations: tuple[tuple[Any, Any, int], ...] = (
         (_couple, _like_stream, 1),
         (_uncouple, _like_stream, -1),
@@ -111,7 +113,7 @@ def _register() -> torch.library.Library:
     )
     for schema, (function, fake, sign) in zip(_SCHEMAS, implementations, strict=True):
         name = f"revkernels::{schema.partition('(')[0]}"
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag, exact_strides))
         library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)
         if sign:
@@ -134,19 +136,19 @@ def uncouple(y: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor
 
 
 def couple_(x: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor:
-    ops._tracks_versions("x f", (x, f), coupling)
+    _refuse_grad("x f", (x, f), coupling)
     _calls.couple_.default(x, f, **_fields(coupling, backend), **_cells(coupling))
     return x
 
 
 def uncouple_(y: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor:
-    ops._tracks_versions("y f", (y, f), coupling)
+    _refuse_grad("y f", (y, f), coupling)
     _calls.uncouple_.default(y, f, **_fields(coupling, backend), **_cells(coupling))
     return y
 
 
 def reverse_step_(y: Any, f: Any, dy: Any, df: Any, coupling: Any, backend: str | None) -> tuple[Any, Any]:
-    ops._tracks_versions("y dy f df", (y, dy, f, df), coupling)
+    _refuse_grad("y dy f df", (y, dy, f, df), coupling)
     _calls.reverse_step_.default(y, f, dy, df, **_fields(coupling, backend), **_cells(coupling))
     return y, dy
 
@@ -154,7 +156,7 @@ def reverse_step_(y: Any, f: Any, dy: Any, df: Any, coupling: Any, backend: str 
 def accumulate_(total: Any, part: Any, backend: str | None) -> Any:
     totals, parts = (total, part) if type(total) in (list, tuple) else ([total], [part])
     names = " ".join([f"{name}[{i}]" for name in ("total", "part") for i in range(len(totals))])
-    ops._tracks_versions(names, (*totals, *parts))
+    tracking.tracks_versions(names, (*totals, *parts))
     _calls.accumulate_.default(list(totals), list(parts), backend=backend or "")
     return total
 
@@ -173,6 +175,12 @@ def _new(operator: Any, in_place: Any, x: Any, f: Any, coupling: Any, backend: s
             return y
     result: torch.Tensor = operator(x, f, **_fields(coupling, backend))
     return result
+
+
+def _refuse_grad(names: str, arrays: tuple[Any, ...], coupling: Any) -> None:
+    if coupling is not None:
+        names, arrays = names + " channel_scale sample_scale", (*arrays, coupling.channel_scale, coupling.sample_scale)
+    tracking.tracks_versions(names, arrays)
 
 
 def _fields(coupling: Any, backend: str | None) -> dict[str, Any]:

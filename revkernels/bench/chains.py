@@ -6,6 +6,7 @@ All ways share the very same branches, so they differ in nothing but how activat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from revkernels.models.layers import BasicBranch
 from revkernels.nn import ReversibleBlock, ReversibleSequential
+from revkernels.nn.fusion import FusedSequential
 
-__all__ = ["WAYS", "Chain", "Shape", "plain_block"]
+__all__ = ["WAYS", "Chain", "Shape", "plain_block", "unfuse"]
 
 Step = Callable[[], None]
 
@@ -59,6 +61,9 @@ class Chain:
         self.shape = shape
         branches = nn.ModuleList(BasicBranch(shape.width, shape.width) for _ in range(shape.depth))
         self.branches = branches.to(shape.device)
+        # For the checkpointed way, which no chain tells that it is plain torch: the same parameters and buffers.
+        shared = {id(tensor): tensor for tensor in (*branches.parameters(), *branches.buffers())}
+        self.plain_branches = unfuse(copy.deepcopy(self.branches, shared))
         size = (shape.batch, shape.width, shape.side, shape.side)
         self.input = tuple(torch.randn(size, device=shape.device, requires_grad=True) for _ in range(2))
         self.gradient = tuple(torch.randn(size, device=shape.device) for _ in range(2))
@@ -82,7 +87,7 @@ class Chain:
 
     def _checkpointed(self) -> tuple[Tensor, Tensor]:
         x1, x2 = self.input
-        for F, G in zip(self.branches[::2], self.branches[1::2], strict=True):
+        for F, G in zip(self.plain_branches[::2], self.plain_branches[1::2], strict=True):
             x1, x2 = checkpoint(plain_block, F, G, x1, x2, use_reentrant=False)
         return x1, x2
 
@@ -91,3 +96,15 @@ def plain_block(F: nn.Module, G: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Ten
     """A block in plain torch."""
     y1 = x1 + F(x2)
     return y1, x2 + G(y1)
+
+
+def unfuse(module: nn.Module) -> Any:
+    """Make every `FusedSequential` inside an ordinary Sequential, in place: plain torch, whoever calls it and where.
+
+    A backend of "eager" does not reach that far: another library knows of none, and the threads in which a GPU's
+    backward runs do not see `use_backend`.
+    """
+    for part in module.modules():
+        if isinstance(part, FusedSequential):
+            part.__class__ = nn.Sequential  # type: ignore[assignment]
+    return module

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing calls on a processor or a GPU, and the size of its last-level cache."""
+"""Timing calls on a processor or a GPU, the size of its last-level cache, and memory without page faults."""
 
 from __future__ import annotations
 
+import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Clock", "CudaClock", "HostClock", "clock_for", "last_level_cache"]
+__all__ = ["Clock", "CudaClock", "HostClock", "clock_for", "last_level_cache", "memory_kept"]
 
+#: Of glibc's malloc.h: parameters of mallopt, and what they are at the end: what glibc raises them to by itself, which
+#: it does no more once they have been set.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEEPING = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
+_DEFAULTS = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
 _UNKNOWN_CACHE = 32 << 20  # where the system does not tell
 
 
@@ -78,3 +85,23 @@ def last_level_cache(device: str = "cpu") -> int:
         if digits.isdigit():
             sizes.append(int(digits) * unit)
     return max(sizes, default=_UNKNOWN_CACHE)
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Keep freed memory in the process meanwhile, as a GPU's allocator does, where the C library is glibc.
+
+    It hands every large block back to the system and fetches the next one from there, page by page: a pass that
+    allocates its output would mostly measure that, whoever computes it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    for parameter, value in _KEEPING.items():
+        mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in _DEFAULTS.items():
+            mallopt(parameter, value)

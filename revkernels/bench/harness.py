@@ -51,6 +51,7 @@ class Trial:
         bytes_moved: what one call must read and write; the same for all, whatever a contender moves besides.
         goals: contender to its limit.
         calls: calls in one timed sample, more than one where a call is too short for the clock.
+        beside: contenders that everybody's ratio is wanted to; they come out as ``more["ratio_to"]``.
     """
 
     baseline: str
@@ -59,6 +60,7 @@ class Trial:
     bytes_moved: int | None = None
     goals: Mapping[str, Goal] = field(default_factory=dict)
     calls: int = 1
+    beside: Sequence[str] = ()
 
 
 @dataclass
@@ -122,6 +124,24 @@ class Suite:
                 begin(f"{benchmark.name} {case}")
                 yield from measure(benchmark.name, case, benchmark.make(setup, case), clock, rounds)
 
+    def matching(self, words: Iterable[str]) -> Suite:
+        """Return the benchmarks and cases whose names, "benchmark case", have every one of ``words`` in them.
+
+        Raises:
+            ValueError: there is none.
+        """
+        wanted = list(words)
+        found = Suite(self.name)
+        for benchmark in self.benchmarks:
+            names = {case: f"{benchmark.name} {case}" for case in benchmark.cases}
+            cases = tuple(case for case, name in names.items() if all(word in name for word in wanted))
+            if cases:
+                found.benchmarks.append(Benchmark(benchmark.name, cases, benchmark.make))
+        if not found.benchmarks:
+            last = self.benchmarks[-1]
+            raise ValueError(f"no case has all of {wanted} in its name; one is {last.name + ' ' + last.cases[-1]!r}")
+        return found
+
     def __len__(self) -> int:
         return sum(len(benchmark.cases) for benchmark in self.benchmarks)
 
@@ -138,11 +158,11 @@ def measure(
     """Time the trial's contenders in turn. Returns one measurement each; ``begin`` hears of every round.
 
     Raises:
-        ValueError: fewer than 2 rounds (no spread), or a baseline or goal that names no contender.
+        ValueError: fewer than 2 rounds (no spread), or a baseline, goal or ``beside`` that names no contender.
     """
     if rounds < 2:
         raise ValueError(f"rounds is {rounds}; at least 2 are needed for a spread")
-    named = {trial.baseline, *trial.goals, *(goal.of for goal in trial.goals.values() if goal.of)}
+    named = {trial.baseline, *trial.beside, *trial.goals, *(goal.of for goal in trial.goals.values() if goal.of)}
     if unknown := named - set(trial.contenders):
         raise ValueError(f"no contender {', '.join(sorted(unknown))}; there are {', '.join(trial.contenders)}")
     samples: dict[str, list[float]] = {name: [] for name in trial.contenders}
@@ -185,6 +205,7 @@ def _summary(benchmark: str, case: str, trial: Trial, name: str, samples: Mappin
         bytes_moved=moved,
         gbps=None if moved is None else moved / median / 1e9,
         goal=_judge(trial, name, samples),
+        more={"ratio_to": {of: _ratio(seconds, samples[of]) for of in trial.beside}} if trial.beside else {},
     )
 
 

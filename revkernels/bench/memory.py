@@ -14,7 +14,9 @@ __all__ = ["DEPTHS", "run"]
 
 DEPTHS = (6, 18, 54)
 _WAYS = ("store, eager", "reconstruct, eager", "reconstruct, fused")
-_MOST_GROWTH = 0  # bytes from the first depth to any other: what is rebuilt is gone before the next block is
+#: Bytes that a channel of a stream adds with every branch: what is rebuilt is gone before the next block is, but fused
+#: norms keep the batch statistics for the recompute. A branch has two norms, with a float32 mean and rstd each.
+_MOST_GROWTH = {"reconstruct, eager": 0, "reconstruct, fused": 2 * 2 * 4}
 
 
 def run(
@@ -22,8 +24,8 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row ``{"benchmark", "case", "variant", "depth", "peak_bytes", "goal"}`` for every depth and way.
 
-    The goal of what reconstructs is that its peak is the first depth's at every other depth; ``value`` is how many
-    bytes more it is.
+    The goal of what reconstructs is that its peak is the first depth's at every other depth, kept batch statistics
+    aside; ``value`` is how many bytes more it is.
     """
     shallow: dict[str, int] = {}
     for depth in depths:
@@ -35,11 +37,14 @@ def run(
             step()  # parameter gradients exist from here on, so that only activations are counted
             peak = peak_bytes(step, at.device)
             row = {"benchmark": "memory", "case": str(at), "variant": way, "depth": depth, "peak_bytes": peak}
-            judged = way in shallow and way.startswith("reconstruct")
-            yield row | {"goal": _goal(peak - shallow[way], depths[0]) if judged else None}
+            goal = None
+            if way in shallow and way in _MOST_GROWTH:
+                most = _MOST_GROWTH[way] * shape.width * max(0, depth - depths[0])
+                goal = _goal(peak - shallow[way], most, depths[0])
+            yield row | {"goal": goal}
             shallow.setdefault(way, peak)
 
 
-def _goal(growth: int, shallowest: int) -> dict[str, Any]:
-    limit = {"quantity": "growth_bytes", "at_most": _MOST_GROWTH, "of": f"depth {shallowest}"}
-    return limit | {"value": growth, "met": growth <= _MOST_GROWTH}
+def _goal(growth: int, most: int, shallowest: int) -> dict[str, Any]:
+    limit = {"quantity": "growth_bytes", "at_most": most, "of": f"depth {shallowest}"}
+    return limit | {"value": growth, "met": growth <= most}

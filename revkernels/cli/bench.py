@@ -8,26 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from revkernels.cli.output import Table, add_json_option, display, progress, report
+from revkernels.cli import bench_network
+from revkernels.cli.bench_tables import GOAL, MIB, command_of, depth, goal_cells, how, positive, rounds, rows_of, timing
+from revkernels.cli.output import Table, add_json_option, progress, report
 from revkernels.cli.stamp import environment
 
 RESULTS = Path("benchmarks/results")
-_MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subjects and their options."""
     subjects = parser.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
-    for name, about, measure in (
-        ("coupling", "the kernels against the torch calls they replace", _coupling),
-        ("block", "a step of a chain of blocks, stored, checkpointed and rebuilt", _block),
-        ("memory", "peak activation bytes against depth", _memory),
-        ("overhead", "what the driver itself costs a half-step", _overhead),
+    for name, about, measure, times in (
+        ("coupling", "the kernels against the torch calls they replace", _coupling, 15),
+        ("passes", "the fused norm kernels against the torch calls they replace", _passes, 15),
+        ("block", "a step of a chain of blocks, stored, checkpointed and rebuilt", _block, 7),
+        ("network", "a training step of whole networks in every way there is", bench_network.network, 5),
+        ("peers", "a stage of reversible blocks run by other libraries", bench_network.peers, 7),
+        ("memory", "peak activation bytes against depth", _memory, None),
+        ("overhead", "what the driver itself costs a half-step", _overhead, 100),
     ):
         subject = subjects.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         subject.set_defaults(measure=measure)
         subject.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: cpu)")
-        subject.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+        subject.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
         subject.add_argument(
             "--save",
             metavar="FOLDER",
@@ -37,24 +41,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"append result lines to FOLDER/<device>.jsonl (default folder: {RESULTS})",
         )
         add_json_option(subject)
-        if name != "memory":
-            rounds = {"coupling": 15, "block": 7, "overhead": 100}[name]
-            subject.add_argument("--rounds", type=_rounds, default=rounds, help=f"timed rounds (default: {rounds})")
-        if name == "coupling":
+        if times is not None:
+            subject.add_argument("--rounds", type=rounds, default=times, help=f"timed rounds (default: {times})")
+        if name in ("coupling", "passes"):
             subject.add_argument(
-                "--megabytes", type=_positive, default=64, help="size of a stream (default: 64, past most caches)"
+                "--megabytes", type=positive, default=64, help="size of a stream (default: 64, past most caches)"
             )
-        elif name != "overhead":
+        if name == "passes":
+            subject.add_argument(
+                "--matching", nargs="+", metavar="WORD", default=[], help="only cases with these in their name"
+            )
+        if name in ("block", "memory"):
             batch = {"block": 32, "memory": 8}[name]
-            subject.add_argument("--batch", type=_positive, default=batch, help=f"images (default: {batch})")
-            subject.add_argument("--width", type=_positive, default=32, help="channels of a stream (default: 32)")
-            subject.add_argument("--side", type=_positive, default=32, help="rows and columns (default: 32)")
+            subject.add_argument("--batch", type=positive, default=batch, help=f"images (default: {batch})")
+            subject.add_argument("--width", type=positive, default=32, help="channels of a stream (default: 32)")
+            subject.add_argument("--side", type=positive, default=32, help="rows and columns (default: 32)")
         if name == "block":
-            subject.add_argument("--depth", type=_depth, default=18, help="branches, two a block (default: 18)")
+            subject.add_argument("--depth", type=depth, default=18, help="branches, two a block (default: 18)")
         if name == "memory":
             subject.add_argument(
-                "--depth", type=_depth, nargs="+", help="branches, two a block; several (default: 6 18 54)"
+                "--depth", type=depth, nargs="+", help="branches, two a block; several (default: 6 18 54)"
             )
+        if name in ("network", "peers"):
+            bench_network.add_arguments(subject, name)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,19 +73,26 @@ def run(args: argparse.Namespace) -> int:
     kind = args.device.partition(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
-        print(f"revkernels bench: --device {args.device}: {why}", file=sys.stderr)
-        return 2
+        return _refuse(f"--device {args.device}: {why}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rows, tables = args.measure(args)
+    try:
+        rows, tables = args.measure(args)
+    except bench_network.OptionError as error:
+        return _refuse(str(error))
     if args.save is not None:
         from revkernels.bench.results import append
 
-        path = append(rows, environment(args.device), args.save, _command(args))
+        path = append(rows, environment(args.device), args.save, command_of(args))
         tables[-1].notes.append(f"{len(rows)} lines appended to {path}")
     report(f"bench {args.subject}", tables, args.json, args.device)
     return 0
+
+
+def _refuse(why: str) -> int:
+    print(f"revkernels bench: {why}", file=sys.stderr)
+    return 2
 
 
 def _coupling(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
@@ -86,16 +102,47 @@ def _coupling(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Tabl
     setup = Setup(args.device, args.megabytes)
     with progress("bench coupling", len(SUITE)) as begin:
         measured = list(SUITE.run(setup, clock_for(args.device), args.rounds, begin))
-    rows = _rows(measured)
+    rows = rows_of(measured)
     calls = [row for row in rows if row["benchmark"] == "call"]
     passes = [row for row in rows if row["benchmark"] != "call"]
-    large = _timing(f"kernels against torch, {args.megabytes} MiB a stream", passes, "ms", 1e3)
-    large.columns |= {"gbps": "GB/s"} | _GOAL
-    small = _timing("cost of a call, 1,000 float32 elements", calls, "us", 1e6)
-    small.columns |= _GOAL
+    large = timing(f"kernels against torch, {args.megabytes} MiB a stream", passes, "ms", 1e3)
+    large.columns |= {"gbps": "GB/s"} | GOAL
+    small = timing("cost of a call, 1,000 float32 elements", calls, "us", 1e6)
+    small.columns |= GOAL
     for table in (large, small):
-        table.notes = [_how(args)]
+        table.notes = [how(args)]
     return rows, [large, small]
+
+
+def _passes(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
+    from revkernels.bench.clocks import clock_for, memory_kept
+    from revkernels.bench.passes import SUITE, PassSetup
+
+    setup = PassSetup(args.device, args.megabytes)
+    try:
+        suite = SUITE.matching(args.matching)
+    except ValueError as error:
+        raise bench_network.OptionError(f"--matching: {error}") from error
+    with progress("bench passes", len(suite)) as begin, memory_kept():
+        rows = rows_of(list(suite.run(setup, clock_for(args.device), args.rounds, begin)))
+    tables = []
+    for place, title in (
+        ("past cache", f"{args.megabytes} MiB a tensor"),
+        ("in cache", "tensors of a network's stage"),
+    ):
+        own = [row for row in rows if row["case"].endswith(place)]
+        if not own:
+            continue
+        table = timing(f"fused norms against torch, {title}", own, "ms", 1e3)
+        table.columns |= {"gbps": "GB/s"} | GOAL
+        table.notes = [
+            how(args),
+            "uncouple_norm_act_ reads the statistics that the forward left; torch, and 'computed', compute them again",
+        ]
+        tables.append(table)
+    if not setup.backends():
+        tables[-1].notes.append(f"no fused backend with these kernels runs on {args.device}: torch stands alone")
+    return rows, tables
 
 
 def _block(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
@@ -104,11 +151,11 @@ def _block(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]
 
     shape = _shape(args, args.depth)
     with progress("bench block", args.rounds + block.STEPS) as begin:
-        rows = _rows(list(block.run(shape, clock_for(args.device), args.rounds, begin)))
-    table = _timing(f"one training step, float32, {shape}", rows, "ms", 1e3)
+        rows = rows_of(list(block.run(shape, clock_for(args.device), args.rounds, begin)))
+    table = timing(f"one training step, float32, {shape}", rows, "ms", 1e3)
     del table.columns["benchmark"], table.columns["case"]
-    table.columns |= {"peak_mib": "peak activations, MiB"} | _GOAL
-    table.notes = [f"depth {shape.depth}: {shape.depth} branches, {shape.depth // 2} blocks. {_how(args)}"]
+    table.columns |= {"peak_mib": "peak activations, MiB"} | GOAL
+    table.notes = [f"depth {shape.depth}: {shape.depth} branches, {shape.depth // 2} blocks. {how(args)}"]
     return rows, [table]
 
 
@@ -121,11 +168,11 @@ def _memory(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         rows = list(memory.run(shape, depths, begin))
     table = Table(f"peak activation memory of a training step, {args.batch} images", {"variant": "variant"})
     table.columns |= {f"depth_{depth}": f"depth {depth}, MiB" for depth in depths}
-    table.columns |= _GOAL
+    table.columns |= GOAL
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
-        peaks = {f"depth_{row['depth']}": row["peak_bytes"] / _MIB for row in own}
-        table.rows.append({"variant": variant, **peaks, **_goal(own[-1].get("goal"), "")})
+        peaks = {f"depth_{row['depth']}": row["peak_bytes"] / MIB for row in own}
+        table.rows.append({"variant": variant, **peaks, **goal_cells(own[-1].get("goal"), "")})
     size = f"{args.batch}x{args.width}x{args.side}x{args.side}"
     table.notes = [f"depth counts branches, two a block; a stream is {size}, float32"]
     return rows, [table]
@@ -136,86 +183,17 @@ def _overhead(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Tabl
     from revkernels.bench.clocks import clock_for
 
     with progress("bench overhead", args.rounds + 2) as begin:
-        rows = _rows(list(overhead.run(args.device, clock_for(args.device), args.rounds, begin)))
-    table = _timing(f"forward and backward of {overhead.HALF_STEPS} branches of x * w, 8 elements", rows, "ms", 1e3)
+        rows = rows_of(list(overhead.run(args.device, clock_for(args.device), args.rounds, begin)))
+    table = timing(f"forward and backward of {overhead.HALF_STEPS} branches of x * w, 8 elements", rows, "ms", 1e3)
     del table.columns["benchmark"], table.columns["case"]
-    table.columns |= {"us": "us a half-step"} | _GOAL
+    table.columns |= {"us": "us a half-step"} | GOAL
     for shown, row in zip(table.rows, rows, strict=True):
         shown["us"] = row["us_a_half_step"]
-    table.notes = [_how(args)]
+    table.notes = [how(args)]
     return rows, [table]
-
-
-_GOAL = {"goal": "goal", "reached": "reached", "met": "met"}
-
-
-def _rows(measured: list[Any]) -> list[dict[str, Any]]:
-    from revkernels.bench.results import as_row
-
-    return [as_row(measurement) for measurement in measured]
-
-
-def _timing(title: str, rows: list[dict[str, Any]], unit: str, scale: float) -> Table:
-    columns = {"benchmark": "benchmark", "case": "case", "variant": "variant", f"median_{unit}": f"median, {unit}"}
-    table = Table(title, columns | {"quartiles": "quartiles", "ratio": "ratio"})
-    for row in rows:
-        shown = {key: row[key] for key in ("benchmark", "case", "variant", "ratio", "gbps")}
-        shown[f"median_{unit}"] = row["median_s"] * scale
-        shown["quartiles"] = f"{display(row['q1_s'] * scale)} to {display(row['q3_s'] * scale)}"
-        if "peak_bytes" in row:
-            shown["peak_mib"] = row["peak_bytes"] / _MIB
-        table.rows.append(shown | _goal(row["goal"], row["baseline"]))
-    return table
-
-
-def _goal(goal: dict[str, Any] | None, baseline: str) -> dict[str, Any]:
-    if goal is None:
-        return {}
-    unit, link = {"extra_us": (" us above", "of"), "growth_bytes": (" bytes above", "")}.get(
-        goal["quantity"], ("", "of")
-    )
-    of = "" if goal["of"] == baseline else f" {link} {goal['of']}".replace("  ", " ")
-    return {"goal": f"<= {goal['at_most']:g}{unit}{of}", "reached": goal["value"], "met": goal["met"]}
 
 
 def _shape(args: argparse.Namespace, depth: int) -> Any:
     from revkernels.bench.chains import Shape
 
     return Shape(depth, args.batch, args.width, args.side, args.device)
-
-
-def _how(args: argparse.Namespace) -> str:
-    stamp = environment(args.device)
-    where = f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}"
-    return f"medians of {args.rounds} interleaved rounds; ratios round by round; {where}"
-
-
-def _command(args: argparse.Namespace) -> str:
-    left_out = ("command", "subject", "run", "measure", "save", "json")
-    options = " ".join(
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in vars(args).items()
-        if name not in left_out and value is not None
-    )
-    return f"revkernels bench {args.subject} {options}"
-
-
-def _positive(text: str) -> int:
-    return _whole(text, at_least=1)
-
-
-def _rounds(text: str) -> int:
-    return _whole(text, at_least=2)
-
-
-def _depth(text: str) -> int:
-    depth = _whole(text, at_least=2)
-    if depth % 2:
-        raise argparse.ArgumentTypeError(f"{depth} is odd; a block has two branches")
-    return depth
-
-
-def _whole(text: str, at_least: int) -> int:
-    if not text.isdigit() or int(text) < at_least:
-        raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number, at least {at_least}")
-    return int(text)

@@ -8,6 +8,7 @@ view, or to an operand that is only read, is a mismatch too.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,20 +19,30 @@ import numpy as np
 from revkernels import ops
 from revkernels.arrays import FLOATS, compute_dtype, dtype_name
 from revkernels.coupling import Coupling
+from revkernels.norm import KINDS, Norm, Statistics
 
 __all__ = ["KERNELS", "Call", "calls", "differences", "left_out"]
 
-#: Kernel to the operands it takes; those named after the stream have its dtype, f, df and part the branch's.
+#: Kernel to the operands it takes; those named after the stream have its dtype, f, df, part and dh the branch's.
 KERNELS = {
     "couple": ("x", "f"),
     "uncouple_": ("y", "f"),
     "reverse_step_": ("y", "f", "dy", "df"),
     "accumulate_": ("total", "part"),
+    "norm_act": ("x",),
+    "couple_norm_act": ("x", "f"),
+    "uncouple_norm_act_": ("y", "f"),
+    "norm_act_backward_": ("dx", "dh", "x"),
 }
-_OF_BRANCH = ("f", "df", "part")
+_OF_BRANCH = ("f", "df", "part", "dh")
+_COUPLINGS = ("couple", "uncouple_", "reverse_step_")
+_NORMS = ("norm_act", "couple_norm_act", "uncouple_norm_act_", "norm_act_backward_")
 
 _SMALL = (3, 5, 4, 7)  # odd sizes: no vector width divides a row, so every tail is run
 _LARGE = (2, 6, 64, 65)  # 49,920 elements: above what one thread takes alone
+# The sums of a backward have the same bits on every backend where they are exact: small multiples of powers of two, a
+# power of two of them. Statistics, with a root and a quotient, are given for the same reason.
+_SMALL_EXACT, _LARGE_EXACT = (2, 8, 4, 8), (2, 8, 64, 64)
 _SPECIAL = (np.inf, -np.inf, np.nan, -0.0, 0.0, 1e-40, -3e-7, 65504.0)  # 1e-40, -3e-7: subnormal in bf16, in fp16
 _BITS = {8: "uint64", 4: "uint32", 2: "uint16"}
 
@@ -43,15 +54,17 @@ class Call:
     kernel: str
     library: str  # "numpy" or "torch"
     stream: str  # dtype of x, y, dy, total
-    branch: str  # dtype of f, df, part
+    branch: str  # dtype of f, df, part, dh, and of norm_act's h
     layout: str  # "dense", "NCHW half", "channels-last half"
     shape: tuple[int, ...] = _SMALL
     options: bool = False  # scales, grid, checksum and amax at once
+    norm: str = ""  # the kind, of a kernel that has one
 
     def __str__(self) -> str:
         dtypes = self.stream if self.stream == self.branch else f"{self.stream} with {self.branch}"
         shape = "x".join(map(str, self.shape))
-        return f"{self.library}, {dtypes}, {self.layout} {shape}{', options' if self.options else ''}"
+        norm = f"{self.norm} norm, " if self.norm else ""
+        return f"{self.library}, {norm}{dtypes}, {self.layout} {shape}{', options' if self.options else ''}"
 
     def run(self, backend: str, device: str = "cpu") -> list[np.ndarray]:
         """Make the call. Returns the values of everything it may have touched, one array a buffer."""
@@ -61,6 +74,8 @@ class Call:
             buffer, view = self._operand(random, self.branch if name in _OF_BRANCH else self.stream, position, device)
             buffers.append(buffer)
             views.append(view)
+        if self.norm:
+            return [_to_numpy(array) for array in [*buffers, *self._normalise(views, backend, device)]]
         coupling = self._coupling(views, device) if self.options else None
         extra = {} if self.kernel == "accumulate_" else {"coupling": coupling}
         result = getattr(ops, self.kernel)(*views, **extra, backend=backend)
@@ -75,7 +90,9 @@ class Call:
         width = c if self.layout == "dense" else 2 * c
         size = (n, h, w, width) if self.layout == "channels-last half" else (n, width, h, w)
         values = random.standard_normal(size) * 2.0 ** random.integers(-6, 7, size)
-        if not self.options:  # a checksum has no defined value for NaN, whose bits differ between processors
+        if self.kernel == "norm_act_backward_":
+            values = random.integers(-3, 4, size) / 2
+        elif not self.options:  # a checksum has no defined value for NaN, whose bits differ between processors
             places = random.choice(values.size, len(_SPECIAL), replace=False)
             values.reshape(-1)[places] = _SPECIAL
         buffer = _from_numpy(values, dtype, self.library, device)
@@ -84,6 +101,29 @@ class Call:
         else:
             view = buffer
         return buffer, view[:, channels]
+
+    def _normalise(self, views: list[Any], backend: str, device: str) -> list[Any]:
+        """Call a kernel that has a norm, along dimension 1. Returns the results that are new arrays."""
+        random, shape, channels = np.random.default_rng(20170714), self.shape, self.shape[1]
+        wide = compute_dtype(*views[-1:] if self.kernel == "norm_act_backward_" else views)
+
+        def made(size: Any, dtype: str, low: int, scale: bool = False) -> Any:
+            values = random.integers(low, 4, size)
+            return _from_numpy(2.0**values if scale else values / 1.0, dtype, self.library, device)
+
+        groups = (2 if channels % 2 == 0 else channels) if self.norm == "group" else 1
+        parameters = (made(channels, self.branch, -3), made(channels, self.branch, -3))
+        norm = Norm(self.norm, *parameters, activation="relu", groups=groups, channel_dim=1)
+        size = norm.statistics_shape(shape)
+        statistics = Statistics(None if self.norm == "rms" else made(size, wide, -3), made(size, wide, -2, scale=True))
+        if self.kernel == "norm_act_backward_":
+            dx, dh, x = views
+            return list(ops.norm_act_backward_(dx, dh, x, norm, statistics, backend=backend)[1:])
+        dtype = None
+        if self.kernel == "norm_act":
+            dtype = _dtype(self.branch, self.library)
+        results = getattr(ops, self.kernel)(*views, norm, statistics=statistics, dtype=dtype, backend=backend)
+        return list(results[1:-1] if self.kernel == "uncouple_norm_act_" else results[:-1])
 
     def _coupling(self, views: list[Any], device: str) -> Coupling:
         n, c = self.shape[:2]
@@ -101,18 +141,35 @@ def calls() -> Iterator[Call]:
     """Yield every call that this installation can make."""
     for library in _libraries():
         dtypes = [dtype for dtype in FLOATS if library == "torch" or dtype != "bfloat16" or _has("ml_dtypes")]
-        for kernel in KERNELS:
-            for stream in dtypes:
+        for kernel, stream in itertools.product(KERNELS, dtypes):
+            if kernel in _NORMS:
+                yield from _norm_calls(kernel, library, stream, dtypes)
+            else:
                 same = Call(kernel, library, stream, stream, "dense")
                 yield same
                 yield replace(same, layout="NCHW half")
                 yield replace(same, layout="NCHW half", shape=_LARGE)
                 yield replace(same, layout="channels-last half")
-                if kernel != "accumulate_":
+                if kernel in _COUPLINGS:
                     yield replace(same, options=True)
                 for branch in dtypes:
                     if branch != stream:
                         yield replace(same, branch=branch)
+
+
+def _norm_calls(kernel: str, library: str, stream: str, dtypes: list[str]) -> Iterator[Call]:
+    small, large = (_SMALL_EXACT, _LARGE_EXACT) if kernel == "norm_act_backward_" else (_SMALL, _LARGE)
+    for kind in KINDS:
+        same = Call(kernel, library, stream, stream, "dense", small, norm=kind)
+        yield same
+        yield replace(same, layout="NCHW half")
+        yield replace(same, layout="channels-last half")
+        if kind in ("batch", "layer"):  # the two ways to go through memory
+            yield replace(same, layout="NCHW half", shape=large)
+            yield replace(same, layout="channels-last half", shape=large)
+    for branch in dtypes:
+        if branch != stream:
+            yield replace(same, branch=branch, norm="batch")
 
 
 def left_out() -> list[str]:
@@ -152,12 +209,18 @@ def _from_numpy(values: np.ndarray, dtype: str, library: str, device: str) -> An
         if library == "torch":
             import torch
 
-            return torch.from_numpy(values).to(getattr(torch, dtype)).to(device)
-        if dtype == "bfloat16":
-            import ml_dtypes
+            return torch.from_numpy(values).to(_dtype(dtype, library)).to(device)
+        return values.astype(_dtype(dtype, library))
 
-            return values.astype(ml_dtypes.bfloat16)
-        return values.astype(dtype)
+
+def _dtype(name: str, library: str) -> Any:
+    if library == "torch":
+        return getattr(sys.modules["torch"], name)
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return name
 
 
 def _to_numpy(array: Any) -> np.ndarray:

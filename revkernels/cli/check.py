@@ -117,7 +117,8 @@ def _device_for(name: str, call: Call) -> str | None:
 
 
 def _beyond_interpreter(name: str, call: Call) -> bool:
-    return name == "triton" and _interpreting() and call.stream == "bfloat16"
+    results = (call.stream, call.branch) if call.kernel == "norm_act" else (call.stream,)
+    return name == "triton" and _interpreting() and "bfloat16" in results
 
 
 def _left_out_of(names: Sequence[str]) -> list[str]:

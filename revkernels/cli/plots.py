@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's picture. Lines differ in dash and marker as well as in colour (Okabe and Ito's colour-blind-safe set)."""
+"""The pictures of the demo and of ``bench network``.
+
+Lines and points differ in dash and marker as well as in colour (Okabe and Ito's colour-blind-safe set).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation, Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.transforms import Bbox
 
-from revkernels.cli.training import Epoch
+if TYPE_CHECKING:
+    from revkernels.cli.training import Epoch
 
-__all__ = ["demo"]
+__all__ = ["demo", "trade_off"]
 
 # Thick below thin: curves that coincide stay visible, all three.
 _LINES: tuple[dict[str, Any], ...] = (
@@ -21,6 +29,134 @@ _LINES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linewidth": 2.5, "linestyle": "--", "marker": "s", "markersize": 5},
     {"color": "#000000", "linewidth": 1.2, "linestyle": ":", "marker": "^", "markersize": 4},
 )
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#7A7A7A"
+#: By a contender's kind: of this package's, those with its kernels stand out.
+_POINTS: dict[str, dict[str, Any]] = {
+    "fused": {"color": _BLUE, "marker": "o", "s": 130},
+    "ours": {"color": _BLUE, "marker": "o", "s": 80, "facecolors": "white", "linewidths": 1.8},
+    "torch": {"color": "#000000", "marker": "s", "s": 55},
+    "peer": {"color": _GREY, "marker": "D", "s": 50},
+}
+_LEGEND = {
+    "fused": "revkernels, fused",
+    "ours": "revkernels' driver, plain torch calls",
+    "torch": "torch",
+    "peer": "other libraries",
+}
+#: Around a point: right, left, above, below, then the corners.
+_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+_WIDE = 4.0  # from the least to the most memory: from there on the axis is logarithmic
+
+
+def trade_off(cases: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], where: str) -> Figure:
+    """Draw a panel a case, a point a contender: time relative to the baseline against peak memory.
+
+    Args:
+        cases: titles, and the rows of `bench.network.run`; a row with an error is named below its panel.
+        where: device, threads and versions.
+    """
+    figure = Figure(figsize=(8.6, 5.0 * len(cases)), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
+    for axes, (title, rows) in zip(panels, cases, strict=True):
+        _trade_off(axes, title, rows, where)
+    canvas.draw()  # the layout, which the places of the labels depend on
+    figure.set_layout_engine("none")
+    for axes, (_, rows) in zip(panels, cases, strict=True):
+        _label_points(axes, rows, canvas.get_renderer())
+    return figure
+
+
+def _trade_off(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    measured = [row for row in rows if row["error"] is None]
+    kinds = {row["variant"]: _kind(row) for row in measured}
+    for kind, style in _POINTS.items():
+        own = [row for row in measured if kinds[row["variant"]] == kind]
+        if own:
+            x, y = [_mib(row) for row in own], [row["ratio"] for row in own]
+            axes.scatter(x, y, label=_LEGEND[kind], zorder=3, **style)
+    sizes, ratios = [_mib(row) for row in measured], [row["ratio"] for row in measured]
+    axes.axhline(1.0, color="#BBBBBB", linewidth=1, zorder=1)
+    if max(sizes) > _WIDE * min(sizes):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(base=2))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.7)
+    else:
+        axes.set_xlim(0, max(sizes) * 1.25)
+    room = 0.12 * max(max(ratios) - min(ratios), 0.2)
+    axes.set_ylim(min([*ratios, 1.0]) - 2 * room, max(ratios) + 2 * room)
+    failed = [row["variant"] for row in rows if row["error"] is not None]
+    axes.set_title(f"{title}\n", fontsize=13, loc="left")
+    axes.text(0, 1.02, where, transform=axes.transAxes, fontsize=9, color="#555555")
+    axes.set_xlabel("peak activation memory, MiB" + (f"\nfailed: {', '.join(failed)}" if failed else ""), fontsize=11)
+    axes.set_ylabel(f"step time, relative to {measured[0]['baseline']}", fontsize=11)
+    axes.annotate("↙ better", (0.012, 0.02), xycoords="axes fraction", fontsize=10, color="#555555", style="italic")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    below = -0.13 if not failed else -0.18
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncol=4, frameon=False, fontsize=9.5, handletextpad=0.2)
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return "fused" if row["variant"].endswith("fused") else row["kind"]
+
+
+def _mib(row: Mapping[str, Any]) -> float:
+    return row["peak_bytes"] / 2**20
+
+
+def _label_points(axes: Axes, rows: Sequence[Mapping[str, Any]], renderer: Any) -> None:
+    """Put each point's name where it covers no point and no other name, as near to the point as there is room."""
+    measured = [row for row in rows if row["error"] is None]
+    points = [axes.transData.transform((_mib(row), row["ratio"])) for row in measured]
+    taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in points]
+    taken += [text.get_window_extent(renderer) for text in axes.texts]
+    inside = axes.get_window_extent(renderer)
+    for row in sorted(measured, key=lambda row: _kind(row) != "fused"):  # the names that matter have the first choice
+        kind = _kind(row)
+        style = {"fontsize": 11, "fontweight": "bold"} if kind == "fused" else {"fontsize": 10}
+        note = axes.annotate(
+            row["variant"],
+            (_mib(row), row["ratio"]),
+            (0, 0),
+            textcoords="offset points",
+            color=_POINTS[kind]["color"],
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 5},
+            **style,
+        )
+        taken.append(_place(note, taken, inside, renderer))
+
+
+def _place(note: Annotation, taken: Sequence[Bbox], inside: Bbox, renderer: Any) -> Bbox:
+    """Move a name to the first free place around its point, or the least bad one; return the room it takes."""
+    places = [(far, across, up) for far in (9, 14, 22, 32, 44, 58, 74, 92) for across, up in _DIRECTIONS]
+
+    def put(far: int, across: int, up: int) -> Bbox:
+        note.set_position((across * far, up * far))
+        note.set_horizontalalignment(("center", "left", "right")[across])
+        note.set_verticalalignment(("center", "bottom", "top")[up])
+        if note.arrow_patch is not None:
+            # A line to the point only where the name is far enough to be taken for another's.
+            note.arrow_patch.set_visible(far > 14)
+        note.update_positions(renderer)
+        return Text.get_window_extent(note, renderer).padded(2)  # an annotation's own has the line in it
+
+    def covered(box: Bbox) -> int:
+        outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+        return outside + sum(bool(box.overlaps(other)) for other in taken)
+
+    best, least = places[0], None
+    for place in places:
+        count = covered(put(*place))
+        if least is None or count < least:
+            best, least = place, count
+        if count == 0:
+            break
+    return put(*best)
 
 
 def demo(path: Path, curves: Mapping[str, Sequence[Epoch]], depths: Sequence[Mapping[str, Any]]) -> None:

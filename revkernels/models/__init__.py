@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of Gomez et al. 2017: five RevNets and the four ResNets that they were compared with.
+"""The networks of Gomez et al. 2017, five RevNets and the four ResNets that they were compared with, and the reversible
+vision transformers of Mangalam et al. 2022.
 
 Every function takes ``num_classes`` and the keywords ``in_channels=3, activations, coupling, backend``.
 """
@@ -16,6 +17,7 @@ from revkernels.models.revnet import (
     revnet110,
     revnet164,
 )
+from revkernels.models.revvit import RevViT, revvit_base, revvit_large, revvit_small
 
 __all__ = [
     "BasicBranch",
@@ -23,6 +25,7 @@ __all__ = [
     "Plan",
     "ResNet",
     "RevNet",
+    "RevViT",
     "Transition",
     "param_groups",
     "resnet32",
@@ -34,4 +37,7 @@ __all__ = [
     "revnet104",
     "revnet110",
     "revnet164",
+    "revvit_base",
+    "revvit_large",
+    "revvit_small",
 ]

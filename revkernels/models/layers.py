@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts shared by RevNet and ResNet: residual functions, shortcuts, stem, head, initialisation, parameter groups.
+"""Parts shared by RevNet and ResNet: stem, head, initialisation, parameter groups.
 
 Sizes and settings follow the networks of Gomez et al. 2017 (section 5 and the authors' published configuration):
 pre-activation residual functions after He et al. 2016, batch normalisation with eps 1e-3 and a running average decay of
@@ -9,101 +9,15 @@ pre-activation residual functions after He et al. 2016, batch normalisation with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from revkernels.nn.conv_branches import BLOCKS, BasicBranch, BottleneckBranch, PadShortcut, conv, norm_relu
+from revkernels.nn.fusion import FusedSequential
 
 __all__ = ["BLOCKS", "BasicBranch", "BottleneckBranch", "PadShortcut", "param_groups"]
-
-
-def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias whose output has ceil(size / stride) rows and columns."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
-
-
-def norm_relu(channels: int) -> Iterator[nn.Module]:
-    """Batch normalisation and the ReLU behind it, each a layer of its own."""
-    # PyTorch's momentum is the weight of the new batch: 0.01 is a running average decay of 0.99.
-    yield nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
-    # In place on the norm's output, which neither the norm nor the ReLU keeps for its backward.
-    yield nn.ReLU(inplace=True)
-
-
-class BasicBranch(nn.Sequential):
-    """Basic residual function: BN-ReLU-conv3x3(stride) - BN-ReLU-conv3x3 (paper, figure 1).
-
-    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). ``preactivate=False`` leaves out
-    the first BN-ReLU: for the first branch of a network, whose input is already activated.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
-        super().__init__(
-            *(norm_relu(in_channels) if preactivate else ()),
-            conv(in_channels, out_channels, 3, stride),
-            *norm_relu(out_channels),
-            conv(out_channels, out_channels, 3),
-        )
-
-    @staticmethod
-    def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        return PadShortcut(in_channels, out_channels, stride)
-
-
-class BottleneckBranch(nn.Sequential):
-    """Bottleneck residual function: BN-ReLU-conv1x1(stride) - BN-ReLU-conv3x3 - BN-ReLU-conv1x1 (figure 1).
-
-    A quarter as wide inside as at its end. Shapes and ``preactivate`` as in BasicBranch.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
-        inner = out_channels // 4
-        super().__init__(
-            *(norm_relu(in_channels) if preactivate else ()),
-            conv(in_channels, inner, 1, stride),
-            *norm_relu(inner),
-            conv(inner, inner, 3),
-            *norm_relu(inner),
-            conv(inner, out_channels, 1),
-        )
-
-    @staticmethod
-    def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        if in_channels == out_channels and stride == 1:
-            return nn.Identity()
-        return conv(in_channels, out_channels, 1, stride)  # linear: no norm behind it
-
-
-class PadShortcut(nn.Module):
-    """Shortcut without parameters: average pool stride x stride, then zero channels, equally many on both sides.
-
-    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)); an odd extra channel goes behind.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        before = (out_channels - in_channels) // 2
-        self.padding = (before, out_channels - in_channels - before)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            # ceil_mode meets the convolution's size on odd maps; a cut-off window averages what it holds.
-            x = functional.avg_pool2d(x, self.stride, ceil_mode=True)
-        if any(self.padding):
-            x = functional.pad(x, (0, 0, 0, 0, *self.padding))
-        return x
-
-    def extra_repr(self) -> str:
-        return f"padding={self.padding}, stride={self.stride}"
-
-
-BLOCKS: dict[str, type[BasicBranch | BottleneckBranch]] = {
-    "basic": BasicBranch,
-    "bottleneck": BottleneckBranch,
-}
 
 
 class ModelOptions(TypedDict, total=False):
@@ -121,8 +35,8 @@ def build_stem(kind: str, in_channels: int, width: int) -> nn.Sequential:
     "cifar": conv3x3, BN, ReLU. "imagenet": conv7x7 stride 2, BN, ReLU, max-pool 3x3 stride 2.
     """
     if kind == "cifar":
-        return nn.Sequential(conv(in_channels, width, 3), *norm_relu(width))
-    return nn.Sequential(
+        return FusedSequential(conv(in_channels, width, 3), *norm_relu(width))
+    return FusedSequential(
         conv(in_channels, width, 7, stride=2),
         *norm_relu(width),
         nn.MaxPool2d(3, stride=2, padding=1),
@@ -131,7 +45,7 @@ def build_stem(kind: str, in_channels: int, width: int) -> nn.Sequential:
 
 def build_head(width: int, num_classes: int) -> nn.Sequential:
     """BN, ReLU, global average, linear: (N, width, H, W) -> (N, num_classes)."""
-    return nn.Sequential(*norm_relu(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+    return FusedSequential(*norm_relu(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
 def initialise(model: nn.Module) -> None:

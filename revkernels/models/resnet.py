@@ -19,6 +19,7 @@ from revkernels.models.layers import (
     initialise,
 )
 from revkernels.models.plan import Plan, check_positive
+from revkernels.nn.fusion import norms_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,8 +50,8 @@ class Unit(nn.Module):
 class ResNet(nn.Module):
     """A pre-activation ResNet of any depth. (N, in_channels, H, W) -> logits (N, num_classes).
 
-    The stored-activation baseline: plain PyTorch throughout, so ``backend`` changes nothing here and is checked for its
-    name only. Depth is sum(plan.units) * (2 for basic, 3 for bottleneck) + 2.
+    The stored-activation baseline: ``backend="eager"`` is plain PyTorch throughout, others fuse norms and activations.
+    Depth is sum(plan.units) * (2 for basic, 3 for bottleneck) + 2.
 
     Args:
         plan: blocks, depth and widths.
@@ -88,6 +89,7 @@ class ResNet(nn.Module):
         check_positive("in_channels", in_channels)
         plan.check_streams(1)
         self.in_channels = in_channels
+        self.backend = backend
         self.stem = build_stem(plan.stem, in_channels, plan.stem_width)
         layers: list[Unit] = []
         before = plan.stem_width
@@ -102,7 +104,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels)
-        return self.head(self.units(self.stem(x)))
+        with norms_by(self.backend, x):
+            return self.head(self.units(self.stem(x)))
 
 
 def resnet32(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:

@@ -6,6 +6,7 @@ Activations", arXiv 1707.04585): section 3.1 for the blocks, section 5 for the f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from revkernels.models.layers import (
     initialise,
 )
 from revkernels.models.plan import Plan, check_positive
-from revkernels.nn import ReversibleBlock, ReversibleSequential
+from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential
+from revkernels.nn.fusion import norms_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,7 +90,8 @@ class RevNet(nn.Module):
         num_classes, in_channels: of the data.
         activations: "reconstruct" (memory flat in depth) or "store", as in ReversibleSequential.
         coupling: "float", as in ReversibleSequential.
-        backend: where the couplings run; None picks the fused one of the tensors' device, "eager" is plain torch.
+        backend: where couplings, norms and activations run; None picks the fused one of the tensors' device, "eager" is
+            plain torch.
 
     Raises:
         ValueError, TypeError: a size, kind or name that does not fit, before any parameter is allocated.
@@ -109,6 +112,7 @@ class RevNet(nn.Module):
         check_positive("in_channels", in_channels)
         plan.check_streams(2)
         self.in_channels = in_channels
+        self.backend = backend
         self.stem = build_stem(plan.stem, in_channels, plan.stem_width)
         branch = BLOCKS[plan.block]
         stages: list[nn.Module] = []
@@ -129,9 +133,18 @@ class RevNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels)
-        x1, x2 = self.stem(x).chunk(2, dim=1)
-        y1, y2 = self.stages((x1, x2))
-        return self.head(torch.cat((y1, y2), dim=1))
+        with norms_by(self.backend, x):
+            x1, x2 = self.stem(x).chunk(2, dim=1)
+            y1, y2 = self.stages((x1, x2))
+            return self.head(torch.cat((y1, y2), dim=1))
+
+    def explain(self) -> Explanation:
+        """Say for every branch of the chains which norms and activations are fused, and why others are not."""
+        return Explanation(
+            replace(branch, branch=f"stage {number}, {branch.branch}")
+            for number, stage in enumerate(self.stages)
+            for branch in stage[1].explain()  # type: ignore[index]
+        )
 
 
 def revnet38(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:

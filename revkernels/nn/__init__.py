@@ -3,6 +3,22 @@
 
 from revkernels.autograd.reversal import is_recomputing
 from revkernels.nn.arguments import PerBlock
+from revkernels.nn.branches import AttentionBranch, BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch
+from revkernels.nn.fusion import Explanation, FusedSequential
+from revkernels.nn.norm_act import NormAct
 from revkernels.nn.reversible import ReversibleBlock, ReversibleSequential
 
-__all__ = ["PerBlock", "ReversibleBlock", "ReversibleSequential", "is_recomputing"]
+__all__ = [
+    "AttentionBranch",
+    "BasicBranch",
+    "BottleneckBranch",
+    "ConvNeXtBranch",
+    "Explanation",
+    "FusedSequential",
+    "MLPBranch",
+    "NormAct",
+    "PerBlock",
+    "ReversibleBlock",
+    "ReversibleSequential",
+    "is_recomputing",
+]

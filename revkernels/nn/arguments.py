@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from revkernels.nn.fusion import FusedSequential
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _PARAMETER = inspect.Parameter
@@ -84,6 +86,8 @@ def _keywords_of(branch: Any) -> frozenset[str] | None:
 
 def _inspect(branch: Any) -> frozenset[str] | None:
     inner = getattr(branch, "_orig_mod", branch)  # a compiled module takes anything; what it wraps may not
+    if isinstance(inner, FusedSequential):
+        return inner.known_keywords()
     target = inner.forward if isinstance(inner, nn.Module) else inner
     names: frozenset[str] | None = None
     try:

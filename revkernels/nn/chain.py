@@ -147,7 +147,7 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
 def advance(reversal: Reversal, half_steps: Sequence[HalfStep]) -> None:
     """Run half-steps that follow each other directly."""
     for step, following in zip_longest(half_steps, half_steps[1:]):
-        reversal.advance(step, following is not None and following.sources == (step.target,))
+        reversal.advance(step, following)
 
 
 def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], name: Name) -> Any:

@@ -15,6 +15,7 @@ from revkernels.autograd.half_step import HalfStep, grouped
 from revkernels.autograd.reversal import Reversal
 from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, inverse, rebuilds
+from revkernels.nn.fusion import Explanation, explain
 from revkernels.nn.streams import check_options
 
 _KINDS_OF_HOOK = ("forward_pre", "forward", "backward_pre", "backward")
@@ -95,6 +96,10 @@ class ReversibleBlock(nn.Module):
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         """x2 = y2 - G(y1); x1 = y1 - F(x2)   (eq. 7). See `ReversibleSequential.inverse`."""
         return _run_inverse(self, [self], y, args, kwargs)
+
+    def explain(self) -> Explanation:
+        """Say for every branch which norms and activations are fused, and why others are not."""
+        return explain(_named_branches("", [self]), self.backend)
 
     def extra_repr(self) -> str:
         return _options_of(self)
@@ -181,6 +186,10 @@ class ReversibleSequential(nn.Module):
         """
         return _run_inverse(self, list(self), y, args, kwargs)
 
+    def explain(self) -> Explanation:
+        """Say for every branch which norms and activations are fused, and why others are not."""
+        return explain(_named_branches("block {}, ", self), self.backend)
+
     def extra_repr(self) -> str:
         return _options_of(self)
 
@@ -244,6 +253,12 @@ def _call_through_hooks(reversal: Reversal, block: ReversibleBlock, half_steps: 
     finally:
         _handed_over.to.pop(id(block), None)
     reversal.adopt(streams, f"block {index}")
+
+
+def _named_branches(prefix: str, blocks: Iterable[ReversibleBlock]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for number, block in enumerate(blocks):
+        for name, branch in zip(block.branch_names, block.branches, strict=True):
+            yield f"{prefix.format(number)}{name}", branch
 
 
 def _half_step_name(owner: Any, blocks: Sequence[ReversibleBlock]) -> Callable[[int], str]:

@@ -11,10 +11,19 @@ from revkernels.reference.algorithm1 import (
     chain_inverse,
 )
 from revkernels.reference.coupling import amax_of, checksum_of, couple, reverse_step, uncouple
+from revkernels.reference.norm_act import (
+    activate,
+    derivative,
+    norm_act,
+    norm_act_backward,
+    owners,
+    statistics_of,
+)
 from revkernels.reference.rounding import bits_of, round_to
 
 __all__ = [
     "accumulate",
+    "activate",
     "amax_of",
     "bits_of",
     "block_backward",
@@ -25,7 +34,12 @@ __all__ = [
     "chain_inverse",
     "checksum_of",
     "couple",
+    "derivative",
+    "norm_act",
+    "norm_act_backward",
+    "owners",
     "reverse_step",
     "round_to",
+    "statistics_of",
     "uncouple",
 ]

@@ -10,8 +10,12 @@ import numpy as np
 
 from revkernels.arrays import dtype_name, kind_of, memory_order
 from revkernels.coupling import Coupling
+from revkernels.norm import SUMS_GIVEN, SUMS_ONLY, Norm
 from revkernels.reference import coupling as oracle
 from revkernels.reference.accumulate import accumulate as plain_sum
+from revkernels.reference.norm_act import norm_act as normalise
+from revkernels.reference.norm_act import norm_act_backward as normalise_backward
+from revkernels.reference.norm_act import owners, statistics_of
 
 CHECKS_OPERANDS = False
 
@@ -46,6 +50,90 @@ def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> None:
     """totals[i] <- totals[i] + parts[i]"""
     for total, part in zip(totals, parts, strict=True):
         _write(total, plain_sum(_values(total), _values(part), dtype_name(total), dtype_name(part)))
+
+
+def norm_act(h: Any, x: Any, norm: Norm, mean: Any, rstd: Any, given: bool) -> None:
+    """h <- activation(norm(x)); mean and rstd are written, or read if given"""
+    values, of, wide = _values(x), _owners(x, norm), _wide(rstd)
+    if not given:
+        found = statistics_of(values, of, norm.eps, wide, center=norm.kind != "rms")
+        for array, statistic in zip((mean, rstd), found, strict=False):
+            if array is not None:
+                _write(array, statistic.reshape(tuple(array.shape)))
+        if norm.running_mean is not None and values.size:
+            _move(norm.running_mean, found[0], norm.momentum)
+            n = values.size // of.channels
+            _move(norm.running_var, found[2] * (n / max(n - 1, 1)), norm.momentum)
+    _write(h, normalise(values, of, **_shared(norm, mean, rstd), h_dtype=dtype_name(h)))
+
+
+def couple_norm_act(h: Any, y: Any, x: Any, f: Any, norm: Norm, mean: Any, rstd: Any, given: bool) -> None:
+    """y <- x + f; h <- activation(norm(y)). y may be x."""
+    couple(y, x, f, None)
+    norm_act(h, y, norm, mean, rstd, given)
+
+
+def uncouple_norm_act(h: Any, x: Any, y: Any, f: Any, norm: Norm, mean: Any, rstd: Any, given: bool) -> None:
+    """x <- y - f; h <- activation(norm(x)). x may be y."""
+    uncouple(x, y, f, None)
+    norm_act(h, x, norm, mean, rstd, given)
+
+
+def norm_act_backward(
+    dx: Any,
+    base: Any,
+    dh: Any,
+    x: Any,
+    norm: Norm,
+    mean: Any,
+    rstd: Any,
+    dweight: Any,
+    dbias: Any,
+    sums: int,
+    count: int,
+    constant: bool,
+) -> None:
+    """dx <- base + the gradient that dh has at x; dweight and dbias are written, or read if the sums are given"""
+    total, *found = normalise_backward(
+        None if base is None else _values(base),
+        _values(dh),
+        _values(x),
+        _owners(x, norm),
+        **_shared(norm, mean, rstd),
+        dx_dtype="float64" if dx is None else dtype_name(dx),
+        kind=norm.kind,
+        sums=(_flat(dweight), _flat(dbias)) if sums == SUMS_GIVEN else None,
+        count=count,
+        constant=constant,
+    )
+    if sums != SUMS_GIVEN:
+        for array, values in zip((dweight, dbias), found, strict=True):
+            if array is not None:
+                _write(array, values)
+    if sums != SUMS_ONLY:
+        _write(dx, total)
+
+
+def _owners(x: Any, norm: Norm) -> Any:
+    return owners(tuple(x.shape), norm.kind, norm.channel_axis(x.ndim), norm.groups)
+
+
+def _wide(rstd: Any) -> Any:
+    return np.float64 if dtype_name(rstd) == "float64" else np.float32
+
+
+def _shared(norm: Norm, mean: Any, rstd: Any) -> dict[str, Any]:
+    arrays = {"mean": mean, "rstd": rstd, "weight": norm.weight, "bias": norm.bias}
+    flat = {name: None if array is None else _flat(array) for name, array in arrays.items()}
+    return flat | {"activation": norm.activation, "wide": _wide(rstd)}
+
+
+def _flat(array: Any) -> np.ndarray:
+    return _values(array).ravel()
+
+
+def _move(running: Any, batch: np.ndarray, momentum: float) -> None:
+    _write(running, (1 - momentum) * _values(running) + momentum * batch.astype(np.float64))
 
 
 def _one(operation: Any, out: Any, x: Any, f: Any, coupling: Coupling | None) -> None:

@@ -17,7 +17,22 @@ from typing import Any
 from revkernels import checks
 from revkernels.arrays import compute_dtype
 from revkernels.coupling import Coupling
-from revkernels.triton_kernels.launch import TILE, Prepared, interpreting, on, prepare, threads, warp_width
+from revkernels.triton_kernels.launch import (
+    TILE,
+    Prepared,
+    check_place,
+    interpreting,
+    on,
+    prepare,
+    threads,
+    warp_width,
+)
+from revkernels.triton_kernels.norm_backend import (  # noqa: F401 (functions of this backend)
+    couple_norm_act,
+    norm_act,
+    norm_act_backward,
+    uncouple_norm_act,
+)
 
 CHECKS_OPERANDS = True
 _PAIRS = (8, 32)  # pairs of a list launch: few variants to compile, and arguments far below the 4 KiB of a launch
@@ -134,9 +149,7 @@ def _checked(arrays: dict[str, Any], writes: int, coupling: Coupling | None, sub
 def _check(arrays: dict[str, Any], writes: int) -> None:
     named = list(arrays.items())
     checks.check_operands(dict(named[:writes]), dict(named[writes:]))
-    name, array = named[0]
-    if not array.is_cuda and not (array.is_cpu and interpreting()):
-        raise ValueError(f"{name} is on {array.device}; the Triton kernels need it on a GPU")
+    check_place(*named[0])
 
 
 def _facts_of(coupling: Coupling) -> tuple[Any, ...]:

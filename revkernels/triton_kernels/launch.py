@@ -102,7 +102,7 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
         walk=walk,
         count=out.numel(),
         dense=walk.rank == 1 and all(step == (1,) for step in walk.strides),
-        spans=tuple(_span(a) for a in arrays),
+        spans=tuple(span(a) for a in arrays),
         roles=roles,
         programs=walk.programs,
         geometry=(walk.rows, walk.cols, walk.period, walk.col_tiles, *steps),
@@ -125,6 +125,12 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
 def interpreting() -> bool:
     """Whether Triton runs kernels on the host."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_place(name: str, array: Any) -> None:
+    """The kernels can run where the array lies."""
+    if not array.is_cuda and not (array.is_cpu and interpreting()):
+        raise ValueError(f"{name} is on {array.device}; the Triton kernels need it on a GPU")
 
 
 def on(device: Any) -> Any:
@@ -167,7 +173,7 @@ def _scale_strides(coupling: Coupling | None, dims: int) -> list[tuple[int, ...]
     return strides
 
 
-def _span(array: Any) -> int:
+def span(array: Any) -> int:
     if array.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))

@@ -17,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from revkernels import use_backend  # noqa: E402
 from revkernels.models.layers import BasicBranch, BottleneckBranch  # noqa: E402
 from revkernels.nn import PerBlock, ReversibleBlock, ReversibleSequential  # noqa: E402
 
@@ -43,6 +44,10 @@ class Plain(nn.Module):
         self.split_dim = split_dim
 
     def forward(self, x, *args, **kwargs):
+        with use_backend("eager"):  # the library's branches as plain layers too
+            return self.plainly(x, *args, **kwargs)
+
+    def plainly(self, x, *args, **kwargs):
         x1, x2 = x if isinstance(x, tuple) else x.chunk(2, self.split_dim)
         aux = []
         for index, block in enumerate(self.children()):

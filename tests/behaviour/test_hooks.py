@@ -266,16 +266,16 @@ def test_streams_that_a_hook_keeps_do_not_change(kind, options):
     check_stashed_streams(kind.twins(4, **options)[0], kind.pair())
 
 
-def check_stashed_gradients(net, x):
-    """A gradient that a hook kept never changes afterwards. A step, as a function."""
+def check_stashed_gradients(net, x, of=lambda branch: branch):
+    """A gradient that a hook kept never changes afterwards. A step, as a function; ``of``: what has hooks."""
     kept = []
 
     def stash(module, grad_input, grad_output):
         kept.extend((g, g.clone()) for g in (*grad_input, *grad_output) if g is not None)
 
-    for branch in branches_of(net):
-        branch.register_full_backward_hook(stash)
-        branch.register_forward_hook(
+    for hooked in map(of, branches_of(net)):
+        hooked.register_full_backward_hook(stash)
+        hooked.register_forward_hook(
             lambda m, i, o: o.requires_grad and o.register_hook(lambda g: kept.append((g, g.clone()))) and None
         )
     loss_of(net(x)).backward()
@@ -287,6 +287,12 @@ def check_stashed_gradients(net, x):
 def test_gradients_that_a_hook_keeps_do_not_change(kind, options):
     """Row 22: the gradient is accumulated in place only where nobody holds it."""
     check_stashed_gradients(kind.twins(4, **options)[0], kind.x())
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"], indirect=True)
+def test_gradients_that_a_hook_of_the_last_layer_keeps_do_not_change(kind, options):
+    """Row 22: nor where the branch itself has no hooks, so that its norm accumulates into the stream's gradient."""
+    check_stashed_gradients(kind.twins(4, **options)[0], kind.x(), of=lambda branch: branch[-1])
 
 
 def test_a_hook_that_replaces_a_block_s_streams(backend):

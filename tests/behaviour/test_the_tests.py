@@ -22,7 +22,17 @@ from behaviour.test_modes import check_functional_call, check_inverse, check_wit
 from behaviour.test_norms import check_statistics
 from behaviour.test_precision import bf16, check_autocast
 from behaviour.test_random_numbers import check_dropout, check_two_forwards
-from revkernels.autograd import accumulate, coupling, inverse, reversal, snapshot, surroundings
+from revkernels.autograd import (
+    accumulate,
+    coupling,
+    fusion,
+    inverse,
+    norm_act,
+    recorded,
+    reversal,
+    snapshot,
+    surroundings,
+)
 from revkernels.errors import ReconstructionError
 from revkernels.nn import chain, reversible
 
@@ -42,6 +52,10 @@ def found_by(check):
 
 def row_1(kind):
     check_step(*kind.twins(2, **RECONSTRUCT), kind.x())
+
+
+def row_1_norms():
+    check_step(*KINDS["basic"].twins(2, **RECONSTRUCT), KINDS["basic"].x())
 
 
 def row_2():
@@ -98,6 +112,10 @@ def row_22_streams(kind):
 
 def row_22_gradients(kind):
     check_stashed_gradients(kind.twins(4, **RECONSTRUCT)[0], kind.x())
+
+
+def row_22_norms():
+    check_stashed_gradients(KINDS["basic"].twins(4, **RECONSTRUCT)[0], KINDS["basic"].x(), of=lambda branch: branch[-1])
 
 
 def row_26(kind):
@@ -168,8 +186,34 @@ def recomputed_twice(plant):
 
 @found_by(row_4)
 def statistics_not_protected(plant):
-    """Updated by the recompute too."""
+    """Updated by the recompute too, where it runs the norm as a layer."""
     plant.setattr(snapshot.Snapshot, "_take_buffers", lambda self, module: None)
+    plant.setattr(fusion, "kernels_for", lambda x: None)
+
+
+@found_by(row_4)
+def batch_counted_again(plant):
+    """A fused norm computes its statistics in the recompute too."""
+    tape = recorded.RecordedStep.tape
+    plant.setattr(recorded.RecordedStep, "tape", lambda self, replaying: tape(self, False))
+
+
+@found_by(row_4)
+def batch_not_counted(plant):
+    plant.setattr(fusion, "_running", lambda layer: {})
+
+
+@found_by(row_1_norms)
+def norm_gradient_not_accumulated(plant):
+    """A stream's gradient is what came through the branch alone."""
+    gradients = norm_act._gradients
+    plant.setattr(norm_act, "_gradients", lambda ctx, ds, dh, *into: gradients(ctx, None, dh))
+
+
+@found_by(row_22_norms)
+def norm_gradient_always_accumulated(plant):
+    """In place, into a gradient that somebody holds."""
+    plant.setattr(norm_act, "owned", lambda gradient: True)
 
 
 @found_by(row_6)
@@ -240,6 +284,7 @@ def input_written_to(plant):
         return s, s.detach()
 
     plant.setattr(coupling.Couple, "forward", staticmethod(in_place))
+    plant.setattr(reversal, "entry_of", lambda step, kernels: None)
 
 
 @found_by(row_20)
@@ -319,8 +364,8 @@ def versions_not_checked(plant):
 def written_buffers_not_rewound(plant):
     complete = snapshot.Snapshot.complete
 
-    def forgetful(self):
-        complete(self)
+    def forgetful(self, counted=()):
+        complete(self, counted)
         self.rewound = []
 
     plant.setattr(snapshot.Snapshot, "complete", forgetful)

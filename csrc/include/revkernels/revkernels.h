@@ -109,6 +109,113 @@ REVK_API revk_status revk_reverse_step(const revk_view* y, const revk_view* f, c
 REVK_API revk_status revk_accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
                                      const revk_where* where);
 
+/* Normalisation and activation, the neighbours of a coupling in a pre-activation branch:
+ *
+ *     xhat = (x - mean) * rstd          rstd = 1 / sqrt(variance + eps), variance biased
+ *     z    = xhat * weight + bias
+ *     h    = activation(z)
+ *
+ * Each operation rounds, in the compute type: float64 if x or f is float64, else float32. h is
+ * rounded once to its view's dtype. The mean of an RMS norm is 0 and its variance the mean of x^2.
+ * Sums over many elements keep their precision where the mean is large against the deviation, and
+ * come out the same for any number of threads. */
+typedef enum revk_norm_kind {
+  REVK_BATCH_NORM = 0, /* a channel's statistics, over outer and inner */
+  REVK_LAYER_NORM = 1, /* those of one (outer, inner), over channels */
+  REVK_RMS_NORM = 2,   /* likewise, without a mean */
+  REVK_GROUP_NORM = 3  /* those of one (outer, group), over the group's channels and inner */
+} revk_norm_kind;
+
+typedef enum revk_activation {
+  REVK_IDENTITY = 0,
+  REVK_RELU = 1,
+  REVK_GELU = 2,      /* z * Phi(z) */
+  REVK_GELU_TANH = 3, /* z/2 * (1 + tanh(sqrt(2/pi) * (z + 0.044715 z^3))) */
+  REVK_SILU = 4       /* z / (1 + exp(-z)) */
+} revk_activation;
+
+typedef struct revk_norm {
+  int32_t struct_size;
+  int32_t kind;       /* a revk_norm_kind */
+  int32_t activation; /* a revk_activation */
+  int32_t groups;     /* of a group norm: a divisor of channels. 0 otherwise */
+  double eps;
+  const void* weight; /* [channels], dense; NULL: 1 */
+  const void* bias;   /* [channels], dense; NULL: 0 */
+  /* Statistics, of the compute type: [channels] dense, for a group norm [outer][groups] dense, for
+   * layer and RMS norm one for each (outer, inner) at the two strides below (in elements). The mean
+   * of an RMS norm is NULL. */
+  void* mean;
+  void* rstd;
+  int64_t statistics_outer_stride, statistics_inner_stride;
+  /* Batch norm with statistics computed: running <- (1 - momentum) * running + momentum * batch,
+   * the variance unbiased (n / (n - 1)). [channels], dense; both NULL: none are kept. */
+  void* running_mean;
+  void* running_var;
+  double momentum;
+  int32_t parameter_dtype;  /* of weight and bias */
+  int32_t running_dtype;    /* of running_mean and running_var */
+  int32_t statistics_given; /* 0: mean and rstd are computed and written; 1: they are read */
+  int32_t reserved;         /* 0 */
+  /* Memory for partial results on the device, revk_norm_workspace() bytes; NULL if that is 0. */
+  void* workspace;
+  int64_t workspace_bytes;
+} revk_norm;
+
+typedef enum revk_norm_sums {
+  REVK_SUMS_COMPUTED = 0, /* dweight and dbias are computed, written and used */
+  REVK_SUMS_ONLY = 1,     /* they are computed and written, and no dx: the first half of a batch
+                             norm whose batch is spread over processes */
+  REVK_SUMS_GIVEN = 2     /* they are read: the second half */
+} revk_norm_sums;
+
+/* Gradients of a norm's parameters, of the compute type, [channels], dense:
+ *     dz = dh * activation'(z)        dweight = sum of dz * xhat        dbias = sum of dz */
+typedef struct revk_norm_gradient {
+  int32_t struct_size;
+  int32_t sums;  /* a revk_norm_sums; other than REVK_SUMS_COMPUTED for a batch norm alone */
+  void* dweight; /* never NULL for a batch norm; NULL elsewhere: not wanted */
+  void* dbias;
+  int64_t count;    /* elements behind given sums, of one channel; 0: those of the view */
+  int32_t constant; /* 1: the statistics do not depend on x (batch norm in evaluation) */
+  int32_t reserved; /* 0 */
+} revk_norm_gradient;
+
+/* h = activation(norm(x)). h is apart from x. */
+REVK_API revk_status revk_norm_act(const revk_view* h, const revk_view* x, const revk_norm* norm,
+                                   const revk_where* where);
+
+/* y = x + f, h = activation(norm(y)), y as it was stored: the same bits as revk_couple and then
+ * revk_norm_act. y may be x itself. */
+REVK_API revk_status revk_couple_norm_act(const revk_view* h, const revk_view* y,
+                                          const revk_view* x, const revk_view* f,
+                                          const revk_norm* norm, const revk_where* where);
+
+/* x = y - f, h = activation(norm(x)). x may be y itself. */
+REVK_API revk_status revk_uncouple_norm_act(const revk_view* h, const revk_view* x,
+                                            const revk_view* y, const revk_view* f,
+                                            const revk_norm* norm, const revk_where* where);
+
+/* dx = base + the gradient that dh has at x; `norm` with the statistics of the forward, given.
+ * base NULL is 0; base may be dx itself: the gradient is then accumulated (Algorithm 1, lines 5 and
+ * 6). So may dh, of a batch norm. With m(.) the mean over the elements that share the statistics,
+ * and g = weight * dz,
+ *
+ *     gradient = rstd * (g - m(g) - xhat * m(g * xhat))
+ *
+ * (RMS norm: without m(g); constant statistics: rstd * g). dx is NULL for REVK_SUMS_ONLY. The
+ * compute type is float64 if x is float64, else float32. */
+REVK_API revk_status revk_norm_act_backward(const revk_view* dx, const revk_view* base,
+                                            const revk_view* dh, const revk_view* x,
+                                            const revk_norm* norm,
+                                            const revk_norm_gradient* gradient,
+                                            const revk_where* where);
+
+/* Bytes of norm->workspace that any of the above needs for such an x; 0 on the host. -1 if an
+ * argument is wrong. */
+REVK_API int64_t revk_norm_workspace(const revk_view* x, const revk_norm* norm,
+                                     const revk_where* where);
+
 /* This thread's last failure, in words; "" if there was none. Never NULL. */
 REVK_API const char* revk_last_error(void);
 

@@ -129,15 +129,26 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline void __syncthreads() { shim::Block::current().barrier(); }
 
+namespace shim {
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned away) {
+T shuffle(unsigned mask, T value, int from) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves 4 or 8 bytes");
   if (mask != ~0u) std::abort();  // partial warps are not emulated
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = shim::Block::current().shuffle_down(bits, int(away));
+  bits = Block::current().shuffle(bits, from);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
+}
+}  // namespace shim
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned away) {
+  return shim::shuffle(mask, value, shim::Block::current().lane() + int(away));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int away) {
+  return shim::shuffle(mask, value, shim::Block::current().lane() ^ away);
 }
 
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {

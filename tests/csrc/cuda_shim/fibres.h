@@ -25,7 +25,7 @@
 namespace shim {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;  // AddressSanitizer clears its map of one at every switch
 
 enum class State { kReady, kAtBarrier, kInWarp, kEnded };
 
@@ -83,8 +83,10 @@ class Block {
     wait(State::kAtBarrier);
   }
 
-  // What lane (own + away) brought, or one's own value if that lies past the warp's end.
-  uint64_t shuffle_down(uint64_t value, int away) {
+  int lane() const { return running_ % kWarp; }
+
+  // What lane `from` of the warp brought, or one's own value if there is no such lane.
+  uint64_t shuffle(uint64_t value, int from) {
     const int lane = running_ % kWarp, warp = running_ / kWarp;
     Meeting& meeting = warps_[warp];
     uint64_t* const values = meeting.value[meeting.round % 2];
@@ -96,7 +98,7 @@ class Block {
     } else {
       wait(State::kInWarp);
     }
-    return values[lane + away < kWarp ? lane + away : lane];
+    return values[from < kWarp ? from : lane];
   }
 
  private:

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/norm_plan.h"
+
+#include <algorithm>
+
+#include "core/views.h"
+
+namespace revk::cpu {
+namespace {
+
+constexpr int kMaxOperands = 4;
+// Lanes that short rows are put together to.
+constexpr int64_t kLanes = 512;
+// Blocks beyond these would make their merging count.
+constexpr int64_t kMaxBlocks = 128;
+
+struct Named {
+  NormOperand* operand;
+  const revk_view* view;
+};
+
+// One dimension with everything that advances along it.
+struct Dim {
+  int64_t size = 1;
+  int64_t step[kMaxOperands] = {};  // bytes
+  int64_t statistics = 0;           // elements
+};
+
+bool continues(const Dim& outer, const Dim& inner, int count) {
+  if (outer.statistics != inner.statistics * inner.size) return false;
+  for (int k = 0; k < count; ++k)
+    if (outer.step[k] != inner.step[k] * inner.size) return false;
+  return true;
+}
+
+// The two dimensions beside the channels, the slower first, as one if all operands allow it.
+void order_and_merge(Dim& slow, Dim& fast, int leader, int count) {
+  if (fast.size == 1 || (slow.size > 1 && slow.step[leader] < fast.step[leader]))
+    std::swap(slow, fast);
+  if (slow.size == 1) {
+    slow = Dim{};
+  } else if (continues(slow, fast, count)) {
+    fast.size *= slow.size;
+    slow = Dim{};
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t to_sixteen(int64_t count) { return divide_up(count, 16) * 16; }
+
+// The largest divisor of `rows` that is at most `most`.
+int64_t divisor(int64_t rows, int64_t most) {
+  for (int64_t fold = most; fold > 1; --fold)
+    if (rows % fold == 0) return fold;
+  return 1;
+}
+
+void cut(NormJob& job, bool by_rows) {
+  const int64_t channel_size = job.size[job.by_lane ? 2 : 1];
+  const int64_t other_size = job.size[job.by_lane ? 1 : 2];
+  job.buffer = by_rows ? std::max(kNormTile, to_sixteen(channel_size)) : kNormTile;
+  if (job.by_lane) {
+    job.span = by_rows ? channel_size : std::min(channel_size, kNormTile);
+    job.chunk = std::min(other_size, std::max<int64_t>(kNormStrip / job.span, 1));
+  } else {
+    job.chunk = std::min(other_size, kNormStrip);
+    job.span = std::min(channel_size, std::max<int64_t>(kNormStrip / job.chunk, 1));
+    job.span = std::min(job.span, kNormTile);
+  }
+  job.lanes = to_sixteen(by_rows ? std::max(job.span, job.buffer / job.span) : job.span);
+  job.splits = divide_up(channel_size, job.span);
+  job.chunks = divide_up(other_size, job.chunk);
+  job.units = job.size[0] * job.chunks;
+  const int64_t strip = job.span * job.chunk;
+  const int64_t parts = job.instances * job.splits;
+  const int64_t blocks = std::clamp<int64_t>(kMaxBlocks / parts, 1, job.units);
+  job.block_units = std::max(divide_up(job.units, blocks),
+                             std::min(job.units, std::max<int64_t>(kNormBlock / strip, 1)));
+  job.blocks = divide_up(job.units, job.block_units);
+}
+
+// operands[leader] is walked in the order of its memory.
+void shape_job(NormJob& job, const Named* operands, int count, int leader, const revk_norm& norm) {
+  Dim outer, channel, inner;
+  const revk_view& lead = *operands[leader].view;
+  outer.size = lead.outer, channel.size = lead.channels, inner.size = lead.inner;
+  for (int k = 0; k < count; ++k) {
+    const revk_view& view = *operands[k].view;
+    const int64_t item = item_size(view.dtype);
+    outer.step[k] = view.outer_stride * item;
+    channel.step[k] = view.channel_stride * item;
+    inner.step[k] = view.inner_stride * item;
+    operands[k].operand->data = static_cast<char*>(view.data);
+    operands[k].operand->dtype = view.dtype;
+  }
+  const bool by_rows = has_row_statistics(norm);
+  if (by_rows) {
+    outer.statistics = norm.statistics_outer_stride;
+    inner.statistics = norm.statistics_inner_stride;
+  }
+  Dim instance;
+  if (norm.kind == REVK_GROUP_NORM) {
+    instance = outer;
+    outer = Dim{};
+  }
+  order_and_merge(outer, inner, leader, count);
+  job.channels = channel.size;
+  job.instances = instance.size;
+  job.fold = 1;
+  job.by_lane =
+      by_rows || inner.size == 1 || (channel.size > 1 && channel.step[leader] < inner.step[leader]);
+  Dim first = job.by_lane ? inner : channel, second = job.by_lane ? channel : inner;
+  if (job.by_lane && !by_rows && channel.size < kLanes) {
+    bool dense = true;  // rows that follow one another without gaps become one row
+    for (int k = 0; k < count; ++k) dense = dense && first.step[k] == second.step[k] * second.size;
+    if (dense) job.fold = divisor(first.size, kLanes / second.size);
+    first.size /= job.fold;
+    second.size *= job.fold;
+    for (int k = 0; k < count; ++k) first.step[k] *= job.fold;
+  }
+  job.size[0] = outer.size, job.size[1] = first.size, job.size[2] = second.size;
+  job.statistics_step[0] = outer.statistics, job.statistics_step[1] = first.statistics;
+  for (int k = 0; k < count; ++k) {
+    NormOperand& operand = *operands[k].operand;
+    operand.instance_step = instance.step[k];
+    operand.step[0] = outer.step[k], operand.step[1] = first.step[k];
+    operand.step[2] = second.size == 1 ? item_size(operand.dtype) : second.step[k];
+  }
+  cut(job, by_rows);
+}
+
+NormJob start(const revk_norm& norm, int32_t compute_dtype) {
+  NormJob job{};
+  job.wide = compute_dtype == REVK_FLOAT64;
+  job.given = norm.statistics_given != 0;
+  job.has_mean = norm.kind != REVK_RMS_NORM;
+  job.groups = norm.kind == REVK_GROUP_NORM ? norm.groups : 0;
+  job.activation = norm.activation;
+  job.eps = norm.eps;
+  job.mean = norm.mean;
+  job.rstd = norm.rstd;
+  return job;
+}
+
+NormJob start(const NormActBackwardCall& call) {
+  NormJob job = start(call.norm, call.compute_dtype);
+  job.count = double(call.gradient.count);
+  return job;
+}
+
+bool walked_alike(const NormJob& a, const NormJob& b) {
+  return a.by_lane == b.by_lane && a.fold == b.fold && std::equal(a.size, a.size + 3, b.size);
+}
+
+}  // namespace
+
+NormJob plan_measure(const NormActCall& call) {
+  NormJob alone = start(call.norm, call.compute_dtype), job = alone;
+  const Named source{&alone.s, &call.s};
+  shape_job(alone, &source, 1, 0, call.norm);
+  if (call.coupling == NormActCall::kNone) return alone;
+  const Named operands[] = {{&job.s, &call.s}, {&job.x, &call.x}, {&job.f, &call.f}};
+  shape_job(job, operands, 3, 0, call.norm);
+  if (!walked_alike(alone, job)) return alone;
+  job.coupling = int32_t(call.coupling);
+  return job;
+}
+
+NormJob plan_apply(const NormActCall& call, bool coupled) {
+  NormJob job = start(call.norm, call.compute_dtype);
+  job.coupling = coupled ? int32_t(call.coupling) : 0;
+  const Named operands[] = {
+      {&job.s, &call.s}, {&job.h, &call.h}, {&job.x, &call.x}, {&job.f, &call.f}};
+  shape_job(job, operands, job.coupling == 0 ? 2 : 4, 0, call.norm);
+  return job;
+}
+
+NormJob plan_sums(const NormActBackwardCall& call) {
+  NormJob job = start(call);
+  const Named operands[] = {{&job.s, &call.x}, {&job.dh, &call.dh}};
+  shape_job(job, operands, 2, 0, call.norm);
+  return job;
+}
+
+NormJob plan_gradient(const NormActBackwardCall& call) {
+  NormJob job = start(call);
+  const Named operands[] = {
+      {&job.s, &call.x}, {&job.dh, &call.dh}, {&job.dx, &call.dx}, {&job.base, &call.base}};
+  shape_job(job, operands, call.base.data == nullptr ? 3 : 4, 0, call.norm);
+  return job;
+}
+
+}  // namespace revk::cpu

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// h = activation(norm(x)) on a GPU, with a coupling in front where that is asked for. The backward
+// is norm_act_backward.cu.
+//
+//     statistics given              one pass
+//     layer and RMS norm            one pass, a team of threads a position
+//     batch and group norm          s and partial moments; the statistics; h
+#include <array>
+#include <type_traits>
+
+#include "core/backends.h"
+#include "cuda/launch.cuh"
+#include "cuda/norm_act_finish.cuh"
+#include "cuda/norm_act_plan.cuh"
+#include "cuda/norm_act_slices.cuh"
+#include "cuda/norm_act_teams.cuh"
+
+namespace revk::cuda {
+namespace {
+
+template <class A, int kSize>
+void forward(const NormActCall& call, bool rows, const revk_where& where) {
+  const revk_norm& norm = call.norm;
+  const Extent extent{call.s.outer, call.s.channels, call.s.inner};
+  const bool coupled = call.coupling != NormActCall::kNone;
+  const Field s(call.s), h(call.h);
+  const Stream stored{s, s, s, NormActCall::kNone};
+  const Stream stream = coupled ? Stream{Field(call.x), Field(call.f), s, call.coupling} : stored;
+  const Scaling<A> scaling(call.s, norm);
+  const bool group = norm.kind == REVK_GROUP_NORM;
+  if (over_channels(norm) && !norm.statistics_given) {
+    const Teams plan = make_teams(extent, rows, kSize);
+    return launch("norm_act", norm_teams<A, kSize>, plan.rounds * kThreads, where, plan, stream, h,
+                  scaling, A(norm.eps));
+  }
+  const Slicing plan = slice(extent, rows, kSize, group);
+  if (norm.statistics_given)
+    return launch_blocks("norm_act", norm_apply<A, kSize>, plan.blocks(), where, plan, stream, h,
+                         scaling);
+
+  double* const partial = static_cast<double*>(norm.workspace);
+  launch_blocks("norm_act", norm_moments<A, kSize>, plan.blocks(), where, plan, stream, partial);
+  const Entries entries = group
+                              ? entries_of_groups(partial, extent.outer, plan.inner_slices.divisor,
+                                                  extent.channels, norm.groups)
+                              : entries_of_channels(partial, plan.slices, extent.channels);
+  const double count = group ? double(extent.inner) * double(extent.channels / norm.groups)
+                             : double(extent.positions());
+  const Statistics<A> statistics{scaling.mean,  scaling.rstd,      count,
+                                 norm.eps,      norm.running_mean, norm.running_var,
+                                 norm.momentum, norm.running_dtype};
+  launch_blocks("norm_act", norm_finish_statistics<A>, entries.blocks(), where, entries, plan,
+                statistics);
+  launch_blocks("norm_act", norm_apply<A, kSize>, plan.blocks(), where, plan, stored, h, scaling);
+}
+
+template <class A>
+void forward(const NormActCall& call, const revk_where& where) {
+  const bool coupled = call.coupling != NormActCall::kNone;
+  const Walk3 walk = choose_walk<A, 4>(
+      {&call.s, &call.h, coupled ? &call.x : nullptr, coupled ? &call.f : nullptr});
+  // Teams take packets of rows alone.
+  const bool teams = over_channels(call.norm) && !call.norm.statistics_given;
+  if (walk.words && (walk.rows || !teams))
+    forward<A, kPacketOf<A>>(call, walk.rows, where);
+  else
+    forward<A, 1>(call, walk.rows, where);
+}
+
+}  // namespace
+
+void norm_act(const NormActCall& call, const revk_where& where) {
+  if (call.s.outer == 0 || call.s.channels == 0 || call.s.inner == 0) return;
+  if (call.compute_dtype == REVK_FLOAT64)
+    forward<double>(call, where);
+  else
+    forward<float>(call, where);
+}
+
+// By shape alone, and enough for every way to walk it: other operands of the call may be laid out,
+// and typed, otherwise than this one.
+int64_t norm_workspace(const revk_view& x, const revk_norm& norm, const revk_where&) {
+  const Extent extent{x.outer, x.channels, x.inner};
+  if (extent.positions() == 0 || extent.channels == 0) return 0;
+  const bool group = norm.kind == REVK_GROUP_NORM;
+  int64_t slices = 0;
+  for (const bool rows : {false, true})
+    for (const int packet : {1, kPacketOf<double>, kPacketOf<float>}) {
+      slices = std::max(slices, slice(extent, rows, packet, group).slices);
+      if (over_channels(norm))
+        slices = std::max(slices, summing_blocks(make_teams(extent, rows, packet)));
+    }
+  const int64_t means = group ? extent.outer * norm.groups : 0;
+  return 8 * (partial_count(slices, extent.channels) + 2 * means);
+}
+
+}  // namespace revk::cuda

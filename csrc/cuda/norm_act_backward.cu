@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// dx = base + the gradient of h = activation(norm(x)), and the gradients of the norm's parameters.
+//
+//     layer and RMS norm            one pass, and the sums for the parameters beside it
+//     batch and group norm          sums by slice; sums; dx
+#include <array>
+
+#include "core/backends.h"
+#include "cuda/launch.cuh"
+#include "cuda/norm_act_finish.cuh"
+#include "cuda/norm_act_plan.cuh"
+#include "cuda/norm_act_slices.cuh"
+#include "cuda/norm_act_teams.cuh"
+
+namespace revk::cuda {
+namespace {
+
+constexpr char kName[] = "norm_act_backward";
+
+template <class A, int kSize>
+class Backward {
+ public:
+  Backward(const NormActBackwardCall& call, bool rows, const revk_where& where)
+      : call_(call),
+        where_(where),
+        extent_{call.x.outer, call.x.channels, call.x.inner},
+        group_(call.norm.kind == REVK_GROUP_NORM),
+        rows_(rows),
+        slicing_(slice(extent_, rows, kSize, group_)),
+        scaling_(call.x, call.norm),
+        dh_(call.dh),
+        x_(call.x),
+        partial_(static_cast<double*>(call.norm.workspace)),
+        dweight_(static_cast<A*>(call.gradient.dweight)),
+        dbias_(static_cast<A*>(call.gradient.dbias)) {}
+
+  void run() const {
+    const int32_t sums = call_.gradient.sums;
+    const bool constant = call_.gradient.constant != 0;
+    const bool wanted = (dweight_ || dbias_) && sums != REVK_SUMS_GIVEN;
+    if (over_channels(call_.norm) && !constant) return over_teams(wanted);
+
+    const bool means = group_ && !constant;
+    if (wanted || means) sum_slices();
+    if (wanted) finish_sums(slicing_.slices);
+    if (sums == REVK_SUMS_ONLY) return;
+    GradientSums<A> used{dbias_, dweight_, A(call_.gradient.count), Gradient::kBatch};
+    if (constant) used.kind = Gradient::kConstant;
+    if (means) used = finish_means();
+    launch_blocks(kName, norm_gradient<A, kSize>, slicing_.blocks(), where_, slicing_,
+                  Field(call_.dx), base(), dh_, x_, scaling_, used);
+  }
+
+ private:
+  Field base() const { return call_.base.data ? Field(call_.base) : Field(); }
+
+  void over_teams(bool wanted) const {
+    const Teams plan = make_teams(extent_, rows_, kSize);
+    const bool beside = wanted && sums_beside(plan);
+    const int64_t blocks = beside ? summing_blocks(plan) : team_blocks(plan);
+    launch_blocks(kName, norm_gradient_teams<A, kSize>, blocks, where_, plan, Field(call_.dx),
+                  base(), dh_, x_, scaling_, beside ? partial_ : nullptr);
+    if (beside) {
+      finish_sums(blocks);
+    } else if (wanted) {
+      sum_slices();
+      finish_sums(slicing_.slices);
+    }
+  }
+  int64_t team_blocks(const Teams& plan) const {
+    return std::min(plan.rounds,
+                    int64_t(multiprocessors(where_.device)) * kBlocksPerMultiprocessor);
+  }
+
+  void sum_slices() const {
+    launch_blocks(kName, norm_gradient_sums<A, kSize>, slicing_.blocks(), where_, slicing_, dh_, x_,
+                  scaling_, partial_);
+  }
+  void finish_sums(int64_t slices) const {
+    const Entries entries = entries_of_channels(partial_, slices, extent_.channels);
+    launch_blocks(kName, norm_finish_sums<A>, entries.blocks(), where_, entries,
+                  static_cast<const void*>(nullptr), int32_t(0), 1.0, dbias_, dweight_);
+  }
+  // The means of g and of g * xhat of every group: sums over channels, each times its weight.
+  GradientSums<A> finish_means() const {
+    A* const mean_g =
+        reinterpret_cast<A*>(partial_ + partial_count(slicing_.slices, extent_.channels));
+    A* const mean_gx = mean_g + extent_.outer * call_.norm.groups;
+    const Entries entries =
+        entries_of_groups(partial_, extent_.outer, slicing_.inner_slices.divisor, extent_.channels,
+                          call_.norm.groups);
+    const double count = double(extent_.inner) * double(extent_.channels / call_.norm.groups);
+    launch_blocks(kName, norm_finish_sums<A>, entries.blocks(), where_, entries, call_.norm.weight,
+                  call_.norm.parameter_dtype, count, mean_g, mean_gx);
+    return {mean_g, mean_gx, A(1), Gradient::kGroup};
+  }
+
+  const NormActBackwardCall& call_;
+  const revk_where& where_;
+  const Extent extent_;
+  const bool group_, rows_;
+  const Slicing slicing_;
+  const Scaling<A> scaling_;
+  const Field dh_, x_;
+  double* const partial_;
+  A *const dweight_, *const dbias_;
+};
+
+template <class A>
+void backward(const NormActBackwardCall& call, const revk_where& where) {
+  const bool writes = call.gradient.sums != REVK_SUMS_ONLY;
+  const Walk3 walk = choose_walk<A, 4>(
+      {&call.x, &call.dh, writes ? &call.dx : nullptr, writes ? &call.base : nullptr});
+  // Teams take packets of rows alone.
+  const bool teams = over_channels(call.norm) && !call.gradient.constant;
+  if (walk.words && (walk.rows || !teams))
+    Backward<A, kPacketOf<A>>(call, walk.rows, where).run();
+  else
+    Backward<A, 1>(call, walk.rows, where).run();
+}
+
+}  // namespace
+
+void norm_act_backward(const NormActBackwardCall& call, const revk_where& where) {
+  if (call.x.outer == 0 || call.x.channels == 0 || call.x.inner == 0) return;
+  if (call.compute_dtype == REVK_FLOAT64)
+    backward<double>(call, where);
+  else
+    backward<float>(call, where);
+}
+
+}  // namespace revk::cuda

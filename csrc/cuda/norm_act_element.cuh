@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic of ops/norm_act.h on packets, and what an element of a packet is normalised with.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/norm_act_packet.cuh"
+#include "cuda/norm_act_plan.cuh"
+#include "ops/norm_act.h"
+
+namespace revk::cuda {
+
+// revk_norm in the form that kernels read it.
+template <class A>
+struct Scaling {
+  const void *weight, *bias;
+  A *mean, *rstd;
+  int64_t outer, group, inner;  // strides of the statistics
+  Divider group_size;           // channels that share statistics, where channels have any
+  int32_t parameter_dtype, activation;
+  bool by_position;  // statistics vary along positions, not along channels
+
+  Scaling(const revk_view& x, const revk_norm& norm)
+      : weight(norm.weight),
+        bias(norm.bias),
+        mean(static_cast<A*>(norm.mean)),
+        rstd(static_cast<A*>(norm.rstd)),
+        outer(0),
+        group(1),
+        inner(0),
+        group_size(1),
+        parameter_dtype(norm.parameter_dtype),
+        activation(norm.activation),
+        by_position(over_channels(norm)) {
+    if (by_position)
+      outer = norm.statistics_outer_stride, group = 0, inner = norm.statistics_inner_stride;
+    if (norm.kind == REVK_GROUP_NORM)
+      outer = norm.groups, group_size = Divider(x.channels / norm.groups);
+  }
+
+  // Where the statistics of one element lie.
+  __device__ int64_t place(int64_t o, int64_t c, int64_t i) const {
+    return o * outer + group_size.divide(c) * group + i * inner;
+  }
+};
+
+// What the elements of one packet are normalised with.
+template <class A, int kSize>
+struct Normals {
+  A mean[kSize], rstd[kSize], weight[kSize], bias[kSize];
+
+  __device__ ops::Normal<A> of(int e) const { return {mean[e], rstd[e], weight[e], bias[e]}; }
+
+  // From channel c on; for rows the packet runs over channels.
+  __device__ void read_parameters(const Scaling<A>& scaling, bool rows, int64_t c) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const int64_t channel = rows ? c + e : c;
+      weight[e] =
+          scaling.weight ? load_any<A>(scaling.weight, channel, scaling.parameter_dtype) : A(1);
+      bias[e] = scaling.bias ? load_any<A>(scaling.bias, channel, scaling.parameter_dtype) : -A(0);
+    }
+  }
+  __device__ void read_statistics(const Scaling<A>& scaling, bool rows, int64_t o, int64_t c,
+                                  int64_t i) {
+    const bool shared = rows == scaling.by_position;  // by the whole packet
+    const int64_t first = scaling.place(o, c, i);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const int64_t place =
+          shared || e == 0 ? first : scaling.place(o, rows ? c + e : c, rows ? i : i + e);
+      mean[e] = scaling.mean ? scaling.mean[place] : A(0);
+      rstd[e] = scaling.rstd[place];
+    }
+  }
+};
+
+// Calls body(activation) with the type behind revk_activation: a branch that all threads take
+// alike.
+template <class Body>
+__device__ void with_activation(int32_t activation, Body&& body) {
+  switch (activation) {
+    case REVK_IDENTITY:
+      return body(ops::Identity{});
+    case REVK_RELU:
+      return body(ops::Relu{});
+    case REVK_GELU:
+      return body(ops::Gelu{});
+    case REVK_GELU_TANH:
+      return body(ops::GeluTanh{});
+    default:
+      return body(ops::Silu{});
+  }
+}
+
+// values <- activation(z)
+template <class A, int kSize>
+__device__ void activate(const Normals<A, kSize>& normals, int32_t activation, A (&values)[kSize]) {
+  with_activation(activation, [&](auto kind) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const ops::Normal<A> normal = normals.of(e);
+      values[e] = decltype(kind)::value(normal.z(normal.xhat(values[e])));
+    }
+  });
+}
+
+// x <- xhat, dh <- dz
+template <class A, int kSize>
+__device__ void deactivate(const Normals<A, kSize>& normals, int32_t activation, A (&x)[kSize],
+                           A (&dh)[kSize]) {
+  with_activation(activation, [&](auto kind) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const ops::Normal<A> normal = normals.of(e);
+      x[e] = normal.xhat(x[e]);
+      dh[e] = decltype(kind)::gradient(normal.z(x[e]), dh[e]);
+    }
+  });
+}
+
+}  // namespace revk::cuda

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a stream enters a branch that begins with a norm: the norm joins the coupling in front of it.
+
+In the forward y = x + f and the next branch's h = activation(norm(y)) are one node and, but for batch statistics, one
+pass; in the backward the norm's gradient is accumulated into the stream's; in the recompute x = y - f and h, from the
+statistics of the forward, are one pass again. The norm belongs to the branch, so this needs its weight before the
+branch is called: it is done only where the branch is a Sequential without hooks, which may be taken apart, and where
+the weight is a plain tensor by then (sharded, it is not).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from revkernels.autograd import fusion
+from revkernels.autograd.coupling import couple
+from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.norm_act import Call, couple_norm_act, enter_norm_act, norm_act
+from revkernels.norm import Statistics
+
+#: A coupling that was left to the next branch's norm: the stream's number, the stream, and what is added.
+Waiting = tuple[int, torch.Tensor, torch.Tensor]
+
+
+class Entry:
+    """A branch's first norm and activation, and in a chain that rebuilds its activations what is needed again.
+
+    Attributes:
+        fusable: the layers.
+        narrow: the layer behind them is one whose input autocast makes narrow.
+        call: how they were applied in the forward.
+        given: the statistics for the recompute; None if it computes them (those of rows).
+    """
+
+    __slots__ = ("call", "fusable", "given", "narrow")
+
+    def __init__(self, fusable: fusion.Fusable, narrow: bool) -> None:
+        self.fusable, self.narrow = fusable, narrow
+        self.call: Call | None = None
+        self.given: Statistics | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether this was a batch norm that counted its batch."""
+        return self.given is not None and not self.call.constant  # type: ignore[union-attr]
+
+    def apply(
+        self, streams: list[torch.Tensor], source: int, waiting: Waiting | None, kernels: Any
+    ) -> torch.Tensor | None:
+        """Settle what is ``waiting`` and return h for the branch; None if the branch's own layers have to make it."""
+        x = streams[source] if waiting is None else waiting[1]
+        found = fusion.kernels_for(x)
+        call = None if found is None else fusion.call_of(self.fusable, x, kernels, self.narrow)
+        graph = torch.is_grad_enabled()
+        if waiting is not None and (call is None or (graph and not (x.requires_grad or waiting[2].requires_grad))):
+            streams[source] = x = couple(x, waiting[2], kernels)[0]
+            waiting = None
+        if call is None:
+            return None
+        weight, bias = call.norm.weight, call.norm.bias
+        if waiting is not None:
+            streams[source], h = couple_norm_act(x, waiting[2], weight, bias, call)
+        elif graph and x.requires_grad:
+            streams[source], h = enter_norm_act(x, weight, bias, call)
+        else:
+            h = norm_act(x, weight, bias, call)
+        self.call = call
+        if call.norm.kind == "batch":
+            self.given = call.statistics
+        else:
+            call.statistics = None  # a float for every position: not to be kept
+        return h
+
+    def again(self, s: torch.Tensor, ready: Ready | None) -> torch.Tensor:
+        """Return h from the rebuilt stream, as a node that saves what the forward's saved."""
+        before: Any = self.call
+        call = Call(before.kernels, before.norm, before.dtype, self.given, before.constant)
+        if ready is not None:
+            call.ready, call.given = ready
+        h: torch.Tensor = enter_norm_act(s, before.norm.weight, before.norm.bias, call)[1]
+        return h
+
+    def uncouple(self, x: torch.Tensor, y: torch.Tensor, f: torch.Tensor) -> Ready:
+        """x = y - f, the stream that this branch reads, and its h."""
+        before: Any = self.call
+        call = Call(before.kernels, before.norm, before.dtype, self.given)
+        h, mean, rstd, given = call.outputs(x)
+        before.kernels.uncouple_norm_act(h, x, y, f, before.norm, mean, rstd, given)
+        return h, Statistics(mean, rstd)
+
+
+#: h, made ahead of the branch's turn, and the statistics behind it.
+Ready = tuple[torch.Tensor, Statistics]
+
+
+def entry_of(step: HalfStep, kernels: Any) -> Entry | None:
+    """The norm that the branch begins with, if it may be applied before the branch is called."""
+    if len(step.sources) > 1 or kernels is fusion.eager:
+        return None
+    if not fusion.may_be_taken_apart(step):
+        return None
+    branch: Any = step.branch
+    layers = list(branch._modules.values())
+    if not layers or type(layers[0]) not in fusion.NORM_LAYERS:
+        return None
+    fusable = fusion.fusable_at(layers, 0)
+    if isinstance(fusable, str):
+        return None
+    behind = layers[fusable.layers] if fusable.layers < len(layers) else None
+    return Entry(fusable, behind is not None and fusion.narrows(behind))

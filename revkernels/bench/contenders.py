@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways to train one workload: how its chains run, and a step that can be taken again and again.
+
+Every contender is a copy of its own with the same weights, so that nobody's running statistics, gradients or compiled
+code are another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from revkernels.bench.chains import plain_block, unfuse
+from revkernels.bench.networks import Data, Workload
+from revkernels.bench.peers import PEERS, Pairs, Peer
+from revkernels.nn import ReversibleSequential
+
+__all__ = ["BASELINE", "BUDGET", "COMPILED", "WAYS", "Contender", "Way"]
+
+BASELINE = "store, eager"
+BUDGET = 0.5  # of the stored activations: what torch's partitioner may keep
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a contender's chains run.
+
+    Attributes:
+        name: of the contender.
+        kind: "ours", "torch" or "peer"; what the plot's colours go by.
+        activations, backend: of the `ReversibleSequential`s, and of the network around them.
+        chain: makes what takes their place from their branches.
+        compiled: by torch.compile.
+        budget: torch's ``activation_memory_budget``, of a compiled one.
+        peer: whose chain it is.
+    """
+
+    name: str
+    kind: str
+    activations: str = "store"
+    backend: str | None = "eager"
+    chain: Callable[[Pairs], nn.Module] | None = None
+    compiled: bool = False
+    budget: float | None = None
+    peer: Peer | None = None
+
+
+class _Checkpointed(nn.Module):
+    """Blocks in plain torch, each under a non-reentrant checkpoint."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branch for pair in pairs for branch in pair)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x1, x2 = pair
+        for F, G in zip(self.branches[::2], self.branches[1::2], strict=True):
+            x1, x2 = checkpoint(plain_block, F, G, x1, x2, use_reentrant=False)
+        return x1, x2
+
+
+#: Those that torch.compile makes, which takes minutes.
+COMPILED = (
+    Way("store, compiled", "torch", compiled=True),
+    Way("checkpoint, compiled", "torch", chain=_Checkpointed, compiled=True),
+    Way(f"memory budget {BUDGET}, compiled", "torch", compiled=True, budget=BUDGET),
+)
+#: The others.
+WAYS = (
+    Way(BASELINE, "torch"),
+    Way("store, fused", "ours", backend=None),
+    Way("checkpoint, eager", "torch", chain=_Checkpointed),
+    Way("reconstruct, eager", "ours", activations="reconstruct"),
+    Way("reconstruct, fused", "ours", activations="reconstruct", backend=None),
+    *(Way(peer.name, "peer", chain=peer.chain, peer=peer) for peer in PEERS),
+)
+
+
+class Contender:
+    """One copy of a workload and its training step.
+
+    ``dtype`` is "float32", "bfloat16" for autocast, or "float64" for all of it in that. ``state`` is the weights that
+    all start from; None keeps those drawn. What a library or compiler raises, passes.
+    """
+
+    def __init__(self, way: Way, workload: Workload, dtype: str, device: str, state: dict[str, Tensor] | None) -> None:
+        self.way = way
+        self.device = device.partition(":")[0]
+        self.autocast = torch.bfloat16 if dtype == "bfloat16" else None
+        module = workload.make(way.activations, way.backend)
+        if state is not None:
+            module.load_state_dict(state)
+        self.state = {name: value.clone() for name, value in module.state_dict().items()} if state is None else state
+        if dtype == "float64":
+            module.double()
+        if way.backend == "eager":
+            unfuse(module)
+        # Before chains are replaced, for their names change then and the order with them.
+        self.parameters = list(module.parameters())
+        self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+        if way.chain is not None:
+            _replace_chains(module, way.chain)
+        self._call: Callable[..., Any] = torch.compile(module, dynamic=False) if way.compiled else module
+
+    def step(self, data: Data) -> None:
+        """Take a forward and a backward; gradients add up, as over micro-batches."""
+        inputs, _, backward = data
+        with _budget(self.way.budget):
+            if self.autocast is None:
+                output = self._call(inputs)
+            else:
+                with torch.autocast(self.device, self.autocast):
+                    output = self._call(inputs)
+            backward(output)
+
+    def gradients(self, data: Data) -> list[Tensor]:
+        """Return copies of the gradients that one step leaves, of the input's leaves too; a missing one is zeros."""
+        leaves = [*self.parameters, *data[1]]
+        for leaf in leaves:
+            leaf.grad = None
+        self.step(data)
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
+
+    def updates(self) -> int | None:
+        """Return how often the most often updated batch norm has updated its running statistics; None without one."""
+        counts = [int(norm.num_batches_tracked) for norm in self.norms if norm.num_batches_tracked is not None]
+        return max(counts, default=None)
+
+
+def _replace_chains(module: nn.Module, chain: Callable[[Pairs], nn.Module]) -> None:
+    """Put ``chain`` of the same branches in the place of every `ReversibleSequential` that has blocks."""
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, ReversibleSequential) and len(child)
+    ]
+    for parent, name, child in found:
+        pairs: list[Any] = [block.branches for block in child]
+        setattr(parent, name, chain(pairs))
+
+
+@contextmanager
+def _budget(value: float | None) -> Iterator[None]:
+    if value is None:
+        yield
+        return
+    from torch._functorch import config
+
+    with config.patch(activation_memory_budget=value):
+        yield

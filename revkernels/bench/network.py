@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of a whole network in every way there is: time, peak memory, gradients and statistics beside it.
+
+Contenders have the same weights and the same batch, channels-last. Before anybody is timed each takes a step whose
+gradient is compared with the baseline's, whose updates of the running statistics are counted, and then one that is
+asked for its peak. One that fails there is a row with its error; only the baseline and this package must not fail.
+
+The baseline's gradient in float64 says how far apart two right ones may be: an input of a ReLU that one computation
+rounds to the other side of zero turns a float32 gradient by up to a degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revkernels.bench.clocks import Clock
+from revkernels.bench.contenders import BASELINE, Contender, Way
+from revkernels.bench.equal_memory import largest_batch
+from revkernels.bench.harness import Measurement, Trial, measure
+from revkernels.bench.networks import Data, Workload
+from revkernels.bench.results import as_row
+from revkernels.measure import angle, peak_bytes
+
+__all__ = ["GOALS", "Job", "Limit", "run", "steps"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At most so many times another contender's time, on a processor.
+
+    Attributes:
+        variant, of: contenders.
+        at_most: the limit.
+        dtypes: where it holds.
+        networks: how the names begin that it holds for.
+    """
+
+    variant: str
+    of: str
+    at_most: float
+    dtypes: Sequence[str] = ("float32",)
+    networks: Sequence[str] = ("revnet", "bottleneck")
+
+
+GOALS = (
+    Limit("reconstruct, fused", "reconstruct, eager", 0.85, networks=("revnet", "bottleneck", "stage")),
+    Limit("reconstruct, fused", "memcnn", 0.60, networks=("revnet", "bottleneck", "stage")),
+    Limit("reconstruct, fused", BASELINE, 1.15),
+    Limit("store, fused", BASELINE, 0.88),
+    Limit("reconstruct, fused", BASELINE, 1.25, dtypes=("bfloat16",)),
+    Limit("reconstruct, fused", BASELINE, 1.25, dtypes=("float32", "bfloat16"), networks=("revvit",)),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured.
+
+    Attributes:
+        subject: "network" or "peers", the benchmark of a result line.
+        name: of the workload, for goals and result lines.
+        workload: the network.
+        ways: contenders, the baseline among them.
+        batch: of everybody.
+        dtype: of a `Contender`.
+        device: "cpu" or "cuda[:n]".
+        rounds: timed.
+        most: at equal memory, the largest batch tried, in batches; 0 leaves that out.
+    """
+
+    subject: str
+    name: str
+    workload: Workload
+    ways: Sequence[Way]
+    batch: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    rounds: int = 5
+    most: int = 0
+
+    @property
+    def case(self) -> str:
+        """Of a result line."""
+        return f"{self.name} batch {self.batch} {self.dtype}"
+
+
+def steps(job: Job) -> int:
+    """Return how many steps of the work `run` begins."""
+    count = len(job.ways)
+    return 1 + count + 1 + job.rounds + ((count + 1 + job.rounds) if job.most else 0)
+
+
+def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None) -> Iterator[dict[str, Any]]:
+    """Yield one row a contender, in the order of ``job.ways``.
+
+    Keys besides a `Measurement`'s: ``kind``, ``version`` (of a peer), ``peak_bytes``, ``gradient_degrees`` to the
+    baseline of the same dtype and ``float64_degrees`` to it in float64 (None where ``gradient_error`` says why),
+    ``statistics_updates`` in a step,
+    ``images_per_s``, ``ratio_to`` the contenders of the goals, ``goals``, and with ``job.most``
+    ``equal_memory_batch`` and ``equal_memory_images_per_s``. One that failed has ``error`` and no times.
+    """
+    data = _data(job)
+    if any(way.compiled for way in job.ways):
+        torch._dynamo.reset()  # so that earlier networks' code does not count against the limit of recompilations
+    living: dict[str, Contender] = {}
+    found: dict[str, dict[str, Any]] = {}
+    reference: list[Tensor] | None = None
+    exact: list[Tensor] = []
+    state: dict[str, Tensor] | None = None
+    for way in sorted(job.ways, key=lambda way: way.name != BASELINE):
+        begin(f"{job.case}: first steps of {way.name}")
+        more: dict[str, Any] = {"kind": way.kind, "version": None if way.peer is None else way.peer.version()}
+        try:
+            contender = Contender(way, job.workload, job.dtype, job.device, state)
+            gradients = _first_step(contender, data, more)
+            more["peak_bytes"] = peak_bytes(lambda c=contender: c.step(data), job.device)  # type: ignore[misc]
+        except Exception as error:
+            if way.name == BASELINE or way.kind == "ours":
+                raise
+            found[way.name] = _failed(job, way, more, error)
+            continue
+        if reference is None:
+            reference, state = gradients, contender.state
+            begin(f"{job.case}: its gradient in float64")
+            exact = Contender(way, job.workload, "float64", job.device, state).gradients(_data(job, "float64"))
+        more |= _compared(gradients, reference, exact)
+        living[way.name], found[way.name] = contender, more
+    limits = [g for g in GOALS if _holds(g, job) and {g.variant, g.of} <= living.keys()]
+    beside = tuple(dict.fromkeys(goal.of for goal in limits))
+    trial = Trial(BASELINE, {n: _bound(c, data) for n, c in living.items()}, beside=beside)
+    for measured in measure(job.subject, job.case, trial, clock, job.rounds, 1, lambda s: begin(f"{job.case}: {s}")):
+        found[measured.variant] = _judged(job, measured, limits, found[measured.variant])
+    if job.most:
+        _at_equal_memory(job, living, found, clock, begin)
+    for way in job.ways:
+        yield found[way.name]
+
+
+def _first_step(contender: Contender, data: Data, more: dict[str, Any]) -> list[Tensor]:
+    before = contender.updates()
+    gradients = contender.gradients(data)
+    after = contender.updates()
+    more["statistics_updates"] = None if before is None or after is None else after - before
+    return gradients
+
+
+def _data(job: Job, dtype: str | None = None, batch: int | None = None) -> Data:
+    torch.manual_seed(1)
+    wide = torch.float64 if (dtype or job.dtype) == "float64" else torch.float32
+    return job.workload.data(batch or job.batch, wide)
+
+
+def _compared(gradients: list[Tensor], reference: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
+    try:
+        degrees = {"gradient_degrees": angle(gradients, reference), "float64_degrees": angle(gradients, exact)}
+    except ValueError as error:  # one that is zero or not finite has no direction
+        return {"gradient_degrees": None, "float64_degrees": None, "gradient_error": str(error)}
+    return degrees | {"gradient_error": None}
+
+
+def _bound(contender: Contender, data: Data) -> Callable[[], None]:
+    return lambda: contender.step(data)
+
+
+def _holds(goal: Limit, job: Job) -> bool:
+    on_processor = job.device == "cpu"
+    return on_processor and job.dtype in goal.dtypes and job.name.startswith(tuple(goal.networks))
+
+
+def _judged(job: Job, measured: Measurement, limits: Sequence[Limit], more: dict[str, Any]) -> dict[str, Any]:
+    ratio_to = measured.more.get("ratio_to", {})
+    goals = [
+        {
+            "quantity": "ratio",
+            "at_most": g.at_most,
+            "of": g.of,
+            "value": ratio_to[g.of],
+            "met": ratio_to[g.of] <= g.at_most,
+        }
+        for g in limits
+        if g.variant == measured.variant
+    ]
+    measured.more |= more | {"images_per_s": job.batch / measured.median_s, "goals": goals, "error": None}
+    return as_row(measured)
+
+
+def _failed(job: Job, way: Way, more: dict[str, Any], error: Exception) -> dict[str, Any]:
+    lines = str(error).strip().splitlines()
+    row = dict.fromkeys(("median_s", "q1_s", "q3_s", "ratio", "bytes_moved", "gbps", "goal", "peak_bytes"))
+    row |= {"benchmark": job.subject, "case": job.case, "variant": way.name, "baseline": BASELINE, "rounds": 0}
+    why = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return (
+        row
+        | {"gradient_degrees": None, "float64_degrees": None, "statistics_updates": None}
+        | more
+        | {"goals": [], "error": why}
+    )
+
+
+def _at_equal_memory(
+    job: Job,
+    living: dict[str, Contender],
+    found: dict[str, dict[str, Any]],
+    clock: Clock,
+    begin: Callable[[str], None],
+) -> None:
+    """Add ``equal_memory_batch`` and ``equal_memory_images_per_s``: of the largest batch found whose step's peak is at
+    most the baseline's at ``job.batch``."""
+    limit = found[BASELINE]["peak_bytes"]
+    batches, contenders = {}, {}
+    for name, contender in living.items():
+        begin(f"{job.case}: the batch of {name} at equal memory")
+        # A compiled one has one batch: it would compile anew for every batch tried.
+        fixed = name == BASELINE or contender.way.compiled
+
+        def peak(batch: int, contender: Contender = contender) -> int:
+            data = _data(job, batch=batch)
+            return peak_bytes(lambda: contender.step(data), job.device)
+
+        first = found[name]["peak_bytes"]
+        batch = job.batch if fixed else largest_batch(peak, limit, job.batch, first, job.most * job.batch)
+        if batch and (first <= limit or not fixed):
+            batches[name], contenders[name] = batch, _bound(contender, _data(job, batch=batch))
+    trial = Trial(BASELINE, contenders)
+    for measured in measure(
+        job.subject, job.case, trial, clock, job.rounds, 1, lambda s: begin(f"{job.case}: equal memory, {s}")
+    ):
+        batch = batches[measured.variant]
+        found[measured.variant] |= {
+            "equal_memory_batch": batch,
+            "equal_memory_images_per_s": batch / measured.median_s,
+        }

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``revkernels bench network`` and ``bench peers``: contenders side by side, in tables and in a picture."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from revkernels.cli.bench_tables import depth, how, picture, positive, timing, where
+from revkernels.cli.output import Table, progress
+
+__all__ = ["OptionError", "add_arguments", "network", "peers"]
+
+DTYPES = ("float32", "bfloat16")
+_MOST = 16  # times the batch: what is tried at equal memory
+
+
+class OptionError(ValueError):
+    """An option that only shows to be wrong when torch is there."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
+    """Add the options of one of the two."""
+    if subject == "network":
+        parser.add_argument("--network", nargs="+", default=["revnet38"], help="several (default: revnet38)")
+        parser.add_argument("--batch", type=positive, help="images (default: the network's; 100 of CIFAR's size)")
+        parser.add_argument("--compile", action="store_true", help="contenders of torch.compile too; takes minutes")
+        parser.add_argument(
+            "--equal-memory", action="store_true", help="also images a second where the stored step's memory is all"
+        )
+    else:
+        parser.add_argument("--batch", type=positive, default=32, help="images (default: 32)")
+        parser.add_argument("--depth", type=depth, default=18, help="branches, two a block (default: 18)")
+        parser.add_argument("--width", type=positive, default=32, help="channels of a stream (default: 32)")
+        parser.add_argument("--side", type=positive, default=32, help="rows and columns (default: 32)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16 is autocast (default: float32)"
+    )
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory stays in the process: no page faults")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these beside the baseline (default: all)")
+    parser.add_argument("--plot", metavar="FILE", type=picture, help="also draw time against peak memory, a PNG")
+
+
+def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
+    """Measure whole networks."""
+    from revkernels.bench.contenders import COMPILED, WAYS
+    from revkernels.bench.network import Job
+    from revkernels.bench.networks import find
+
+    ways = _chosen((*WAYS, *COMPILED) if args.compile else WAYS, args.only, "" if args.compile else " --compile")
+    jobs = []
+    for name in dict.fromkeys(args.network):
+        try:
+            found = find(name, args.device)
+        except ValueError as error:
+            raise OptionError(f"--{error}") from error
+        most = _MOST if args.equal_memory else 0
+        for dtype in dict.fromkeys(args.dtype):
+            batch = args.batch or found.batch
+            jobs.append(Job("network", name, found, ways, batch, dtype, args.device, args.rounds, most))
+    return _measured(args, jobs, [])
+
+
+def peers(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
+    """Measure one stage, in this package and in the other libraries."""
+    from revkernels.bench.chains import Shape
+    from revkernels.bench.contenders import WAYS
+    from revkernels.bench.network import Job
+    from revkernels.bench.networks import Stage
+
+    stage = Stage(Shape(args.depth, args.batch, args.width, args.side, args.device))
+    ways = _chosen(WAYS, args.only)
+    jobs = [
+        Job("peers", stage.name, stage, ways, args.batch, dtype, args.device, args.rounds)
+        for dtype in dict.fromkeys(args.dtype)
+    ]
+    return _measured(args, jobs, [way.peer.note() for way in ways if way.peer is not None])
+
+
+def _chosen(ways: Sequence[Any], only: list[str] | None, flag: str = "") -> list[Any]:
+    """Return the ways asked for and the baseline.
+
+    Raises:
+        OptionError: a name that no way has.
+    """
+    from revkernels.bench.contenders import BASELINE
+
+    names = [way.name for way in ways]
+    if only is None:
+        return list(ways)
+    for name in only:
+        if name not in names:
+            more = f"; those of torch.compile need{flag}" if flag else ""
+            raise OptionError(
+                f"--only {name!r}: there is no such contender; there are {', '.join(map(repr, names))}{more}"
+            )
+    return [way for way in ways if way.name in (BASELINE, *only)]
+
+
+def _measured(
+    args: argparse.Namespace, jobs: Sequence[Any], notes: list[str]
+) -> tuple[list[dict[str, Any]], list[Table]]:
+    import torch
+
+    from revkernels.bench.clocks import clock_for, memory_kept
+    from revkernels.bench.network import run, steps
+
+    clock = clock_for(args.device)
+    done: list[tuple[Any, list[dict[str, Any]]]] = []
+    kept = memory_kept() if args.keep_memory else nullcontext()
+    with progress(f"bench {args.subject}", sum(map(steps, jobs))) as begin, _quiet_peers(), kept:
+        for job in jobs:
+            torch.manual_seed(0)
+            done.append((job, list(run(job, clock, begin))))
+    tables = [table for job, rows in done for table in _tables(args, job, rows, notes)]
+    if args.plot is not None:
+        from revkernels.cli.plots import trade_off
+
+        trade_off([(_title(job), rows) for job, rows in done], where(args.device)).savefig(args.plot)
+        tables[-1].notes.append(f"picture: {args.plot}")
+    return [row for _, rows in done for row in rows], tables
+
+
+def _tables(args: argparse.Namespace, job: Any, rows: list[dict[str, Any]], notes: list[str]) -> list[Table]:
+    table = timing(f"training step, {_title(job)}", rows, "ms", 1e3)
+    del table.columns["benchmark"], table.columns["case"]
+    table.columns |= {
+        "peak_mib": "peak activations, MiB",
+        "images_per_s": "images/s",
+        "gradient": "gradient, degrees off",
+        "float64": "off float64",
+        "updates": "BN updates",
+        "version": "version",
+    }
+    if job.most:
+        table.columns |= {"equal_batch": "batch at equal memory", "equal_images_per_s": "images/s at equal memory"}
+    if any(row["error"] for row in rows):
+        table.columns |= {"error": "error"}
+    for shown, row in zip(table.rows, rows, strict=True):
+        shown |= {key: row.get(key) for key in ("images_per_s", "version", "error")}
+        shown["gradient"] = row["gradient_degrees"] if row.get("gradient_error") is None else row["gradient_error"]
+        shown["float64"] = row["float64_degrees"]
+        shown["updates"] = row["statistics_updates"]
+        shown["equal_batch"] = row.get("equal_memory_batch")
+        shown["equal_images_per_s"] = row.get("equal_memory_images_per_s")
+    table.notes = [
+        f"ratio to '{rows[0]['baseline']}'; {how(args)}",
+        "gradient: angle to the baseline's in the same dtype, then in float64; an input of a ReLU that is rounded to "
+        "the other side of zero turns either by up to a degree, and bfloat16 loses more",
+        "BN updates: of the running statistics in a step; 1 is right",
+        *notes,
+    ]
+    if args.keep_memory:
+        table.notes.append("freed memory stayed in the process (--keep-memory)")
+    if job.most:
+        table.notes.append(f"equal memory: the baseline's peak; batches up to {job.most} times {job.batch} were tried")
+    goals = Table(f"goals, {_title(job)}", {"variant": "variant", "goal": "goal", "reached": "reached", "met": "met"})
+    for row in rows:
+        for goal in row["goals"]:
+            limit = {"goal": f"<= {goal['at_most']:g} of {goal['of']}", "reached": goal["value"], "met": goal["met"]}
+            goals.rows.append({"variant": row["variant"], **limit})
+    return [table, goals] if goals.rows else [table]
+
+
+def _title(job: Any) -> str:
+    return f"{job.workload.title}, batch {job.batch}, {job.dtype}{' autocast' if job.dtype != 'float32' else ''}"
+
+
+@contextmanager
+def _quiet_peers() -> Iterator[None]:
+    """The other libraries use what torch has deprecated, at every call; that is not for whoever reads the table."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(memcnn|revlib|revtorch|reformer_pytorch)\b")
+        yield

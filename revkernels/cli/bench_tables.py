@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the subjects of ``revkernels bench`` share: types of options, and tables of measurements."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from revkernels.cli.output import Table, display
+from revkernels.cli.stamp import environment
+
+__all__ = [
+    "GOAL",
+    "MIB",
+    "command_of",
+    "depth",
+    "goal_cells",
+    "how",
+    "picture",
+    "positive",
+    "rounds",
+    "rows_of",
+    "timing",
+    "where",
+]
+
+MIB = 1 << 20
+GOAL = {"goal": "goal", "reached": "reached", "met": "met"}
+
+#: Of the parsed arguments, what does not change what is measured.
+_LEFT_OUT = ("command", "subject", "run", "measure", "save", "json", "plot")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, at_least=1)
+
+
+def rounds(text: str) -> int:
+    """A whole number of at least 2."""
+    return _whole(text, at_least=2)
+
+
+def depth(text: str) -> int:
+    """An even number of branches."""
+    number = _whole(text, at_least=2)
+    if number % 2:
+        raise argparse.ArgumentTypeError(f"{number} is odd; a block has two branches")
+    return number
+
+
+def picture(name: str) -> Path:
+    """A PNG to write, refused at once if its folder does not exist rather than after the work."""
+    path = Path(name)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{name}: the name must end in .png")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: the folder {path.parent} does not exist")
+    return path
+
+
+def _whole(text: str, at_least: int) -> int:
+    if not text.isdigit() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number, at least {at_least}")
+    return int(text)
+
+
+def rows_of(measured: list[Any]) -> list[dict[str, Any]]:
+    """Return measurements as result lines."""
+    from revkernels.bench.results import as_row
+
+    return [as_row(measurement) for measurement in measured]
+
+
+def timing(title: str, rows: list[dict[str, Any]], unit: str, scale: float) -> Table:
+    """Return a table of medians, quartiles and ratios; a row that failed has none."""
+    columns = {"benchmark": "benchmark", "case": "case", "variant": "variant", f"median_{unit}": f"median, {unit}"}
+    table = Table(title, columns | {"quartiles": "quartiles", "ratio": "ratio"})
+    for row in rows:
+        shown = {key: row[key] for key in ("benchmark", "case", "variant", "ratio", "gbps")}
+        if row["median_s"] is not None:
+            shown[f"median_{unit}"] = row["median_s"] * scale
+            shown["quartiles"] = f"{display(row['q1_s'] * scale)} to {display(row['q3_s'] * scale)}"
+        if row.get("peak_bytes") is not None:
+            shown["peak_mib"] = row["peak_bytes"] / MIB
+        table.rows.append(shown | goal_cells(row["goal"], row["baseline"]))
+    return table
+
+
+def goal_cells(goal: dict[str, Any] | None, baseline: str) -> dict[str, Any]:
+    """Return the cells of the `GOAL` columns."""
+    if goal is None:
+        return {}
+    unit, link = {"extra_us": (" us above", "of"), "growth_bytes": (" bytes above", "")}.get(
+        goal["quantity"], ("", "of")
+    )
+    of = "" if goal["of"] == baseline else f" {link} {goal['of']}".replace("  ", " ")
+    return {"goal": f"<= {goal['at_most']:g}{unit}{of}", "reached": goal["value"], "met": goal["met"]}
+
+
+def how(args: argparse.Namespace) -> str:
+    """Return the note on how and where it was measured."""
+    return f"medians of {args.rounds} interleaved rounds; ratios round by round; {where(args.device)}"
+
+
+def where(device: str) -> str:
+    """Return the device, its threads and torch."""
+    stamp = environment(device)
+    threads = f", {stamp['threads']} thread{'s' * (stamp['threads'] != 1)}" if device == "cpu" else ""
+    return f"{stamp['device']}{threads}, torch {stamp['torch']}"
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """Return the command line that asks for the same again."""
+    words = ["revkernels", "bench", args.subject]
+    for name, value in vars(args).items():
+        if name in _LEFT_OUT or value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(words)

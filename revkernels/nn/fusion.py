@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Sequential whose norms and activations run fused, and what can be said beforehand of any branch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from revkernels import backends
+from revkernels.autograd import fusion
+from revkernels.autograd.entry import entry_of
+from revkernels.autograd.half_step import HalfStep
+
+__all__ = ["BranchFusion", "Explanation", "FusedSequential", "norms_by"]
+
+
+#: The backend that each module ran with last.
+_used: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+class FusedSequential(nn.Sequential):
+    """A `torch.nn.Sequential` in which a norm and the activation behind it are one kernel, forward and backward.
+
+    The same layers under the same names ("0", "1", ...), so that state dicts go both ways, and the same results up to
+    rounding. A norm that has hooks, parametrisations or sharded parameters runs as it is, as do all of them under
+    torch.compile (which fuses by itself), in torch.func transforms, and under backend "eager".
+
+    Known are BatchNorm1d to 3d, LayerNorm and RMSNorm of one dimension, and GroupNorm; ReLU, GELU and SiLU. Under
+    autocast a norm in front of a convolution or a linear layer writes the narrow type that this would cast it to.
+
+    Keywords of a call go to the layers whose ``forward`` names them.
+    """
+
+    @classmethod
+    def from_sequential(cls, sequential: nn.Sequential) -> FusedSequential:
+        """Return the same layers (themselves, not copies) in a `FusedSequential`.
+
+        Raises:
+            TypeError: ``sequential`` is no Sequential, or has a forward of its own.
+        """
+        if not fusion.is_sequential(sequential):
+            raise TypeError(
+                f"sequential is a {type(sequential).__name__}; it must be an nn.Sequential with that class's forward"
+            )
+        made = FusedSequential()
+        for name, layer in sequential.named_children():
+            made.add_module(name, layer)
+        made.training = sequential.training
+        return made
+
+    def forward(self, input: Any, **kwargs: Any) -> Any:
+        """Run the layers."""
+        layers = list(self._modules.values())
+        if torch.compiler.is_compiling() or not isinstance(input, torch.Tensor):
+            return fusion.run(layers, input, None, kwargs)
+        kernels = fusion.ambient.kernels
+        if kernels is None:
+            # Called in a backward, outside any chain, it is run again (torch.utils.checkpoint), and has to do the same.
+            kernels = _used.get(self) if torch._C._current_graph_task_id() != -1 else None
+            kernels = kernels or backends.select(input)
+        _used[self] = kernels
+        with fusion.Within(kernels, fusion.ambient.tape):
+            return fusion.run(layers, input, None, kwargs)
+
+    forward.passes_keywords = True  # type: ignore[attr-defined]
+
+    def known_keywords(self) -> frozenset[str]:
+        """The keywords that some layer's ``forward`` names."""
+        return frozenset().union(*map(fusion.keywords_of, self))
+
+
+def norms_by(backend: str | None, x: torch.Tensor) -> AbstractContextManager[None]:
+    """``with norms_by(backend, x)``: the norms outside any chain, in a model that has been given a backend."""
+    if backend is None or torch.compiler.is_compiling():
+        return nullcontext()
+    return fusion.Within(backends.select(x, backend), None)
+
+
+@dataclass(frozen=True)
+class BranchFusion:
+    """What is fused in one branch.
+
+    Attributes:
+        branch: its place and type.
+        entry: the norm that joins the coupling in front of the branch, or why there is none.
+        fused: the norms, each with its activation, that are one kernel.
+        unfused: the norms that run as they are, each with the reason.
+    """
+
+    branch: str
+    entry: str
+    fused: tuple[str, ...]
+    unfused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [self.branch, f"  with the coupling: {self.entry}"]
+        lines += [f"  fused: {layers}" for layers in self.fused]
+        lines += [f"  as it is: {reason}" for reason in self.unfused]
+        return "\n".join(lines)
+
+
+class Explanation(list[BranchFusion]):
+    """One `BranchFusion` a branch; prints as text."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def explain(branches: Iterable[tuple[str, Callable[..., Any]]], backend: str | None) -> Explanation:
+    """Say of every named branch what a chain with this backend fuses, for plain tensors and without torch.compile."""
+    return Explanation(_explain(name, branch, backend) for name, branch in branches)
+
+
+def _explain(name: str, branch: Callable[..., Any], backend: str | None) -> BranchFusion:
+    name = f"{name} ({type(branch).__name__})"
+    if backend == "eager":
+        return BranchFusion(name, "nothing, for backend 'eager' runs every layer as it is", (), ())
+    fused: list[str] = []
+    unfused: list[str] = []
+    if isinstance(branch, nn.Module):
+        for place, found in _norms_in(branch, ""):
+            (fused if isinstance(found, fusion.Fusable) else unfused).append(f"{place}: {_words(found)}")
+    return BranchFusion(name, _entry(branch), tuple(fused), tuple(unfused))
+
+
+def _entry(branch: Callable[..., Any]) -> str:
+    if not isinstance(branch, nn.Module):
+        return "nothing, for the branch is a plain callable"
+    entry = entry_of(HalfStep(branch, 0, (1,)), None)
+    if entry is not None:
+        return _words(entry.fusable)
+    if not isinstance(branch, nn.Sequential):
+        return f"nothing, for {type(branch).__name__} is no Sequential, whose first layer could be told"
+    if not fusion.is_sequential(branch):
+        return f"nothing, for {type(branch).__name__} has a forward of its own"
+    if fusion.hooked(branch):
+        return "nothing, for the branch has hooks, and has to be called as a module"
+    layers = list(branch)
+    reason = fusion.fusable_at(layers, 0) if layers else "it has no layers"
+    return f"nothing, for {reason}"
+
+
+def _norms_in(module: nn.Module, place: str) -> Iterator[tuple[str, fusion.Fusable | str]]:
+    """The norms of a branch, as `fusion.run` meets them."""
+    taken_apart = isinstance(module, FusedSequential) or (fusion.is_sequential(module) and not fusion.hooked(module))
+    layers = list(module._modules.items())
+    for index, (name, layer) in enumerate(layers):
+        if layer is None:
+            continue
+        here = f"{place}.{name}" if place else name
+        if taken_apart and type(layer) in fusion.NORM_LAYERS:
+            yield here, fusion.fusable_at([one for _, one in layers], index)  # type: ignore[misc]
+        elif "Norm" in type(layer).__name__:
+            if taken_apart:
+                yield here, f"{type(layer).__name__} is no norm that the kernels know"
+            else:
+                yield here, f"{type(layer).__name__} is called by the forward of a {type(module).__name__}"
+        else:
+            yield from _norms_in(layer, here)
+
+
+def _words(found: fusion.Fusable | str) -> str:
+    if isinstance(found, str):
+        return found
+    norm = type(found.norm).__name__
+    return norm if found.activation == "none" else f"{norm} + {found.activation}"

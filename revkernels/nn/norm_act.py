@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A norm and the activation behind it as one module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from revkernels.autograd import fusion
+from revkernels.nn.fusion import FusedSequential, norms_by
+
+__all__ = ["NormAct"]
+
+
+class NormAct(FusedSequential):
+    """h = activation(norm(x)) in one kernel, and one for its backward, with nothing but x kept in between.
+
+        NormAct(nn.BatchNorm2d(64), nn.ReLU())        NormAct(nn.LayerNorm(384))
+
+    The modules are kept as "0" and "1", as in ``nn.Sequential(norm, activation)``, with their parameters, buffers and
+    modes. What the kernels cannot take (see `FusedSequential`) runs as these modules.
+
+    Args:
+        norm: BatchNorm1d, 2d or 3d, LayerNorm or RMSNorm of one dimension, or GroupNorm.
+        activation: ReLU, GELU or SiLU; None is none.
+        backend: as in `revkernels.nn.ReversibleBlock`; inside a chain, the chain's holds.
+
+    Raises:
+        TypeError: a module is none of these (exactly: a subclass may do anything).
+        BackendError: the backend cannot run here.
+    """
+
+    def __init__(self, norm: nn.Module, activation: nn.Module | None = None, backend: str | None = None) -> None:
+        layers = [norm] if activation is None else [norm, activation]
+        if isinstance(norm, nn.Module):
+            found = fusion.fusable_at(layers, 0)
+            if isinstance(found, str):
+                raise TypeError(f"norm: {found}")
+        else:
+            raise TypeError(f"norm is a {type(norm).__name__}; it must be an nn.Module")
+        if activation is not None and type(activation) not in fusion.ACTIVATION_LAYERS:
+            known = ", ".join(layer.__name__ for layer in fusion.ACTIVATION_LAYERS)
+            raise TypeError(f"activation is a {type(activation).__name__}; it must be one of {known}, or None")
+        if backend is not None:
+            fusion.backends.require(backend)
+        super().__init__(*layers)
+        self.backend = backend
+
+    def forward(self, input: Any, **kwargs: Any) -> Any:
+        """An input of any shape that the norm takes -> h of that shape."""
+        with norms_by(self.backend if fusion.ambient.kernels is None else None, input):
+            return super().forward(input, **kwargs)
+
+    forward.passes_keywords = True  # type: ignore[attr-defined]

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of `revkernels.ops` that has a normalisation and an activation in it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from revkernels import checks, tracking
+from revkernels.arrays import compute_dtype, kind_of
+from revkernels.backends import select
+from revkernels.norm import SUMS_COMPUTED, SUMS_GIVEN, SUMS_ONLY, Norm, Statistics
+
+
+def norm_act(
+    x: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
+) -> tuple[Any, Statistics]:
+    """Return (h, statistics) with h = activation(norm(x)), the formulas being those of `Norm`.
+
+    h is a new array of x's shape in x's memory order, of ``dtype`` (None: x's own). Statistics that are given are used
+    and handed back, and running statistics stay as they are; otherwise both are computed. Differentiable in x, weight
+    and bias; the given statistics of a batch norm count as constants, as in evaluation, and those of any other norm as
+    the ones that x has.
+
+    The dimensions of x other than the channels' must merge in memory into one run before and one run after it: images,
+    channels last or not, rows of tokens, and halves of such arrays do. For a group norm the first is dimension 0.
+    """
+    if tracking.compiling() and tracking.is_tensor(x):
+        return _operators().norm_act(x, norm, statistics, dtype, backend)
+    kernels = select(x, backend, "x")
+    checks.check_norm_options(norm, "x", x)
+    if _differentiable(x, norm.weight, norm.bias):
+        _check_new(kernels, {"x": x}, norm, statistics, dtype)
+        from revkernels.autograd.norm_act import differentiable_norm_act
+
+        result = differentiable_norm_act(kernels, x, norm, statistics, dtype)
+    else:
+        h, (mean, rstd) = _outputs({"x": x}, norm, statistics, dtype)
+        if not kernels.CHECKS_OPERANDS:
+            _check(norm, {"h": h}, {"x": x}, (mean, rstd), statistics is not None)
+        kernels.norm_act(h, x, norm, mean, rstd, statistics is not None)
+        result = h, Statistics(mean, rstd)
+    _wrote_running(norm, statistics)
+    return result
+
+
+def couple_norm_act(
+    x: Any, f: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
+) -> tuple[Any, Any, Statistics]:
+    """Return (y, h, statistics) with y = x + f (eq. 6) and h = activation(norm(y)), y as it was stored.
+
+    y is what `couple` returns, h and the statistics what `norm_act` makes of it (in float64 if f is float64). Both are
+    new arrays. Differentiable in x, f, weight and bias.
+    """
+    if tracking.compiling() and tracking.is_tensor(x):
+        return _operators().couple_norm_act(x, f, norm, statistics, dtype, backend)
+    kernels = select(x, backend, "x")
+    checks.check_norm_options(norm, "x", x)
+    if _differentiable(x, f, norm.weight, norm.bias):
+        _check_new(kernels, {"x": x, "f": f}, norm, statistics, dtype)
+        from revkernels.autograd.norm_act import differentiable_couple_norm_act
+
+        result = differentiable_couple_norm_act(kernels, x, f, norm, statistics, dtype)
+    else:
+        h, (mean, rstd) = _outputs({"x": x, "f": f}, norm, statistics, dtype)
+        y = _new(x, None)
+        if not kernels.CHECKS_OPERANDS:
+            _check(norm, {"y": y, "h": h}, {"x": x, "f": f}, (mean, rstd), statistics is not None)
+        kernels.couple_norm_act(h, y, x, f, norm, mean, rstd, statistics is not None)
+        result = y, h, Statistics(mean, rstd)
+    _wrote_running(norm, statistics)
+    return result
+
+
+def uncouple_norm_act_(
+    y: Any, f: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
+) -> tuple[Any, Any, Statistics]:
+    """y <- y - f, in place (eq. 7), and h = activation(norm(y)) of what was stored. Returns (y, h, statistics).
+
+    The output of a coupling becomes its input again, and the branch that read this input gets it normalised as it was.
+    A batch norm wants the statistics of the forward here: computed anew they would be those of values that were rounded
+    once more, and its running statistics would move twice.
+    """
+    if tracking.compiling() and tracking.is_tensor(y):
+        return _operators().uncouple_norm_act_(y, f, norm, statistics, dtype, backend)
+    kernels = select(y, backend, "y")
+    checks.check_norm_options(norm, "y", y)
+    tracked = tracking.tracks_versions("y f weight bias", (y, f, norm.weight, norm.bias))
+    h, (mean, rstd) = _outputs({"y": y, "f": f}, norm, statistics, dtype)
+    if not kernels.CHECKS_OPERANDS:
+        _check(norm, {"y": y, "h": h}, {"f": f}, (mean, rstd), statistics is not None)
+    kernels.uncouple_norm_act(h, y, y, f, norm, mean, rstd, statistics is not None)
+    if tracked:
+        tracking.wrote(y)
+    _wrote_running(norm, statistics)
+    return y, h, Statistics(mean, rstd)
+
+
+def norm_act_backward_(
+    dx: Any,
+    dh: Any,
+    x: Any,
+    norm: Norm,
+    statistics: Statistics,
+    *,
+    sums: tuple[Any, Any] | None = None,
+    count: int = 0,
+    constant: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, Any, Any]:
+    """dx <- dx + the gradient that dh has at x, in place (Algorithm 1, lines 5 and 6). Returns (dx, dweight, dbias).
+
+        dz      = dh * activation'(z)
+        dweight = sum of dz * xhat      dbias = sum of dz
+
+    The statistics are those that the forward used; the activation's mask is made again from them. dweight and dbias are
+    of the compute type, float64 if x is float64, else float32.
+
+    A batch norm whose batch is spread over processes takes two calls: with ``dx=None`` the sums alone; then, once these
+    and the numbers of elements have been added up over the processes, with ``sums=(dweight, dbias)`` and ``count``, the
+    elements of one channel behind them. ``constant=True``: the statistics of a batch norm do not depend on x, as in
+    evaluation.
+    """
+    if tracking.compiling() and tracking.is_tensor(x):
+        return _operators().norm_act_backward_(dx, dh, x, norm, statistics, sums, count, constant, backend)
+    kernels = select(x, backend, "x")
+    checks.check_norm_options(norm, "x", x)
+    checks.check_sums(norm, dx, sums, count, constant)
+    mean, rstd = checks.statistics_pair(statistics)
+    tracked = tracking.tracks_versions("x dx dh weight bias", (x, dx, dh, norm.weight, norm.bias))
+    if sums is None:
+        shape = (x.shape[norm.channel_axis(x.ndim)],)
+        dweight, dbias = _empty(shape, x, compute_dtype(x)), _empty(shape, x, compute_dtype(x))
+        mode = SUMS_ONLY if dx is None else SUMS_COMPUTED
+    else:
+        (dweight, dbias), mode = sums, SUMS_GIVEN
+    if not kernels.CHECKS_OPERANDS:
+        written = {} if dx is None else {"dx": dx}
+        _check(norm, written, {"x": x, "dh": dh}, (mean, rstd), True, {"dweight": dweight, "dbias": dbias})
+    kernels.norm_act_backward(dx, dx, dh, x, norm, mean, rstd, dweight, dbias, mode, count, constant)
+    if tracked and dx is not None:
+        tracking.wrote(dx)
+    return dx, dweight, dbias
+
+
+def _differentiable(*arrays: Any) -> bool:
+    if kind_of(arrays[0]) != "torch" or not sys.modules["torch"].is_grad_enabled():
+        return False
+    return any(getattr(array, "requires_grad", False) for array in arrays)
+
+
+def _outputs(
+    operands: dict[str, Any], norm: Norm, statistics: Statistics | None, dtype: Any
+) -> tuple[Any, tuple[Any, Any]]:
+    """Memory for h, and the statistics that are given or memory for new ones."""
+    x = next(iter(operands.values()))
+    h = _new(x, dtype)
+    if statistics is not None:
+        return h, checks.statistics_pair(statistics)
+    try:
+        wide = compute_dtype(*operands.values())
+    except AttributeError:
+        checks.check_arrays(**operands)  # says which is no array
+        raise
+    shape = norm.statistics_shape(tuple(x.shape))
+    return h, (None if norm.kind == "rms" else _empty(shape, x, wide), _empty(shape, x, wide))
+
+
+def _new(x: Any, dtype: Any) -> Any:
+    if kind_of(x) == "numpy":
+        return np.empty_like(x, dtype, subok=False)
+    torch = sys.modules["torch"]
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype or None")
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _empty(shape: tuple[int, ...], x: Any, dtype: str) -> Any:
+    if kind_of(x) == "numpy":
+        return np.empty(shape, dtype)
+    torch = sys.modules["torch"]
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=x.device)
+
+
+def _check(
+    norm: Norm,
+    written: dict[str, Any],
+    read: dict[str, Any],
+    statistics: tuple[Any, Any],
+    given: bool,
+    sums: dict[str, Any] | None = None,
+) -> None:
+    arrays = written | read
+    name = "x" if "x" in arrays else "y"
+    x = arrays.pop(name)
+    checks.check_arrays(**{name: x})
+    checks.check_float(**{name: x})  # before h, which has its dtype where none is named
+    checks.check_operands(written, read)
+    checks.check_norm(norm, name, x, statistics=statistics, given=given, sums=sums, writes=tuple(written), **arrays)
+
+
+def _check_new(kernels: Any, operands: dict[str, Any], norm: Norm, statistics: Any, dtype: Any) -> None:
+    """What a call that becomes a node checks beforehand: the node makes its own memory of what it is told."""
+    h, pair = _outputs(operands, norm, statistics, dtype)
+    if not kernels.CHECKS_OPERANDS:
+        _check(norm, {"h": h}, operands, pair, statistics is not None)
+
+
+def _wrote_running(norm: Norm, statistics: Statistics | None) -> None:
+    if statistics is None and norm.running_mean is not None and kind_of(norm.running_mean) == "torch":
+        tracking.wrote(norm.running_mean)
+        tracking.wrote(norm.running_var)
+
+
+def _operators() -> Any:
+    from revkernels.autograd import torch_norm_ops
+
+    return torch_norm_ops

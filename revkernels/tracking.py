@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch has to know of a call: versions of what is written, gradients that a write would cut off, and tracing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from revkernels.arrays import kind_of
+
+
+def tracks_versions(names: str, arrays: tuple[Any, ...]) -> bool:
+    """Refuse what autograd would refuse, or would lose. Returns whether the arrays count their versions.
+
+    The names are separated by spaces; an array may be None.
+    """
+    if kind_of(arrays[0]) != "torch":
+        return False
+    if sys.modules["torch"].is_grad_enabled():
+        for position, array in enumerate(arrays):
+            if getattr(array, "requires_grad", False):
+                raise ValueError(
+                    f"{names.split()[position]} requires grad, and a write in place would cut it from its graph: call "
+                    f"it under torch.no_grad(), or use the out-of-place function"
+                )
+    return True
+
+
+def wrote(tensor: Any) -> None:
+    """Tell autograd, so that a backward that saved the tensor notices."""
+    if not tensor.is_inference():
+        sys.modules["torch"].autograd.graph.increment_version(tensor)
+
+
+def is_tensor(array: Any) -> bool:
+    """Whether it is a tensor, or a list that begins with one."""
+    if type(array) in (list, tuple):
+        return len(array) > 0 and is_tensor(array[0])
+    return isinstance(array, sys.modules["torch"].Tensor)
+
+
+def _compiling_if_torch() -> bool:
+    """Stands for `torch.compiler.is_dynamo_compiling`, 30 ns a call, until torch is imported."""
+    global compiling
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    if not torch.compiler.is_dynamo_compiling():
+        compiling = torch.compiler.is_dynamo_compiling
+        return False
+    return True
+
+
+#: Whether torch.compile is tracing. To be called as ``tracking.compiling()``: it is replaced once torch is there.
+compiling: Any = sys.modules["torch"].compiler.is_dynamo_compiling if "torch" in sys.modules else _compiling_if_torch
