@@ -328,3 +328,32 @@ def test_empty_arrays(kind):
     sums = np.ones(shape[norm.channel_axis(len(shape))], "f4"), np.ones(shape[norm.channel_axis(len(shape))], "f4")
     native.norm_act_backward(h, None, h.copy(), h.copy(), norm, mean, rstd, *sums, 0, 0, False)
     assert not sums[0].any() and not sums[1].any()
+
+
+@pytest.mark.parametrize("dtype", ["f4", BFLOAT16])
+@pytest.mark.parametrize("channels", [64, 333])
+def test_outputs_past_the_caches_are_those_of_their_parts(dtype, channels, each_isa):  # noqa: F811
+    """Outputs of 16 MiB and more are written past the caches, line by line: the same bits as in parts that are not.
+
+    Rows of 333 begin anywhere in a line, and so does an array without its first row.
+    """
+    rows = (17 << 20) // (channels * np.dtype(dtype).itemsize) + 1
+    x, f, dh = ((f4(rows, channels, seed=s) * 2).astype(dtype)[1:] for s in range(3))
+    for kind, activation in (("batch", "relu"), ("layer", "none"), ("layer", "gelu")):
+        norm = norm_of(kind, channels, activation)
+        mean, rstd = (s + f4(*s.shape) ** 2 for s in (np.zeros_like(p) for p in statistics(norm, x.shape)))
+        sums = np.ones(channels, "f4"), np.ones(channels, "f4")
+
+        def run(part, norm=norm, kind=kind, mean=mean, rstd=rstd, sums=sums):
+            own = (mean, rstd) if kind == "batch" else (mean[part], rstd[part])
+            h, y, dx = (np.empty_like(x[part]) for _ in range(3))
+            native.couple_norm_act(h, y, x[part], f[part], norm, *own, True)
+            given = [np.copy(s) for s in sums]
+            mode = 2 if kind == "batch" else 0  # SUMS_GIVEN
+            native.norm_act_backward(dx, None, dh[part], y, norm, *own, *given, mode, rows if mode else 0, False)
+            return h, y, dx
+
+        whole, third = run(slice(None)), -(-len(x) // 3)
+        parts = [run(slice(at, at + third)) for at in range(0, len(x), third)]
+        for name, got, pieces in zip(("h", "y", "dx"), whole, zip(*parts, strict=True), strict=True):
+            assert got.tobytes() == np.concatenate(pieces).tobytes(), f"{name} of {kind} {activation}"

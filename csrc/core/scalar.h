@@ -53,6 +53,14 @@ REVK_HD float widen(float16 value) {
 #endif
 }
 
+// The bits of `value` rounded to bfloat16, in float32: the lower half is 0. In whole 32-bit lanes,
+// for whoever wants both the stored number and its value.
+REVK_HD uint32_t rounded_to_bfloat16(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;  // stays a quiet NaN
+  return (is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+}
+
 template <class To>
 REVK_HD To narrow(double value);
 template <class To>
@@ -81,10 +89,7 @@ REVK_HD bfloat16 narrow<bfloat16>(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
   return half;
 #else
-  const uint32_t bits = bits_as<uint32_t>(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    return bfloat16{uint16_t((bits >> 16) | 0x40u)};  // NaN stays quiet NaN
-  return bfloat16{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  return bfloat16{uint16_t(rounded_to_bfloat16(value) >> 16)};
 #endif
 }
 template <>

@@ -7,50 +7,78 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
+// Loops take their NormScratch by value: of one that others refer to the compiler cannot know that
+// no store changes its pointers.
+
 // Sums of dz and of dz * xhat
 
 // Channels side by side: a sum for each lane.
-template <class Activation, class A>
-void sum_lanes(Rows<const A> dh, Rows<const A> x, const NormScratch<A>& p, Shape shape) {
-  A *const first = p.first, *const second = p.second;
+template <class Activation, class D, class X, class A>
+void sum_lanes(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A *const from = x.data + r * x.step, *const above = dh.data + r * dh.step;
-    REVK_INDEPENDENT
-    for (int64_t l = 0; l < shape.cols; ++l) {
-      const ops::Normal<A> normal{p.mean[l], p.rstd[l], p.weight[l], p.bias[l]};
-      const A xhat = normal.xhat(from[l]), dz = Activation::gradient(normal.z(xhat), above[l]);
-      first[l] += dz;
-      second[l] += dz * xhat;
-    }
+    const X* const from = x.data + r * x.step;
+    const D* const above = dh.data + r * dh.step;
+    const auto chunk = [&](int64_t begin, int64_t end) {
+      REVK_INDEPENDENT
+      for (int64_t l = begin; l < end; ++l) {
+        const ops::Normal<A> normal{p.mean[l], p.rstd[l], p.weight[l], p.bias[l]};
+        const A xhat = normal.xhat(A(widen(from[l])));
+        const A dz = Activation::gradient(normal.z(xhat), A(widen(above[l])));
+        p.first[l] += dz;
+        p.second[l] += dz * xhat;
+      }
+    };
+    in_chunks(shape.cols, chunk, from, above);
   }
 }
 
 // A channel in a run: a sum for each row of the tile.
-template <class Activation, class A>
-void sum_runs(Rows<const A> dh, Rows<const A> x, const NormScratch<A>& p, int64_t row,
-              Shape shape) {
+template <class Activation, class D, class X, class A>
+void sum_runs(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, int64_t row, Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A *const from = x.data + r * x.step, *const above = dh.data + r * dh.step;
+    const X* const from = x.data + r * x.step;
+    const D* const above = dh.data + r * dh.step;
     const int64_t c = row + r;
     const ops::Normal<A> normal{p.mean[c], p.rstd[c], p.weight[c], p.bias[c]};
     alignas(64) A first[kPartials] = {}, second[kPartials] = {};
-    in_partials(shape.cols, [&](int64_t i, int64_t k) {
-      const A xhat = normal.xhat(from[i]), dz = Activation::gradient(normal.z(xhat), above[i]);
+    const auto element = [&](int64_t i, int64_t k) {
+      const A xhat = normal.xhat(A(widen(from[i])));
+      const A dz = Activation::gradient(normal.z(xhat), A(widen(above[i])));
       first[k] += dz;
       second[k] += dz * xhat;
-    });
+    };
+    in_partials(shape.cols, element, from, above);
     p.sum[c] += double(total(first));
     p.square[c] += double(total(second));
   }
 }
 
-// dh's tile, or dz where the loops are not to differentiate the activation themselves.
-template <class A>
-Rows<const A> load_dz(const NormJob& job, const Strip& strip, int64_t row, int64_t col, Shape shape,
-                      Rows<const A> x, const NormScratch<A>& scratch) {
-  const Rows<const A> dh = load(job.dh, at(job.dh, strip, row, col), shape, scratch.f, false);
-  if (job.by_lane) return differentiated<Vary::kAll>(job.activation, dh, x, scratch, 0, shape);
-  return differentiated<Vary::kNone>(job.activation, dh, x, scratch, row, shape);
+// body(x, dh) of a tile, with dz for dh where the loops are not to differentiate the activation
+// themselves. `direct`: both are bfloat16 and taken where they lie.
+template <Vary kVary, class A, class Body>
+void with_operands(const NormJob& job, const Strip& strip, int64_t row, int64_t col, Shape shape,
+                   const NormScratch<A>& p, bool direct, int64_t statistics_row, Body&& body) {
+  char *const x = at(job.s, strip, row, col), *const dh = at(job.dh, strip, row, col);
+  const auto with_x = [&](auto x) {
+    const Rows<const A> wide = load(job.dh, dh, shape, p.f, false);
+    if (!is_transcendental(job.activation)) return body(x, wide);
+    normalise<kVary, ops::Identity>(Rows<A>{p.z, shape.cols}, x, p, statistics_row, shape);
+    Upcoming upcoming;
+    const NormOperand* const inputs[] = {&job.s, &job.dh, &job.base};
+    for (const NormOperand* const input : inputs) upcoming.add(*input, strip, row, col, shape);
+    with_transcendental(job.activation, [&](auto activation) {
+      differentiate_rows<decltype(activation)>(p.z, wide, shape, upcoming);
+    });
+    body(x, Rows<const A>{p.z, shape.cols});
+  };
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (direct) {
+      const Rows<const bfloat16> narrow_x = rows_of<const bfloat16>(job.s, x);
+      if (is_transcendental(job.activation)) return with_x(narrow_x);
+      return body(narrow_x, rows_of<const bfloat16>(job.dh, dh));
+    }
+  }
+  with_x(load(job.s, x, shape, p.s, false));
 }
 
 template <class A>
@@ -85,49 +113,56 @@ void clear_sums(const NormJob& job, const NormScratch<A>& scratch) {
 template <class A>
 void gradient_sums(const NormJob& job, int64_t begin, int64_t end, char* memory) {
   const NormScratch<A> scratch(job, memory);
-  for_blocks(job, begin, end,
-             [&](int64_t instance, int64_t split, int64_t block, int64_t from, int64_t to) {
-               clear_sums(job, scratch);
-               const Strip head = strip_at(job, instance, split, from);
-               spread_normal(scratch, job, head);
-               int64_t unflushed = 0;
-               for (int64_t unit = from; unit < to; ++unit) {
-                 const Strip strip = strip_at(job, instance, split, unit);
-                 for_tiles(job, strip, [&](int64_t row, int64_t col, Shape shape) {
-                   const Rows<const A> x = source(job, strip, row, col, shape, scratch);
-                   const Rows<const A> dh = load_dz(job, strip, row, col, shape, x, scratch);
-                   with_mask(job.activation, [&](auto activation) {
-                     if (job.by_lane)
-                       sum_lanes<decltype(activation)>(dh, x, scratch, shape);
-                     else
-                       sum_runs<decltype(activation)>(dh, x, scratch, row, shape);
-                   });
-                   unflushed += job.by_lane ? shape.rows : 0;
-                   if (unflushed >= kNormFlush) {
-                     flush_lanes(scratch, shape.cols);
-                     unflushed = 0;
-                   }
-                 });
-               }
-               if (job.by_lane) flush_lanes(scratch, head.cols);
-               store_block(job, head, block, scratch);
-             });
+  const bool direct = lies_as<bfloat16>(job.s) && lies_as<bfloat16>(job.dh);
+  for_blocks(
+      job, begin, end,
+      [&](int64_t instance, int64_t split, int64_t block, int64_t from, int64_t to) {
+        clear_sums(job, scratch);
+        const Strip head = strip_at(job, instance, split, from);
+        spread_normal(scratch, job, head);
+        int64_t unflushed = 0;
+        for (int64_t unit = from; unit < to; ++unit) {
+          const Strip strip = strip_at(job, instance, split, unit);
+          for_tiles(job, strip, [&](int64_t row, int64_t col, Shape shape) {
+            const auto sum = [&](auto x, auto dh) {
+              with_mask(job.activation, [&](auto activation) {
+                if (job.by_lane)
+                  sum_lanes<decltype(activation)>(dh, x, scratch, shape);
+                else
+                  sum_runs<decltype(activation)>(dh, x, scratch, row, shape);
+              });
+            };
+            if (job.by_lane)
+              with_operands<Vary::kAll>(job, strip, row, col, shape, scratch, direct, 0, sum);
+            else
+              with_operands<Vary::kNone>(job, strip, row, col, shape, scratch, direct, row, sum);
+            unflushed += job.by_lane ? shape.rows : 0;
+            if (unflushed >= kNormFlush) {
+              flush_lanes(scratch, shape.cols);
+              unflushed = 0;
+            }
+          });
+        }
+        if (job.by_lane) flush_lanes(scratch, head.cols);
+        store_block(job, head, block, scratch);
+      });
 }
 
 // dx
 
 // In these loops p.dweight and p.dbias are a batch norm's sums, or a group norm's means of g * xhat
 // and of g; p.shift is the batch norm's factor, weight * rstd.
-template <NormGradient kKind, Vary kVary, class Activation, class A>
-void gradient_tile(Rows<A> dx, Rows<const A> base, Rows<const A> dh, Rows<const A> x,
-                   const NormScratch<A>& p, int64_t row, A count, Shape shape) {
+template <NormGradient kKind, Vary kVary, class Activation, class B, class D, class A>
+void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const B> x,
+                   NormScratch<A> p, int64_t row, A count, Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
-    A* const to = dx.data + r * dx.step;
-    const A *const from = x.data + r * x.step, *const above = dh.data + r * dh.step;
-    const A* const before = base.data + r * base.step;
+    B* const to = dx.data + r * dx.step;
+    const B *const from = x.data + r * x.step, *const before = base.data + r * base.step;
+    const D* const above = dh.data + r * dh.step;
     const auto element = [&](int64_t c, int64_t i) {
       const ops::Normal<A> normal{p.mean[i], p.rstd[i], p.weight[i], p.bias[i]};
-      const A xhat = normal.xhat(from[c]), dz = Activation::gradient(normal.z(xhat), above[c]);
+      const A xhat = normal.xhat(A(widen(from[c])));
+      const A dz = Activation::gradient(normal.z(xhat), A(widen(above[c])));
       A gradient;
       if constexpr (kKind == NormGradient::kBatch)
         gradient = ops::BatchGradient<A>{p.shift[i], p.dweight[i], p.dbias[i], count}(dz, xhat);
@@ -135,33 +170,66 @@ void gradient_tile(Rows<A> dx, Rows<const A> base, Rows<const A> dh, Rows<const 
         gradient = p.shift[i] * dz;
       else
         gradient = ops::RowGradient<A>{p.rstd[i], p.dbias[i], p.dweight[i]}(dz * p.weight[i], xhat);
-      to[c] = before[c] + gradient;
+      to[c] = narrow<B>(A(widen(before[c])) + gradient);
     };
-    REVK_INDEPENDENT
-    for (int64_t c = 0; c < shape.cols; ++c) element(c, kVary == Vary::kAll ? c : row + r);
+    const auto chunk = [&](int64_t begin, int64_t end) {
+      REVK_INDEPENDENT
+      for (int64_t c = begin; c < end; ++c) element(c, kVary == Vary::kAll ? c : row + r);
+    };
+    in_chunks(shape.cols, chunk, from, above, before);
   }
 }
 
+// Whether x, dh, dx and its base are all bfloat16 and taken where they lie.
+inline bool are_bfloats(const NormJob& job) {
+  return lies_as<bfloat16>(job.s) && lies_as<bfloat16>(job.dh) && lies_as<bfloat16>(job.dx) &&
+         (job.base.data == nullptr || lies_as<bfloat16>(job.base));
+}
+
 // base's tile; without one, a row of the zero that changes nothing when it is added: -0.
+inline Rows<const bfloat16> load_base(const NormOperand& base, char* at, Shape shape,
+                                      bfloat16* buffer) {
+  if (base.data != nullptr) return rows_of<const bfloat16>(base, at);
+  for (int64_t c = 0; c < shape.cols; ++c) buffer[c] = narrow<bfloat16>(-0.0f);
+  return {buffer, 0};
+}
 template <class A>
-inline Rows<const A> load_base(const NormJob& job, const Strip& strip, int64_t row, int64_t col,
-                               Shape shape, A* buffer) {
-  if (job.base.data != nullptr)
-    return load(job.base, at(job.base, strip, row, col), shape, buffer, false);
+inline Rows<const A> load_base(const NormOperand& base, char* at, Shape shape, A* buffer) {
+  if (base.data != nullptr) return load(base, at, shape, buffer, false);
   for (int64_t c = 0; c < shape.cols; ++c) buffer[c] = A(-0.0);
   return {buffer, 0};
 }
 
-template <class A>
-inline Rows<A> place_of(const NormOperand& operand, char* to, A* buffer, Shape shape) {
-  if (usable_in_place<A>(operand))
-    return {reinterpret_cast<A*>(to), operand.step[1] / int64_t(sizeof(A))};
-  return {buffer, shape.cols};
+// make(dx, base) for a tile, both of the type that x comes in.
+template <class B, class A, class Make>
+inline void make_dx(Rows<const B>, const NormJob& job, const Strip& strip, int64_t row, int64_t col,
+                    Shape shape, const NormScratch<A>& scratch, Make&& make) {
+  char* const to = at(job.dx, strip, row, col);
+  B *const buffer = reinterpret_cast<B*>(scratch.out), *const zeros =
+                                                           reinterpret_cast<B*>(scratch.x);
+  const Rows<B> dx = place_of(job.dx, to, buffer, shape);
+  make(dx, load_base(job.base, at(job.base, strip, row, col), shape, zeros));
+  finish(job.dx, to, buffer, dx, shape);
+}
+
+template <NormGradient kKind, Vary kVary, class A>
+void differentiate_tile(const NormJob& job, const Strip& strip, int64_t row, int64_t col,
+                        Shape shape, const NormScratch<A>& p, bool direct, int64_t statistics_row) {
+  const auto with_dh = [&](auto x, auto dh) {
+    make_dx(x, job, strip, row, col, shape, p, [&](auto dx, auto base) {
+      with_mask(job.activation, [&](auto activation) {
+        gradient_tile<kKind, kVary, decltype(activation)>(dx, base, dh, x, p, statistics_row,
+                                                          A(job.count), shape);
+      });
+    });
+  };
+  with_operands<kVary>(job, strip, row, col, shape, p, direct, statistics_row, with_dh);
 }
 
 template <NormGradient kKind, class A>
 void gradient_of(const NormJob& job, int64_t begin, int64_t end, char* memory) {
   const NormScratch<A> scratch(job, memory);
+  const bool direct = are_bfloats(job);
   for_strips(job, begin, end, [&](const Strip& strip, bool fresh) {
     if (fresh) {
       spread_normal(scratch, job, strip);
@@ -175,23 +243,13 @@ void gradient_of(const NormJob& job, int64_t begin, int64_t end, char* memory) {
       }
     }
     for_tiles(job, strip, [&](int64_t row, int64_t col, Shape shape) {
-      const Rows<const A> x = source(job, strip, row, col, shape, scratch);
-      const Rows<const A> dh = load_dz(job, strip, row, col, shape, x, scratch);
-      const Rows<const A> base = load_base(job, strip, row, col, shape, scratch.x);
-      char* const to = at(job.dx, strip, row, col);
-      const Rows<A> dx = place_of(job.dx, to, scratch.out, shape);
-      with_mask(job.activation, [&](auto activation) {
-        using Activation = decltype(activation);
-        if (job.by_lane)
-          gradient_tile<kKind, Vary::kAll, Activation>(dx, base, dh, x, scratch, 0, A(job.count),
-                                                       shape);
-        else
-          gradient_tile<kKind, Vary::kNone, Activation>(dx, base, dh, x, scratch, row, A(job.count),
-                                                        shape);
-      });
-      if (dx.data == scratch.out) scatter_any(to, scratch.out, job.dx, shape);
+      if (job.by_lane)
+        differentiate_tile<kKind, Vary::kAll>(job, strip, row, col, shape, scratch, direct, 0);
+      else
+        differentiate_tile<kKind, Vary::kNone>(job, strip, row, col, shape, scratch, direct, row);
     });
   });
+  end_stream();
 }
 
 template <class A>
@@ -206,37 +264,49 @@ void gradient(const NormJob& job, int64_t begin, int64_t end, char* memory) {
   }
 }
 
-// Layer and RMS norm, row by row: g and xhat of a row wait in L1 for their means.
-template <class Activation, class A>
-void gradient_row(const NormJob& job, A* dx, const A* base, const A* dh, const A* x, A mean, A rstd,
-                  const NormScratch<A>& p, A* g, A* xhat) {
-  // Named here, for the compiler cannot know that no store changes `p` or `job`.
-  A *const first = p.first, *const second = p.second;
-  const A *const weight = p.weight, *const bias = p.bias;
+// Layer and RMS norm
+
+// A row's means of g and of g * xhat, and its share of the parameters' gradients.
+template <class Activation, class D, class X, class A>
+void sum_row(const D* dh, const X* x, int64_t r, const NormJob& job, NormScratch<A> p) {
+  const A mean = p.mean[r], rstd = p.rstd[r];
   const int64_t channels = job.channels;
-  REVK_INDEPENDENT
-  for (int64_t c = 0; c < channels; ++c) {
-    const ops::Normal<A> normal{mean, rstd, weight[c], bias[c]};
-    const A standard = normal.xhat(x[c]), dz = Activation::gradient(normal.z(standard), dh[c]);
-    xhat[c] = standard;
-    g[c] = dz * normal.weight;
-    first[c] += dz;
-    second[c] += dz * standard;
-  }
   double sum = 0.0, slope = 0.0;
   for (int64_t from = 0; from < channels; from += kNormTile) {
     alignas(64) A of_g[kPartials] = {}, of_gx[kPartials] = {};
-    in_partials(least(kNormTile, channels - from), [&](int64_t i, int64_t k) {
-      of_g[k] += g[from + i];
-      of_gx[k] += g[from + i] * xhat[from + i];
-    });
+    const auto element = [&](int64_t i, int64_t k) {
+      const int64_t c = from + i;
+      const ops::Normal<A> normal{mean, rstd, p.weight[c], p.bias[c]};
+      const A xhat = normal.xhat(A(widen(x[c])));
+      const A dz = Activation::gradient(normal.z(xhat), A(widen(dh[c]))), g = dz * normal.weight;
+      p.first[c] += dz;
+      p.second[c] += dz * xhat;
+      of_g[k] += g;
+      of_gx[k] += g * xhat;
+    };
+    in_partials(least(kNormTile, channels - from), element, x + from, dh + from);
     sum += double(total(of_g));
     slope += double(total(of_gx));
   }
-  const double n = double(channels);
-  const ops::RowGradient<A> gradient{rstd, job.has_mean ? A(sum / n) : A(0), A(slope / n)};
-  REVK_INDEPENDENT
-  for (int64_t c = 0; c < channels; ++c) dx[c] = base[c] + gradient(g[c], xhat[c]);
+  p.dbias[r] = job.has_mean ? A(sum / double(channels)) : A(0);
+  p.dweight[r] = A(slope / double(channels));
+}
+
+template <class Activation, class B, class D, class A>
+void gradient_row(B* dx, const B* base, const D* dh, const B* x, int64_t r, int64_t channels,
+                  NormScratch<A> p) {
+  const A mean = p.mean[r];
+  const ops::RowGradient<A> gradient{p.rstd[r], p.dbias[r], p.dweight[r]};
+  const auto chunk = [&](int64_t begin, int64_t end) {
+    REVK_INDEPENDENT
+    for (int64_t c = begin; c < end; ++c) {
+      const ops::Normal<A> normal{mean, gradient.rstd, p.weight[c], p.bias[c]};
+      const A xhat = normal.xhat(A(widen(x[c])));
+      const A dz = Activation::gradient(normal.z(xhat), A(widen(dh[c])));
+      dx[c] = narrow<B>(A(widen(base[c])) + gradient(dz * normal.weight, xhat));
+    }
+  };
+  in_chunks(channels, chunk, base);
 }
 
 template <class A>
@@ -244,6 +314,7 @@ void gradient_rows(const NormJob& job, int64_t begin, int64_t end, char* memory)
   const NormScratch<A> scratch(job, memory);
   spread(scratch.weight, job.weight, job, strip_at(job, 0, 0, 0));
   spread(scratch.bias, job.bias, job, strip_at(job, 0, 0, 0));
+  const bool direct = are_bfloats(job);
   const A *const means = static_cast<const A*>(job.mean), *const rstds =
                                                               static_cast<const A*>(job.rstd);
   for_blocks(job, begin, end, [&](int64_t, int64_t, int64_t block, int64_t from, int64_t to) {
@@ -252,27 +323,27 @@ void gradient_rows(const NormJob& job, int64_t begin, int64_t end, char* memory)
     for (int64_t unit = from; unit < to; ++unit) {
       const Strip strip = strip_at(job, 0, 0, unit);
       for_tiles(job, strip, [&](int64_t row, int64_t col, Shape shape) {
-        const Rows<const A> x = source(job, strip, row, col, shape, scratch);
         for (int64_t r = 0; r < shape.rows; ++r) {
           const int64_t place = strip.start[0] * job.statistics_step[0] +
                                 (strip.start[1] + row + r) * job.statistics_step[1];
           scratch.mean[r] = job.has_mean ? means[place] : A(0);
           scratch.rstd[r] = rstds[place];
         }
-        const Rows<const A> dh = differentiated<Vary::kWeights>(
-            job.activation, load(job.dh, at(job.dh, strip, row, col), shape, scratch.f, false), x,
-            scratch, 0, shape);
-        const Rows<const A> base = load_base(job, strip, row, col, shape, scratch.x);
-        char* const to_dx = at(job.dx, strip, row, col);
-        const Rows<A> dx = place_of(job.dx, to_dx, scratch.out, shape);
-        with_mask(job.activation, [&](auto activation) {
-          for (int64_t r = 0; r < shape.rows; ++r)
-            gradient_row<decltype(activation)>(
-                job, dx.data + r * dx.step, base.data + r * base.step, dh.data + r * dh.step,
-                x.data + r * x.step, scratch.mean[r], scratch.rstd[r], scratch, scratch.dbias,
-                scratch.dweight);
-        });
-        if (dx.data == scratch.out) scatter_any(to_dx, scratch.out, job.dx, shape);
+        // All rows' sums first, so that one row's need not wait for the end of another's.
+        const auto with_dh = [&](auto x, auto dh) {
+          make_dx(x, job, strip, row, col, shape, scratch, [&](auto dx, auto base) {
+            with_mask(job.activation, [&](auto activation) {
+              using Activation = decltype(activation);
+              for (int64_t r = 0; r < shape.rows; ++r)
+                sum_row<Activation>(dh.data + r * dh.step, x.data + r * x.step, r, job, scratch);
+              for (int64_t r = 0; r < shape.rows; ++r)
+                gradient_row<Activation>(dx.data + r * dx.step, base.data + r * base.step,
+                                         dh.data + r * dh.step, x.data + r * x.step, r,
+                                         job.channels, scratch);
+            });
+          });
+        };
+        with_operands<Vary::kWeights>(job, strip, row, col, shape, scratch, direct, 0, with_dh);
         unflushed += shape.rows;
         if (unflushed >= kNormFlush) {
           flush_lanes(scratch, job.channels);
@@ -283,6 +354,7 @@ void gradient_rows(const NormJob& job, int64_t begin, int64_t end, char* memory)
     flush_lanes(scratch, job.channels);
     store_block(job, strip_at(job, 0, 0, from), block, scratch);
   });
+  end_stream();
 }
 
 }  // namespace

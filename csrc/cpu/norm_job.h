@@ -20,16 +20,26 @@
 
 namespace revk::cpu {
 
-// Elements of a tile: its buffers stay in the L1 cache.
-constexpr int64_t kNormTile = 2048;
+// Elements of a tile: its buffers stay in the L1 cache. A shorter tile leaves memory idle for less
+// long while the arithmetic works on it; below this the tile's own cost counts.
+constexpr int64_t kNormTile = 1024;
+// The same where statistics are summed. A block's first tile gives the shift; the longer it is, the
+// less is lost in a channel that starts far out.
+constexpr int64_t kNormMeasured = 2048;
 // Elements of a strip and of a block, about.
 constexpr int64_t kNormStrip = 16 * 1024;
 constexpr int64_t kNormBlock = 64 * 1024;
 // Rows that are summed up in the compute type before they are added to a double.
 constexpr int64_t kNormFlush = 32;
 
+// Bytes of an output that is written past the caches. Whoever reads a smaller one may find it
+// there; of a larger one the caches keep too little to pay for reading each line before it is
+// overwritten.
+constexpr int64_t kNormStream = 16 << 20;
+
 struct NormOperand : Operand {
   int64_t instance_step;  // bytes
+  bool streams;           // an output that is written past the caches
 };
 
 enum class NormGradient : int32_t { kBatch, kConstant, kGroup };

@@ -10,16 +10,16 @@ namespace {
 // Statistics
 
 // A shift near the mean, from the first tile that a block sees of a channel.
-template <class A>
-void choose_shift(const NormJob& job, Rows<const A> s, int64_t row, Shape shape, A* shift) {
+template <class A, class X>
+void choose_shift(const NormJob& job, Rows<const X> s, int64_t row, Shape shape, A* shift) {
   if (!job.by_lane) {
     for (int64_t r = 0; r < shape.rows; ++r)
-      shift[row + r] = sum_of(s.data + r * s.step, shape.cols) / A(shape.cols);
+      shift[row + r] = sum_of<A>(s.data + r * s.step, shape.cols) / A(shape.cols);
     return;
   }
-  for (int64_t l = 0; l < shape.cols; ++l) shift[l] = s.data[l];
+  for (int64_t l = 0; l < shape.cols; ++l) shift[l] = A(widen(s.data[l]));
   for (int64_t r = 1; r < shape.rows; ++r)
-    for (int64_t l = 0; l < shape.cols; ++l) shift[l] += s.data[r * s.step + l];
+    for (int64_t l = 0; l < shape.cols; ++l) shift[l] += A(widen(s.data[r * s.step + l]));
   for (int64_t l = 0; l < shape.cols; ++l) shift[l] /= A(shape.rows);
 }
 
@@ -45,6 +45,30 @@ void finish_block(const NormJob& job, const Strip& strip, int64_t count,
   }
 }
 
+// Adds a tile to the sums: of each lane in the compute type, or of each row.
+template <class A, class X>
+void sum_tile(const NormJob& job, Rows<const X> s, int64_t row, Shape shape,
+              const NormScratch<A>& scratch) {
+  A *const first = scratch.first, *const second = scratch.second;
+  const A* const shift = scratch.shift;
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const X* const x = s.data + r * s.step;
+    if (!job.by_lane) {
+      sum_deviations(x, shape.cols, shift[row + r], scratch.sum[row + r], scratch.square[row + r]);
+      continue;
+    }
+    const auto chunk = [&](int64_t begin, int64_t end) {
+      REVK_INDEPENDENT
+      for (int64_t l = begin; l < end; ++l) {
+        const A deviation = A(widen(x[l])) - shift[l];
+        first[l] += deviation;
+        second[l] += deviation * deviation;
+      }
+    };
+    in_chunks(shape.cols, chunk, x);
+  }
+}
+
 template <class A>
 void measure(const NormJob& job, int64_t begin, int64_t end, char* memory) {
   const NormScratch<A> scratch(job, memory);
@@ -58,27 +82,12 @@ void measure(const NormJob& job, int64_t begin, int64_t end, char* memory) {
                for (int64_t unit = from; unit < to; ++unit) {
                  const Strip strip = strip_at(job, instance, split, unit);
                  for_tiles(job, strip, [&](int64_t row, int64_t col, Shape shape) {
-                   const Rows<const A> s = source(job, strip, row, col, shape, scratch);
                    const bool is_first = unit == from && (job.by_lane ? row : col) == 0;
-                   if (is_first) choose_shift(job, s, row, shape, scratch.shift);
-                   if (!job.by_lane) {
-                     for (int64_t r = 0; r < shape.rows; ++r)
-                       sum_deviations(s.data + r * s.step, shape.cols, scratch.shift[row + r],
-                                      scratch.sum[row + r], scratch.square[row + r]);
-                     return;
-                   }
-                   for (int64_t r = 0; r < shape.rows; ++r) {
-                     const A* const x = s.data + r * s.step;
-                     A *const first = scratch.first, *const second = scratch.second;
-                     const A* const shift = scratch.shift;
-                     REVK_INDEPENDENT
-                     for (int64_t l = 0; l < shape.cols; ++l) {
-                       const A deviation = x[l] - shift[l];
-                       first[l] += deviation;
-                       second[l] += deviation * deviation;
-                     }
-                   }
-                   unflushed += shape.rows;
+                   with_source(job, strip, row, col, shape, scratch, [&](auto s) {
+                     if (is_first) choose_shift(job, s, row, shape, scratch.shift);
+                     sum_tile(job, s, row, shape, scratch);
+                   });
+                   unflushed += job.by_lane ? shape.rows : 0;
                    if (unflushed >= kNormFlush) {
                      flush(scratch.sum, scratch.first, shape.cols);
                      flush(scratch.square, scratch.second, shape.cols);
@@ -96,23 +105,49 @@ void measure(const NormJob& job, int64_t begin, int64_t end, char* memory) {
                                     strip.start[job.by_lane ? 2 : 1];
                finish_block(job, strip, count, scratch, sums, sums + job.channels);
              });
+  end_stream();
 }
 
 // Application
 
-template <Vary kVary, class A>
-void normalise_tile(const NormJob& job, const Strip& strip, int64_t row, int64_t col, Shape shape,
-                    Rows<const A> x, const NormScratch<A>& p, int64_t statistics_row) {
-  char* const to = at(job.h, strip, row, col);
-  const bool direct = usable_in_place<A>(job.h);
-  const Rows<A> h = direct ? Rows<A>{reinterpret_cast<A*>(to), job.h.step[1] / int64_t(sizeof(A))}
-                           : Rows<A>{p.out, shape.cols};
-  if (job.activation == REVK_RELU)
+// h's tile, its elements being H.
+template <Vary kVary, class H, class X, class A>
+void normalise_as(const NormJob& job, char* to, H* buffer, Shape shape, Rows<const X> x,
+                  const NormScratch<A>& p, int64_t statistics_row, Upcoming upcoming) {
+  const Rows<H> h = place_of(job.h, to, buffer, shape);
+  if (job.activation == REVK_RELU) {
     normalise<kVary, ops::Relu>(h, x, p, statistics_row, shape);
-  else
+  } else if (job.activation == REVK_IDENTITY) {
     normalise<kVary, ops::Identity>(h, x, p, statistics_row, shape);
-  if (is_transcendental(job.activation)) activate(job.activation, h, shape);
-  if (!direct) scatter_any(to, p.out, job.h, shape);
+  } else {
+    const Rows<A> z{p.z, shape.cols};
+    normalise<kVary, ops::Identity>(z, x, p, statistics_row, shape);
+    with_transcendental(job.activation, [&](auto activation) {
+      if constexpr (sizeof(H) == sizeof(A)) {
+        activate_rows<decltype(activation)>(h, p.z, shape, upcoming);
+      } else {
+        activate_rows<decltype(activation)>(z, p.z, shape, upcoming);
+        for (int64_t r = 0; r < shape.rows; ++r)
+          narrow_row(h.data + r * h.step, p.z + r * shape.cols, shape.cols);
+      }
+    });
+  }
+  finish(job.h, to, buffer, h, shape);
+}
+
+template <Vary kVary, class X, class A>
+void normalise_tile(const NormJob& job, const Strip& strip, int64_t row, int64_t col, Shape shape,
+                    Rows<const X> x, const NormScratch<A>& p, int64_t statistics_row) {
+  char* const to = at(job.h, strip, row, col);
+  Upcoming upcoming;
+  upcoming.add(job.coupling == 0 ? job.s : job.x, strip, row, col, shape);
+  if (job.coupling != 0) upcoming.add(job.f, strip, row, col, shape);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (lies_as<bfloat16>(job.h))
+      return normalise_as<kVary>(job, to, reinterpret_cast<bfloat16*>(p.out), shape, x, p,
+                                 statistics_row, upcoming);
+  }
+  normalise_as<kVary>(job, to, p.out, shape, x, p, statistics_row, upcoming);
 }
 
 template <class A>
@@ -121,34 +156,39 @@ void apply(const NormJob& job, int64_t begin, int64_t end, char* memory) {
   for_strips(job, begin, end, [&](const Strip& strip, bool fresh) {
     if (fresh) spread_normal(scratch, job, strip);
     for_tiles(job, strip, [&](int64_t row, int64_t col, Shape shape) {
-      const Rows<const A> s = source(job, strip, row, col, shape, scratch);
-      if (job.by_lane)
-        normalise_tile<Vary::kAll>(job, strip, row, col, shape, s, scratch, 0);
-      else
-        normalise_tile<Vary::kNone>(job, strip, row, col, shape, s, scratch, row);
+      with_source(job, strip, row, col, shape, scratch, [&](auto s) {
+        if (job.by_lane)
+          normalise_tile<Vary::kAll>(job, strip, row, col, shape, s, scratch, 0);
+        else
+          normalise_tile<Vary::kNone>(job, strip, row, col, shape, s, scratch, row);
+      });
     });
   });
+  end_stream();
 }
 
 // Layer and RMS norm: a row has all that its statistics need, and is still in L1 when they are
 // known.
 
-template <class A>
-void measure_row(const NormJob& job, const A* x, A& mean, A& rstd) {
-  const double n = double(job.channels);
-  A shift = A(0);
-  if (job.has_mean)
-    shift = sum_of(x, least(job.channels, kNormTile)) / A(least(job.channels, kNormTile));
-  double sum = 0.0, square = 0.0;
-  for (int64_t c = 0; c < job.channels; c += kNormTile)
-    sum_deviations(x + c, least(kNormTile, job.channels - c), shift, sum, square);
-  if (!job.has_mean) {
-    rstd = A(1.0 / __builtin_sqrt(square / n + job.eps));
-    return;
+// Statistics of a tile's rows. Loop by loop over all rows, so that one row's sums need not wait for
+// the end of another's.
+template <class A, class X>
+void measure_rows(const NormJob& job, Rows<const X> s, Shape shape, const NormScratch<A>& to) {
+  const int64_t few = least(job.channels, kNormTile);
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    to.shift[r] = job.has_mean ? sum_of<A>(s.data + r * s.step, few) / A(few) : A(0);
+    to.sum[r] = to.square[r] = 0.0;
   }
-  const double off = sum / n, variance = square / n - off * off;
-  mean = A(double(shift) + off);
-  rstd = A(1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + job.eps));
+  for (int64_t r = 0; r < shape.rows; ++r)
+    for (int64_t c = 0; c < job.channels; c += kNormTile)
+      sum_deviations(s.data + r * s.step + c, least(kNormTile, job.channels - c), to.shift[r],
+                     to.sum[r], to.square[r]);
+  const double n = double(job.channels);
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const double off = job.has_mean ? to.sum[r] / n : 0.0, variance = to.square[r] / n - off * off;
+    to.mean[r] = A(double(to.shift[r]) + off);
+    to.rstd[r] = A(1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + job.eps));
+  }
 }
 
 template <class A>
@@ -160,29 +200,28 @@ void rows(const NormJob& job, int64_t begin, int64_t end, char* memory) {
     for (int64_t unit = from; unit < to; ++unit) {
       const Strip strip = strip_at(job, 0, 0, unit);
       for_tiles(job, strip, [&](int64_t row, int64_t col, Shape shape) {
-        const Rows<const A> s = source(job, strip, row, col, shape, scratch);
-        const int64_t first = strip.start[0] * job.statistics_step[0] +
-                              (strip.start[1] + row) * job.statistics_step[1];
         A* const means = static_cast<A*>(job.mean);
         A* const rstds = static_cast<A*>(job.rstd);
-        for (int64_t r = 0; r < shape.rows; ++r) {
-          const int64_t place = first + r * job.statistics_step[1];
-          A mean = A(0), rstd;
-          if (job.given) {
-            if (job.has_mean) mean = means[place];
-            rstd = rstds[place];
-          } else {
-            measure_row(job, s.data + r * s.step, mean, rstd);
-            if (job.has_mean) means[place] = mean;
-            rstds[place] = rstd;
+        const int64_t first = strip.start[0] * job.statistics_step[0] +
+                              (strip.start[1] + row) * job.statistics_step[1];
+        with_source(job, strip, row, col, shape, scratch, [&](auto s) {
+          if (!job.given) measure_rows(job, s, shape, scratch);
+          for (int64_t r = 0; r < shape.rows; ++r) {
+            const int64_t place = first + r * job.statistics_step[1];
+            if (job.given) {
+              scratch.mean[r] = job.has_mean ? means[place] : A(0);
+              scratch.rstd[r] = rstds[place];
+            } else {
+              if (job.has_mean) means[place] = scratch.mean[r];
+              rstds[place] = scratch.rstd[r];
+            }
           }
-          scratch.mean[r] = mean;
-          scratch.rstd[r] = rstd;
-        }
-        normalise_tile<Vary::kWeights>(job, strip, row, col, shape, s, scratch, 0);
+          normalise_tile<Vary::kWeights>(job, strip, row, col, shape, s, scratch, 0);
+        });
       });
     }
   });
+  end_stream();
 }
 
 }  // namespace

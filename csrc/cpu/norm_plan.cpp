@@ -129,6 +129,17 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
   cut(job, by_rows);
 }
 
+// Whether the loops write the output past the caches. Not where it is `also` an input: its lines
+// are in the cache already. Only what the loops write as it is, dense and not converted, comes in
+// rows that can be copied.
+bool streams(const NormJob& job, const NormOperand& output, const void* also) {
+  const int64_t item = item_size(output.dtype);
+  const bool as_it_is = output.dtype == (job.wide ? REVK_FLOAT64 : REVK_FLOAT32) ||
+                        (!job.wide && output.dtype == REVK_BFLOAT16);
+  return as_it_is && output.step[2] == item && output.data != also &&
+         job.instances * job.size[0] * job.size[1] * job.size[2] * item >= kNormStream;
+}
+
 NormJob start(const revk_norm& norm, int32_t compute_dtype) {
   NormJob job{};
   job.wide = compute_dtype == REVK_FLOAT64;
@@ -158,11 +169,14 @@ NormJob plan_measure(const NormActCall& call) {
   NormJob alone = start(call.norm, call.compute_dtype), job = alone;
   const Named source{&alone.s, &call.s};
   shape_job(alone, &source, 1, 0, call.norm);
+  alone.buffer = kNormMeasured;
   if (call.coupling == NormActCall::kNone) return alone;
   const Named operands[] = {{&job.s, &call.s}, {&job.x, &call.x}, {&job.f, &call.f}};
   shape_job(job, operands, 3, 0, call.norm);
   if (!walked_alike(alone, job)) return alone;
+  job.buffer = kNormMeasured;
   job.coupling = int32_t(call.coupling);
+  job.s.streams = streams(job, job.s, job.x.data);
   return job;
 }
 
@@ -172,6 +186,8 @@ NormJob plan_apply(const NormActCall& call, bool coupled) {
   const Named operands[] = {
       {&job.s, &call.s}, {&job.h, &call.h}, {&job.x, &call.x}, {&job.f, &call.f}};
   shape_job(job, operands, job.coupling == 0 ? 2 : 4, 0, call.norm);
+  job.h.streams = streams(job, job.h, nullptr);
+  job.s.streams = job.coupling != 0 && streams(job, job.s, job.x.data);
   return job;
 }
 
@@ -187,6 +203,7 @@ NormJob plan_gradient(const NormActBackwardCall& call) {
   const Named operands[] = {
       {&job.s, &call.x}, {&job.dh, &call.dh}, {&job.dx, &call.dx}, {&job.base, &call.base}};
   shape_job(job, operands, call.base.data == nullptr ? 3 : 4, 0, call.norm);
+  job.dx.streams = call.dh.data != call.dx.data && streams(job, job.dx, job.base.data);
   return job;
 }
 

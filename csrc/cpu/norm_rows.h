@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norm's forward and backward loops share, compiled once per instruction set: tiles of a
-// strip, sums of a row, parameters beside the lanes they belong to.
+// What the norm's forward and backward loops share, compiled once per instruction set: sums of a
+// row, parameters beside the lanes they belong to, activations.
 #pragma once
 
-#include "cpu/norm_job.h"
-#include "cpu/rows.h"
-#include "ops/coupling.h"
+#include "cpu/norm_operands.h"
 #include "ops/norm_act.h"
 
 namespace revk::cpu::REVK_ISA {
@@ -30,11 +28,12 @@ inline A total(A* partial) {
   return total_of<kPartials>(partial);
 }
 
-// body(i, k) for every i, k being its partial sum
-template <class Body>
-inline void in_partials(int64_t count, Body&& body) {
+// body(i, k) for every i, k being its partial sum. `rows` are those that come from memory.
+template <class Body, class... T>
+inline void in_partials(int64_t count, Body&& body, const T*... rows) {
   int64_t i = 0;
   for (; i + kPartials <= count; i += kPartials) {
+    (ask_ahead(rows + i, kPartials), ...);
     REVK_INDEPENDENT
     for (int64_t k = 0; k < kPartials; ++k) body(i + k, k);
   }
@@ -43,116 +42,26 @@ inline void in_partials(int64_t count, Body&& body) {
   for (int64_t k = 0; k < rest; ++k) body(i + k, k);
 }
 
-template <class A>
-inline A sum_of(const A* x, int64_t count) {
+template <class A, class X>
+inline A sum_of(const X* x, int64_t count) {
   alignas(64) A partial[kPartials] = {};
-  in_partials(count, [&](int64_t i, int64_t k) { partial[k] += x[i]; });
+  const auto element = [&](int64_t i, int64_t k) { partial[k] += A(widen(x[i])); };
+  in_partials(count, element, x);
   return total(partial);
 }
 
 // Sums of x - shift and of its square. With a shift near the mean neither loses digits.
-template <class A>
-inline void sum_deviations(const A* x, int64_t count, A shift, double& sum, double& square) {
+template <class A, class X>
+inline void sum_deviations(const X* x, int64_t count, A shift, double& sum, double& square) {
   alignas(64) A first[kPartials] = {}, second[kPartials] = {};
-  in_partials(count, [&](int64_t i, int64_t k) {
-    const A deviation = x[i] - shift;
+  const auto element = [&](int64_t i, int64_t k) {
+    const A deviation = A(widen(x[i])) - shift;
     first[k] += deviation;
     second[k] += deviation * deviation;
-  });
+  };
+  in_partials(count, element, x);
   sum += double(total(first));
   square += double(total(second));
-}
-
-inline char* at(const NormOperand& operand, const Strip& strip, int64_t row, int64_t col) {
-  return operand.data + strip.instance * operand.instance_step + strip.start[0] * operand.step[0] +
-         (strip.start[1] + row) * operand.step[1] + (strip.start[2] + col) * operand.step[2];
-}
-
-// body(row, col, shape) for every tile of a strip; row and col count from its start.
-template <class Body>
-inline void for_tiles(const NormJob& job, const Strip& strip, Body&& body) {
-  const int64_t cols = least(strip.cols, job.buffer), rows = job.buffer / cols;
-  for (int64_t row = 0; row < strip.rows; row += rows)
-    for (int64_t col = 0; col < strip.cols; col += cols)
-      body(row, col, Shape{least(rows, strip.rows - row), least(cols, strip.cols - col)});
-}
-
-// body(instance, split, block, begin, end) for blocks begin..end-1, with the units of each.
-template <class Body>
-inline void for_blocks(const NormJob& job, int64_t begin, int64_t end, Body&& body) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % job.blocks, part = task / job.blocks;
-    const int64_t from = block * job.block_units;
-    body(part / job.splits, part % job.splits, block, from,
-         least(from + job.block_units, job.units));
-  }
-}
-
-// body(strip, fresh) for strips begin..end-1, the last first: what was touched last in the pass
-// before may still be in the cache. `fresh`: the first of its instance and split.
-template <class Body>
-inline void for_strips(const NormJob& job, int64_t begin, int64_t end, Body&& body) {
-  int64_t last = -1;
-  for (int64_t task = end - 1; task >= begin; --task) {
-    const int64_t part = task / job.units;
-    body(strip_at(job, part / job.splits, part % job.splits, task % job.units), part != last);
-    last = part;
-  }
-}
-
-// x and f of bfloat16 to s of bfloat16, and what was stored back in float, in one loop: the way
-// through a buffer for each costs more than the arithmetic.
-template <class Op>
-inline void couple_bfloats(Op op, const NormJob& job, char* to, const char* x, const char* f,
-                           float* stored, Shape shape) {
-  for (int64_t r = 0; r < shape.rows; ++r, stored += shape.cols) {
-    bfloat16* const row = reinterpret_cast<bfloat16*>(to + r * job.s.step[1]);
-    const bfloat16* const from = reinterpret_cast<const bfloat16*>(x + r * job.x.step[1]);
-    const bfloat16* const branch = reinterpret_cast<const bfloat16*>(f + r * job.f.step[1]);
-    REVK_INDEPENDENT
-    for (int64_t c = 0; c < shape.cols; ++c) {
-      row[c] = narrow<bfloat16>(op(widen(from[c]), widen(branch[c])));
-      stored[c] = widen(row[c]);
-    }
-  }
-}
-
-inline bool is_dense_bfloat(const NormOperand& operand) {
-  return operand.dtype == REVK_BFLOAT16 && operand.step[2] == 2;
-}
-
-// s's tile made of x and f, written, and taken as it was stored.
-template <class A, class Op>
-inline Rows<const A> coupled(Op op, const NormJob& job, const Strip& strip, int64_t row,
-                             int64_t col, Shape shape, const NormScratch<A>& scratch) {
-  char* const to = at(job.s, strip, row, col);
-  const char *const from = at(job.x, strip, row, col), *const branch = at(job.f, strip, row, col);
-  if constexpr (sizeof(A) == sizeof(float)) {
-    if (is_dense_bfloat(job.s) && is_dense_bfloat(job.x) && is_dense_bfloat(job.f)) {
-      couple_bfloats(op, job, to, from, branch, scratch.s, shape);
-      return {scratch.s, shape.cols};
-    }
-  }
-  const Rows<const A> x = load(job.x, from, shape, scratch.x, false);
-  const Rows<const A> f = load(job.f, branch, shape, scratch.f, false);
-  const bool direct = usable_in_place<A>(job.s);
-  const Rows<A> sum = direct ? Rows<A>{reinterpret_cast<A*>(to), job.s.step[1] / int64_t(sizeof(A))}
-                             : Rows<A>{scratch.s, shape.cols};
-  combine(op, sum, x, f, shape);
-  if (!direct) {
-    scatter_any(to, scratch.s, job.s, shape);
-    if (job.s.dtype != kDtypeOf<A>) gather_any(scratch.s, to, job.s, shape);
-  }
-  return {sum.data, sum.step};
-}
-
-// The tile of what is normalised.
-template <class A>
-inline Rows<const A> source(const NormJob& job, const Strip& strip, int64_t row, int64_t col,
-                            Shape shape, const NormScratch<A>& scratch) {
-  if (job.coupling == 0) return load(job.s, at(job.s, strip, row, col), shape, scratch.s, false);
-  if (job.coupling == 1) return coupled(ops::Couple{}, job, strip, row, col, shape, scratch);
-  return coupled(ops::Uncouple{}, job, strip, row, col, shape, scratch);
 }
 
 // The parameters of a strip's channels, one beside each lane (or row): folded rows repeat them.
@@ -206,71 +115,68 @@ inline bool is_transcendental(int32_t activation) {
   return activation != REVK_IDENTITY && activation != REVK_RELU;
 }
 
-template <Vary kVary, class Activation, class A>
-void normalise(Rows<A> h, Rows<const A> x, const NormScratch<A>& p, int64_t row, Shape shape) {
+template <Vary kVary, class Activation, class H, class X, class A>
+void normalise(Rows<H> h, Rows<const X> x, const NormScratch<A>& p, int64_t row, Shape shape) {
+  const A *const mean = p.mean, *const rstd = p.rstd, *const weight = p.weight,
+                 *const bias = p.bias;
   for (int64_t r = 0; r < shape.rows; ++r) {
-    A* const to = h.data + r * h.step;
-    const A* const from = x.data + r * x.step;
-    if constexpr (kVary == Vary::kNone) {
-      const ops::Normal<A> normal{p.mean[row + r], p.rstd[row + r], p.weight[row + r],
-                                  p.bias[row + r]};
+    H* const to = h.data + r * h.step;
+    const X* const from = x.data + r * x.step;
+    const int64_t own = kVary == Vary::kAll ? 0 : row + r;  // of the row's own parameters
+    const int64_t weights = kVary == Vary::kNone ? own : 0;
+    const A row_mean = mean[own], row_rstd = rstd[own];
+    const A row_weight = weight[weights], row_bias = bias[weights];
+    const auto chunk = [&](int64_t begin, int64_t end) {
       REVK_INDEPENDENT
-      for (int64_t c = 0; c < shape.cols; ++c)
-        to[c] = Activation::value(normal.z(normal.xhat(from[c])));
-    } else {
-      const A *const mean = p.mean, *const rstd = p.rstd, *const weight = p.weight,
-                     *const bias = p.bias;
-      const A row_mean = mean[row + r], row_rstd = rstd[row + r];
-      REVK_INDEPENDENT
-      for (int64_t c = 0; c < shape.cols; ++c) {
+      for (int64_t c = begin; c < end; ++c) {
         const ops::Normal<A> normal{kVary == Vary::kAll ? mean[c] : row_mean,
-                                    kVary == Vary::kAll ? rstd[c] : row_rstd, weight[c], bias[c]};
-        to[c] = Activation::value(normal.z(normal.xhat(from[c])));
+                                    kVary == Vary::kAll ? rstd[c] : row_rstd,
+                                    kVary == Vary::kNone ? row_weight : weight[c],
+                                    kVary == Vary::kNone ? row_bias : bias[c]};
+        to[c] = narrow<H>(Activation::value(normal.z(normal.xhat(A(widen(from[c]))))));
       }
-    }
+    };
+    in_chunks(shape.cols, chunk, from);
   }
 }
 
+// Calls body with the activation, of those that have loops of their own.
+template <class Body>
+inline void with_transcendental(int32_t activation, Body&& body) {
+  if (activation == REVK_GELU) return body(ops::Gelu{});
+  if (activation == REVK_GELU_TANH) return body(ops::GeluTanh{});
+  body(ops::Silu{});
+}
+
+// These two are given and give the compute type: with a narrower type beside it, compilers take
+// twice as many elements at a time, and run out of registers.
+
+// h of a dense z, which may be h.
 template <class Activation, class A>
-void activate_rows(Rows<A> z, Shape shape) {
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    A* const row = z.data + r * z.step;
-    REVK_INDEPENDENT
-    for (int64_t c = 0; c < shape.cols; ++c) row[c] = Activation::value(row[c]);
+void activate_rows(Rows<A> h, const A* z, Shape shape, Upcoming upcoming) {
+  for (int64_t r = 0; r < shape.rows; ++r, z += shape.cols) {
+    A* const to = h.data + r * h.step;
+    const auto chunk = [&](int64_t begin, int64_t end) {
+      upcoming.ask(r, begin, end);
+      REVK_INDEPENDENT
+      for (int64_t c = begin; c < end; ++c) to[c] = Activation::value(z[c]);
+    };
+    in_chunks(shape.cols, chunk);
   }
-}
-
-template <class A>
-void activate(int32_t activation, Rows<A> z, Shape shape) {
-  if (activation == REVK_GELU) return activate_rows<ops::Gelu>(z, shape);
-  if (activation == REVK_GELU_TANH) return activate_rows<ops::GeluTanh>(z, shape);
-  return activate_rows<ops::Silu>(z, shape);
 }
 
 // z <- dz
 template <class Activation, class A>
-void differentiate_rows(A* z, Rows<const A> dh, Shape shape) {
+void differentiate_rows(A* z, Rows<const A> dh, Shape shape, Upcoming upcoming) {
   for (int64_t r = 0; r < shape.rows; ++r, z += shape.cols) {
     const A* const above = dh.data + r * dh.step;
-    REVK_INDEPENDENT
-    for (int64_t c = 0; c < shape.cols; ++c) z[c] = Activation::gradient(z[c], above[c]);
+    const auto chunk = [&](int64_t begin, int64_t end) {
+      upcoming.ask(r, begin, end);
+      REVK_INDEPENDENT
+      for (int64_t c = begin; c < end; ++c) z[c] = Activation::gradient(z[c], above[c]);
+    };
+    in_chunks(shape.cols, chunk);
   }
-}
-
-// What the backward loops take for dh: of a transcendental activation dz itself, made in scratch.z,
-// so that to them it is the identity.
-template <Vary kVary, class A>
-Rows<const A> differentiated(int32_t activation, Rows<const A> dh, Rows<const A> x,
-                             const NormScratch<A>& p, int64_t row, Shape shape) {
-  if (!is_transcendental(activation)) return dh;
-  normalise<kVary, ops::Identity>({p.z, shape.cols}, x, p, row, shape);
-  if (activation == REVK_GELU)
-    differentiate_rows<ops::Gelu>(p.z, dh, shape);
-  else if (activation == REVK_GELU_TANH)
-    differentiate_rows<ops::GeluTanh>(p.z, dh, shape);
-  else
-    differentiate_rows<ops::Silu>(p.z, dh, shape);
-  return {p.z, shape.cols};
 }
 
 // Calls body with what is left of the activation for the backward loops.

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -29,7 +29,33 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Dense rows
+
+// Asks for memory that loops along a row come to kAhead bytes later. By themselves they keep fewer
+// lines on their way than the memory could deliver: as many as fit, with the arithmetic on them,
+// between a load and the instructions that wait for it.
+constexpr int64_t kAhead = 2048, kLine = 64;
+
+template <class T>
+inline void ask_ahead(const T* row, int64_t count) {
+  const char* const ahead = reinterpret_cast<const char*>(row) + kAhead;
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kLine) __builtin_prefetch(ahead + i);
+}
+
+// body(begin, end) for a row's elements chunk by chunk, few enough for their lines to be asked for
+// at once. `rows` are those that come from memory.
+constexpr int64_t kChunk = 256;
+
+template <class Body, class... T>
+inline void in_chunks(int64_t count, Body&& body, const T*... rows) {
+  for (int64_t begin = 0; begin < count; begin += kChunk) {
+    const int64_t end = least(begin + kChunk, count);
+    (ask_ahead(rows + begin, end - begin), ...);
+    body(begin, end);
+  }
+}
 
 template <class A, class T>
 inline A widen_to(T value) {
@@ -183,13 +209,42 @@ inline void combine(Op op, Rows<A> out, Rows<const A> x, Rows<const A> f, Shape 
     A* const to = out.data + r * out.step;
     const A* const from = x.data + r * x.step;
     const A* const branch = f.data + r * f.step;
-    // `to` is `from` itself or apart from it.
-    REVK_INDEPENDENT
-    for (int64_t c = 0; c < shape.cols; ++c) to[c] = op(from[c], branch[c]);
+    const auto chunk = [&](int64_t begin, int64_t end) {
+      // `to` is `from` itself or apart from it.
+      REVK_INDEPENDENT
+      for (int64_t c = begin; c < end; ++c) to[c] = op(from[c], branch[c]);
+    };
+    in_chunks(shape.cols, chunk, from, branch);
   }
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+// Copies bytes of L1 past the caches: no line is read before it is overwritten. Whoever has
+// streamed calls end_stream() before others may read.
+inline void stream_row(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+  const int64_t head = least(-reinterpret_cast<intptr_t>(to) & (kLine - 1), bytes);
+  __builtin_memcpy(to, from, size_t(head));
+  int64_t i = head;
+  for (; i + kLine <= bytes; i += kLine) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#else
+    for (int64_t k = i; k < i + kLine; k += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + k),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)));
+#endif
+  }
+  __builtin_memcpy(to + i, from + i, size_t(bytes - i));
+#else
+  __builtin_memcpy(to, from, size_t(bytes));
+#endif
+}
+
+inline void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 }  // namespace
 }  // namespace revk::cpu::REVK_ISA
