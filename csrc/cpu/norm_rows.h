@@ -10,7 +10,8 @@ namespace revk::cpu::REVK_ISA {
 namespace {
 
 // Partial sums of a row: how many there are is part of the result, so it is the same everywhere.
-constexpr int kPartials = 64;
+// Short rows pay for adding them up.
+constexpr int kPartials = 32;
 
 template <int kWidth, class A>
 inline A total_of(A* partial) {
