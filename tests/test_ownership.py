@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from revkernels.autograd import ownership  # noqa: E402
+from revkernels.autograd import accumulate, ownership  # noqa: E402
 from revkernels.nn import ReversibleBlock, ReversibleSequential  # noqa: E402
 from revkernels.reference import backend as kernels  # noqa: E402
 
@@ -131,3 +131,20 @@ def test_in_place_also_after_an_error_of_torch_compile():
     assert done.returncode == 0, done.stderr
     count, expected = done.stdout.split()
     assert count == expected
+
+
+def test_a_free_gradient_is_learnt_on_the_host(monkeypatch):
+    """Whatever torch's default device is: another device has a thread of its own, where nothing would be learnt."""
+    monkeypatch.setattr(accumulate, "_free", {})
+    devices = []
+    apply = accumulate._Twin.apply
+
+    def watched(s):
+        devices.append(s.device.type)
+        return apply(s)
+
+    monkeypatch.setattr(accumulate._Twin, "apply", watched)
+    with torch.device("meta"):
+        accumulate.prepare()
+    assert devices == ["cpu"]
+    assert [len(counts) for counts in accumulate._free.values()] == [3]

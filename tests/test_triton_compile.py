@@ -237,6 +237,15 @@ def test_accumulate_lists(compiler, tmp_path, target, dtypes):
     assert faults(compiled, tmp_path, stream, branch, masked=True) == []
 
 
+@pytest.mark.parametrize("dtypes", [(F16, BF16), (BF16, F16)], ids=["float16+bfloat16", "bfloat16+float16"])
+def test_two_half_types_meet_in_float32(compiler, dtypes):
+    """Neither holds the other's numbers, so that no sum may be one of a half type, as LLVM once made it."""
+    total, part = (torch.zeros(64, 1000, dtype=dtype) for dtype in dtypes)
+    for compiled in (compiler("sm_90", [total, total, part, part]), compiler.list("sm_90", [(total, part)] * 2)):
+        sums = re.findall(r"\b(?:add|sub)\.[\w.]*f(?:16|32)\w*", compiled.asm["ptx"])
+        assert sums and all("f32" in one for one in sums), sums
+
+
 def test_lists_of_other_sizes_reuse_the_kernel(compiler):
     pairs = [(zeros(F32, 4096), zeros(F32, 4096)), (zeros(F32, 16), zeros(F32, 16))]
     others = [(zeros(F32, 1), zeros(F32, 1)), (zeros(F32, 77), zeros(F32, 77)), (zeros(F32, 32), zeros(F32, 32))]

@@ -162,7 +162,11 @@ def test_machine_code(compiler, tmp_path, target, dtypes, case):
         for name, compiled in compiler(target, call).items():
             seen.add(name)
             assert faults(name, compiled, tmp_path, CASES[case][1], len(set(DTYPES[dtypes])) > 1) == [], name
-    by_rows = {"wide rows": "wide_rows_kernel", "widest rows": "rows_kernel"}
+    # A tile of float64 does not hold them.
+    by_rows = {
+        "wide rows": "wide_rows_kernel",
+        "widest rows": "wide_rows_kernel" if "float64" in dtypes else "rows_kernel",
+    }
     expected = {"batch": "statistics_kernel", "group": "merge_moments_kernel"}
     assert by_rows.get(case, expected.get(CASES[case][0], "rows_gradient_kernel")) in seen
 

@@ -59,7 +59,8 @@ def prepare() -> None:
         return
     with _lock, torch.inference_mode(False), torch.enable_grad():
         seen: list[ownership.Counts] = []
-        first, second = _Twin.apply(torch.zeros(2, requires_grad=True))
+        # On the host whatever torch's default device is: a device has a thread of its own, which learns nothing.
+        first, second = _Twin.apply(torch.zeros(2, device="cpu", requires_grad=True))
         _learning.seen = seen
         try:
             (first * 2 + second * 3).sum().backward()

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from revkernels.triton_kernels.arithmetic import narrow
+from revkernels.triton_kernels.arithmetic import narrow, widen
 
 
 @triton.jit
@@ -27,5 +27,5 @@ def accumulate_kernel(totals, parts, counts, PAIRS: tl.constexpr, WIDE: tl.const
     for MASKED in tl.static_range(2):  # as in couple_kernel: a full tile needs no mask
         if (start + COLS <= count) == (MASKED == 0):
             inside = at < count if MASKED else tl.full((COLS,), True, tl.int1)
-            total = tl.load(total_ptr + at, inside).to(WIDE) + tl.load(part_ptr + at, inside).to(WIDE)
+            total = widen(tl.load(total_ptr + at, inside), WIDE) + widen(tl.load(part_ptr + at, inside), WIDE)
             tl.store(total_ptr + at, narrow(total, total_ptr.dtype.element_ty), inside)

@@ -8,6 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
+def widen(value, dtype: tl.constexpr):
+    """The same number in a wider type. A bfloat16 becomes a float32 by its bits: between an extension from bfloat16 and
+    a rounding to float16 LLVM makes the sum itself one of float16, which has not bfloat16's range."""
+    if value.dtype == tl.bfloat16:
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
 def narrow(value, dtype: tl.constexpr):
     """Round once, to nearest even. A half type is reached from float64 through an odd float32, which makes the second
     rounding safe (Boldo and Melquiond 2008); Triton's own cast goes through the nearest float32 and rounds twice."""

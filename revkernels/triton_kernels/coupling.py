@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from revkernels.triton_kernels.arithmetic import bits_of, magnitude_bits, narrow, round_half_even
+from revkernels.triton_kernels.arithmetic import bits_of, magnitude_bits, narrow, round_half_even, widen
 
 
 @triton.jit
@@ -67,13 +67,13 @@ def couple_kernel(
                 inside = (row < rows) & (col < cols) if RANK > 1 else col < cols
             else:
                 inside = tl.full((ROWS, COLS) if RANK > 1 else (COLS,), True, tl.int1)
-            x = tl.load(x_ptr + place(x_strides, row, col, period, RANK), inside).to(WIDE)
-            f = tl.load(f_ptr + place(f_strides, row, col, period, RANK), inside).to(WIDE)
+            x = widen(tl.load(x_ptr + place(x_strides, row, col, period, RANK), inside), WIDE)
+            f = widen(tl.load(f_ptr + place(f_strides, row, col, period, RANK), inside), WIDE)
             if dy_ptr is not None:
                 dy_at = dy_ptr + place(dy_strides, row, col, period, RANK)
                 df_at = df_ptr + place(df_strides, row, col, period, RANK)
-                dy = tl.load(dy_at, inside).to(WIDE_GRADIENT) + tl.load(df_at, inside).to(WIDE_GRADIENT)
-                tl.store(dy_at, narrow(dy, dy_ptr.dtype.element_ty), inside)
+                dy, df = widen(tl.load(dy_at, inside), WIDE_GRADIENT), widen(tl.load(df_at, inside), WIDE_GRADIENT)
+                tl.store(dy_at, narrow(dy + df, dy_ptr.dtype.element_ty), inside)
 
             if channel_ptr is not None:
                 scale = load_scale(channel_ptr, channel_strides, row, col, rows, period, inside, CHANNEL_VARIES, RANK)

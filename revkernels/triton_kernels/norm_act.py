@@ -177,7 +177,7 @@ def apply_kernel(
         known = channel < channels if KIND == "batch" or KIND == "group" else position < positions
         _, _, z = normalise(x, mean_ptr, rstd_ptr, at, known, weight, bias, WIDE)
         h = narrow(activate(z, ACTIVATION), h_ptr.dtype.element_ty)
-        tl.store(h_ptr + place(h_strides, sample, row, position, channel, MINORS[3], UNIT), h, inside)
+        tl.store(h_ptr + place(h_strides, sample, row, position, channel, MINORS, 3, UNIT), h, inside)
         row, tile = step(row, tile, in_row)
 
 
@@ -217,7 +217,7 @@ def rows_kernel(
         rstd = inverse_root(variance + eps)
         tl.store(rstd_ptr + at, rstd, position < positions)
         h = narrow(activate(apart * rstd * weight + bias, ACTIVATION), h_ptr.dtype.element_ty)
-        tl.store(h_ptr + place(h_strides, sample, row, position, channel, MINORS[3], UNIT), h, inside)
+        tl.store(h_ptr + place(h_strides, sample, row, position, channel, MINORS, 3, UNIT), h, inside)
         row, tile = step(row, tile, in_row)
 
 

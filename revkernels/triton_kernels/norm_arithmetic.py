@@ -10,7 +10,7 @@ mean 0. Integers that vary from array to array come as 4n + 2, for which Triton 
 import triton
 import triton.language as tl
 
-from revkernels.triton_kernels.arithmetic import narrow
+from revkernels.triton_kernels.arithmetic import narrow, widen
 
 
 @triton.jit
@@ -33,7 +33,8 @@ def inverse_root(value):
 
 @triton.jit
 def _exp_of_sum(high, low):
-    """exp(high + low) for high <= 0 and |low| <= 0.06; exactly 0 where it is below the smallest subnormal.
+    """exp(high + low) for high <= 0 and |low| <= 0.06; 0 where it is below the smallest subnormal, which in float32 on
+    NVIDIA's hardware is the smallest normal number.
 
     Triton's own float32 exp is 2^(u log2(e)) with one rounding in between, whose error grows with u. Taking whole
     powers of 2 off first, their logarithm in two parts of which the first is short enough for exact multiples, leaves
@@ -172,15 +173,19 @@ def double(bits):
 
 
 @triton.jit
-def place(strides, sample, row, position, channel, MINOR: tl.constexpr, UNIT: tl.constexpr):
-    """Where elements lie, in 64 bits. ``strides`` are those of sample, row, position and channel in units of UNIT,
-    apart from that of MINOR ("position", "channel" or "none"), which is 1."""
+def place(strides, sample, row, position, channel, MINORS: tl.constexpr, OPERAND: tl.constexpr, UNIT: tl.constexpr):
+    """Where elements of one of the operands lie, in 64 bits. ``strides`` are those of sample, row, position and channel
+    in units of UNIT, apart from that of MINORS[OPERAND] ("position", "channel" or "none"), which is 1.
+
+    The tuple is indexed here and not by the caller, for what comes out of it is a str to Triton 3.6, which no function
+    takes.
+    """
     at = sample * (number(strides[0]).to(tl.int64) * UNIT) + row * (number(strides[1]).to(tl.int64) * UNIT)
-    if MINOR == "position":
+    if MINORS[OPERAND] == "position":
         at += position
     else:
         at += position * (number(strides[2]).to(tl.int64) * UNIT)
-    if MINOR == "channel":
+    if MINORS[OPERAND] == "channel":
         return at + channel
     else:
         return at + channel * (number(strides[3]).to(tl.int64) * UNIT)
@@ -192,7 +197,7 @@ def load_or(ptr, at, inside, OTHERWISE: tl.constexpr, WIDE: tl.constexpr):
     if ptr is None:
         return tl.full((1, 1), OTHERWISE, WIDE)
     else:
-        return tl.load(ptr + at, inside, 0.0).to(WIDE)
+        return widen(tl.load(ptr + at, inside, 0.0), WIDE)
 
 
 @triton.jit
@@ -201,12 +206,13 @@ def read_stream(
     SUBTRACT: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """x of one tile, widened. With f: x + f (x - f) is stored in ``out``, and read as it was stored."""
-    x = tl.load(x_ptr + place(x_strides, sample, row, position, channel, MINORS[0], UNIT), inside, 0.0)
+    x = tl.load(x_ptr + place(x_strides, sample, row, position, channel, MINORS, 0, UNIT), inside, 0.0)
     if f_ptr is not None:
-        f = tl.load(f_ptr + place(f_strides, sample, row, position, channel, MINORS[2], UNIT), inside, 0.0).to(WIDE)
-        x = narrow(x.to(WIDE) - f if SUBTRACT else x.to(WIDE) + f, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + place(out_strides, sample, row, position, channel, MINORS[1], UNIT), x, inside)
-    return x.to(WIDE)
+        f = tl.load(f_ptr + place(f_strides, sample, row, position, channel, MINORS, 2, UNIT), inside, 0.0)
+        x, f = widen(x, WIDE), widen(f, WIDE)
+        x = narrow(x - f if SUBTRACT else x + f, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place(out_strides, sample, row, position, channel, MINORS, 1, UNIT), x, inside)
+    return widen(x, WIDE)
 
 
 @triton.jit

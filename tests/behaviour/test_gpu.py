@@ -338,8 +338,12 @@ def test_on_another_device_than_the_current_one(device, options):
     assert all(t.device == device for t in (*got.outputs, *got.inputs, *got.parameters.values()))
 
 
-def test_chains_on_every_device_in_one_graph(options):
-    """Row 30: a tensor goes through a chain on the host and on each GPU, and back; generators are told apart."""
+def test_chains_on_every_device_in_one_graph(options, monkeypatch):
+    """Row 30: a tensor goes through a chain on the host and on each GPU, and back; generators are told apart.
+
+    Each device has its own default backend: one that was named would be asked for on all of them.
+    """
+    monkeypatch.delenv("REVKERNELS_BACKEND", raising=False)
     results = []
     pairs = []
     for device in DEVICES:
