@@ -76,8 +76,8 @@ def norm_act_backward(
             gradient = scale * dz
         else:
             n = count or over.size
-            mixed = (xhat * over.parameter(dweight)).add_(over.parameter(dbias)).div_(n)
-            gradient = (dz - mixed).mul_(scale)
+            level, slope = (over.parameter(total / n) for total in (dbias, dweight))
+            gradient = (dz - level).sub_(xhat * slope).mul_(scale)
     else:
         g = dz if weight is None else dz * weight
         slope = (g * xhat).mean(over.together, keepdim=True)

@@ -18,16 +18,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("coupling", "accumulate", "norm_act", "norm_act_backward")
-# 16-byte loads and stores of the norms' kernels on packets of float32, which are two words; half as many of float64.
-# A team whose channels do not fit reads them again, which is a second or third copy of the loads. Stores are those of
-# h or dx, and of the coupling's result.
-NORM_WORDS = {
-    "norm_moments": (2 * 3, 2),
-    "norm_apply": (2 * 3, 2 * 2),
-    "norm_teams": (2 * (3 + 2), 2 * 2),
-    "norm_gradient_sums": (2 * 2, 0),
-    "norm_gradient": (2 * 3, 2),
-    "norm_gradient_teams": (2 * (3 + 2), 2),
+# Kernels of the norms: how many there are of each. Those that go element by element have variants for packets of the
+# types of training, which are float32 or a half type for the stream, and that or a half type for the branch; and for
+# single elements, float64 and other pairs. The teams' have one for each number of packets that a thread keeps.
+NORMS = {
+    "norm_moments": 16,
+    "norm_apply": 18,
+    "norm_teams": 12,
+    "norm_gradient_sums": 9,
+    "norm_gradient": 9,
+    "norm_gradient_teams": 12,
 }
 SIZES = {"double": 8, "float": 4, "bfloat16": 2, "float16": 2}
 ARCHS = ["80", "90", pytest.param("100", marks=pytest.mark.slow)]
@@ -116,10 +116,7 @@ def disassembled(kernels):
 
 
 def test_every_kernel_is_compiled(kernels):
-    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types.
-
-    Norms know their compute type alone, and whether they go by packets.
-    """
+    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types."""
     count = Counter(kernel.template()[0] for kernel in kernels)
     assert count == {
         "couple_packets": 2 * 2 * 16,
@@ -127,7 +124,7 @@ def test_every_kernel_is_compiled(kernels):
         "accumulate_shares": 16,
         "couple_strided": 2 * 2 * 2,
         "reverse_strided": 2 * 2,
-        **dict.fromkeys(NORM_WORDS, 2 * 2),
+        **NORMS,
         "norm_finish_statistics": 2,
         "norm_finish_sums": 2,
     }
@@ -139,11 +136,17 @@ def test_nothing_spills(kernels):
 
 
 def test_registers_leave_room(kernels):
-    """Blocks of 256 threads: 64 registers let four run on a multiprocessor, 128 two, for float64 and norms."""
+    """Blocks of 256 threads: 64 registers let four run on a multiprocessor, 128 two, for float64 and norms.
+
+    Gradients of a norm over channels have one: they keep several packets of x, of dh and of the sums.
+    """
     for kernel in kernels:
         wide = "double" in kernel.name
         plain = "Extras" not in kernel.name and not kernel.name.startswith("norm_")
-        assert kernel.registers <= (64 if plain and not wide else 128), f"{kernel.name}: {kernel.registers}"
+        most = 64 if plain and not wide else 128
+        if re.match(r"norm_gradient_teams<.*, [23]>", kernel.name):
+            most = 255
+        assert kernel.registers <= most, f"{kernel.name}: {kernel.registers}"
 
 
 def test_no_local_memory_instructions(disassembled):
@@ -171,17 +174,40 @@ def test_packets_move_in_16_byte_accesses(disassembled):
     assert checked == 2 * 2 * 16 + 2 * 16 + 16
 
 
+def norm_accesses(stem, compute, *types):
+    """16-byte loads and stores of one kernel: those of as many packets as a thread takes at a time."""
+    of_any = 1 if compute == "double" else 2
+    words = {"None": 0, "Any": of_any, "float": 2, "bfloat16": 1, "float16": 1}
+    if stem.endswith("teams"):
+        kept = int(types[0])
+        if kept:  # x and f; x, dh and base
+            return (3 * of_any * kept, of_any * kept) if "gradient" in stem else (2 * of_any * kept, 2 * of_any * kept)
+        # What does not stay in registers is read again, which is a second or third copy of the loads.
+        return ((3 + 2) * of_any, of_any) if "gradient" in stem else ((2 + 2) * of_any, 2 * of_any)
+    x, y, h = (words[name] for name in (*types, "None")[:3])
+    read = {"norm_moments": x + y, "norm_apply": x + y, "norm_gradient_sums": x + y, "norm_gradient": 2 * x + y}[stem]
+    coupled = x if types[1] != "None" else 0
+    written = {"norm_moments": coupled, "norm_apply": h + coupled, "norm_gradient_sums": 0, "norm_gradient": x}[stem]
+    operands = (types[0], types[0], types[1]) if stem == "norm_gradient" else types[:2]
+    bytes_kept = sum(40 if name == "Any" else 16 * words[name] for name in operands)
+    packets = 4 if bytes_kept <= 16 else 2 if bytes_kept <= 64 else 1
+    return packets * read, packets * written
+
+
 def test_norms_move_in_16_byte_accesses(disassembled):
+    """Each operand is read once, each result written once."""
     checked = 0
     for kernel in disassembled:
-        stem, arguments = kernel.template()
-        if stem not in NORM_WORDS or arguments[1] == "1":
+        stem, (compute, packet, *types) = kernel.template()[0], [*kernel.template()[1], "", ""][:5]
+        if stem not in NORMS or packet == "1":
             continue
-        words = tuple(count // (2 if arguments[0] == "double" else 1) for count in NORM_WORDS[stem])
         counted = tuple(kernel.wide_accesses(access) for access in ("LDG", "STG"))
-        assert counted == words, f"{kernel.name}: {counted}, needs {words}"
+        expected = norm_accesses(stem, compute, *filter(None, types))
+        # ptxas may clone a load whose width depends on a type that is not known.
+        exact = counted == expected or ("Any" in types and counted[0] >= expected[0] and counted[1] == expected[1])
+        assert exact, f"{kernel.name}: {counted}, needs {expected}"
         checked += 1
-    assert checked == 2 * len(NORM_WORDS)
+    assert checked == 12 + 14 + 8 + 7 + 7 + 8
 
 
 def test_nothing_is_contracted(disassembled):

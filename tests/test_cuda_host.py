@@ -118,8 +118,23 @@ NORM_FAULTS = [
         "(plan.units / plan.lanes",
         *FORWARD,
     ),
+    Fault("norm: one line of a slice", "norm_act_slices.cuh", "(wraps ? fields[k]->wrap : 0)", "0", *BACKWARD),
+    Fault("norm: one packet's loads", "norm_act_slices.cuh", "load(u, at[u]);", "load(u, at[0]);", *FORWARD),
     Fault(
-        "norm: one line of a slice", "norm_act_slices.cuh", "place.first_outer + line,", "place.first_outer,", *BACKWARD
+        "norm: a slice past the last",
+        "norm_act_slices.cuh",
+        "gridDim.x - 1 - blockIdx.x",
+        "(gridDim.x - blockIdx.x) % gridDim.x / 2",
+        *FORWARD,
+    ),
+    Fault("norm: packets kept twice", "norm_act_teams.cuh", "body(j, first + j * span);", "body(j, first);", *FORWARD),
+    Fault(
+        "norm: sums of the first packet alone",
+        "norm_act_teams.cuh",
+        "(plan.lanes.x() + j * plan.lanes.xs()) * kSize",
+        "plan.lanes.x() * kSize",
+        "norm_act_backward",
+        ("norm_act_backward",),  # the brief one has no such sums
     ),
     Fault("norm: no barrier in sums", "norm_act_slices.cuh", "/= fold;\n    __syncthreads();", "/= fold;", *FORWARD),
     Fault("norm: sums past the lanes", "norm_act_slices.cuh", "m < fold; ++m", "m <= fold; ++m", *BACKWARD),
@@ -130,7 +145,7 @@ NORM_FAULTS = [
     Fault("norm: slices of one weight", "norm_act_finish.cuh", "count * away * away", "away * away", *FORWARD),
     Fault("norm: biased running variance", "norm_act_finish.cuh", "to.count - 1.0 :", "to.count :", *FORWARD),
     Fault("norm: means without weight", "norm_act_finish.cuh", "by * sums[1]", "sums[1]", *BACKWARD),
-    Fault("norm: one channel's weight", "norm_act_element.cuh", "rows ? c + e : c;", "c;", *FORWARD),
+    Fault("norm: one channel's weight", "norm_act_element.cuh", "[rows ? c + e : c]", "[c]", *FORWARD),
     Fault("norm: one element's statistics", "norm_act_element.cuh", "shared || e == 0", "true", *FORWARD),
     Fault(
         "norm: h from what was not stored",

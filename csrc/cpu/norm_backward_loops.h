@@ -150,11 +150,11 @@ void gradient_sums(const NormJob& job, int64_t begin, int64_t end, char* memory)
 
 // dx
 
-// In these loops p.dweight and p.dbias are a batch norm's sums, or a group norm's means of g * xhat
-// and of g; p.shift is the batch norm's factor, weight * rstd.
+// In these loops p.dweight and p.dbias are the means of g * xhat and of g, where g is dz, of a
+// group norm dz * weight; p.shift is the batch norm's factor, weight * rstd.
 template <NormGradient kKind, Vary kVary, class Activation, class B, class D, class A>
 void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const B> x,
-                   NormScratch<A> p, int64_t row, A count, Shape shape) {
+                   NormScratch<A> p, int64_t row, Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
     B* const to = dx.data + r * dx.step;
     const B *const from = x.data + r * x.step, *const before = base.data + r * base.step;
@@ -165,11 +165,12 @@ void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const 
       const A dz = Activation::gradient(normal.z(xhat), A(widen(above[c])));
       A gradient;
       if constexpr (kKind == NormGradient::kBatch)
-        gradient = ops::BatchGradient<A>{p.shift[i], p.dweight[i], p.dbias[i], count}(dz, xhat);
+        gradient = ops::MeansGradient<A>{p.shift[i], p.dbias[i], p.dweight[i]}(dz, xhat);
       else if constexpr (kKind == NormGradient::kConstant)
         gradient = p.shift[i] * dz;
       else
-        gradient = ops::RowGradient<A>{p.rstd[i], p.dbias[i], p.dweight[i]}(dz * p.weight[i], xhat);
+        gradient =
+            ops::MeansGradient<A>{p.rstd[i], p.dbias[i], p.dweight[i]}(dz * p.weight[i], xhat);
       to[c] = narrow<B>(A(widen(before[c])) + gradient);
     };
     const auto chunk = [&](int64_t begin, int64_t end) {
@@ -219,7 +220,7 @@ void differentiate_tile(const NormJob& job, const Strip& strip, int64_t row, int
     make_dx(x, job, strip, row, col, shape, p, [&](auto dx, auto base) {
       with_mask(job.activation, [&](auto activation) {
         gradient_tile<kKind, kVary, decltype(activation)>(dx, base, dh, x, p, statistics_row,
-                                                          A(job.count), shape);
+                                                          shape);
       });
     });
   };
@@ -237,6 +238,8 @@ void gradient_of(const NormJob& job, int64_t begin, int64_t end, char* memory) {
       if (kKind == NormGradient::kBatch) {
         spread(scratch.dweight, job.dweight, job, strip);
         spread(scratch.dbias, job.dbias, job, strip);
+        for (int64_t i = 0; i < job.span; ++i)
+          scratch.dweight[i] /= A(job.count), scratch.dbias[i] /= A(job.count);
       } else if (kKind == NormGradient::kGroup) {
         spread_groups(scratch.dweight, job.dweight, job, strip);
         spread_groups(scratch.dbias, job.dbias, job, strip);
@@ -296,11 +299,11 @@ template <class Activation, class B, class D, class A>
 void gradient_row(B* dx, const B* base, const D* dh, const B* x, int64_t r, int64_t channels,
                   NormScratch<A> p) {
   const A mean = p.mean[r];
-  const ops::RowGradient<A> gradient{p.rstd[r], p.dbias[r], p.dweight[r]};
+  const ops::MeansGradient<A> gradient{p.rstd[r], p.dbias[r], p.dweight[r]};
   const auto chunk = [&](int64_t begin, int64_t end) {
     REVK_INDEPENDENT
     for (int64_t c = begin; c < end; ++c) {
-      const ops::Normal<A> normal{mean, gradient.rstd, p.weight[c], p.bias[c]};
+      const ops::Normal<A> normal{mean, gradient.scale, p.weight[c], p.bias[c]};
       const A xhat = normal.xhat(A(widen(x[c])));
       const A dz = Activation::gradient(normal.z(xhat), A(widen(dh[c])));
       dx[c] = narrow<B>(A(widen(base[c])) + gradient(dz * normal.weight, xhat));

@@ -57,7 +57,7 @@ __device__ Spot locate(const Layout<kOperands>& layout, int64_t item, int packet
   return spot;
 }
 
-inline int64_t element_size(int32_t dtype) {
+__host__ __device__ inline int64_t element_size(int32_t dtype) {
   return dtype == REVK_FLOAT64 ? 8 : dtype == REVK_FLOAT32 ? 4 : 2;
 }
 

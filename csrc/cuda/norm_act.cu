@@ -23,23 +23,46 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
   const revk_norm& norm = call.norm;
   const Extent extent{call.s.outer, call.s.channels, call.s.inner};
   const bool coupled = call.coupling != NormActCall::kNone;
-  const Field s(call.s), h(call.h);
-  const Stream stored{s, s, s, NormActCall::kNone};
-  const Stream stream = coupled ? Stream{Field(call.x), Field(call.f), s, call.coupling} : stored;
-  const Scaling<A> scaling(call.s, norm);
   const bool group = norm.kind == REVK_GROUP_NORM;
-  if (over_channels(norm) && !norm.statistics_given) {
-    const Teams plan = make_teams(extent, rows, kSize);
-    return launch("norm_act", norm_teams<A, kSize>, plan.rounds * kThreads, where, plan, stream, h,
-                  scaling, A(norm.eps));
-  }
   const Slicing plan = slice(extent, rows, kSize, group);
-  if (norm.statistics_given)
-    return launch_blocks("norm_act", norm_apply<A, kSize>, plan.blocks(), where, plan, stream, h,
-                         scaling);
+  const Field s = plan.field(call.s), h = plan.field(call.h);
+  const Stream stored = Stream::of(s);
+  const Stream stream =
+      coupled ? Stream{plan.field(call.x), plan.field(call.f), s, call.coupling} : stored;
+  const Scaling<A> scaling(call.s, norm);
+  if (over_channels(norm) && !norm.statistics_given) {
+    const Teams teams = make_teams(extent, rows, kSize);
+    return with_chunks<kSize>(teams, [&](auto chunks) {
+      launch_blocks("norm_act", norm_teams<A, kSize, decltype(chunks)::value>,
+                    team_blocks(teams, where), where, teams, stream, h, scaling, A(norm.eps));
+    });
+  }
+  // h of what `from` is; X, F and H are the types of x, f and h.
+  const auto apply = [&](const Slicing& slices, const Stream& from, auto x, auto f, auto h_type) {
+    launch_blocks("norm_act", norm_apply<A, kSize, decltype(x), decltype(f), decltype(h_type)>,
+                  slices.blocks(), where, slices, from, h, scaling);
+  };
+  const auto apply_uncoupled = [&](const Slicing& slices) {
+    with_types_of_training<kSize>(
+        s.dtype, h.dtype, [&](auto x, auto h_type) { apply(slices, stored, x, None{}, h_type); });
+  };
+  // A branch gives f and takes h in the same type.
+  const int32_t f_dtype = s.dtype == stream.x.dtype ? stream.f.dtype : -1;
+  if (norm.statistics_given) {
+    if (!coupled) return apply_uncoupled(plan);
+    return with_types_of_training<kSize>(s.dtype, h.dtype == f_dtype ? f_dtype : -1,
+                                         [&](auto x, auto f) { apply(plan, stream, x, f, f); });
+  }
 
   double* const partial = static_cast<double*>(norm.workspace);
-  launch_blocks("norm_act", norm_moments<A, kSize>, plan.blocks(), where, plan, stream, partial);
+  const auto moments = [&](auto x, auto f) {
+    launch_blocks("norm_act", norm_moments<A, kSize, decltype(x), decltype(f)>, plan.blocks(),
+                  where, plan, stream, partial);
+  };
+  if (coupled)
+    with_types_of_training<kSize>(s.dtype, f_dtype, moments);
+  else
+    with_types_of_training<kSize>(s.dtype, s.dtype, [&](auto x, auto) { moments(x, None{}); });
   const Entries entries = group
                               ? entries_of_groups(partial, extent.outer, plan.inner_slices.divisor,
                                                   extent.channels, norm.groups)
@@ -51,7 +74,7 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
                                  norm.momentum, norm.running_dtype};
   launch_blocks("norm_act", norm_finish_statistics<A>, entries.blocks(), where, entries, plan,
                 statistics);
-  launch_blocks("norm_act", norm_apply<A, kSize>, plan.blocks(), where, plan, stored, h, scaling);
+  apply_uncoupled(plan.from_the_end());
 }
 
 template <class A>

@@ -28,8 +28,8 @@ class Backward {
         rows_(rows),
         slicing_(slice(extent_, rows, kSize, group_)),
         scaling_(call.x, call.norm),
-        dh_(call.dh),
-        x_(call.x),
+        dh_(slicing_.field(call.dh)),
+        x_(slicing_.field(call.x)),
         partial_(static_cast<double*>(call.norm.workspace)),
         dweight_(static_cast<A*>(call.gradient.dweight)),
         dbias_(static_cast<A*>(call.gradient.dbias)) {}
@@ -47,19 +47,27 @@ class Backward {
     GradientSums<A> used{dbias_, dweight_, A(call_.gradient.count), Gradient::kBatch};
     if (constant) used.kind = Gradient::kConstant;
     if (means) used = finish_means();
-    launch_blocks(kName, norm_gradient<A, kSize>, slicing_.blocks(), where_, slicing_,
-                  Field(call_.dx), base(), dh_, x_, scaling_, used);
+    const Slicing plan = wanted || means ? slicing_.from_the_end() : slicing_;
+    const Field dx = slicing_.field(call_.dx), before = base();
+    const bool alike = dx.dtype == x_.dtype && (!before.data || before.dtype == x_.dtype);
+    with_types_of_training<kSize>(alike ? x_.dtype : -1, dh_.dtype, [&](auto x, auto dh) {
+      launch_blocks(kName, norm_gradient<A, kSize, decltype(x), decltype(dh)>, slicing_.blocks(),
+                    where_, plan, dx, before, dh_, x_, scaling_, used);
+    });
   }
 
  private:
-  Field base() const { return call_.base.data ? Field(call_.base) : Field(); }
+  Field base() const { return call_.base.data ? slicing_.field(call_.base) : Field{}; }
 
   void over_teams(bool wanted) const {
     const Teams plan = make_teams(extent_, rows_, kSize);
     const bool beside = wanted && sums_beside(plan);
-    const int64_t blocks = beside ? summing_blocks(plan) : team_blocks(plan);
-    launch_blocks(kName, norm_gradient_teams<A, kSize>, blocks, where_, plan, Field(call_.dx),
-                  base(), dh_, x_, scaling_, beside ? partial_ : nullptr);
+    const int64_t blocks = beside ? summing_blocks(plan) : team_blocks(plan, where_);
+    with_chunks<kSize>(plan, [&](auto chunks) {
+      launch_blocks(kName, norm_gradient_teams<A, kSize, decltype(chunks)::value>, blocks, where_,
+                    plan, slicing_.field(call_.dx), base(), dh_, x_, scaling_,
+                    beside ? partial_ : nullptr);
+    });
     if (beside) {
       finish_sums(blocks);
     } else if (wanted) {
@@ -67,14 +75,12 @@ class Backward {
       finish_sums(slicing_.slices);
     }
   }
-  int64_t team_blocks(const Teams& plan) const {
-    return std::min(plan.rounds,
-                    int64_t(multiprocessors(where_.device)) * kBlocksPerMultiprocessor);
-  }
 
   void sum_slices() const {
-    launch_blocks(kName, norm_gradient_sums<A, kSize>, slicing_.blocks(), where_, slicing_, dh_, x_,
-                  scaling_, partial_);
+    with_types_of_training<kSize>(x_.dtype, dh_.dtype, [&](auto x, auto dh) {
+      launch_blocks(kName, norm_gradient_sums<A, kSize, decltype(x), decltype(dh)>,
+                    slicing_.blocks(), where_, slicing_, dh_, x_, scaling_, partial_);
+    });
   }
   void finish_sums(int64_t slices) const {
     const Entries entries = entries_of_channels(partial_, slices, extent_.channels);

@@ -53,13 +53,8 @@ struct Normals {
 
   // From channel c on; for rows the packet runs over channels.
   __device__ void read_parameters(const Scaling<A>& scaling, bool rows, int64_t c) {
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      const int64_t channel = rows ? c + e : c;
-      weight[e] =
-          scaling.weight ? load_any<A>(scaling.weight, channel, scaling.parameter_dtype) : A(1);
-      bias[e] = scaling.bias ? load_any<A>(scaling.bias, channel, scaling.parameter_dtype) : -A(0);
-    }
+    read(scaling.weight, scaling.parameter_dtype, rows, c, A(1), weight);
+    read(scaling.bias, scaling.parameter_dtype, rows, c, -A(0), bias);
   }
   __device__ void read_statistics(const Scaling<A>& scaling, bool rows, int64_t o, int64_t c,
                                   int64_t i) {
@@ -72,6 +67,32 @@ struct Normals {
       mean[e] = scaling.mean ? scaling.mean[place] : A(0);
       rstd[e] = scaling.rstd[place];
     }
+  }
+
+ private:
+  // One look at the type, and then all loads under way before the first is waited for.
+  __device__ static void read(const void* from, int32_t dtype, bool rows, int64_t c, A neutral,
+                              A (&to)[kSize]) {
+    if (from == nullptr) {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) to[e] = neutral;
+      return;
+    }
+    switch (dtype) {
+      case REVK_FLOAT64:
+        return read_as<double>(from, rows, c, to);
+      case REVK_FLOAT32:
+        return read_as<float>(from, rows, c, to);
+      case REVK_BFLOAT16:
+        return read_as<bfloat16>(from, rows, c, to);
+      default:
+        return read_as<float16>(from, rows, c, to);
+    }
+  }
+  template <class T>
+  __device__ static void read_as(const void* from, bool rows, int64_t c, A (&to)[kSize]) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) to[e] = A(widen(static_cast<const T*>(from)[rows ? c + e : c]));
   }
 };
 

@@ -27,6 +27,7 @@ struct Entries {
   __device__ void for_each(int64_t statistic, Body&& body) const {
     const int64_t o = groups.divide(statistic), g = statistic - o * groups.divisor;
     const int64_t count = slices * channels_each.divisor;
+#pragma unroll 4  // loads under way before the first is waited for
     for (int64_t k = lanes.y(); k < count; k += lanes.ys()) {
       const int64_t s = channels_each.divide(k);
       const int64_t row = o * slices + s;
@@ -72,7 +73,7 @@ __device__ inline void run(void* to, int64_t at, int32_t dtype, double momentum,
   Field field{};
   field.data = to, field.dtype = dtype;
   double blend[1] = {(1.0 - momentum) * load_any<double>(to, at, dtype) + momentum * value};
-  store_rounded(field, at, blend);
+  store_rounded(field, at * element_size(dtype), blend);
 }
 
 template <class A>

@@ -40,18 +40,27 @@ struct Lanes {
 // An operand, addressed by its three coordinates.
 struct Field {
   void* data;
-  int64_t outer, channel, inner;  // strides in elements
+  int64_t outer, channel, inner;  // strides in bytes
+  // From one unit of a thread to its next, in bytes, and what is added where that passes the end of
+  // a line: see Slicing::field.
+  int64_t ahead, wrap;
   int32_t dtype;
 
   Field() = default;
   explicit Field(const revk_view& view)
       : data(view.data),
-        outer(view.outer_stride),
-        channel(view.channel_stride),
-        inner(view.inner_stride),
+        outer(view.outer_stride * element_size(view.dtype)),
+        channel(view.channel_stride * element_size(view.dtype)),
+        inner(view.inner_stride * element_size(view.dtype)),
+        ahead(0),
+        wrap(0),
         dtype(view.dtype) {}
   __device__ int64_t offset(int64_t o, int64_t c, int64_t i) const {
     return o * outer + c * channel + i * inner;
+  }
+  template <class T>
+  __device__ T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(data) + offset);
   }
 };
 
@@ -86,8 +95,27 @@ struct Slicing {
   Divider line_units;    // units in a line
   int64_t slices;
   Divider tiles;  // groups of channels; a block is a (slice, tile)
+  int64_t unit;   // positions of a unit
+  // A thread's next unit is ys() units on: so many lines, and so many units in a line. Found so, it
+  // takes no division.
+  int64_t lines_ahead, along_ahead;
+  bool backwards;  // the last slice first
 
   int64_t blocks() const { return slices * tiles.divisor; }
+
+  // The operand with its steps.
+  Field field(const revk_view& view) const {
+    Field field(view);
+    field.ahead = lines_ahead * field.outer + along_ahead * unit * field.inner;
+    field.wrap = field.outer - line_units.divisor * unit * field.inner;
+    return field;
+  }
+  // For a kernel that reads again what one before it has just read: the cache has the end of that.
+  Slicing from_the_end() const {
+    Slicing plan = *this;
+    plan.backwards = true;
+    return plan;
+  }
 };
 
 // `alone`: a slice must not reach over several outer (group norm).
@@ -133,8 +161,16 @@ inline Slicing slice(const Extent& extent, bool rows, int packet, bool alone) {
   plan.inner_slices = Divider(divided_up(extent.inner, plan.inner_per_slice));
   plan.line_units = Divider(divided_up(extent.inner, unit));
   plan.slices = plan.inner_slices.divisor * divided_up(extent.outer, plan.outer_per_slice);
+  plan.unit = unit;
+  plan.lines_ahead = plan.lanes.ys() / plan.line_units.divisor;
+  plan.along_ahead = plan.lanes.ys() % plan.line_units.divisor;
   return plan;
 }
+
+// Packets that a thread of a team keeps in registers at most, and the size of teams that keep more
+// than one: with a fourth, kernels spill.
+constexpr int kMostChunks = 3;
+constexpr int32_t kLogTable = 6;
 
 // The positions handed out to teams, for kernels that normalise over channels: a team is the lanes
 // over channels, and has one position at a time.
@@ -144,6 +180,9 @@ struct Teams {
   int64_t rounds;      // positions a team
   int64_t chunks;      // packets of a position that one thread has
   Divider line_units;  // positions in a line
+
+  // Whether a thread has several packets, and keeps them all in registers.
+  bool keeps() const { return chunks > 1 && lanes.rows && lanes.log_near <= kLogTable; }
 };
 
 inline Teams make_teams(const Extent& extent, bool rows, int packet) {
@@ -152,21 +191,29 @@ inline Teams make_teams(const Extent& extent, bool rows, int packet) {
   plan.line_units = Divider(extent.inner);
   plan.units = extent.positions();
   const int64_t packets = divided_up(extent.channels, packet);
-  // Away from rows, 32 positions side by side and 8 lanes over channels.
-  plan.lanes = rows ? Lanes{true, log_of_power(packets, kLogThreads)} : Lanes{false, 5};
+  // As far as packets are words, a warp or two with up to kMostChunks packets a thread; else as
+  // many threads as there are packets. Away from rows, 32 positions side by side and 8 lanes over
+  // channels.
+  int32_t log_most = kLogThreads;
+  for (int32_t log = 5; packet > 1 && log <= kLogTable; ++log)
+    if (packets <= int64_t(kMostChunks) << log) log_most = std::min(log_most, log);
+  plan.lanes = rows ? Lanes{true, log_of_power(packets, log_most)} : Lanes{false, 5};
   plan.chunks = divided_up(packets, plan.lanes.xs());
   plan.rounds = divided_up(plan.units, plan.lanes.ys());
   return plan;
 }
 
-// Blocks of the teams' backward, where each leaves sums for all channels: half as many as
-// elsewhere, because they are wider.
+// Blocks of the teams' backward, where each leaves sums for all channels: few, because they are
+// wide, and each of its threads has a position at least as often as one of a slice has units.
 inline int64_t summing_blocks(const Teams& teams) {
-  const int64_t wanted = std::min(divided_up(teams.rounds, 2 * kLeastUnits), kManyBlocks / 2);
+  const int64_t each = teams.chunks > 1 ? 2 : 2 * kLeastUnits;
+  const int64_t wanted = std::min(divided_up(teams.rounds, each), kManyBlocks / 4);
   return std::max(wanted, divided_up(teams.rounds, kMostUnits));
 }
 // Whether that kernel can: its threads then keep to their channels.
-inline bool sums_beside(const Teams& teams) { return teams.lanes.rows && teams.chunks == 1; }
+inline bool sums_beside(const Teams& teams) {
+  return teams.lanes.rows && (teams.chunks == 1 || teams.keeps());
+}
 
 // The workspace: two float64 for every slice and channel, then two for every statistic.
 inline int64_t partial_count(int64_t slices, int64_t channels) { return 2 * slices * channels; }

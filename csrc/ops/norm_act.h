@@ -22,23 +22,15 @@ struct Normal {
   REVK_HD A z(A xhat) const { return xhat * weight + bias; }
 };
 
-// dx of a batch norm. `scale` is weight * rstd, `count` the elements behind the two sums.
+// dx of every norm with statistics of its own: `scale` times what is left of g when its mean and
+// its share along xhat are taken away. Where weight varies within one set of statistics (layer,
+// RMS, group) g = dz * weight and scale = rstd; of a batch norm g = dz and scale = weight * rstd.
+// The means are those of g and of g * xhat; an RMS norm has mean_g 0.
 template <class A>
-struct BatchGradient {
-  A scale, dweight, dbias, count;
+struct MeansGradient {
+  A scale, mean_g, mean_gx;
 
-  REVK_HD A operator()(A dz, A xhat) const {
-    return scale * (dz - (dbias + xhat * dweight) / count);
-  }
-};
-
-// dx where weight varies within one set of statistics (layer, RMS, group). g = dz * weight; the
-// means are those of g and of g * xhat; an RMS norm has mean_g 0.
-template <class A>
-struct RowGradient {
-  A rstd, mean_g, mean_gx;
-
-  REVK_HD A operator()(A g, A xhat) const { return rstd * (g - mean_g - xhat * mean_gx); }
+  REVK_HD A operator()(A g, A xhat) const { return scale * (g - mean_g - xhat * mean_gx); }
 };
 
 // Transcendental functions. On the host they have no branch and no call, so that a compiler

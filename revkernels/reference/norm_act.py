@@ -101,7 +101,7 @@ def norm_act_backward(
             gradient = (w * r) * dz
         elif kind == "batch":
             n = wide(count or x.size // max(of.channels, 1))
-            gradient = (w * r) * (dz - (dbias[of.channel] + xhat * dweight[of.channel]) / n)
+            gradient = (w * r) * (dz - (dbias / n)[of.channel] - xhat * (dweight / n)[of.channel])
         else:
             g = dz * w
             slope = _mean(g * xhat, of).astype(wide)[of.statistic]

@@ -8,7 +8,7 @@ The walk is that of norm_act.py. Beyond an array's end dh counts as 0, and so ad
 import triton
 import triton.language as tl
 
-from revkernels.triton_kernels.arithmetic import narrow
+from revkernels.triton_kernels.arithmetic import narrow, widen
 from revkernels.triton_kernels.norm_arithmetic import (
     activate_backward,
     load_or,
@@ -30,8 +30,8 @@ def read_gradient(
     ACTIVATION: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """(dz, xhat, rstd) of one tile."""
-    x = tl.load(x_ptr + place(x_strides, sample, row, position, channel, MINORS[0], UNIT), inside, 0.0).to(WIDE)
-    dh = tl.load(dh_ptr + place(dh_strides, sample, row, position, channel, MINORS[3], UNIT), inside, 0.0).to(WIDE)
+    x = widen(tl.load(x_ptr + place(x_strides, sample, row, position, channel, MINORS, 0, UNIT), inside, 0.0), WIDE)
+    dh = widen(tl.load(dh_ptr + place(dh_strides, sample, row, position, channel, MINORS, 3, UNIT), inside, 0.0), WIDE)
     xhat, rstd, z = normalise(x, mean_ptr, rstd_ptr, at, known, weight, bias, WIDE)
     return activate_backward(dh, z, ACTIVATION), xhat, rstd
 
@@ -43,9 +43,9 @@ def write_dx(
 ):  # fmt: skip
     """dx = base + gradient, rounded once."""
     if base_ptr is not None:
-        base = tl.load(base_ptr + place(base_strides, sample, row, position, channel, MINORS[2], UNIT), inside, 0.0)
-        gradient = base.to(WIDE) + gradient
-    at = place(dx_strides, sample, row, position, channel, MINORS[1], UNIT)
+        base = tl.load(base_ptr + place(base_strides, sample, row, position, channel, MINORS, 2, UNIT), inside, 0.0)
+        gradient = widen(base, WIDE) + gradient
+    at = place(dx_strides, sample, row, position, channel, MINORS, 1, UNIT)
     tl.store(dx_ptr + at, narrow(gradient, dx_ptr.dtype.element_ty), inside)
 
 
@@ -165,7 +165,7 @@ def gradient_kernel(
             slope = load_or(slope_ptr, at, known, 0.0, WIDE)
             level = load_or(level_ptr, at, known, 0.0, WIDE)
             if KIND == "batch":
-                gradient = weight * rstd * (dz - quotient(level + xhat * slope, n))
+                gradient = weight * rstd * (dz - quotient(level, n) - xhat * quotient(slope, n))
             else:
                 gradient = rstd * (dz * weight - level - xhat * slope)
         write_dx(

@@ -203,9 +203,9 @@ void try_backward(const Case& c, const Options& options, const Way& way, std::mt
     if (way.constant) {
       gradient = round(scale * dz), size = std::fabs(gradient);
     } else if (batch) {
-      const double part = round(round(dbias.get(k) + round(xhat * dweight.get(k))) / count);
-      gradient = round(scale * round(dz - part));
-      size = std::fabs(scale) * (std::fabs(dz) + std::fabs(part));
+      const double mean_g = round(dbias.get(k) / count), mean_gx = round(dweight.get(k) / count);
+      gradient = round(scale * round(round(dz - mean_g) - round(xhat * mean_gx)));
+      size = std::fabs(scale) * (std::fabs(dz) + std::fabs(mean_g) + std::fabs(xhat * mean_gx));
     } else {
       const double mean_g = norm.kind == REVK_RMS_NORM ? 0 : sum_g[size_t(at)] / n,
                    mean_gx = sum_gx[size_t(at)] / n, g = dz * weight;
