@@ -2,14 +2,17 @@
 """Everything a GPU host can tell in ten minutes and without a network: ``python -m benchmarks.gpu_report --out DIR``.
 
 Builds the package with CUDA into a throw-away folder, compares the backends with the oracle, tests the kernels of CUDA
-and of Triton and whole chains on each, runs compute-sanitizer on the CUDA kernels, then the benchmarks. Each stage has
-a time limit and the whole has a budget: what does not fit is left out with a note. DIR keeps the logs, the result lines
-and the report (eight flat files); a table comes last. The exit status is 1 if a stage failed.
+and of Triton and whole chains on each, runs compute-sanitizer on the CUDA kernels, all these side by side, then the
+benchmarks one after the other. Each stage has a time limit and the whole has a budget: what does not fit is left out
+with a note. DIR keeps the logs, the result lines and the report (eight flat files); a table comes last. The exit status
+is 1 if a stage failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -17,8 +20,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +34,16 @@ from revkernels.cli.stamp import environment
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 600  # seconds
 
-#: What the sanitizers run: both signs, lists, tails and halves, one pair of types, and the options all at once. They
-#: slow a kernel down ten to fifty times; timings, graphs and the large arrays are for the plain run.
-SANITIZED = "(every_layout and float32+bfloat16) or (coupling_options and grid and amax) or four_dtypes or lists"
+#: What the sanitizers run: both signs, lists, tails and halves, one pair of types, the options all at once, and every
+#: norm in half of the layouts. They slow a kernel down ten to fifty times; timings, graphs and the large arrays are for
+#: the plain run.
+SANITIZED = (
+    "(every_layout and float32+bfloat16) or (coupling_options and grid and amax) or four_dtypes or lists"
+    " or ((forward or backward) and float32+bfloat16 and (odd or wide or tokens or last))"
+)
+#: Stages that may run side by side: none of them takes a time.
+TESTS = "tests"
+_LOGS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Stage:
         proof: a pattern that the output must have besides an exit status of 0; its last match, or the group in it, is
             the table's detail.
         gpu: whether it needs one.
+        group: stages of one group that follow each other run at the same time; "" runs alone.
     """
 
     name: str
@@ -57,6 +70,7 @@ class Stage:
     env: dict[str, str] = field(default_factory=dict)
     proof: str | None = None
     gpu: bool = True
+    group: str = ""
 
 
 @dataclass
@@ -75,42 +89,68 @@ class Outcome:
 
 def stages(out: Path, site: Path | None) -> list[Stage]:
     """Return the plan; without ``site`` the installed package is used instead of a build."""
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
-    passed = r"\b[1-9]\d* passed.*"
     plan = []
     if site is not None:
         pip = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(site), str(ROOT)]
         plan.append(Stage("build", "build.log", pip, 200, env={"REVK_CUDA": "ON"}, gpu=False))
-    for backend, limit in (("cpu", 15), ("cuda", 20), ("triton", 45)):
+    return plan + _checks() + _tests() + _benchmarks(out)
+
+
+def _checks() -> list[Stage]:
+    plan = []
+    for backend in ("cpu", "cuda", "triton"):
         # A backend that is named and cannot run ends with 2, and the row must say ok for every kernel.
         check = ["-m", "revkernels", "check", "--backend", backend]
         ok = rf"\b{backend}\W+(ok \(\d+ calls\))" + r"\W+ok \(\d+ calls\)" * (len(KERNELS) - 1)
         env = {"COLUMNS": "200"}  # so that no cell of the table is broken
-        plan.append(Stage(f"check, {backend}", "check.log", check, limit, env=env, proof=ok, gpu=backend != "cpu"))
-    for backend, limit in (("cuda", 75), ("triton", 105)):  # Triton compiles as it goes
+        gpu = backend != "cpu"
+        plan.append(Stage(f"check, {backend}", "check.log", check, 100, env=env, proof=ok, gpu=gpu, group=TESTS))
+    return plan
+
+
+def _tests() -> list[Stage]:
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+    workers = max(1, (os.cpu_count() or 1) // 3)
+    spread = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+    passed = r"\b[1-9]\d* passed.*"
+    plan = []
+    for backend, norms in (("cuda", "test_cuda_gpu_norm_act.py"), ("triton", "test_triton_norm_gpu.py")):
         # The kernels' own tests name their backend; the chains take the one of the environment.
-        names = (f"test_{backend}_gpu.py", "behaviour/test_gpu.py", "test_measure.py")
-        command = [*pytest, "-m", "gpu", "-rs", *(str(ROOT / "tests" / name) for name in names)]
+        names = (f"test_{backend}_gpu.py", norms, "behaviour/test_gpu.py", "test_measure.py")
+        command = [*pytest, *spread, "-m", "gpu", "-rs", *(str(ROOT / "tests" / name) for name in names)]
         env = {"REVKERNELS_BACKEND": backend}
-        plan.append(Stage(f"gpu tests, {backend}", "tests.log", command, limit, env=env, proof=passed))
+        plan.append(Stage(f"gpu tests, {backend}", "tests.log", command, 200, env=env, proof=passed, group=TESTS))
     # The caching allocator would hide an access beyond a tensor.
-    cuda_tests = [*pytest, "-k", SANITIZED, str(ROOT / "tests" / "test_cuda_gpu.py")]
-    for tool in ("memcheck", "racecheck"):
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        plan.append(Stage(tool, "sanitizer.log", cuda_tests, 75, sanitizer, env, passed))
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for kernels in ("test_cuda_gpu.py", "test_cuda_gpu_norm_act.py"):
+        command = [*pytest, "-k", SANITIZED, str(ROOT / "tests" / kernels)]
+        for tool in ("memcheck", "racecheck"):
+            sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+            name = f"{tool}, {'norms' if 'norm' in kernels else 'couplings'}"
+            plan.append(Stage(name, "sanitizer.log", command, 150, sanitizer, env, passed, group=TESTS))
+    return plan
+
+
+def _benchmarks(out: Path) -> list[Stage]:
+    plan = []
     large = ["--batch", "128"]  # a smaller chain would measure launches
-    networks = ["--network", "revnet110", "--batch", "128", "--dtype", "float32", "bfloat16"]
-    for subject, limit, more in (
-        ("coupling", 30, []),
-        ("passes", 25, ["--matching", "past cache", "bfloat16"]),  # Triton compiles as it goes
-        ("block", 20, large),
-        ("network", 35, networks),
-        ("memory", 15, large),
-        ("overhead", 10, ["--rounds", "20"]),
+    cifar = ["--network", "revnet110", "--batch", "128", "--dtype", "bfloat16", "float32"]
+    imagenet = ["--network", "revnet104", "revvit_base", "--batch", "64", "--dtype", "bfloat16"]
+    for subject, what, limit, more in (
+        ("passes", "bfloat16", 60, ["--matching", "past cache", "bfloat16"]),  # Triton compiles as it goes
+        ("network", "cifar, graphs", 60, [*cifar, "--graphs"]),
+        ("network", "imagenet, graphs", 60, [*imagenet, "--graphs"]),
+        ("network", "cifar", 60, cifar),
+        ("network", "imagenet", 60, imagenet),
+        ("coupling", "", 45, []),
+        ("passes", "float32", 45, ["--matching", "past cache", "float32"]),
+        ("block", "", 20, large),
+        ("memory", "", 20, large),
+        ("overhead", "", 20, ["--rounds", "20"]),
     ):
         bench = ["-m", "revkernels", "bench", subject, "--device", "cuda", "--save", str(out), *more]
-        plan.append(Stage(f"bench {subject}", "bench.log", bench, limit, proof=r"\d+ lines appended"))
+        name = f"bench {subject}" + (f", {what}" if what else "")
+        plan.append(Stage(name, "bench.log", bench, limit, proof=r"\d+ lines appended"))
     return plan
 
 
@@ -124,27 +164,39 @@ def why_no_gpu() -> str | None:
 
 
 def run_stages(plan: Sequence[Stage], out: Path, work: Path, site: Path | None, budget: float) -> list[Outcome]:
-    """Run the plan in order. A failed build leaves out what follows; so does an exhausted budget."""
+    """Run the plan in order, groups side by side. A failed build leaves out what follows; so does a spent budget."""
     deadline = time.monotonic() + budget
     no_gpu = why_no_gpu()
     outcomes: list[Outcome] = []
-    for stage in plan:
+    for _, group in itertools.groupby(enumerate(plan), lambda item: item[1].group or item[0]):
+        together = [stage for _, stage in group]
         left = deadline - time.monotonic()
-        reason = None
-        if outcomes and outcomes[0].stage == "build" and outcomes[0].bad:
-            reason = "the build failed"
-        elif stage.gpu and no_gpu:
-            reason = no_gpu
-        elif stage.tool and shutil.which(stage.tool[0]) is None:
-            reason = f"{stage.tool[0]} is not on PATH"
-        elif left < 5:
-            reason = f"the {budget:.0f} s are used up"
-        if reason is None:
+        reasons = {
+            stage.name: _why_not(stage, no_gpu, bool(outcomes) and outcomes[0].stage == "build" and outcomes[0].bad)
+            or (f"the {budget:.0f} s are used up" if left < 5 else None)
+            for stage in together
+        }
+
+        def one(stage: Stage, reasons: dict[str, str | None] = reasons, left: float = left) -> Outcome:
+            reason = reasons[stage.name]
+            if reason is not None:
+                return Outcome(stage.name, "left out", detail=reason)
             print(f"{stage.name} ...", flush=True)
-            outcomes.append(run_stage(stage, out, work, site, min(stage.limit, left)))
-        else:
-            outcomes.append(Outcome(stage.name, "left out", detail=reason))
+            return run_stage(stage, out, work, site, min(stage.limit, left))
+
+        with ThreadPoolExecutor(len(together)) as pool:
+            outcomes += pool.map(one, together)
     return outcomes
+
+
+def _why_not(stage: Stage, no_gpu: str | None, unbuilt: bool) -> str | None:
+    if unbuilt:
+        return "the build failed"
+    if stage.gpu and no_gpu:
+        return no_gpu
+    if stage.tool and shutil.which(stage.tool[0]) is None:
+        return f"{stage.tool[0]} is not on PATH"
+    return None
 
 
 def run_stage(stage: Stage, out: Path, work: Path, site: Path | None, limit: float) -> Outcome:
@@ -154,26 +206,28 @@ def run_stage(stage: Stage, out: Path, work: Path, site: Path | None, limit: flo
     env = os.environ | stage.env | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     words = [*stage.tool, sys.executable, *stage.command]
     start = time.monotonic()
-    with (out / stage.log).open("a+") as log:
-        begin = log.seek(0, os.SEEK_END)
-        log.write(f"==== {stage.name}\n")
-        log.flush()
+    with tempfile.TemporaryFile("w+", dir=work) as output:  # its own, for others may run beside it
         # A session of its own, so that a time-out ends the children (compilers, test workers) too.
-        with subprocess.Popen(words, cwd=work, env=env, stdout=log, stderr=log, start_new_session=True) as process:
+        with subprocess.Popen(
+            words, cwd=work, env=env, stdout=output, stderr=output, start_new_session=True
+        ) as process:
             try:
                 status: int | None = process.wait(limit)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 status = None
-        log.seek(begin)
-        text = log.read()
+        output.seek(0)
+        text = output.read()
     seconds = time.monotonic() - start
+    with _LOGS, (out / stage.log).open("a") as log:
+        log.write(f"==== {stage.name}\n{text}\n")
     if status is None:
         return Outcome(stage.name, "timed out", seconds, f"stopped after {limit:.0f} s, see {stage.log}")
     proofs = re.findall(stage.proof, text) if stage.proof else [""]
     if status != 0 or not proofs:
         why = f"exit status {status}" if status else f"nothing like {stage.proof!r} in the output"
-        return Outcome(stage.name, "FAILED", seconds, f"{why}, see {stage.log}")
+        last = next(iter(re.findall(r"\b\d+ failed.*", text)[-1:]), "")
+        return Outcome(stage.name, "FAILED", seconds, f"{why}, see {stage.log} {last}".strip())
     return Outcome(stage.name, "ok", seconds, proofs[-1])
 
 
@@ -190,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and results go")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"in all (default: {BUDGET})")
     parser.add_argument("--no-build", action="store_true", help="use the installed package")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="the build and stages that have one of these in the name"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show and write the plan, run nothing")
     args = parser.parse_args(argv)
     out = args.out.resolve()
@@ -197,7 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="revkernels-") as folder:
         work = Path(folder)
         site = None if args.no_build else work / "site"
-        plan = stages(out, site)
+        plan = [
+            s for s in stages(out, site) if not args.only or s.name == "build" or any(w in s.name for w in args.only)
+        ]
         for log in {stage.log for stage in plan}:
             (out / log).unlink(missing_ok=True)
         if args.dry_run:

@@ -282,35 +282,67 @@ def test_gpu_report_plans_flat_and_few_files(tmp_path):
     names = {stage.log for stage in plan} | {"report.txt", "report.json", "device.jsonl"}
     assert len(names) <= 8
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    assert plan[0].name == "build"
-    timed = ("build", "check", "gpu", "bench")  # a sanitizer that takes long takes it from the benchmarks
-    assert sum(stage.limit for stage in plan if stage.name.startswith(timed)) < gpu_report.BUDGET
+    assert len({stage.name for stage in plan}) == len(plan)
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["result"] for row in report["tables"][0]["rows"]] == ["planned"] * len(plan)
+
+
+def test_gpu_report_runs_checks_and_tests_side_by_side_and_times_alone(tmp_path):
+    first, *plan = gpu_report.stages(tmp_path, tmp_path / "site")
+    assert (first.name, first.group) == ("build", "")
+    assert [stage.group for stage in plan] == [
+        "" if stage.name.startswith("bench ") else gpu_report.TESTS for stage in plan
+    ]
+    # Whichever of those side by side takes longest, the first benchmarks fit.
+    together = max(stage.limit for stage in plan if stage.group)
+    assert first.limit + together + sum(stage.limit for stage in plan if not stage.group) >= gpu_report.BUDGET
+    assert first.limit + together < 0.7 * gpu_report.BUDGET
+
+
+def test_gpu_report_takes_stages_by_name(tmp_path):
+    assert gpu_report.main(["--out", str(tmp_path), "--dry-run", "--only", "memcheck", "passes"]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["tables"][0]["rows"]
+    names = [row["stage"] for row in rows]
+    assert names[0] == "build" and len(names) == 5
+    assert all("memcheck" in name or "passes" in name for name in names[1:])
 
 
 def test_gpu_report_tests_each_backend_by_itself(tmp_path):
     plan = {stage.name: stage for stage in gpu_report.stages(tmp_path, tmp_path / "site")}
     assert plan["build"].env == {"REVK_CUDA": "ON"}
-    for backend in ("cuda", "triton"):
+    for backend, norms in (("cuda", "test_cuda_gpu_norm_act.py"), ("triton", "test_triton_norm_gpu.py")):
         stage = plan[f"gpu tests, {backend}"]
         assert stage.env["REVKERNELS_BACKEND"] == backend
         files = {Path(word) for word in stage.command if word.endswith(".py")}
         own, chains, meter = f"test_{backend}_gpu.py", "behaviour/test_gpu.py", "test_measure.py"
-        assert files == {ROOT / "tests" / name for name in (own, chains, meter)}
+        assert files == {ROOT / "tests" / name for name in (own, norms, chains, meter)}
         assert all(file.exists() for file in files)
 
 
+def test_gpu_report_runs_every_gpu_test(tmp_path):
+    """A file of tests that need a GPU is in one of the stages."""
+    plan = gpu_report.stages(tmp_path, tmp_path / "site")
+    tested = {Path(word).name for stage in plan for word in stage.command if word.endswith(".py")}
+    marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
+    assert marked - {Path(__file__).name} == tested
+
+
 def test_gpu_report_has_few_tests_sanitized(tmp_path):
-    first, second = (stage for stage in gpu_report.stages(tmp_path, None) if stage.tool)
-    assert first.command == second.command
-    command = [sys.executable, *first.command, "--collect-only"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    tests = re.findall(r"::(\w+)", done.stdout)
-    assert 20 <= len(tests) <= 40
+    sanitized = [stage for stage in gpu_report.stages(tmp_path, None) if stage.tool]
+    couplings, norms = ([stage for stage in sanitized if stage.name.endswith(of)] for of in ("couplings", "norms"))
     lists, types = "test_accumulate_lists", "test_reverse_step_with_four_dtypes"
-    assert set(tests) == {"test_every_layout", "test_coupling_options", lists, types}
+    for stages, most, expected in (
+        (couplings, 40, {"test_every_layout", "test_coupling_options", lists, types}),
+        (norms, 60, {"test_forward", "test_backward"}),
+    ):
+        first, second = stages
+        assert first.command == second.command
+        command = [sys.executable, *first.command, "--collect-only"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tests = re.findall(r"::(\w+)", done.stdout)
+        assert 20 <= len(tests) <= most
+        assert set(tests) == expected
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
@@ -349,6 +381,15 @@ def test_gpu_report_tells_ok_from_failed_timed_out_and_unproven(tmp_path):
     assert outcomes[4].detail == "no-such-tool is not on PATH"
     assert [o.bad for o in outcomes] == [False, True, True, True, False]
     assert "3 passed" in (tmp_path / "a.log").read_text()
+
+
+def test_gpu_report_runs_a_group_at_the_same_time(tmp_path):
+    """Each of the two waits for the other; they end in the order of the plan, and so do their logs."""
+    code = "import pathlib, time\npathlib.Path('{0}').touch()\nwhile not pathlib.Path('{1}').exists(): time.sleep(0.01)"
+    pair = [stage(a, code.format(a, b), group="both") for a, b in ("ab", "ba")]
+    outcomes = run_plan(tmp_path, *pair, stage("after", "print('last')"))
+    assert [(o.stage, o.result) for o in outcomes] == [("a", "ok"), ("b", "ok"), ("after", "ok")]
+    assert (tmp_path / "a.log").read_text().count("====") == 3
 
 
 def test_gpu_report_leaves_out_what_cannot_follow(tmp_path, monkeypatch):

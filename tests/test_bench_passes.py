@@ -160,8 +160,11 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     (table,) = json.loads((tmp_path / "p.json").read_text())["tables"]
     assert {row["benchmark"] for row in table["rows"]} == set(KERNELS)
     (saved,) = tmp_path.glob("*.jsonl")
-    lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    copy, *lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert (copy["benchmark"], copy["case"], copy["bytes_moved"]) == ("copy", "1 MiB", 2 << 20)
     assert len(lines) == len(table["rows"])
+    for line, row in zip(lines, table["rows"], strict=True):
+        assert line["of_copy"] == row["of_copy"] == pytest.approx(line["gbps"] / copy["gbps"])
     assert all(line["gbps"] > 0 and "--matching 'past cache' float32 rows" in line["command"] for line in lines)
     assert cli.main([*words, "--matching", "NHWC"]) == 2
     assert "--matching: no case has all of ['NHWC']" in capsys.readouterr().err

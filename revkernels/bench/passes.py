@@ -32,11 +32,12 @@ from revkernels.bench.coupling import Setup
 from revkernels.bench.harness import Goal, Suite, Trial, rotation
 from revkernels.norm import Norm, Statistics
 
-__all__ = ["SUITE", "Case", "PassSetup"]
+__all__ = ["SUITE", "Case", "PassSetup", "copying"]
 
 SUITE = Suite("passes")
 EPS, MOMENTUM = 1e-3, 0.01  # the RevNets' own
 _SAMPLE = {"channels-last": (64, 32, 32), "NCHW": (64, 32, 32), "rows": (197, 384)}  # of a tensor past the cache
+_GPU_SAMPLE = {"channels-last": (256, 56, 56), "NCHW": (256, 56, 56), "rows": (197, 768)}  # RevNet-104, ViT-B
 _IN_CACHE = {
     "channels-last": (100, 32, 16, 16),
     "NCHW": (100, 32, 16, 16),
@@ -91,7 +92,7 @@ class PassSetup(Setup):
         """Return x's shape."""
         if case.in_cache:
             return _IN_CACHE[case.layout]
-        sample = _SAMPLE[case.layout]
+        sample = (_SAMPLE if self.device == "cpu" else _GPU_SAMPLE)[case.layout]
         return (max(1, (self.megabytes << 20) // (math.prod(sample) * getattr(torch, case.dtype).itemsize)), *sample)
 
     def tensor(self, case: Case) -> Tensor:
@@ -137,6 +138,12 @@ class PassSetup(Setup):
             {} if goal is None else {name: goal for name in fused if name in self.backends()},
             _CALLS if case.in_cache else 1,
         )
+
+
+def copying(setup: PassSetup) -> Trial:
+    """A copy of ``megabytes``, which says what the memory's bandwidth is: what a pass may hope for."""
+    operands = [tuple(setup.random((setup.megabytes << 20) // 4, "float32") for _ in range(2)) for _ in range(2)]
+    return Trial("torch", {"torch": lambda x, y: x.copy_(y)}, operands, 2 * operands[0][0].nbytes)
 
 
 def _fused(contenders: Mapping[str, Callable[..., Any]]) -> Sequence[tuple[str, Callable[..., Any]]]:

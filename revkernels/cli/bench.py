@@ -116,15 +116,21 @@ def _coupling(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Tabl
 
 def _passes(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     from revkernels.bench.clocks import clock_for, memory_kept
-    from revkernels.bench.passes import SUITE, PassSetup
+    from revkernels.bench.harness import measure
+    from revkernels.bench.passes import SUITE, PassSetup, copying
 
     setup = PassSetup(args.device, args.megabytes)
     try:
         suite = SUITE.matching(args.matching)
     except ValueError as error:
         raise bench_network.OptionError(f"--matching: {error}") from error
-    with progress("bench passes", len(suite)) as begin, memory_kept():
-        rows = rows_of(list(suite.run(setup, clock_for(args.device), args.rounds, begin)))
+    clock, size = clock_for(args.device), f"{args.megabytes} MiB"
+    with progress("bench passes", 1 + len(suite)) as begin, memory_kept():
+        begin("copy")
+        (copy,) = rows_of(measure("copy", size, copying(setup), clock, args.rounds))
+        rows = rows_of(list(suite.run(setup, clock, args.rounds, begin)))
+    for row in rows:
+        row["of_copy"] = row["gbps"] / copy["gbps"]
     tables = []
     for place, title in (
         ("past cache", f"{args.megabytes} MiB a tensor"),
@@ -134,15 +140,18 @@ def _passes(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         if not own:
             continue
         table = timing(f"fused norms against torch, {title}", own, "ms", 1e3)
-        table.columns |= {"gbps": "GB/s"} | GOAL
+        table.columns |= {"gbps": "GB/s", "of_copy": "of a copy's"} | GOAL
+        for shown, row in zip(table.rows, own, strict=True):
+            shown["of_copy"] = row["of_copy"]
         table.notes = [
             how(args),
+            f"GB/s of what must be read and written; a copy of {size} reads and writes {copy['gbps']:,.0f} GB/s",
             "uncouple_norm_act_ reads the statistics that the forward left; torch, and 'computed', compute them again",
         ]
         tables.append(table)
     if not setup.backends():
         tables[-1].notes.append(f"no fused backend with these kernels runs on {args.device}: torch stands alone")
-    return rows, tables
+    return [copy, *rows], tables
 
 
 def _block(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:

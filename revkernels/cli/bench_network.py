@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16 is autocast (default: float32)"
     )
+    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs of the steps (cuda alone)")
     parser.add_argument("--keep-memory", action="store_true", help="freed memory stays in the process: no page faults")
     parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these beside the baseline (default: all)")
     parser.add_argument("--plot", metavar="FILE", type=picture, help="also draw time against peak memory, a PNG")
@@ -60,7 +61,7 @@ def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         most = _MOST if args.equal_memory else 0
         for dtype in dict.fromkeys(args.dtype):
             batch = args.batch or found.batch
-            jobs.append(Job("network", name, found, ways, batch, dtype, args.device, args.rounds, most))
+            jobs.append(Job("network", name, found, ways, batch, dtype, args.device, args.rounds, most, args.graphs))
     return _measured(args, jobs, [])
 
 
@@ -74,7 +75,7 @@ def peers(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     stage = Stage(Shape(args.depth, args.batch, args.width, args.side, args.device))
     ways = _chosen(WAYS, args.only)
     jobs = [
-        Job("peers", stage.name, stage, ways, args.batch, dtype, args.device, args.rounds)
+        Job("peers", stage.name, stage, ways, args.batch, dtype, args.device, args.rounds, graphs=args.graphs)
         for dtype in dict.fromkeys(args.dtype)
     ]
     return _measured(args, jobs, [way.peer.note() for way in ways if way.peer is not None])
@@ -107,6 +108,9 @@ def _measured(
 
     from revkernels.bench.clocks import clock_for, memory_kept
     from revkernels.bench.network import run, steps
+
+    if args.graphs and args.device == "cpu":
+        raise OptionError("--graphs needs --device cuda: what it times are replays of CUDA graphs")
 
     clock = clock_for(args.device)
     done: list[tuple[Any, list[dict[str, Any]]]] = []
@@ -153,6 +157,8 @@ def _tables(args: argparse.Namespace, job: Any, rows: list[dict[str, Any]], note
         "BN updates: of the running statistics in a step; 1 is right",
         *notes,
     ]
+    if args.graphs:
+        table.notes.append("timed: replays of a CUDA graph of the step (--graphs)")
     if args.keep_memory:
         table.notes.append("freed memory stayed in the process (--keep-memory)")
     if job.most:
