@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shutil
@@ -27,9 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from revkernels.bench import results
 from revkernels.cli.cases import KERNELS
 from revkernels.cli.output import Table, plain, report
-from revkernels.cli.stamp import environment
+from revkernels.cli.stamp import commit, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 600  # seconds
@@ -201,9 +203,10 @@ def _why_not(stage: Stage, no_gpu: str | None, unbuilt: bool) -> str | None:
 
 def run_stage(stage: Stage, out: Path, work: Path, site: Path | None, limit: float) -> Outcome:
     """Run one command in ``work``, where the source folder does not hide the package that was built."""
-    # The repository comes after the build: the tests import `benchmarks` from it.
-    paths = [str(path) for path in (site, ROOT) if path is not None]
-    env = os.environ | stage.env | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    # Not the repository, whose source folder would hide an installed build: the tests find it by themselves.
+    paths = [str(site)] if site is not None else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    env = os.environ | stage.env | {"PYTHONPATH": os.pathsep.join(paths)}
     words = [*stage.tool, sys.executable, *stage.command]
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", dir=work) as output:  # its own, for others may run beside it
@@ -229,6 +232,15 @@ def run_stage(stage: Stage, out: Path, work: Path, site: Path | None, limit: flo
         last = next(iter(re.findall(r"\b\d+ failed.*", text)[-1:]), "")
         return Outcome(stage.name, "FAILED", seconds, f"{why}, see {stage.log} {last}".strip())
     return Outcome(stage.name, "ok", seconds, proofs[-1])
+
+
+def sign(out: Path, revision: str | None) -> None:
+    """Add to the result lines the commit, which the installed build that made them does not know."""
+    for path in out.glob("*.jsonl"):
+        rows = results.read(path)
+        for row in rows:
+            row["environment"]["commit"] = row["environment"]["commit"] or revision
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def table_of(outcomes: Sequence[Outcome], device: str) -> Table:
@@ -263,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes = [Outcome(s.name, "planned", detail=f"at most {s.limit} s, {s.log}") for s in plan]
         else:
             outcomes = run_stages(plan, out, work, site, args.budget)
+            sign(out, commit())
     no_gpu = why_no_gpu()
     device = "cpu" if no_gpu else "cuda"
     table = table_of(outcomes, no_gpu or environment(device)["device"])

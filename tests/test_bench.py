@@ -392,6 +392,20 @@ def test_gpu_report_runs_a_group_at_the_same_time(tmp_path):
     assert (tmp_path / "a.log").read_text().count("====") == 3
 
 
+def test_gpu_report_takes_the_build_and_not_the_source_folder(tmp_path):
+    """Nor does the repository come before an installed package."""
+    site = tmp_path / "site"
+    (site / "revkernels").mkdir(parents=True)
+    (site / "revkernels" / "__init__.py").write_text("print('the build')")
+    importing = stage("import", "import revkernels; print(revkernels.__file__)")
+    gpu_report.run_stages([importing], tmp_path, tmp_path, site, 60)
+    assert "the build" in (tmp_path / "a.log").read_text()
+    gpu_report.run_stages(
+        [stage("path", "import os; print(os.environ['PYTHONPATH'].split(os.pathsep))")], tmp_path, tmp_path, None, 60
+    )
+    assert f"'{ROOT}'" not in (tmp_path / "a.log").read_text().partition("==== path")[2]
+
+
 def test_gpu_report_leaves_out_what_cannot_follow(tmp_path, monkeypatch):
     build, after = run_plan(tmp_path, stage("build", "raise SystemExit(1)"), stage("after", ""))
     assert (build.result, after.result, after.detail) == ("FAILED", "left out", "the build failed")
@@ -400,6 +414,15 @@ def test_gpu_report_leaves_out_what_cannot_follow(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "why_no_gpu", lambda: "no GPU: a test")
     needs = gpu_report.Stage("needs", "a.log", ["-c", ""], 30)
     assert run_plan(tmp_path, needs)[0].detail == "no GPU: a test"
+
+
+def test_gpu_report_signs_the_lines_of_its_build(tmp_path):
+    lines = [{"ratio": 1.0, "environment": {"commit": made, "device": "GPU"}} for made in (None, "abc")]
+    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gpu_report.sign(tmp_path, "123+changes")
+    signed = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [line["environment"]["commit"] for line in signed] == ["123+changes", "abc"]
+    assert [line["environment"]["device"] for line in signed] == ["GPU"] * 2
 
 
 def test_gpu_report_exits_1_when_a_stage_fails(tmp_path, monkeypatch, capsys):

@@ -379,3 +379,8 @@ def test_names_in_the_picture_cover_nothing():
         inside = axes.get_window_extent()
         assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
     assert "failed: memcnn" in figure.axes[0].get_xlabel()
+
+
+def test_graphs_need_a_gpu(capsys):
+    assert cli.main(["bench", "network", "--graphs", "--rounds", "2"]) == 2
+    assert "--graphs needs --device cuda" in capsys.readouterr().err

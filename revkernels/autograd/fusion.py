@@ -202,13 +202,15 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
     ``narrow``: the next layer is one whose input autocast makes narrow.
     """
     layer: Any = fusable.norm
+    parameters, buffers = layer._parameters, layer._buffers
     kind, axis = NORM_LAYERS[type(layer)]
     if not _fits(layer, kind, axis, x):
         return None
-    given, constant, running = None, False, {}
+    given, constant, running = None, False, _NOT_RUNNING
     eps: float = layer.eps
     if kind == "batch":
-        if layer.training or layer.running_mean is None:
+        running_mean = _held(buffers, "running_mean", layer)
+        if layer.training or running_mean is None:
             if x.numel() == x.shape[1]:
                 return None  # one value a channel has no variance: torch's own words for that
             tape = ambient.tape
@@ -216,17 +218,18 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
                 given = tape.next(layer)
                 if given is None:
                     return None
-            elif layer.training and layer.running_mean is not None:
-                running = _running(layer)
+            elif layer.training and running_mean is not None:
+                momentum = _count(layer, _held(buffers, "num_batches_tracked", layer))
+                running = running_mean, _held(buffers, "running_var", layer), momentum
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             rstd = (layer.running_var.to(wide) + layer.eps).rsqrt_()
-            given, constant = Statistics(layer.running_mean.to(wide), rstd), True
+            given, constant = Statistics(running_mean.to(wide), rstd), True
     elif eps is None:  # torch's default for an RMS norm
         eps = torch.finfo(x.dtype).eps
-    bias = None if kind == "rms" else layer.bias
+    bias = None if kind == "rms" else _held(parameters, "bias", layer)
     groups = layer.num_groups if kind == "group" else 1
-    norm = Norm(kind, layer.weight, bias, eps, fusable.activation, groups, axis, **running)
+    norm = Norm(kind, _held(parameters, "weight", layer), bias, eps, fusable.activation, groups, axis, *running)
     return Call(kernels, norm, _dtype(kind, x, narrow), given, constant)
 
 
@@ -240,18 +243,22 @@ def _fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:
     return x.shape[-1] == layer.normalized_shape[0] and x.is_contiguous()
 
 
-def _running(layer: Any) -> dict[str, Any]:
-    """Where the batch is counted, and by how much."""
+_NOT_RUNNING: tuple[Any, Any, float] = (None, None, 0.0)
+
+
+def _held(table: Mapping[str, Any], name: str, layer: Any) -> Any:
+    """A parameter or buffer. Asking the module costs ten times as much, and is right where the table lacks the name."""
+    return table[name] if name in table else getattr(layer, name)
+
+
+def _count(layer: Any, batches: Any) -> float:
+    """Count the batch. Returns the momentum of its statistics."""
     momentum = layer.momentum
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
+    if batches is not None:
+        batches.add_(1)
         if momentum is None:  # a cumulative average
-            momentum = 1.0 / float(layer.num_batches_tracked)
-    return {
-        "running_mean": layer.running_mean,
-        "running_var": layer.running_var,
-        "momentum": 0.0 if momentum is None else momentum,
-    }
+            momentum = 1.0 / float(batches)
+    return 0.0 if momentum is None else momentum
 
 
 def _dtype(kind: str, x: torch.Tensor, narrow: bool) -> torch.dtype:

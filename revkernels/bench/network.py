@@ -23,6 +23,7 @@ from revkernels.bench.contenders import BASELINE, Contender, Way
 from revkernels.bench.equal_memory import largest_batch
 from revkernels.bench.harness import Measurement, Trial, measure
 from revkernels.bench.networks import Data, Workload
+from revkernels.bench.profiling import breakdown
 from revkernels.bench.results import as_row
 from revkernels.measure import angle, peak_bytes
 
@@ -72,6 +73,7 @@ class Job:
         rounds: timed.
         most: at equal memory, the largest batch tried, in batches; 0 leaves that out.
         graphs: whether what is timed is the replay of a CUDA graph of the step. Peaks are the step's own all the same.
+        profile: whether to say where the time of a step goes.
     """
 
     subject: str
@@ -84,6 +86,7 @@ class Job:
     rounds: int = 5
     most: int = 0
     graphs: bool = False
+    profile: bool = False
 
     @property
     def case(self) -> str:
@@ -94,7 +97,8 @@ class Job:
 def steps(job: Job) -> int:
     """Return how many steps of the work `run` begins."""
     count = len(job.ways)
-    return 1 + count + 1 + job.rounds + ((count + 1 + job.rounds) if job.most else 0)
+    equal_memory = count + 1 + job.rounds if job.most else 0
+    return 1 + count + 1 + job.rounds + equal_memory + (count if job.profile else 0)
 
 
 def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None) -> Iterator[dict[str, Any]]:
@@ -102,9 +106,9 @@ def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None
 
     Keys besides a `Measurement`'s: ``kind``, ``version`` (of a peer), ``peak_bytes``, ``gradient_degrees`` to the
     baseline of the same dtype and ``float64_degrees`` to it in float64 (None where ``gradient_error`` says why),
-    ``statistics_updates`` in a step,
-    ``images_per_s``, ``ratio_to`` the contenders of the goals, ``goals``, and with ``job.most``
-    ``equal_memory_batch`` and ``equal_memory_images_per_s``. One that failed has ``error`` and no times.
+    ``statistics_updates`` in a step, ``images_per_s``, ``ratio_to`` the contenders of the goals, ``goals``, with
+    ``job.most`` ``equal_memory_batch`` and ``equal_memory_images_per_s``, and with ``job.profile`` also ``profile``, of
+    `breakdown`. One that failed has ``error`` and no times.
     """
     data = _data(job)
     if any(way.compiled for way in job.ways):
@@ -139,6 +143,10 @@ def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None
     trial = Trial(BASELINE, timed, beside=beside)
     for measured in measure(job.subject, job.case, trial, clock, job.rounds, 1, lambda s: begin(f"{job.case}: {s}")):
         found[measured.variant] = _judged(job, measured, limits, found[measured.variant])
+    if job.profile:
+        for name, contender in living.items():
+            begin(f"{job.case}: a profile of {name}")
+            found[name]["profile"] = breakdown(_bound(contender, data), device=job.device)
     if job.most:
         _at_equal_memory(job, living, found, clock, begin)
     for way in job.ways:

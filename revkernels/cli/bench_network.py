@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
         "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16 is autocast (default: float32)"
     )
     parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs of the steps (cuda alone)")
+    parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
     parser.add_argument("--keep-memory", action="store_true", help="freed memory stays in the process: no page faults")
     parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these beside the baseline (default: all)")
     parser.add_argument("--plot", metavar="FILE", type=picture, help="also draw time against peak memory, a PNG")
@@ -61,7 +62,21 @@ def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         most = _MOST if args.equal_memory else 0
         for dtype in dict.fromkeys(args.dtype):
             batch = args.batch or found.batch
-            jobs.append(Job("network", name, found, ways, batch, dtype, args.device, args.rounds, most, args.graphs))
+            jobs.append(
+                Job(
+                    "network",
+                    name,
+                    found,
+                    ways,
+                    batch,
+                    dtype,
+                    args.device,
+                    args.rounds,
+                    most,
+                    args.graphs,
+                    args.profile,
+                )
+            )
     return _measured(args, jobs, [])
 
 
@@ -75,7 +90,18 @@ def peers(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     stage = Stage(Shape(args.depth, args.batch, args.width, args.side, args.device))
     ways = _chosen(WAYS, args.only)
     jobs = [
-        Job("peers", stage.name, stage, ways, args.batch, dtype, args.device, args.rounds, graphs=args.graphs)
+        Job(
+            "peers",
+            stage.name,
+            stage,
+            ways,
+            args.batch,
+            dtype,
+            args.device,
+            args.rounds,
+            graphs=args.graphs,
+            profile=args.profile,
+        )
         for dtype in dict.fromkeys(args.dtype)
     ]
     return _measured(args, jobs, [way.peer.note() for way in ways if way.peer is not None])
@@ -168,7 +194,24 @@ def _tables(args: argparse.Namespace, job: Any, rows: list[dict[str, Any]], note
         for goal in row["goals"]:
             limit = {"goal": f"<= {goal['at_most']:g} of {goal['of']}", "reached": goal["value"], "met": goal["met"]}
             goals.rows.append({"variant": row["variant"], **limit})
-    return [table, goals] if goals.rows else [table]
+    return [table, *([goals] if goals.rows else []), *([_profile(job, rows)] if job.profile else [])]
+
+
+def _profile(job: Any, rows: Sequence[dict[str, Any]]) -> Table:
+    columns = {"variant": "variant", "products": "products, ms", "fusible": "norms, couplings, sums, ms"}
+    columns |= {"rest": "rest, ms", "total": "total, ms", "floor": "floor of the ratio"}
+    table = Table(f"where the time goes, {_title(job)}", columns)
+    totals = {row["variant"]: row["profile"]["total"] for row in rows if "profile" in row}
+    for row in rows:
+        if "profile" in row:
+            shown = {kind: 1e3 * seconds for kind, seconds in row["profile"].items()}
+            floor = row["profile"]["products"] / totals[row["baseline"]]
+            table.rows.append({"variant": row["variant"], "floor": floor} | shown)
+    table.notes = [
+        "by torch.profiler, which costs every operator some time; products: convolutions, matrix products, attention",
+        f"floor: its products alone, everything else being free, over all of '{rows[0]['baseline']}'",
+    ]
+    return table
 
 
 def _title(job: Any) -> str:
