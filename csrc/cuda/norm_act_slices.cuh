@@ -168,21 +168,20 @@ __global__ void __launch_bounds__(kThreads, kSize == 1 ? 3 : 2)
   const auto load = [&](int u, const auto& at) {
     stream.load(loaded[u], at[0], at[kCoupled<F> ? 1 : 0]);
   };
-  for_each_unit<kSize, kUnits, kFields>(plan, place, fields, load,
-                                        [&](int u, const auto& at, int64_t) {
-                                          A value[kSize];
-                                          stream.finish(loaded[u], at[kCoupled<F> ? 2 : 0], value);
-                                          if (units++ == 0)
+  const auto use = [&](int u, const auto& at, int64_t) {
+    A value[kSize];
+    stream.finish(loaded[u], at[kCoupled<F> ? 2 : 0], value);
+    if (units++ == 0)
 #pragma unroll
-                                            for (int e = 0; e < kSize; ++e)
-                                              shift[e] = lanes.rows ? value[e] : value[0];
+      for (int e = 0; e < kSize; ++e) shift[e] = lanes.rows ? value[e] : value[0];
 #pragma unroll
-                                          for (int e = 0; e < kSize; ++e) {
-                                            const A away = value[e] - shift[e];
-                                            sum[e] += away;
-                                            squares[e] += away * away;
-                                          }
-                                        });
+    for (int e = 0; e < kSize; ++e) {
+      const A away = value[e] - shift[e];
+      sum[e] += away;
+      squares[e] += away * away;
+    }
+  };
+  for_each_unit<kSize, kUnits, kFields>(plan, place, fields, load, use);
 
   // All lanes of a channel move to the shift of lane y = 0, which has an element if any has.
   double origin[kSize], total[kSize], total_squares[kSize];
@@ -227,15 +226,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto load = [&](int u, const auto& at) {
     stream.load(loaded[u], at[1], at[kCoupled<F> ? 2 : 1]);
   };
-  for_each_unit<kSize, kUnits, kFields>(plan, place, fields, load,
-                                        [&](int u, const auto& at, int64_t unit) {
-                                          A values[kSize];
-                                          stream.finish(loaded[u], at[kCoupled<F> ? 3 : 1], values);
-                                          if (scaling.by_position)
-                                            read_statistics_of(unit, plan, place, scaling, normals);
-                                          activate(normals, scaling.activation, values);
-                                          store_as<H>(h, at[0], values);
-                                        });
+  const auto use = [&](int u, const auto& at, int64_t unit) {
+    A values[kSize];
+    stream.finish(loaded[u], at[kCoupled<F> ? 3 : 1], values);
+    if (scaling.by_position) read_statistics_of(unit, plan, place, scaling, normals);
+    activate(normals, scaling.activation, values);
+    store_as<H>(h, at[0], values);
+  };
+  for_each_unit<kSize, kUnits, kFields>(plan, place, fields, load, use);
 }
 
 // The sums of dz and of dz * xhat of each channel in each slice, into partial.
@@ -274,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     raw_x[u].load(x, at[0]);
     raw_dh[u].load(dh, at[1]);
   };
-  for_each_unit<kSize, kUnits, 2>(plan, place, fields, load, [&](int u, const auto&, int64_t unit) {
+  const auto use = [&](int u, const auto&, int64_t unit) {
     A values[kSize], gradient[kSize];
     if (scaling.by_position) {
       read_statistics_of(unit, plan, place, scaling, normals);
@@ -295,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         asm volatile("" ::: "memory");  // element by element: all at once would spill
       }
     });
-  });
+  };
+  for_each_unit<kSize, kUnits, 2>(plan, place, fields, load, use);
   double total_dbias[kSize], total_dweight[kSize];
 #pragma unroll
   for (int e = 0; e < kSize; ++e) total_dbias[e] = dbias[e], total_dweight[e] = dweight[e];
@@ -352,37 +351,37 @@ __global__ void __launch_bounds__(kThreads, 2)
     raw_dh[u].load(dh, at[1]);
     if (base.data) raw_base[u].load(base, at[3]);
   };
-  for_each_unit<kSize, kUnits, 4>(
-      plan, place, fields, load, [&](int u, const auto& at, int64_t unit) {
-        A values[kSize], gradient[kSize], before[kSize];
-        if (scaling.by_position) {
-          read_statistics_of(unit, plan, place, scaling, normals);
+  const auto use = [&](int u, const auto& at, int64_t unit) {
+    A values[kSize], gradient[kSize], before[kSize];
+    if (scaling.by_position) {
+      read_statistics_of(unit, plan, place, scaling, normals);
 #pragma unroll
-          for (int e = 0; e < kSize; ++e) mean[e][thread] = normals.mean[e];
-        }
-        raw_x[u].unpack(values, x);
-        raw_dh[u].unpack(gradient, dh);
-        if (base.data) raw_base[u].unpack(before, base);
-        with_activation(scaling.activation, [&](auto kind) {
+      for (int e = 0; e < kSize; ++e) mean[e][thread] = normals.mean[e];
+    }
+    raw_x[u].unpack(values, x);
+    raw_dh[u].unpack(gradient, dh);
+    if (base.data) raw_base[u].unpack(before, base);
+    with_activation(scaling.activation, [&](auto kind) {
 #pragma unroll
-          for (int e = 0; e < kSize; ++e) {
-            const A w = weight[e][thread], rstd = normals.rstd[e];
-            const ops::Normal<A> normal{mean[e][thread], rstd, w, bias[e][thread]};
-            const A xhat = normal.xhat(values[e]);
-            const A dz = decltype(kind)::gradient(normal.z(xhat), gradient[e]);
-            if (sums.kind == Gradient::kConstant)
-              values[e] = w * rstd * dz;
-            else if (sums.kind == Gradient::kBatch)
-              values[e] =
-                  ops::MeansGradient<A>{w * rstd, mean_g[e][thread], mean_gx[e][thread]}(dz, xhat);
-            else
-              values[e] =
-                  ops::MeansGradient<A>{rstd, mean_g[e][thread], mean_gx[e][thread]}(dz * w, xhat);
-            if (base.data) values[e] = before[e] + values[e];
-          }
-        });
-        store_as<X>(dx, at[2], values);
-      });
+      for (int e = 0; e < kSize; ++e) {
+        const A w = weight[e][thread], rstd = normals.rstd[e];
+        const ops::Normal<A> normal{mean[e][thread], rstd, w, bias[e][thread]};
+        const A xhat = normal.xhat(values[e]);
+        const A dz = decltype(kind)::gradient(normal.z(xhat), gradient[e]);
+        if (sums.kind == Gradient::kConstant)
+          values[e] = w * rstd * dz;
+        else if (sums.kind == Gradient::kBatch)
+          values[e] =
+              ops::MeansGradient<A>{w * rstd, mean_g[e][thread], mean_gx[e][thread]}(dz, xhat);
+        else
+          values[e] =
+              ops::MeansGradient<A>{rstd, mean_g[e][thread], mean_gx[e][thread]}(dz * w, xhat);
+        if (base.data) values[e] = before[e] + values[e];
+      }
+    });
+    store_as<X>(dx, at[2], values);
+  };
+  for_each_unit<kSize, kUnits, 4>(plan, place, fields, load, use);
 }
 
 }  // namespace revk::cuda
