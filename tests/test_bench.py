@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The harness on a clock that the test winds: medians, ratios, rotation, goals; results, comparison, GPU report."""
+"""The harness on a clock that the test winds: medians, ratios, rotation, goals; results, comparison."""
 
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +8,12 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from benchmarks import compare, gpu_report  # noqa: E402
+from benchmarks import compare  # noqa: E402
 from revkernels.bench import memory, overhead, results  # noqa: E402
 from revkernels.bench.chains import Shape  # noqa: E402
 from revkernels.bench.clocks import HostClock, last_level_cache  # noqa: E402
 from revkernels.bench.coupling import SUITE, Setup  # noqa: E402
 from revkernels.bench.harness import Goal, Suite, Trial, measure, rotation  # noqa: E402
-from revkernels.cli.cases import KERNELS  # noqa: E402
-from revkernels.cli.output import Table, plain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -274,162 +270,6 @@ def test_compare_matches_the_last_lines(tmp_path, capsys):
     assert compare.main([str(before), str(after)]) == 0
     assert compare.main([str(before), str(tmp_path / "absent.jsonl")]) == 2
     assert "absent.jsonl" in capsys.readouterr().err
-
-
-def test_gpu_report_plans_flat_and_few_files(tmp_path):
-    assert gpu_report.main(["--out", str(tmp_path), "--dry-run"]) == 0
-    plan = gpu_report.stages(tmp_path, tmp_path / "site")
-    names = {stage.log for stage in plan} | {"report.txt", "report.json", "device.jsonl"}
-    assert len(names) <= 8
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    assert len({stage.name for stage in plan}) == len(plan)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["result"] for row in report["tables"][0]["rows"]] == ["planned"] * len(plan)
-
-
-def test_gpu_report_runs_checks_and_tests_side_by_side_and_times_alone(tmp_path):
-    first, *plan = gpu_report.stages(tmp_path, tmp_path / "site")
-    assert (first.name, first.group) == ("build", "")
-    assert [stage.group for stage in plan] == [
-        "" if stage.name.startswith("bench ") else gpu_report.TESTS for stage in plan
-    ]
-    # Whichever of those side by side takes longest, the first benchmarks fit.
-    together = max(stage.limit for stage in plan if stage.group)
-    assert first.limit + together + sum(stage.limit for stage in plan if not stage.group) >= gpu_report.BUDGET
-    assert first.limit + together < 0.7 * gpu_report.BUDGET
-
-
-def test_gpu_report_takes_stages_by_name(tmp_path):
-    assert gpu_report.main(["--out", str(tmp_path), "--dry-run", "--only", "memcheck", "passes"]) == 0
-    rows = json.loads((tmp_path / "report.json").read_text())["tables"][0]["rows"]
-    names = [row["stage"] for row in rows]
-    assert names[0] == "build" and len(names) == 5
-    assert all("memcheck" in name or "passes" in name for name in names[1:])
-
-
-def test_gpu_report_tests_each_backend_by_itself(tmp_path):
-    plan = {stage.name: stage for stage in gpu_report.stages(tmp_path, tmp_path / "site")}
-    assert plan["build"].env == {"REVK_CUDA": "ON"}
-    for backend, norms in (("cuda", "test_cuda_gpu_norm_act.py"), ("triton", "test_triton_norm_gpu.py")):
-        stage = plan[f"gpu tests, {backend}"]
-        assert stage.env["REVKERNELS_BACKEND"] == backend
-        files = {Path(word) for word in stage.command if word.endswith(".py")}
-        own, chains, meter = f"test_{backend}_gpu.py", "behaviour/test_gpu.py", "test_measure.py"
-        assert files == {ROOT / "tests" / name for name in (own, norms, chains, meter)}
-        assert all(file.exists() for file in files)
-
-
-def test_gpu_report_runs_every_gpu_test(tmp_path):
-    """A file of tests that need a GPU is in one of the stages."""
-    plan = gpu_report.stages(tmp_path, tmp_path / "site")
-    tested = {Path(word).name for stage in plan for word in stage.command if word.endswith(".py")}
-    marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
-    assert marked - {Path(__file__).name} == tested
-
-
-def test_gpu_report_has_few_tests_sanitized(tmp_path):
-    sanitized = [stage for stage in gpu_report.stages(tmp_path, None) if stage.tool]
-    couplings, norms = ([stage for stage in sanitized if stage.name.endswith(of)] for of in ("couplings", "norms"))
-    lists, types = "test_accumulate_lists", "test_reverse_step_with_four_dtypes"
-    for stages, most, expected in (
-        (couplings, 40, {"test_every_layout", "test_coupling_options", lists, types}),
-        (norms, 60, {"test_forward", "test_backward"}),
-    ):
-        first, second = stages
-        assert first.command == second.command
-        command = [sys.executable, *first.command, "--collect-only"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        tests = re.findall(r"::(\w+)", done.stdout)
-        assert 20 <= len(tests) <= most
-        assert set(tests) == expected
-
-
-@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
-def test_gpu_report_takes_no_check_that_checked_nothing(backend, tmp_path):
-    proof = next(s.proof for s in gpu_report.stages(tmp_path, None) if s.name == f"check, {backend}")
-    table = Table("check", {"backend": "backend", **{kernel: kernel for kernel in KERNELS}, "reason": "reason"})
-    good = ["ok (7 calls)"] * len(KERNELS)
-    for cells in (good, [*good[1:], "1 of 7 calls FAILED"], ["left out"] * len(KERNELS)):
-        table.rows = [
-            {"backend": "other", **dict.fromkeys(KERNELS, "ok (1 calls)")},
-            {"backend": backend, **dict(zip(KERNELS, cells, strict=True))},
-        ]
-        assert re.findall(proof, plain(table)) == (["ok (7 calls)"] if set(cells) == {"ok (7 calls)"} else [])
-
-
-def run_plan(tmp_path, *plan, budget=60):
-    return gpu_report.run_stages(plan, tmp_path, tmp_path, None, budget)
-
-
-def stage(name, code, limit=30, **options):
-    return gpu_report.Stage(name, "a.log", ["-c", code], limit, gpu=False, **options)
-
-
-def test_gpu_report_tells_ok_from_failed_timed_out_and_unproven(tmp_path):
-    outcomes = run_plan(
-        tmp_path,
-        stage("good", "print('3 passed in 1 s')", proof=r"[1-9]\d* passed.*"),
-        stage("bad", "raise SystemExit(3)"),
-        stage("empty", "print('4 skipped')", proof=r"[1-9]\d* passed"),
-        stage("slow", "import time; time.sleep(60)", limit=1),
-        stage("absent", "", tool=["no-such-tool"]),
-    )
-    assert [o.result for o in outcomes] == ["ok", "FAILED", "FAILED", "timed out", "left out"]
-    assert outcomes[0].detail == "3 passed in 1 s"
-    assert outcomes[1].detail == "exit status 3, see a.log"
-    assert outcomes[4].detail == "no-such-tool is not on PATH"
-    assert [o.bad for o in outcomes] == [False, True, True, True, False]
-    assert "3 passed" in (tmp_path / "a.log").read_text()
-
-
-def test_gpu_report_runs_a_group_at_the_same_time(tmp_path):
-    """Each of the two waits for the other; they end in the order of the plan, and so do their logs."""
-    code = "import pathlib, time\npathlib.Path('{0}').touch()\nwhile not pathlib.Path('{1}').exists(): time.sleep(0.01)"
-    pair = [stage(a, code.format(a, b), group="both") for a, b in ("ab", "ba")]
-    outcomes = run_plan(tmp_path, *pair, stage("after", "print('last')"))
-    assert [(o.stage, o.result) for o in outcomes] == [("a", "ok"), ("b", "ok"), ("after", "ok")]
-    assert (tmp_path / "a.log").read_text().count("====") == 3
-
-
-def test_gpu_report_takes_the_build_and_not_the_source_folder(tmp_path):
-    """Nor does the repository come before an installed package."""
-    site = tmp_path / "site"
-    (site / "revkernels").mkdir(parents=True)
-    (site / "revkernels" / "__init__.py").write_text("print('the build')")
-    importing = stage("import", "import revkernels; print(revkernels.__file__)")
-    gpu_report.run_stages([importing], tmp_path, tmp_path, site, 60)
-    assert "the build" in (tmp_path / "a.log").read_text()
-    gpu_report.run_stages(
-        [stage("path", "import os; print(os.environ['PYTHONPATH'].split(os.pathsep))")], tmp_path, tmp_path, None, 60
-    )
-    assert f"'{ROOT}'" not in (tmp_path / "a.log").read_text().partition("==== path")[2]
-
-
-def test_gpu_report_leaves_out_what_cannot_follow(tmp_path, monkeypatch):
-    build, after = run_plan(tmp_path, stage("build", "raise SystemExit(1)"), stage("after", ""))
-    assert (build.result, after.result, after.detail) == ("FAILED", "left out", "the build failed")
-    (late,) = run_plan(tmp_path, stage("late", ""), budget=1)
-    assert (late.result, late.detail) == ("left out", "the 1 s are used up")
-    monkeypatch.setattr(gpu_report, "why_no_gpu", lambda: "no GPU: a test")
-    needs = gpu_report.Stage("needs", "a.log", ["-c", ""], 30)
-    assert run_plan(tmp_path, needs)[0].detail == "no GPU: a test"
-
-
-def test_gpu_report_signs_the_lines_of_its_build(tmp_path):
-    lines = [{"ratio": 1.0, "environment": {"commit": made, "device": "GPU"}} for made in (None, "abc")]
-    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    gpu_report.sign(tmp_path, "123+changes")
-    signed = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    assert [line["environment"]["commit"] for line in signed] == ["123+changes", "abc"]
-    assert [line["environment"]["device"] for line in signed] == ["GPU"] * 2
-
-
-def test_gpu_report_exits_1_when_a_stage_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_report, "stages", lambda out, site: [stage("bad", "raise SystemExit(1)")])
-    assert gpu_report.main(["--out", str(tmp_path), "--no-build"]) == 1
-    assert "FAILED" in capsys.readouterr().out
-    assert "FAILED" in (tmp_path / "report.txt").read_text()
 
 
 @pytest.mark.parametrize(
