@@ -3,6 +3,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 from behaviour.common import torch
@@ -51,8 +52,14 @@ def one_hangs():
 
 @cases.add
 def one_dies():
+    """Once the other one is past the making of the group, where a death would be told as well, but from there."""
+    arrived = Path("arrived")
     if dist.get_rank() == 1:
+        while not arrived.exists():
+            time.sleep(0.01)
+        arrived.unlink()
         os._exit(3)
+    arrived.touch()
     sum_of_ranks()
 
 
