@@ -9,12 +9,14 @@ from revkernels._version import __version__
 from revkernels.backends import use_backend
 from revkernels.coupling import Coupling
 from revkernels.errors import BackendError, ReconstructionError
+from revkernels.exact import Exact
 from revkernels.information import info
 from revkernels.norm import Norm, Statistics
 
 __all__ = [
     "BackendError",
     "Coupling",
+    "Exact",
     "Norm",
     "ReconstructionError",
     "Statistics",

@@ -26,7 +26,10 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 #: What dynamo must neither trace nor compile when it meets it, in a forward or on the way of a backward.
 _OUTSIDE = (
     *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "entry", "inverse", "norm_act")),
-    *(f"revkernels.autograd.{name}" for name in ("ownership", "recorded", "reversal", "snapshot", "surroundings")),
+    *(
+        f"revkernels.autograd.{name}"
+        for name in ("grid", "ownership", "rebuilding", "recorded", "reversal", "snapshot", "surroundings")
+    ),
     "revkernels.eager",
 )
 

@@ -16,6 +16,24 @@ from revkernels.autograd.accumulate import gather
 from revkernels.coupling import Coupling
 
 
+def walkable(f: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """f in a layout that a kernel with a checksum can walk beside s: three dimensions at most, once merged."""
+    if f.dim() <= 3 or f.stride() == s.stride() or (in_usual_order(f) and in_usual_order(s)):
+        return f
+    return torch.empty_strided(s.shape, s.stride(), dtype=f.dtype, device=f.device).copy_(f)
+
+
+def in_usual_order(t: torch.Tensor) -> bool:
+    """Whether t is dense and contiguous, or channels last."""
+    if t.is_contiguous():
+        return True
+    memory_format = _CHANNELS_LAST.get(t.dim())
+    return memory_format is not None and t.is_contiguous(memory_format=memory_format)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 class Enter(torch.autograd.Function):
     """s -> (s, h), both s: where a stream is read by a branch without having been coupled just before."""
 
@@ -31,20 +49,25 @@ class Enter(torch.autograd.Function):
 
 
 class Couple(torch.autograd.Function):
-    """(a, f) -> (s, h) with s = a + f and h its twin; the gradient of the sum goes to both as it is."""
+    """(a, f) -> (s, h) with s = a + f and h its twin; the gradient of the sum goes to both as it is.
+
+    So it does where ``coupling`` rounds f to a grid: that rounding's gradient is taken as the identity.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, f: torch.Tensor, kernels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, a: torch.Tensor, f: torch.Tensor, kernels: Any, coupling: Coupling | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.kernels = kernels
         ctx.set_materialize_grads(False)
         s = torch.empty_like(a)
-        kernels.couple(s, a, f, None)
+        kernels.couple(s, a, f if coupling is None else walkable(f, s), coupling)
         return s, s.detach()
 
     @staticmethod
     def backward(ctx: Any, ds: Any, dh: Any) -> Any:
         total = gather(ds, dh, ctx.kernels)
-        return total, total, None
+        return total, total, None, None
 
 
 #: `Function.apply` without what it does for torch.func, whose tensors never come here: a microsecond a call.

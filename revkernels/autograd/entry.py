@@ -55,7 +55,7 @@ class Entry:
         call = None if found is None else fusion.call_of(self.fusable, x, kernels, self.narrow)
         graph = torch.is_grad_enabled()
         if waiting is not None and (call is None or (graph and not (x.requires_grad or waiting[2].requires_grad))):
-            streams[source] = x = couple(x, waiting[2], kernels)[0]
+            streams[source] = x = couple(x, waiting[2], kernels, None)[0]
             waiting = None
         if call is None:
             return None

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from revkernels import backends, eager
+from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.norm_act import Call, norm_act
 from revkernels.norm import Norm, Statistics
@@ -174,7 +175,7 @@ def kernels_for(x: Any) -> Any:
     kernels = ambient.kernels
     if kernels is eager or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
-    if torch.autograd.forward_ad._current_level >= 0 or not _dense(x) or x.numel() == 0:
+    if torch.autograd.forward_ad._current_level >= 0 or not in_usual_order(x) or x.numel() == 0:
         return None
     if kernels is None:
         kernels = backends.select(x)
@@ -184,16 +185,6 @@ def kernels_for(x: Any) -> Any:
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return None  # hooks on every module expect to see each layer
     return kernels
-
-
-def _dense(x: torch.Tensor) -> bool:
-    if x.is_contiguous():
-        return True
-    memory_format = _CHANNELS_LAST.get(x.dim())
-    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
-
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Call | None:

@@ -11,23 +11,34 @@ import torch
 from revkernels import eager
 from revkernels.autograd import fusion
 from revkernels.autograd.coupling import differentiable
+from revkernels.autograd.grid import half_type_of
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.snapshot import Snapshot, put_back
+from revkernels.coupling import Coupling
 
 
 def invert(
-    streams: Sequence[torch.Tensor], half_steps: Sequence[HalfStep], kernels: Any, name: Callable[[int], str]
+    streams: Sequence[torch.Tensor],
+    half_steps: Sequence[HalfStep],
+    kernels: Any,
+    name: Callable[[int], str],
+    grid_exponent: int | None = None,
 ) -> list[torch.Tensor]:
     """s[target] = s[target] - B[k](h) from the last half-step to the first, out of place.
+
+    With a ``grid_exponent`` the couplings are exact: then the streams have to be on that grid.
 
     A branch runs on throw-away copies of its running statistics: undoing a batch must not count it again.
     """
     streams = list(streams)
+    coupling = None if grid_exponent is None else Coupling(grid_exponent=grid_exponent)
     for k, step in reversed(list(enumerate(half_steps))):
         target, sources = step.target, step.sources
         h = streams[sources[0]]
         for index in sources[1:]:
             h = h + streams[index]
+        if coupling is not None and (narrow := half_type_of(step.branch)) is not None:
+            h = h.to(narrow)
         snapshot = Snapshot(step.branch)
         with snapshot.turn:
             snapshot.take()
@@ -40,15 +51,15 @@ def invert(
         if type(f) is tuple:
             f, _ = check_aux(f, name, k)
         check_branch_output(f, streams[target], name, k)
-        streams[target] = _uncouple(kernels, streams[target], f)
+        streams[target] = _uncouple(kernels, streams[target], f, coupling)
     return streams
 
 
-def _uncouple(kernels: Any, y: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    if kernels is eager:
+def _uncouple(kernels: Any, y: torch.Tensor, f: torch.Tensor, coupling: Coupling | None) -> torch.Tensor:
+    if kernels is eager and coupling is None:
         return (y - f).to(y.dtype)
     if torch.is_grad_enabled() and (y.requires_grad or f.requires_grad):
-        return differentiable(kernels, "uncouple", y, f, None)
+        return differentiable(kernels, "uncouple", y, f, coupling)
     x = torch.empty_like(y)
-    kernels.uncouple(x, y, f, None)
+    kernels.uncouple(x, y, f, coupling)
     return x

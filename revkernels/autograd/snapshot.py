@@ -36,6 +36,11 @@ _written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictio
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
+def will_write(module: nn.Module, name: str) -> None:
+    """Tell beforehand that the module's forward writes this buffer, in some calls if not in all."""
+    _written.setdefault(module, set()).add(name)
+
+
 class Turn:
     """The right to run modules that have buffers: one thread's at a time.
 

@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from revkernels import backends, eager
+from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
 from revkernels.autograd.reversal import Reversal
 from revkernels.errors import ReconstructionError
+from revkernels.exact import Exact
+from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
 from revkernels.nn.streams import check_options, dense, is_store, streams_of
 
 __all__ = ["HalfStep", "run", "run_inverse"]
@@ -28,7 +31,7 @@ class Options(NamedTuple):
 
     split_dim: int = 1
     activations: str = "reconstruct"
-    coupling: str = "float"
+    coupling: str | Exact = "float"
     backend: str | None = None
 
 
@@ -62,7 +65,10 @@ def run(half_steps: Sequence[HalfStep], x: Any, groups: int = 2, name: Name | No
 def run_inverse(
     half_steps: Sequence[HalfStep], y: Any, groups: int = 2, name: Name | None = None, **options: Any
 ) -> Any:
-    """Return the x that `run` maps to ``y``, up to rounding: the half-steps in reverse order, each subtracting."""
+    """Return the x that `run` maps to ``y``, up to rounding: the half-steps in reverse order, each subtracting.
+
+    Of an exact coupling it is x on its grid, bit for bit, for a y from `run`; k has to be given, as in `run`.
+    """
     owner = Options(**options)
     check_options(*owner)
     _check(half_steps, groups)
@@ -80,7 +86,7 @@ def forward(
     """`run` with the options of ``owner``, unchecked. ``through`` advances the reversal by the half-steps, if `advance`
     would not do."""
     if torch.compiler.is_dynamo_compiling():
-        if through is None and not rebuilds(owner):
+        if through is None and not rebuilds(owner) and owner.coupling == "float":
             return _traced(owner, x, groups, half_steps, name)
         from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
 
@@ -93,7 +99,16 @@ def forward(
     if not half_steps:
         return x
     kernels = _kernels(owner, streams[0])
-    reversal = Reversal([dense(s) for s in streams], kernels, keep, _side_inputs(half_steps), name)
+    streams = [dense(s) for s in streams]
+    rebuilding = torch.is_grad_enabled() and not keep
+    grid, exponents = grid_for(owner, streams, len(half_steps), kernels, rebuilding, name)
+    if grid is not None:
+        streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
+    reversal = Reversal(streams, kernels, keep, _side_inputs(half_steps), name, grid)
+    witness = getattr(owner, "witness", None)
+    if witness is not None and rebuilding:
+        reversal.witness = witness(streams)
+    del streams
     try:
         if through is None:
             advance(reversal, half_steps)
@@ -109,6 +124,8 @@ def forward(
     except BaseException:
         reversal.release()
         raise
+    if exponents is not None:
+        exponents.end(grid.largest)  # type: ignore[union-attr]
     return (y, aux) if aux else y
 
 
@@ -159,13 +176,31 @@ def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], nam
     streams, joined = streams_of(y, owner.split_dim, groups, "y")
     if not half_steps:
         return y
-    x = invert([dense(s) for s in streams], half_steps, _kernels(owner, streams[0]), name)
+    kernels, k = _kernels(owner, streams[0]), known_exponent(owner)
+    streams = [dense(s) if k is None else to_grid(dense(s), k, kernels) for s in streams]
+    x = invert(streams, half_steps, kernels, name, k)
     return torch.cat(x, owner.split_dim) if joined else tuple(x)
+
+
+def input_on_grid(owner: Any, x: Any, groups: int) -> Any:
+    """x as a chain with the options of ``owner`` sees it: on the grid of its exact coupling."""
+    streams, joined = streams_of(x, owner.split_dim, groups, "x")
+    exact = exact_of(owner.coupling)
+    if exact is None:
+        return x
+    check_streams(streams)
+    k, kernels = Exponents(owner, exact).begin(streams, adapting=False), _kernels(owner, streams[0])
+    streams = [to_grid(dense(s), k, kernels) for s in streams]
+    return torch.cat(streams, owner.split_dim) if joined else tuple(streams)
 
 
 def _kernels(owner: Any, x: torch.Tensor) -> Any:
     # Tensor subclasses, and tensors inside torch.func, have no memory that a kernel could be given.
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if owner.coupling != "float":
+            raise ReconstructionError(
+                "torch.func transforms cannot look through an exact coupling: set coupling='float'"
+            )
         if owner.activations == "reconstruct":
             raise ReconstructionError(
                 "torch.func transforms cannot run a reversible backward: set activations='store' for them "

@@ -13,8 +13,10 @@ from torch.nn.modules import module as _torch_module
 
 from revkernels.autograd.half_step import HalfStep, grouped
 from revkernels.autograd.reversal import Reversal
+from revkernels.exact import Exact
 from revkernels.nn.arguments import route
-from revkernels.nn.chain import advance, forward, inverse, rebuilds
+from revkernels.nn.chain import advance, forward, input_on_grid, inverse, rebuilds
+from revkernels.nn.exact import KeepsGrid
 from revkernels.nn.fusion import Explanation, explain
 from revkernels.nn.streams import check_options
 
@@ -23,7 +25,7 @@ _OPTIONS = ("split_dim", "activations", "coupling", "backend")
 _handed_over = threading.local()  # the Reversal a chain hands to a block that it calls through the block's hooks
 
 
-class ReversibleBlock(nn.Module):
+class ReversibleBlock(KeepsGrid):
     """y1 = x1 + F(x2); y2 = x2 + G(y1)   (Gomez et al. 2017, eq. 6).
 
     With more branches it couples as many streams: y1 = x1 + F(x2 + x3 + ...); y2 = x2 + G(y1); y3 = x3 + H(y2) ...
@@ -46,7 +48,7 @@ class ReversibleBlock(nn.Module):
         F, G, *more: the residual functions, one for each stream. Those after G are the attributes branch2, branch3 ...
         split_dim: the dimension that a single tensor is cut into streams along.
         activations: "reconstruct" rebuilds the input from the output in the backward; "store" keeps activations.
-        coupling: "float".
+        coupling: "float"; or "exact", whose streams come back bit for bit at any depth: see `revkernels.Exact`.
         backend: "cpu", "cuda", "triton", "eager", "reference", or None for the best that the input's device has.
 
     Raises:
@@ -61,7 +63,7 @@ class ReversibleBlock(nn.Module):
         *more: Callable[..., Any],
         split_dim: int = 1,
         activations: str = "reconstruct",
-        coupling: str = "float",
+        coupling: str | Exact = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -97,6 +99,10 @@ class ReversibleBlock(nn.Module):
         """x2 = y2 - G(y1); x1 = y1 - F(x2)   (eq. 7). See `ReversibleSequential.inverse`."""
         return _run_inverse(self, [self], y, args, kwargs)
 
+    def to_grid(self, x: Any) -> Any:
+        """See `ReversibleSequential.to_grid`."""
+        return input_on_grid(self, x, len(self.branch_names))
+
     def explain(self) -> Explanation:
         """Say for every branch which norms and activations are fused, and why others are not."""
         return explain(_named_branches("", [self]), self.backend)
@@ -105,7 +111,7 @@ class ReversibleBlock(nn.Module):
         return _options_of(self)
 
 
-class ReversibleSequential(nn.Module):
+class ReversibleSequential(KeepsGrid):
     """A chain of reversible blocks, whose activation memory does not grow with its depth.
 
         net = ReversibleSequential(ReversibleBlock(F, G), ReversibleBlock(F, G), ...)
@@ -134,7 +140,7 @@ class ReversibleSequential(nn.Module):
         *blocks: Any,
         split_dim: int = 1,
         activations: str = "reconstruct",
-        coupling: str = "float",
+        coupling: str | Exact = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -181,10 +187,22 @@ class ReversibleSequential(nn.Module):
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the x that this chain maps to ``y``, up to rounding: x2 = y2 - G(y1); x1 = y1 - F(x2) for each block.
 
+        With an exact coupling it is ``to_grid(x)``, bit for bit, for a y that the chain made with its present exponent.
+
         Takes and returns what `forward` returns and takes, with the same arguments. Running statistics are left as
         they are. Differentiable, with stored activations.
         """
         return _run_inverse(self, list(self), y, args, kwargs)
+
+    def to_grid(self, x: Any) -> Any:
+        """Return x (or the pair) as the chain sees it: under an exact coupling rounded to its grid, in float32.
+
+            rint(x * 2^k) * 2^-k
+
+        with the present exponent; one that is not known yet is chosen from x, as in the forward. Under coupling="float"
+        it is x itself.
+        """
+        return input_on_grid(self, x, _groups(list(self), x))
 
     def explain(self) -> Explanation:
         """Say for every branch which norms and activations are fused, and why others are not."""

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from revkernels import backends
+from revkernels.exact import Exact
 
 ACTIVATIONS = ("reconstruct", "store")
-COUPLINGS = ("float",)
+COUPLINGS = ("float", "exact")
 
 
 def is_store(activations: Any) -> bool:
@@ -25,8 +26,10 @@ def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any)
     if isinstance(split_dim, bool) or not isinstance(split_dim, int):
         raise TypeError(f"split_dim is a {type(split_dim).__name__}; it must be an int")
     is_store(activations)
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling is {coupling!r}; it must be {' or '.join(map(repr, COUPLINGS))}")
+    if not isinstance(coupling, Exact) and coupling not in COUPLINGS:
+        raise ValueError(
+            f"coupling is {coupling!r}; it must be {', '.join(map(repr, COUPLINGS))} or a revkernels.Exact(...)"
+        )
     if backend is not None:
         backends.require(backend)
 

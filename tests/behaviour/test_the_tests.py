@@ -28,6 +28,7 @@ from revkernels.autograd import (
     fusion,
     inverse,
     norm_act,
+    rebuilding,
     recorded,
     reversal,
     snapshot,
@@ -176,8 +177,8 @@ def recomputed_twice(plant):
     def twice(self, k):
         step = self._steps[k]
         with contextlib.ExitStack() as stack:
-            stack.callback(setattr, reversal._local, "recomputing", False)
-            reversal._local.recomputing = True
+            stack.callback(setattr, rebuilding._local, "recomputing", False)
+            rebuilding._local.recomputing = True
             self._call(step.half_step, self._read(step.half_step.sources))
         rebuild(self, k)
 
@@ -241,12 +242,12 @@ def generator_of_the_latest_forward(plant):
         latest[len(self._steps) - 1] = self._steps[-1].drawn
         return f
 
-    def rebuilding(self, k):
+    def watching(self, k):
         self._steps[k].drawn = latest[k]
         rebuild(self, k)
 
     plant.setattr(reversal.Reversal, "_record", recording)
-    plant.setattr(reversal.Reversal, "_rebuild", rebuilding)
+    plant.setattr(reversal.Reversal, "_rebuild", watching)
 
 
 @found_by(row_8)
@@ -276,7 +277,7 @@ def gradients_added_without_a_graph(plant):
 def input_written_to(plant):
     """The coupling in place, as in the formula."""
 
-    def in_place(ctx, a, f, kernels):
+    def in_place(ctx, a, f, kernels, coupling):
         ctx.kernels = kernels
         ctx.set_materialize_grads(False)
         s = a.detach()
@@ -319,12 +320,12 @@ def forward_called_instead_of_the_module(plant):
 
 @found_by(row_22)
 def recompute_not_told_apart(plant):
-    plant.setattr(reversal, "_local", type("Forgetful", (), {"__setattr__": lambda *_: None})())
+    plant.setattr(rebuilding, "_local", type("Forgetful", (), {"__setattr__": lambda *_: None})())
 
 
 @found_by(row_22_streams)
 def streams_always_free(plant):
-    plant.setattr(reversal, "memory_is_free", lambda tensor: True)
+    plant.setattr(rebuilding, "memory_is_free", lambda tensor: True)
 
 
 @found_by(row_22_gradients)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward half of the driver: streams and a branch's saved tensors, rebuilt when autograd asks for them.
+
+See `revkernels.autograd.reversal`, which is the forward half.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from revkernels.autograd.coupling import walkable
+from revkernels.autograd.entry import Ready
+from revkernels.autograd.grid import Grid
+from revkernels.autograd.ownership import memory_is_free
+from revkernels.autograd.recorded import Frame, RecordedStep
+from revkernels.autograd.snapshot import put_back, version_of
+from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
+from revkernels.errors import ReconstructionError
+
+INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
+_local = threading.local()
+set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled calls, without its object
+
+
+def is_recomputing() -> bool:
+    """Whether this thread is inside the second run of a branch. For hooks and branches that keep count."""
+    return getattr(_local, "recomputing", False)
+
+
+class Rebuilding:
+    """What all backwards through one call of a chain have in common. `Reversal` adds the forward."""
+
+    kernels: Any
+    name: Callable[[int], str]
+    _surroundings: Surroundings
+    _steps: list[RecordedStep]
+    _open: list[torch.Tensor]
+    _again: Callable[..., Any]
+    _split: Callable[..., Sequence[torch.Tensor]]
+    #: Is given the rebuilt input, once a backward.
+    witness: Callable[[list[torch.Tensor]], None] | None = None
+
+    def __init__(self, grid: Grid | None) -> None:
+        self._grid = grid
+        # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
+        self._strides: list[tuple[int, ...]] = []
+        self._strides_now: list[tuple[int, ...]] = []
+        self._lock = threading.RLock()
+        self._task, self._cursor = -1, 0
+        self._hooks: Any = None
+        self._kept: Any = None  # a tensor whose node holds the outputs
+        self._frame: Frame = []
+        self._first: int | None = None  # the first half-step that saved something
+        self._unread: set[int] = set()  # the tensors of its frame that nobody has asked for yet
+        self._ready: Ready | None = None  # what the norm of half-step `_cursor - 1` makes of its stream
+        self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
+
+    def _unpack(self, token: int) -> torch.Tensor:
+        k, index = token >> INDEX_BITS, token & ((1 << INDEX_BITS) - 1)
+        task = torch._C._current_graph_task_id()
+        if self._hooks is not None and self._kept is None:  # the forward is not over
+            if k == len(self._steps) - 1 and index < len(self._open):
+                return self._open[index]
+            raise ReconstructionError(
+                f"{self.name(len(self._steps) - 1)} differentiates through {self.name(k)}; inside a chain a branch can "
+                f"only differentiate what it computed itself"
+            )
+        if task == -1:
+            raise ReconstructionError("a reversible chain's saved tensors exist only while a backward runs")
+        with self._lock:
+            try:
+                if task != self._task or k > self._cursor:
+                    self._begin(task)
+                while self._cursor > k:
+                    self._rebuild(self._cursor - 1)
+            except BaseException:
+                self._end()
+                raise
+            tensor, version = self._frame[index]
+            if k == self._first:
+                self._unread.discard(index)
+                if not self._unread:
+                    _local.read_up = weakref.ref(self)
+        if version_of(tensor) != version:
+            raise ReconstructionError(
+                f"{self.name(k)}: a tensor needed for its gradient was changed in place inside the branch "
+                f"(version {version}, now {tensor._version})"
+            )
+        return tensor
+
+    def _begin(self, task: int) -> None:
+        """A backward starts, or starts over: from the kept outputs, whatever an earlier one left."""
+        other = getattr(_local, "read_up", lambda: None)()
+        if other is not None and other is not self:
+            other._let_go(task)
+        try:
+            outputs = self._kept.grad_fn.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise ReconstructionError(
+                f"the output of the reversible chain was changed in place after the forward, and the backward starts "
+                f"from it: make the operation that follows the chain out of place. ({error})"
+            ) from None
+        self._rebuilt = [stream.detach() for stream in self._split(*outputs)]
+        self._strides_now = list(self._strides)
+        if self._grid is not None:
+            self._grid.begin()
+        self._task, self._cursor, self._frame, self._ready = task, len(self._steps), [], None
+        self._unread = {-1}  # of a frame that is still to come
+        self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
+
+    def _let_go(self, task: int) -> None:
+        """Drop what the first branch saved, after its last tensor was read and before the backward as a whole is over:
+        of many chains in one graph, only the one at work holds a branch's tensors. Asked once more, we start over.
+        """
+        if self._lock.acquire(blocking=False):  # in use by another thread, it is not ours to empty
+            try:
+                if self._task == task and not self._unread:
+                    self._frame, self._rebuilt, self._cursor, self._ready = [], [], -1, None
+            finally:
+                self._lock.release()
+
+    def _end(self, task: int | None = None) -> None:
+        with self._lock:  # another thread may be about to begin
+            if task is not None and task != self._task:
+                return
+            self._task, self._frame, self._rebuilt, self._hooks, self._ready = -1, [], [], None, None
+            if self._grid is not None and task is not None:
+                self._grid.end()
+
+    def _rebuild(self, k: int) -> None:
+        """Run branch k again: what it saves becomes the frame, and the target what it was before half-step k."""
+        self._frame = []  # first of all: one kept frame more, and memory would grow with depth
+        step = self._steps[k]
+        index, sources = step.half_step.target, step.half_step.sources
+        higher_order = torch.is_grad_enabled()
+        h = self._read(sources)
+        if step.needs_grad:
+            h.requires_grad_()
+        with step.snapshot.turn:
+            problem = step.snapshot.problem() or self._surroundings.problem()
+            if problem is not None:
+                raise ReconstructionError(f"{self.name(k)}: {problem}")
+            outer, surroundings, undo = is_recomputing(), None, None
+            try:  # memory may run out at any of these
+                _local.recomputing = True
+                surroundings = self._surroundings.restore(step.drawn)
+                undo = step.snapshot.restore()
+                set_grad_enabled(True)
+                with self._hooks:
+                    f = self._again(step, h)
+                if step.drawn and strayed(step.drawn):
+                    with refuses_a_race(self.name(k)):
+                        self._again(step, h.detach())
+            finally:
+                set_grad_enabled(higher_order)
+                if undo:
+                    put_back(undo)
+                if surroundings is not None:
+                    surroundings.close()
+                _local.recomputing = outer
+        if not step.saved_alike(self._frame):
+            problem = step.difference(self._frame)
+            raise ReconstructionError(
+                f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
+                f"changed in between, or count its calls?"
+            )
+        if k == 0 and self._grid is None and self.witness is None:  # nobody reads what the first half-step added to
+            self._rebuilt = []
+        else:
+            f = (f[0] if type(f) is tuple else f).detach()
+            target = self._rebuilt[index]
+            # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
+            free = not higher_order and target.stride() == step.strides and memory_is_free(target)
+            self._rebuilt[index] = target if free else _empty(target, step.strides)
+            self._strides_now[index] = step.strides
+            self._uncouple(k, index, target, f)
+        if k == self._first:
+            self._unread = set(range(len(self._frame)))
+        self._cursor = k
+
+    def _uncouple(self, k: int, index: int, target: torch.Tensor, f: torch.Tensor) -> None:
+        """Make of ``target``, which half-step k has added f to, what it was before."""
+        out, before, grid = self._rebuilt[index], self._steps[k - 1] if k else None, self._grid
+        if grid is not None:
+            self.kernels.uncouple(out, walkable(target, out), walkable(f, out), grid.back(k))
+            grid.rebuilt(k)
+        elif before is not None and before.entry is not None and before.half_step.sources == (index,):
+            self._ready = before.entry.uncouple(out, target, f)
+        else:
+            self.kernels.uncouple(out, target, f, None)
+        if k == 0:
+            if self.witness is not None:
+                self.witness(self._rebuilt)
+            self._rebuilt = []
+
+    def _read(self, sources: Sequence[int]) -> torch.Tensor:
+        """What the branch read, from the rebuilt streams: the same values in the same strides."""
+        for index in sources:
+            stream = self._rebuilt[index]
+            if stream.stride() != self._strides_now[index]:  # a part of the caller's output
+                self._rebuilt[index] = _empty(stream, self._strides_now[index]).copy_(stream)
+        h = self._rebuilt[sources[0]].detach()
+        for index in sources[1:]:
+            h = h + self._rebuilt[index]
+        return h
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        frame = self._frame
+        frame.append((tensor.detach(), version_of(tensor)))
+        return len(frame) - 1
+
+    def _kept_now(self, index: int) -> torch.Tensor:
+        """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
+        return self._frame[index][0]
+
+
+def _empty(like: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)

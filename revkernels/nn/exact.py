@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid of a chain's exact coupling: given by the user, or chosen from the first batches and kept as a buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from revkernels.autograd.grid import Grid, check_streams
+from revkernels.autograd.rebuilding import is_recomputing
+from revkernels.autograd.snapshot import will_write
+from revkernels.errors import ReconstructionError
+from revkernels.exact import Exact, exponent_for
+
+BUFFER = "grid"  # the name of the buffer, int64: the fields of `Choice`
+_UNSET = -(2**31)
+_BATCHES = 16  # that k is chosen from
+
+#: Bits between the largest |s| seen and the range: when only the input has been seen, when whole batches have, and the
+#: least that is borne afterwards.
+_BITS = {"float32": (8, 6, 2), "int16": (5, 2, 1)}
+
+
+class Choice(NamedTuple):
+    """The exponent, how many training batches it comes from, and what it will be from the next one on."""
+
+    k: int = _UNSET
+    batches: int = 0
+    coming: int = _UNSET
+
+
+def exact_of(coupling: Any) -> Exact | None:
+    """The options behind ``coupling``: None for "float"."""
+    if coupling == "float":
+        return None
+    return Exact() if coupling == "exact" else coupling
+
+
+class KeepsGrid(nn.Module):
+    """A module with the option ``coupling`` whose grid, if it is chosen and not given, is part of its state dict.
+
+    Checkpoints go both ways between chains with and without it.
+    """
+
+    #: For `revkernels.diagnostics`: is given the input streams, and returns what is to be given the rebuilt ones.
+    witness: Any = None
+
+    @property
+    def coupling(self) -> Any:
+        """The option. The buffer is there as soon as an exact one is set, for a chain around this one looks at it."""
+        return self._coupling
+
+    @coupling.setter
+    def coupling(self, value: Any) -> None:
+        self._coupling = value
+        if value == "exact" or isinstance(value, Exact):
+            self.make_grid()
+
+    def make_grid(self) -> None:
+        """Have the buffer, if the coupling asks for one."""
+        exact = exact_of(self._coupling)
+        if exact is not None and exact.k is None and BUFFER not in self._buffers:
+            device = next((parameter.device for parameter in self.parameters()), None)
+            self.register_buffer(BUFFER, torch.tensor(Choice(), dtype=torch.int64, device=device))
+        if BUFFER in self._buffers:
+            will_write(self, BUFFER)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        key = prefix + BUFFER
+        ours, theirs = BUFFER in self._buffers, key in state_dict
+        if theirs and not ours:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing = rest[2]
+        if ours and not theirs and key in missing:
+            missing.remove(key)
+
+
+class Exponents:
+    """The exponent of one call, and what the call teaches for the next ones.
+
+    Args:
+        owner: the chain; a `KeepsGrid`, or options alone, which remember nothing.
+        exact: its options.
+    """
+
+    def __init__(self, owner: Any, exact: Exact) -> None:
+        self.owner, self.exact = owner, exact
+        self.learns = isinstance(owner, KeepsGrid) and exact.k is None
+        if self.learns:
+            owner.make_grid()
+
+    def begin(self, streams: Sequence[torch.Tensor], adapting: bool = True) -> int:
+        """The exponent for a forward from these streams; as it is now, if it was chosen and is not ``adapting``."""
+        if self.exact.k is not None:
+            return self.exact.k
+        choice = self._read() if self.learns else Choice()
+        if choice.k == _UNSET:
+            largest = max((float(s.detach().abs().max()) for s in streams if s.numel()), default=0.0)
+            if not largest <= torch.finfo(torch.float32).max:
+                what = "infinite" if largest > 0 else "NaN"
+                raise ReconstructionError(f"the input is {what} somewhere, which an exact coupling cannot undo")
+            k = exponent_for(self.exact.storage, largest, _BITS[self.exact.storage][0])
+            choice = Choice(k, 0, k)
+            if self.learns:
+                self._write(choice)
+        elif adapting and choice.coming != choice.k and self._adapts():
+            choice = choice._replace(k=choice.coming)
+            self._write(choice)
+        return choice.k
+
+    def known(self) -> int | None:
+        """The exponent that was used last, or None."""
+        if self.exact.k is not None or not self.learns:
+            return self.exact.k
+        k = self._read().k
+        return None if k == _UNSET else k
+
+    def end(self, largest: float) -> None:
+        """A forward is over, whose streams came up to ``largest``."""
+        if not self.learns or not self._adapts():
+            return
+        choice = self._read()
+        _, spare, least = _BITS[self.exact.storage]
+        wanted = exponent_for(self.exact.storage, largest, spare)
+        if choice.batches < _BATCHES:
+            coming = wanted if choice.batches == 0 else min(choice.coming, wanted)
+            self._write(Choice(choice.k, choice.batches + 1, coming))
+        elif exponent_for(self.exact.storage, largest, least) < choice.coming:
+            self._write(choice._replace(coming=wanted))
+
+    def advice(self, k: int) -> str:
+        """What to do about streams that need exponent ``k``."""
+        if not self.learns:
+            return (
+                f"Set coupling=rk.Exact(k={k}) or less, or keep the streams smaller: a norm in front of each branch, "
+                f"smaller weights at its end"
+            )
+        self._write(self._read()._replace(k=k, coming=k))
+        return (
+            f"This k was chosen from earlier batches; from the next call on it is {k}, or set coupling=rk.Exact(k=...)"
+        )
+
+    def _adapts(self) -> bool:
+        """In training. Not where a checkpoint around the chain runs it again, which has to do as it did."""
+        again = torch._C._current_graph_task_id() != -1 and not is_recomputing()
+        return self.owner.training and torch.is_grad_enabled() and not again
+
+    def _read(self) -> Choice:
+        buffer = self.owner._buffers[BUFFER]
+        version = None if buffer.is_inference() else buffer._version
+        seen = self.owner.__dict__.get("_grid_seen")
+        if seen is None or seen[0] is not buffer or seen[1] != version or version is None:
+            seen = buffer, version, Choice(*buffer.tolist())  # waits for a device: once, and whenever it has changed
+            self.owner.__dict__["_grid_seen"] = seen
+        return seen[2]
+
+    def _write(self, choice: Choice) -> None:
+        buffer = self.owner._buffers[BUFFER]
+        with torch.no_grad():
+            buffer.copy_(torch.tensor(choice, dtype=torch.int64))
+
+
+def grid_for(
+    owner: Any,
+    streams: Sequence[torch.Tensor],
+    couplings: int,
+    kernels: Any,
+    rebuilds: bool,
+    name: Callable[[int], str],
+) -> tuple[Grid | None, Exponents | None]:
+    """The grid for a forward of ``owner`` from these streams; (None, None) if its coupling is "float"."""
+    exact = exact_of(owner.coupling)
+    if exact is None:
+        return None, None
+    check_streams(streams)
+    exponents = Exponents(owner, exact)
+    k, device = exponents.begin(streams), streams[0].device
+    grid = Grid(k, exact.storage, len(streams), couplings, kernels, device, rebuilds, name, exponents.advice)
+    return grid, exponents
+
+
+def known_exponent(owner: Any) -> int | None:
+    """The exponent that ``owner`` last used; None for "float".
+
+    Raises:
+        ReconstructionError: it has used none yet.
+    """
+    exact = exact_of(owner.coupling)
+    if exact is None:
+        return None
+    k = Exponents(owner, exact).known()
+    if k is None:
+        raise ReconstructionError(
+            "the grid's exponent is not known yet, since it is chosen in the forward: run that first, load a state "
+            "dict, or set coupling=rk.Exact(k=...)"
+        )
+    return k
