@@ -7,6 +7,7 @@
 from revkernels import ops
 from revkernels._version import __version__
 from revkernels.backends import use_backend
+from revkernels.budget import MemoryBudget
 from revkernels.coupling import Coupling
 from revkernels.errors import BackendError, ReconstructionError
 from revkernels.exact import Exact
@@ -17,6 +18,7 @@ __all__ = [
     "BackendError",
     "Coupling",
     "Exact",
+    "MemoryBudget",
     "Norm",
     "ReconstructionError",
     "Statistics",

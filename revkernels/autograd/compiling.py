@@ -28,7 +28,17 @@ _OUTSIDE = (
     *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "entry", "inverse", "norm_act")),
     *(
         f"revkernels.autograd.{name}"
-        for name in ("grid", "ownership", "rebuilding", "recorded", "reversal", "snapshot", "surroundings")
+        for name in (
+            "grid",
+            "kept_ops",
+            "ownership",
+            "planner",
+            "rebuilding",
+            "recorded",
+            "reversal",
+            "snapshot",
+            "surroundings",
+        )
     ),
     "revkernels.eager",
 )

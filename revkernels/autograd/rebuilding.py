@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,6 +18,7 @@ from revkernels.autograd.coupling import walkable
 from revkernels.autograd.entry import Ready
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.ownership import memory_is_free
+from revkernels.autograd.planner import Keeping, Replaying
 from revkernels.autograd.recorded import Frame, RecordedStep
 from revkernels.autograd.snapshot import put_back, version_of
 from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
@@ -33,6 +34,14 @@ def is_recomputing() -> bool:
     return getattr(_local, "recomputing", False)
 
 
+class KeptTensor(NamedTuple):
+    """A saved tensor that is kept under a memory budget: its half-step, the tensor, and its version then."""
+
+    step: int
+    tensor: torch.Tensor
+    version: int
+
+
 class Rebuilding:
     """What all backwards through one call of a chain have in common. `Reversal` adds the forward."""
 
@@ -46,8 +55,10 @@ class Rebuilding:
     #: Is given the rebuilt input, once a backward.
     witness: Callable[[list[torch.Tensor]], None] | None = None
 
-    def __init__(self, grid: Grid | None) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid | None, keeping: Keeping | None) -> None:
+        self._grid, self._keeping = grid, keeping
+        self._whole = False  # the half-step under way keeps what it saves
+        self._mode: Any = None  # to run the next branch in
         # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
         self._strides: list[tuple[int, ...]] = []
         self._strides_now: list[tuple[int, ...]] = []
@@ -61,7 +72,9 @@ class Rebuilding:
         self._ready: Ready | None = None  # what the norm of half-step `_cursor - 1` makes of its stream
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
 
-    def _unpack(self, token: int) -> torch.Tensor:
+    def _unpack(self, token: int | KeptTensor) -> torch.Tensor:
+        if isinstance(token, KeptTensor):
+            return self._unpack_kept(token)
         k, index = token >> INDEX_BITS, token & ((1 << INDEX_BITS) - 1)
         task = torch._C._current_graph_task_id()
         if self._hooks is not None and self._kept is None:  # the forward is not over
@@ -78,11 +91,13 @@ class Rebuilding:
                 if task != self._task or k > self._cursor:
                     self._begin(task)
                 while self._cursor > k:
-                    self._rebuild(self._cursor - 1)
+                    self._step_back()
             except BaseException:
                 self._end()
                 raise
             tensor, version = self._frame[index]
+            if self._keeping is not None and self._keeping.meter is not None:
+                self._keeping.meter.look(k)
             if k == self._first:
                 self._unread.discard(index)
                 if not self._unread:
@@ -93,6 +108,31 @@ class Rebuilding:
                 f"(version {version}, now {tensor._version})"
             )
         return tensor
+
+    def _unpack_kept(self, token: KeptTensor) -> torch.Tensor:
+        k, tensor, version = token
+        if version_of(tensor) != version:
+            problem = self._steps[k].snapshot.problem() or "a tensor needed for its gradient was changed in place"
+            raise ReconstructionError(f"{self.name(k)}: {problem}")
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            self._keeping.watch(task)  # type: ignore[union-attr]
+            with self._lock:
+                if task == self._task and self._cursor == k + 1 and self._steps[k].before is not None:
+                    self._step_back()
+        return tensor
+
+    def _step_back(self) -> None:
+        """Undo the last half-step that is not undone: by running it again, or with what it has kept."""
+        k = self._cursor - 1
+        step = self._steps[k]
+        if step.before is None:
+            self._rebuild(k)
+            return
+        index = step.half_step.target
+        self._rebuilt[index], step.before = step.before, None
+        self._strides_now[index] = step.strides
+        self._frame, self._ready, self._cursor = [], None, k
 
     def _begin(self, task: int) -> None:
         """A backward starts, or starts over: from the kept outputs, whatever an earlier one left."""
@@ -112,6 +152,10 @@ class Rebuilding:
         self._strides_now = list(self._strides)
         if self._grid is not None:
             self._grid.begin()
+        if self._keeping is not None:
+            self._keeping.watch(task)
+            if self._keeping.meter is not None:
+                self._keeping.meter.backward_begins()
         self._task, self._cursor, self._frame, self._ready = task, len(self._steps), [], None
         self._unread = {-1}  # of a frame that is still to come
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
@@ -142,6 +186,11 @@ class Rebuilding:
         step = self._steps[k]
         index, sources = step.half_step.target, step.half_step.sources
         higher_order = torch.is_grad_enabled()
+        meter = None if self._keeping is None else self._keeping.meter
+        if meter is not None:
+            self._mode = meter.begin(k)
+        elif step.kept:
+            self._mode, step.kept = Replaying(step.kept), {}
         h = self._read(sources)
         if step.needs_grad:
             h.requires_grad_()
@@ -173,16 +222,19 @@ class Rebuilding:
                 f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
                 f"changed in between, or count its calls?"
             )
+        target = self._rebuilt[index]
+        read = [self._rebuilt[source] for source in sources] if meter is not None else []
         if k == 0 and self._grid is None and self.witness is None:  # nobody reads what the first half-step added to
             self._rebuilt = []
         else:
             f = (f[0] if type(f) is tuple else f).detach()
-            target = self._rebuilt[index]
             # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
             free = not higher_order and target.stride() == step.strides and memory_is_free(target)
             self._rebuilt[index] = target if free else _empty(target, step.strides)
             self._strides_now[index] = step.strides
             self._uncouple(k, index, target, f)
+        if meter is not None:
+            meter.end(k, step, self._frame, read, target.numel() * target.element_size())
         if k == self._first:
             self._unread = set(range(len(self._frame)))
         self._cursor = k

@@ -9,6 +9,7 @@ from torch import nn
 from revkernels.autograd.entry import Entry
 from revkernels.autograd.fusion import Tape
 from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.kept_ops import KeptOp
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.autograd.surroundings import Drawn
 from revkernels.norm import Statistics
@@ -23,9 +24,13 @@ class RecordedStep:
     Attributes:
         entry: the norm that was applied on the way into the branch, if one was.
         statistics: of the fused batch norms inside the branch, in the order of their calls.
+        kept: outputs of operators that the recompute need not run again, by the operator's number; let go once used.
+        before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
     """
 
-    __slots__ = ("drawn", "entry", "half_step", "needs_grad", "saved", "snapshot", "statistics", "strides")
+    __slots__ = (
+        *("before", "drawn", "entry", "half_step", "kept", "needs_grad", "saved", "snapshot", "statistics", "strides"),
+    )
 
     def __init__(self, half_step: HalfStep) -> None:
         self.half_step = half_step
@@ -36,6 +41,8 @@ class RecordedStep:
         self.saved: list[Metadata] = []
         self.drawn: Drawn = []
         self.strides: tuple[int, ...] = ()  # of the target, before it was added to
+        self.kept: dict[int, KeptOp] = {}
+        self.before: torch.Tensor | None = None
 
     def tape(self, replaying: bool) -> Tape:
         """The branch's batch statistics, to be noted or to be used again."""

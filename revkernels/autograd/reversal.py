@@ -14,8 +14,8 @@ branch's saved tensors are alive at a time, at any depth; gradients travel throu
 frozen parameters are its business, not ours.
 
 The forward is here, the backward in `revkernels.autograd.rebuilding`. With a `Grid` the couplings are exact: streams
-are rounded to it on their way in and with every coupling, and come back bit for bit. What is to come has its place: a
-tensor worth keeping is returned by `_pack` itself (memory budgets).
+are rounded to it on their way in and with every coupling, and come back bit for bit. With a `Keeping`, under a memory
+budget, some half-steps keep what they save, and others the outputs of their slowest operators.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from revkernels.autograd.entry import Entry, Waiting, entry_of
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.kept import Kept
+from revkernels.autograd.kept_ops import Noting
 from revkernels.autograd.ownership import both_tensors, same_memory
-from revkernels.autograd.rebuilding import INDEX_BITS, Rebuilding, is_recomputing
+from revkernels.autograd.planner import Keeping
+from revkernels.autograd.rebuilding import INDEX_BITS, KeptTensor, Rebuilding, is_recomputing
 from revkernels.autograd.recorded import Metadata, RecordedStep
 from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
@@ -55,6 +57,7 @@ class Reversal(Rebuilding):
         side_inputs: what the branches are given besides their stream, by name, to be checked for changes.
         name: turns a half-step's number into words for error messages.
         grid: of an exact coupling; None couples in floating point.
+        keeping: what is kept under a memory budget; None rebuilds everything.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class Reversal(Rebuilding):
         side_inputs: dict[str, Any],
         name: Callable[[int], str],
         grid: Grid | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
-        super().__init__(grid)
+        super().__init__(grid, keeping)
         self.streams = list(streams)
         self._twin: tuple[int, torch.Tensor] | None = None  # a stream's number, and the second output of its node
         self._waiting: Waiting | None = None  # the last coupling, left to the norm that comes next: `_entry`
@@ -102,7 +106,10 @@ class Reversal(Rebuilding):
             self.aux.append(aux)
         check_branch_output(f, target, self.name, self._count)
         if self.recording:
-            self._steps[-1].strides = target.stride()
+            recorded = self._steps[-1]
+            recorded.strides = target.stride()
+            if self._keeping is not None and self._keeping.steps_over(self._count):
+                recorded.before = target.detach()
         self._count += 1
         grid = self._grid
         if kernels is eager and grid is None:
@@ -175,11 +182,17 @@ class Reversal(Rebuilding):
         snapshot = step.snapshot
         own = own_generators(snapshot.modules)
         before = self._states + states_of(own) if own else self._states
+        keeping, noting = self._keeping, None
+        if keeping is not None:
+            self._whole = keeping.whole(self._count)
+            self._mode = noting = None if self._compiler is not None else keeping.mode(self._count)
         with snapshot.turn:
             snapshot.take()
             with self._hooks, self._surroundings.guard:
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
+        if isinstance(noting, Noting):
+            step.kept = noting.settle()
         self._open = []
         after = self._surroundings.states()
         step.drawn = drawn(before, after + states_of(own) if own else after)
@@ -190,6 +203,10 @@ class Reversal(Rebuilding):
     def _call(self, step: HalfStep, h: torch.Tensor, normed: Any = None) -> Any:
         if self._grid is not None and (narrow := self._grid.narrow(step.branch)) is not None:
             h = h.to(narrow)
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            with mode:
+                return self._call(step, h, normed)
         compiling = sys.modules.get("revkernels.autograd.compiling")
         if compiling is None:
             return fusion.call_branch(step, h, self.kernels, normed)
@@ -225,7 +242,12 @@ class Reversal(Rebuilding):
         if self._grid is not None:
             self._grid.finish()
         self._strides = [stream.stride() for stream in self.streams]
-        self._first = next((k for k, step in enumerate(self._steps) if step.saved), None)
+        keeping = self._keeping
+        if keeping is not None and keeping.meter is not None:
+            keeping.meter.forward_over()
+        self._first = next(
+            (k for k, step in enumerate(self._steps) if step.saved and not (keeping and keeping.whole(k))), None
+        )
         if self._first is not None:  # something is kept for the outputs, or for an aux output alone
             anchor = torch.zeros((), requires_grad=True)
             self._kept = Kept.apply(anchor, *(output.detach() for output in outputs))
@@ -237,7 +259,9 @@ class Reversal(Rebuilding):
         self._twin = self._hooks = self._waiting = self._entry = None
         self.streams, self.aux, self._open, self._states = [], [], [], []
 
-    def _pack(self, tensor: torch.Tensor) -> int:
+    def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
         self._saved.append((tensor.dtype, tensor.shape))
+        if self._whole:  # detached: a node that held its own output would never be freed
+            return KeptTensor(len(self._steps) - 1, tensor.detach(), version_of(tensor))
         self._open.append(tensor)
         return (len(self._steps) - 1) << INDEX_BITS | (len(self._saved) - 1)

@@ -137,6 +137,11 @@ class Snapshot:
                 calls.pop(id(slots), None)
         self.statistics = [slot for slot in self.statistics if id(slot[0]) not in calls]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The branch's parameters and buffers."""
+        slots = [*self.fixed, *self.statistics, *(slot for _, slot, _ in self.rewound)]
+        return [tensor for _, _, tensor, _ in slots if not isinstance(tensor, UninitializedTensorMixin)]
+
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
         for _, name, tensor, version in self.fixed:

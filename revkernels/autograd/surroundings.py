@@ -35,7 +35,7 @@ class Surroundings:
     """
 
     def __init__(self, device: torch.device, side_inputs: dict[str, Any]) -> None:
-        self.side_inputs = [(name, t, t._version) for name, t in _tensors(side_inputs) if version_of(t) >= 0]
+        self.side_inputs = [(name, t, t._version) for name, t in tensors_in(side_inputs) if version_of(t) >= 0]
         kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
         self.autocast = [(kind, *_autocast_state(kind)) for kind in kinds]
         self.shared = [torch.default_generator]
@@ -90,12 +90,12 @@ class RefusesToDraw(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+        if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
             raise ReconstructionError(f"{func} draws random numbers, and {self.why}")
         return func(*args, **kwargs)
 
 
-def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Operators are marked as random by what they can do: attention without dropout, or rrelu in eval mode, is not."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.name in ("dropout_p", "training", "train"):
@@ -154,13 +154,13 @@ def _autocast_state(kind: str) -> tuple[bool, torch.dtype, bool]:
     return enabled, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in nested lists, tuples and dicts, each with its path."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _tensors(item, f"{name}[{key!r}]" if name else str(key))
+            yield from tensors_in(item, f"{name}[{key!r}]" if name else str(key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _tensors(item, f"{name}[{index}]")
+            yield from tensors_in(item, f"{name}[{index}]")

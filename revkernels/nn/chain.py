@@ -15,7 +15,10 @@ from revkernels import backends, eager
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
+from revkernels.autograd.planner import Keeping, planner_of
 from revkernels.autograd.reversal import Reversal
+from revkernels.autograd.surroundings import tensors_in
+from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
 from revkernels.exact import Exact
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
@@ -30,7 +33,7 @@ class Options(NamedTuple):
     """The options of a chain, for what is no module; a module has them as attributes."""
 
     split_dim: int = 1
-    activations: str = "reconstruct"
+    activations: str | MemoryBudget = "reconstruct"
     coupling: str | Exact = "float"
     backend: str | None = None
 
@@ -104,7 +107,9 @@ def forward(
     grid, exponents = grid_for(owner, streams, len(half_steps), kernels, rebuilding, name)
     if grid is not None:
         streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
-    reversal = Reversal(streams, kernels, keep, _side_inputs(half_steps), name, grid)
+    side_inputs = _side_inputs(half_steps)
+    keeping = _keeping(owner, half_steps, streams, side_inputs, name) if rebuilding else None
+    reversal = Reversal(streams, kernels, keep, side_inputs, name, grid, keeping)
     witness = getattr(owner, "witness", None)
     if witness is not None and rebuilding:
         reversal.witness = witness(streams)
@@ -201,7 +206,7 @@ def _kernels(owner: Any, x: torch.Tensor) -> Any:
             raise ReconstructionError(
                 "torch.func transforms cannot look through an exact coupling: set coupling='float'"
             )
-        if owner.activations == "reconstruct":
+        if not is_store(owner.activations):
             raise ReconstructionError(
                 "torch.func transforms cannot run a reversible backward: set activations='store' for them "
                 "(torch.func.functional_call alone needs nothing)"
@@ -210,6 +215,42 @@ def _kernels(owner: Any, x: torch.Tensor) -> Any:
     if owner.backend is None and type(x) not in (torch.Tensor, nn.Parameter):
         return eager
     return backends.select(x, owner.backend)
+
+
+class _ById:
+    """Equal to itself alone, whatever it holds thinks of equality."""
+
+    __slots__ = ("it",)
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and self.it is other.it
+
+
+def _keeping(
+    owner: Any, half_steps: Sequence[HalfStep], streams: Sequence[torch.Tensor], side_inputs: Any, name: Name
+) -> Keeping | None:
+    """What the call keeps under a memory budget, if there is one that makes a difference."""
+    budget = owner.activations
+    if not isinstance(budget, MemoryBudget) or budget.reconstructs:
+        return None
+    device = streams[0].device.type
+    kind = (
+        tuple(_ById(step.branch) for step in half_steps),
+        tuple((stream.shape, stream.stride(), stream.dtype, stream.device) for stream in streams),
+        tuple((path, tensor.shape, tensor.dtype) for path, tensor in tensors_in(side_inputs)),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        owner.backend,
+        owner.coupling,
+        tuple(step.branch.training for step in half_steps if isinstance(step.branch, nn.Module)),
+    )
+    names, branches = [name(k) for k in range(len(half_steps))], [step.branch for step in half_steps]
+    return planner_of(budget).enter(kind, names, streams, branches)
 
 
 def _side_inputs(half_steps: Sequence[HalfStep]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.nn.modules import module as _torch_module
 
 from revkernels.autograd.half_step import HalfStep, grouped
 from revkernels.autograd.reversal import Reversal
+from revkernels.budget import MemoryBudget
 from revkernels.exact import Exact
 from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, input_on_grid, inverse, rebuilds
@@ -47,7 +48,8 @@ class ReversibleBlock(KeepsGrid):
     Args:
         F, G, *more: the residual functions, one for each stream. Those after G are the attributes branch2, branch3 ...
         split_dim: the dimension that a single tensor is cut into streams along.
-        activations: "reconstruct" rebuilds the input from the output in the backward; "store" keeps activations.
+        activations: "reconstruct" rebuilds the input from the output in the backward; "store" keeps activations; a
+            `revkernels.MemoryBudget` keeps what buys most time within a peak of memory, and rebuilds the rest.
         coupling: "float"; or "exact", whose streams come back bit for bit at any depth: see `revkernels.Exact`.
         backend: "cpu", "cuda", "triton", "eager", "reference", or None for the best that the input's device has.
 
@@ -62,7 +64,7 @@ class ReversibleBlock(KeepsGrid):
         G: Callable[..., Any],
         *more: Callable[..., Any],
         split_dim: int = 1,
-        activations: str = "reconstruct",
+        activations: str | MemoryBudget = "reconstruct",
         coupling: str | Exact = "float",
         backend: str | None = None,
     ) -> None:
@@ -139,7 +141,7 @@ class ReversibleSequential(KeepsGrid):
         self,
         *blocks: Any,
         split_dim: int = 1,
-        activations: str = "reconstruct",
+        activations: str | MemoryBudget = "reconstruct",
         coupling: str | Exact = "float",
         backend: str | None = None,
     ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from revkernels import backends
+from revkernels.budget import MemoryBudget
 from revkernels.exact import Exact
 
 ACTIVATIONS = ("reconstruct", "store")
@@ -16,9 +17,14 @@ COUPLINGS = ("float", "exact")
 
 def is_store(activations: Any) -> bool:
     """Whether activations are kept; ValueError for a choice that does not exist."""
+    if isinstance(activations, MemoryBudget):
+        return activations.stores
     if activations not in ACTIVATIONS:
-        raise ValueError(f"activations is {activations!r}; it must be {' or '.join(map(repr, ACTIVATIONS))}")
-    return activations == "store"
+        raise ValueError(
+            f"activations is {activations!r}; it must be {', '.join(map(repr, ACTIVATIONS))} or a "
+            f"revkernels.MemoryBudget(...)"
+        )
+    return bool(activations == "store")
 
 
 def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any) -> None:

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of a chain costs, half-step by half-step: measured where its backward rebuilds everything."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from revkernels.autograd.allotment import Option
+from revkernels.autograd.kept_ops import Looking, Measuring, Noting, OpCost, Stopwatch
+from revkernels.autograd.live_bytes import live_bytes
+from revkernels.autograd.recorded import Frame, RecordedStep
+
+_LEAST_SHARE = 0.02  # of a recompute's time: operators below it are not worth a place in the plan
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One half-step.
+
+    Attributes:
+        branch: in words.
+        ops: of the branch, in order.
+        rebuild: seconds of the recompute, couplings included. backward: of the branch's backward behind it.
+        own: bytes that its saved tensors hold besides streams and parameters.
+        source: bytes of the stream it reads, if that is saved. target: of the stream it adds to.
+        parameter: bytes of its largest parameter, whose gradient is made before it is added up.
+        live: bytes that were allocated where its backward was looked at, at most, above what there was when the step
+            began; None if nobody tells. forward: likewise where its forward was.
+    """
+
+    branch: str
+    ops: tuple[OpCost, ...]
+    rebuild: float
+    backward: float
+    own: int
+    source: int
+    target: int
+    parameter: int
+    live: int | None = None
+    forward: int | None = None
+
+    @property
+    def kind(self) -> Any:
+        """Equal for half-steps that do the same on tensors of the same sizes."""
+        return tuple((op.name, op.bytes) for op in self.ops), self.own, self.source, self.target, self.parameter
+
+    def working(self, base: int) -> int:
+        """Bytes at the peak of its backward. ``base``: those around it, which count where `live` is not known.
+
+        Seen was what there is before each of its nodes runs, and behind each operator of its forward. Between these an
+        operator makes one tensor more than it returns, to have its data in another order, and its backward what is
+        `OpCost.passing`. Not seen, there is what is rebuilt, and the branch's output beside what is made of it next.
+        """
+        largest = max([self.target, *(op.bytes for op in self.ops)])
+        passing = max([self.target, *(op.passing for op in self.ops)])
+        if self.live is None:
+            return base + self.own + 2 * self.target + passing + self.parameter
+        return max(self.live + passing, (self.forward or 0) + largest) + self.parameter
+
+    def choices(self) -> list[Choice]:
+        """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), or all."""
+        found = [Choice.nothing()]
+        worth = [op for op in self.ops if op.keepable and op.bytes and op.seconds > _LEAST_SHARE * self.rebuild]
+        worth.sort(key=lambda op: op.seconds / op.bytes, reverse=True)
+        kept, saved, numbers = 0, -2 * len(self.ops) * overhead(), []
+        for op in worth:
+            kept, saved = kept + op.bytes, saved + op.seconds
+            numbers.append(op.number)
+            if saved > found[-1].option.saved:
+                found.append(Choice(Option(kept, saved), frozenset(numbers)))
+        found.append(Choice(Option(self.own + self.source, self.rebuild, True, self.target), frozenset()))
+        return found
+
+
+class Choice(NamedTuple):
+    """An `Option`, and the numbers of the operators whose outputs it keeps."""
+
+    option: Option
+    ops: frozenset[int]
+
+    @staticmethod
+    def nothing() -> Choice:
+        """Keep nothing."""
+        return Choice(Option(0, 0.0), frozenset())
+
+
+@dataclass
+class CallCost:
+    """One call of a chain.
+
+    Attributes:
+        streams: bytes of all streams together.
+        steps: its half-steps; None where the backward did not come.
+        measured: seconds that its forward took, and the rebuilds and backwards of its half-steps, as they were.
+        turn: bytes allocated where its forward had ended and its backward began, counted like `StepCost.live`.
+    """
+
+    streams: int
+    steps: list[StepCost | None]
+    measured: float
+    turn: int | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes of its input and output."""
+        return 2 * self.streams
+
+    @property
+    def base(self) -> int:
+        """Bytes that its backward has at hand throughout: input, output, the streams rebuilt, and gradients of streams
+        as they came in and as they are gathered."""
+        return self.held + 3 * self.streams
+
+
+def smoothed(steps: Sequence[StepCost | None]) -> list[StepCost | None]:
+    """The same, with times that are the medians over half-steps of one kind: the first of them ran cold."""
+    kinds: dict[Any, list[StepCost]] = {}
+    for step in steps:
+        if step is not None:
+            kinds.setdefault(step.kind, []).append(step)
+    typical = {kind: _typical(alike) for kind, alike in kinds.items()}
+    return [None if step is None else _at(typical[step.kind], step) for step in steps]
+
+
+def _at(typical: StepCost, step: StepCost) -> StepCost:
+    """What is typical of its kind, in the step's place."""
+    return replace(typical, branch=step.branch, live=step.live, forward=step.forward)
+
+
+def _typical(alike: Sequence[StepCost]) -> StepCost:
+    def middle(values: Any) -> float:
+        return statistics.median(list(values))
+
+    ops = tuple(
+        replace(op, seconds=middle(step.ops[place].seconds for step in alike), keepable=_all_keep(alike, place))
+        for place, op in enumerate(alike[0].ops)
+    )
+    rebuild, backward = middle(step.rebuild for step in alike), middle(step.backward for step in alike)
+    return replace(alike[0], ops=ops, rebuild=rebuild, backward=backward)
+
+
+def _all_keep(alike: Sequence[StepCost], place: int) -> bool:
+    return all(step.ops[place].keepable for step in alike)
+
+
+@dataclass
+class _Reading:
+    mode: Measuring
+    start: Any
+    end: Any = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    live: int | None = None
+
+
+class Level:
+    """The bytes allocated now above what there was when the step began, gradients of parameters aside."""
+
+    def __init__(self, device: torch.device, streams: Sequence[torch.Tensor]) -> None:
+        self.device = device
+        start = live_bytes(device)
+        self._start = None if start is None else start - sum(map(bytes_of, streams))  # its input counts
+        self._parameters: dict[torch.Tensor, bool] = {}
+        self._gradients = 0
+
+    def watch(self, parameters: Iterable[torch.Tensor]) -> None:
+        """These may get gradients, which are not to count."""
+        for parameter in parameters:
+            self._parameters.setdefault(parameter, parameter.grad is not None)
+
+    def recount(self) -> None:
+        """See which of them have got some."""
+        self._gradients = sum(bytes_of(p.grad) for p, had in self._parameters.items() if not had and p.grad is not None)
+
+    def read(self) -> int | None:
+        """The bytes; None if nobody tells."""
+        now = None if self._start is None else live_bytes(self.device)
+        return None if now is None else max(0, now - self._start - self._gradients)  # type: ignore[operator]
+
+
+class Meter:
+    """Reads the clock and the sizes while a call's backward rebuilds its half-steps; `costs` when that is over."""
+
+    def __init__(self, streams: Sequence[torch.Tensor], branches: Sequence[Any], level: Level) -> None:
+        self.watch, self.level = Stopwatch(level.device), level
+        self.streams = sum(map(bytes_of, streams))
+        self._readings: dict[int, _Reading] = {}
+        self._entered, self._left = self.watch.read(), None
+        self._turn: int | None = None
+        self._forward: dict[int, int] = {}
+        level.watch(p for branch in branches if isinstance(branch, nn.Module) for p in branch.parameters())
+
+    def forward_over(self) -> None:
+        """The call's forward has ended."""
+        self._left = self.watch.read()
+        self._turn = self.level.read()
+
+    def forward_of(self, k: int) -> Looking:
+        """The mode for the forward of half-step k's branch."""
+
+        def look() -> None:
+            now = self.level.read()
+            if now is not None:
+                self._forward[k] = max(now, self._forward.get(k, 0))
+
+        return Looking(look)
+
+    def backward_begins(self) -> None:
+        """The streams are about to be rebuilt."""
+        now = self.level.read()
+        if now is not None and self._turn is not None:
+            self._turn = max(self._turn, now)
+
+    def look(self, k: int) -> None:
+        """A node of half-step k's backward is about to run."""
+        reading, now = self._readings[k], self.level.read()
+        if now is not None:
+            reading.live = now if reading.live is None else max(reading.live, now)
+
+    def begin(self, k: int) -> Measuring:
+        """Half-step k is about to be rebuilt: the mode to run its branch in."""
+        mode = Measuring(self.watch.read)
+        self._readings[k] = _Reading(mode, self.watch.read())
+        self.level.recount()
+        self.look(k)
+        return mode
+
+    def end(self, k: int, step: RecordedStep, frame: Frame, streams: Sequence[torch.Tensor], target: int) -> None:
+        """It has been rebuilt, and has saved ``frame``; the stream that it adds to has ``target`` bytes."""
+        reading = self._readings[k]
+        reading.mode.settle()
+        self.look(k)
+        reading.end = self.watch.read()
+        parameters = step.snapshot.tensors()
+        theirs = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+        of_streams = {stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams}
+        saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in frame}
+        reading.sizes = {
+            "own": sum(size for at, size in saved.items() if at not in theirs and at not in of_streams),
+            "source": sum(size for at, size in of_streams.items() if at in saved),
+            "target": target,
+            "parameter": max(map(bytes_of, parameters), default=0),
+        }
+
+    def costs(self, names: Sequence[str]) -> CallCost:
+        """What was read; waits for a device. ``names``: of the half-steps."""
+        between, cost = self.watch.between, overhead()
+        found: list[StepCost | None] = [None] * len(names)
+        for k, reading in self._readings.items():
+            if reading.end is None:
+                continue
+            behind = self._readings.get(k - 1)
+            backward = 0.0 if behind is None else between(reading.end, behind.start)
+            ops = tuple(reading.mode.costs(between))
+            rebuild = max(0.0, between(reading.start, reading.end) - cost * len(ops))
+            found[k] = StepCost(
+                names[k], ops, rebuild, backward, **reading.sizes, live=reading.live, forward=self._forward.get(k)
+            )
+        forward = 0.0 if self._left is None else between(self._entered, self._left)
+        took = forward + sum(step.rebuild + step.backward for step in found if step is not None)
+        return CallCost(self.streams, smoothed(found), took, self._turn)
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+_overhead: list[float] = []
+
+
+def overhead() -> float:
+    """Seconds that numbering an operator costs on the host; measured once a process."""
+    if not _overhead:
+        x, watch, times = torch.zeros(1), Stopwatch(torch.device("cpu")), []
+        with torch.no_grad():
+            for _ in range(50):
+                start = watch.read()
+                torch.neg(x)
+                plain = watch.read()
+                with Noting(frozenset()):
+                    inside = watch.read()
+                    torch.neg(x)
+                    end = watch.read()
+                times.append((end - inside) - (plain - start))
+        _overhead.append(max(0.0, statistics.median(times)))
+    return _overhead[0]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators whose outputs are kept from a branch's forward, so that its recompute does not run them again.
+
+An operator is known by its number among those that count: that make something new out of tensors, the same every time.
+The branch's forward and its recompute run the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revkernels.autograd.surroundings import draws
+
+#: Kept outputs of an operator: it, what it returned, and the versions of the tensors in that.
+KeptOp = tuple[Any, Any, list[int]]
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """What one operator of a branch costs.
+
+    Attributes:
+        number: among those that count.
+        name: of the operator.
+        seconds: that it took.
+        bytes: of its outputs. passing: that its backward may have at hand besides what it is given.
+        keepable: whether its outputs may be kept.
+    """
+
+    number: int
+    name: str
+    seconds: float
+    bytes: int
+    keepable: bool
+    passing: int = 0
+
+
+class _Counting(TorchDispatchMode):
+    """Numbers the operators that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _counts(func) or (torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs)):
+            return func(*args, **kwargs)
+        number, self._next = self._next, self._next + 1
+        return self.run(number, func, args, kwargs)
+
+    def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class Noting(_Counting):
+    """In the forward: keeps the outputs of the ``wanted`` operators, in ``kept`` by number."""
+
+    def __init__(self, wanted: Set[int]) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.kept: dict[int, KeptOp] = {}
+
+    def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if number in self.wanted and _is_plain(out):
+            self.kept[number] = func, _each(out, torch.Tensor.detach), [t._version for t in _tensors(out)]
+        return out
+
+    def settle(self) -> dict[int, KeptOp]:
+        """After the branch: what is kept, without what it has written over since."""
+        return {
+            number: kept
+            for number, kept in self.kept.items()
+            if kept[2] == [tensor._version for tensor in _tensors(kept[1])]
+        }
+
+
+class Replaying(_Counting):
+    """In the recompute: an operator whose outputs were kept is not run."""
+
+    def __init__(self, kept: dict[int, KeptOp]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = self.kept.get(number)
+        if known is not None and known[0] is func:
+            return _each(known[1], torch.Tensor.detach)  # an alias of its own, for autograd makes it part of its graph
+        return func(*args, **kwargs)
+
+
+class Looking(_Counting):
+    """Calls ``look`` behind every operator that counts."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self.look = look
+
+    def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        self.look()
+        return out
+
+
+class Measuring(_Counting):
+    """Times every operator that counts. ``costs`` may be read when ``clock`` can tell."""
+
+    def __init__(self, clock: Callable[[], Any]) -> None:
+        super().__init__()
+        self.clock = clock
+        self._seen: list[tuple[OpCost, Any, Any, list[tuple[Any, int]]]] = []
+
+    def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        start = self.clock()
+        out = func(*args, **kwargs)
+        end = self.clock()
+        size = sum(t.untyped_storage().nbytes() for t in _tensors(out))
+        versions = [(weakref.ref(t), t._version) for t in _tensors(out)]  # not held: the step's peak must not rise
+        cost = OpCost(number, str(func), 0.0, size, _is_plain(out), _passing(func, out, size))
+        self._seen.append((cost, start, end, versions))
+        return out
+
+    def settle(self) -> None:
+        """After the branch: see which outputs it wrote over, as far as they are still there. (`Noting` sees to it.)"""
+        for index, (cost, start, end, versions) in enumerate(self._seen):
+            written = any(t is not None and t._version != version for t, version in ((r(), v) for r, v in versions))
+            self._seen[index] = replace(cost, keepable=cost.keepable and not written), start, end, []
+
+    def costs(self, between: Callable[[Any, Any], float]) -> list[OpCost]:
+        """The operators, in order. ``between``: the seconds between two readings of the clock."""
+        return [replace(cost, seconds=between(start, end)) for cost, start, end, _ in self._seen]
+
+
+_KNOWN: dict[Any, bool] = {}
+_FACTORIES = ("empty", "new_", "zeros_like", "ones_like", "full_like")
+
+
+def _counts(func: Any) -> bool:
+    """Whether the operator makes something new of tensors: no view, nothing in place, no mere memory."""
+    known = _KNOWN.get(func)
+    if known is None:
+        schema = func._schema
+        reads = any("Tensor" in str(argument.type) for argument in schema.arguments)
+        aliases = any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))
+        makes = any("Tensor" in str(value.type) for value in schema.returns)
+        name = schema.name.rpartition("::")[2]
+        known = reads and makes and not aliases and not name.startswith(_FACTORIES) and "c10d" not in schema.name
+        _KNOWN[func] = known  # (what talks to other processes has to be said again)
+    return known
+
+
+def _passing(func: Any, out: Any, size: int) -> int:
+    """Two gradients, of inputs of the output's size; of a convolution one, and where the host's library wants the data
+    in another order, a second and a third to put it there and back."""
+    if "convolution" not in str(func) or not isinstance(out, torch.Tensor):
+        return 2 * size
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(out.dim())
+    as_it_is = last is not None and out.is_contiguous(memory_format=last)
+    return size if as_it_is or out.device.type != "cpu" else 3 * size
+
+
+def _is_plain(out: Any) -> bool:
+    """Whether it is a tensor, or a tuple of tensors and numbers, that are nothing but tensors."""
+    items = out if isinstance(out, (tuple, list)) else (out,)
+    return all(item is None or type(item) in (torch.Tensor, int, float, bool) for item in items)
+
+
+def _tensors(out: Any) -> Iterator[torch.Tensor]:
+    for item in out if isinstance(out, (tuple, list)) else (out,):
+        if isinstance(item, torch.Tensor):
+            yield item
+
+
+def _each(out: Any, action: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(out, (tuple, list)):
+        return type(out)(_each(item, action) for item in out)
+    return action(out) if isinstance(out, torch.Tensor) else out
+
+
+class Stopwatch:
+    """Readings of the time on a device: of the host's clock, or events in the device's stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def read(self) -> Any:
+        """A reading now."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds from one reading to another. Waits for a device."""
+        if self.device.type != "cuda":
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes are allocated at this moment, by what the allocators tell: torch's on CUDA, glibc's on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def live_bytes(device: torch.device) -> int | None:
+    """Bytes allocated now; None where nobody tells (a host without glibc 2.33)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    read = _glibc()
+    return None if read is None else read()
+
+
+class _Info(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks"),
+            "keepcost",
+        )
+    ]
+
+
+@functools.cache
+def _glibc() -> Callable[[], int] | None:
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return None
+    mallinfo.restype = _Info
+
+    def read() -> int:
+        info = mallinfo()
+        return int(info.uordblks + info.hblkhd)  # in arenas, and in mappings of their own
+
+    return read

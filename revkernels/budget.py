@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory budget: how much of what could be rebuilt may be kept instead."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{prefix}i": 2 ** (10 * power) for power, prefix in enumerate("kmgt", 1)}
+_AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(?:(%)|([kmgt]?i?)b)\s*", re.IGNORECASE)
+
+
+class MemoryBudget:
+    """``activations=MemoryBudget(amount)``: keep what buys most time within a peak of memory, rebuild the rest.
+
+    The peak is that of the live bytes from the entry of the first chain to the end of the backward of all of them,
+    their inputs and outputs included, without the gradients of parameters and without what lies outside the chains. The
+    first step with inputs of a new shape reconstructs everything and measures; from the second on the plan holds
+    (`net.plan()` prints it). Chains that are given one budget share it.
+
+    Args:
+        amount: an int is bytes; a float from 0 to 1 the share of the way from reconstructing to storing; a string has a
+            unit, "2GiB", "500 MB", or is such a share, "25%". 0 of anything reconstructs, infinity stores.
+
+    Raises:
+        TypeError, ValueError: amount is none of these. In a step, a ValueError for bytes that not even reconstructing
+        keeps to; it names the least that would do.
+    """
+
+    __slots__ = ("__weakref__", "amount", "bytes", "planner", "share")
+
+    def __init__(self, amount: int | float | str) -> None:
+        self.amount = amount
+        self.bytes: float | None = None
+        self.share: float | None = None
+        self.planner: Any = None  # of `revkernels.autograd.planner`, made with the first step
+        value = _parsed(amount)
+        if isinstance(value, float):
+            self.share = value
+        else:
+            self.bytes = value
+
+    @property
+    def stores(self) -> bool:
+        """Whether everything may be kept, whatever it is."""
+        return self.share == math.inf
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether nothing may be kept, whatever it is."""
+        return self.share == 0 or self.bytes == 0
+
+    def limit(self, reconstructing: float, storing: float) -> float:
+        """The peak in bytes, given those of a step that rebuilds everything and of one that keeps everything."""
+        if self.bytes is not None:
+            return self.bytes
+        return math.inf if self.stores else reconstructing + self.share * (storing - reconstructing)  # type: ignore[operator]
+
+    def __repr__(self) -> str:
+        return f"MemoryBudget({self.amount!r})"
+
+    def __reduce__(self) -> Any:  # a copy measures for itself
+        return MemoryBudget, (self.amount,)
+
+
+def _parsed(amount: Any) -> int | float:
+    """Bytes as an int, a share as a float."""
+    if isinstance(amount, bool) or not isinstance(amount, (int, float, str)):
+        raise TypeError(f"amount is a {type(amount).__name__}; it must be an int (bytes), a float (share) or a string")
+    if isinstance(amount, str):
+        found = _AMOUNT.fullmatch(amount)
+        if found is None:
+            raise ValueError(
+                f"amount is {amount!r}; it must be a number with a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB) or "
+                f"with %, such as '2GiB' or '25%'"
+            )
+        number, percent, unit = found.groups()
+        if percent is None:
+            return round(float(number) * _UNITS[unit.lower()])
+        amount = float(number) / 100
+    if isinstance(amount, int):
+        if amount < 0:
+            raise ValueError(f"amount is {amount}; bytes must not be negative")
+        return amount
+    if not (0 <= amount <= 1 or amount == math.inf):
+        raise ValueError(f"amount is {amount}; a share must be from 0 to 1 (bytes are given as an int)")
+    return float(amount)
+
+
+def words(count: float) -> str:
+    """Bytes as a reader likes them: '1.5 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError  # not reached
