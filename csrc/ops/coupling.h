@@ -41,12 +41,12 @@ struct FixedPoint {
   A up, down;  // 2^k or -2^k, 2^-k
   REVK_HD A steps(A f) const { return rint(f * up); }
 
-  // q + n modulo 2^16. What is beyond 2^23 counts as 2^23, and NaN as 0.
+  // q + n modulo 2^16, n within +-2^23. These limits are 0 modulo 2^16, so that NaN, which the
+  // first comparison takes to be beyond them, counts as 0.
   REVK_HD int16_t sum(int16_t q, A n) const {
     constexpr A kMost = 8388608;
     A m = n < kMost ? n : kMost;
     m = m > -kMost ? m : -kMost;
-    m = n == n ? m : A(0);
     return int16_t(uint16_t(uint32_t(int32_t(q)) + uint32_t(int32_t(m))));
   }
   // What it would be without limits, in steps.
