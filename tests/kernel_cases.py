@@ -39,6 +39,11 @@ def make(dtype, scale=1.0, device="cpu"):
     return lambda *shape: (torch.randn(shape, dtype=F64) * scale).to(device, dtype)
 
 
+def make_int16(device="cpu"):
+    """The same of an int16 stream, up to both ends."""
+    return lambda *shape: torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).to(device)
+
+
 def some_coupling(x, f, which, channel_dim=1):
     """The options named in ``which``."""
     wide = F64 if F64 in (x.dtype, f.dtype) else F32
