@@ -40,8 +40,8 @@ class Coupling:
             most and refuse a checksum of a layout that does not merge into three.
         amax: one float32, raised to the largest ``|result|``; NaN if a result is NaN. The caller zeroes it. Of an int16
             stream it is the result before it wraps, with n instead of m: ``|q + n| * 2^-k``, or ``|q - n| * 2^-k``,
-            each operation rounded in A, the product then to float32. So a stream has wrapped if, and but for that
-            rounding only if, amax is more than 32767 * 2^-k; and what is infinite or NaN in f shows.
+            each operation rounded in A, the product then to float32. A stream that wraps has an amax of more than
+            32767 * 2^-k (one that does not, only where it reaches -32768), and what is infinite or NaN in f shows.
         value: for int16 streams only, an array of the result's shape and of a float type, any strides; it receives the
             result as a number, ``result * 2^-k``, rounded once to its dtype, in the same pass.
     """

@@ -98,8 +98,8 @@ typedef struct revk_coupling {
    * view, bits() the stored element as an unsigned integer;
    * amax = max(amax, |result[i]|), NaN if any result is NaN. Of an int16 stream the result is meant
    * before it wraps, and with n in m's place: |A(q) + n| * 2^-k, or |A(q) - n| * 2^-k, the sum and
-   * the product each rounded in A, the product then to float32. More than 32767 * 2^-k is an
-   * overflow. */
+   * the product each rounded in A, the product then to float32. Where the stream wraps, that is
+   * more than 32767 * 2^-k; where it does not, only -32768 is. */
   uint64_t* checksum;
   float* amax;
   /* For int16 streams; NULL: none. A floating-point view of the result's shape, anywhere apart from
