@@ -40,7 +40,8 @@ find_package(CUDAToolkit REQUIRED)
 message(STATUS "revkernels: CUDA kernels for ${archs} and PTX, nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 
 target_sources(revkernels PRIVATE
-  csrc/cuda/coupling.cu csrc/cuda/accumulate.cu csrc/cuda/norm_act.cu csrc/cuda/norm_act_backward.cu csrc/cuda/device.cu)
+  csrc/cuda/coupling.cu csrc/cuda/coupling_int16.cu csrc/cuda/accumulate.cu csrc/cuda/norm_act.cu
+  csrc/cuda/norm_act_backward.cu csrc/cuda/device.cu)
 set_target_properties(revkernels PROPERTIES
   CUDA_ARCHITECTURES "${archs};${newest}-virtual" CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
 target_link_libraries(revkernels PRIVATE CUDA::cudart_static)  # loads where there is no driver

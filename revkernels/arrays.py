@@ -10,6 +10,8 @@ import numpy as np
 
 #: The element types that every kernel takes.
 FLOATS = ("float64", "float32", "bfloat16", "float16")
+#: A stream in fixed point, which the couplings take besides.
+INT16 = "int16"
 
 _KINDS: dict[type, str] = {np.ndarray: "numpy"}
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from revkernels.arrays import FLOATS, compute_dtype, device_name, dtype_name, kind_of, strides_of
-from revkernels.coupling import GRID_EXPONENTS, Coupling
+from revkernels.arrays import FLOATS, INT16, compute_dtype, device_name, dtype_name, kind_of, strides_of
+from revkernels.coupling import Coupling
 from revkernels.norm import ACTIVATIONS, KINDS, Norm
+
+_STREAMS = ("x", "y", "out")  # the arguments that are one in a coupling
 
 
 def check_arrays(**arrays: Any) -> None:
@@ -31,7 +33,7 @@ def check_float(**arrays: Any) -> None:
     for name, array in arrays.items():
         if dtype_name(array) not in FLOATS:
             raise TypeError(f"{name} is {dtype_name(array)}; it must be one of {', '.join(FLOATS)}")
-        _check_byte_order(name, array)
+        check_byte_order(name, array)
 
 
 def check_same_shape(**arrays: Any) -> None:
@@ -83,41 +85,40 @@ def check_disjoint(written: dict[str, Any], read: dict[str, Any]) -> None:
         reaching.append(current)
 
 
-def check_operands(written: dict[str, Any], read: dict[str, Any]) -> None:
-    """All of the above at once: for backends whose kernels do not check, and to word what a kernel refused."""
+def check_stream(coupling: Coupling | None, **arrays: Any) -> None:
+    """The stream and its result are of float types, or both int16 and the coupling has a grid; the rest is floats."""
+    streams = {name: dtype_name(array) for name, array in arrays.items() if name in _STREAMS}
+    fixed = [name for name, dtype in streams.items() if dtype == INT16]
+    check_float(**{name: array for name, array in arrays.items() if name not in fixed})
+    for name in fixed:
+        if getattr(coupling, "grid_exponent", None) is None:
+            raise TypeError(
+                f"{name} is {INT16}; it must be one of {', '.join(FLOATS)}, or {INT16} with a Coupling that has a "
+                f"grid_exponent"
+            )
+        check_byte_order(name, arrays[name])
+    if fixed and len(fixed) < len(streams):
+        listing = ", ".join(f"{name} is {dtype}" for name, dtype in streams.items())
+        raise TypeError(f"{listing}: they must both be {INT16}, or neither")
+
+
+def check_operands(
+    written: dict[str, Any], read: dict[str, Any], coupling: Coupling | None = None, *, coupled: bool = False
+) -> None:
+    """All of the above at once: for backends whose kernels do not check, and to word what a kernel refused.
+
+    ``coupled``: this is a coupling, whose stream may be int16.
+    """
     arrays = written | read
     check_arrays(**arrays)
-    check_float(**arrays)
+    if coupled:
+        check_stream(coupling, **arrays)
+    else:
+        check_float(**arrays)
     check_same_shape(**arrays)
     check_same_device(**arrays)
     check_writable(**written)
     check_disjoint(written, read)
-
-
-def check_coupling(coupling: Coupling | None, written: dict[str, Any], read: dict[str, Any]) -> None:
-    """The options fit the operands: types, lengths, devices, memory and the exponent's range.
-
-    The stream is the first array of ``written``, or of ``read`` where the result is a new array; the branch is "f".
-    Of the operands only what the options are held against is checked.
-    """
-    if coupling is None:
-        return
-    if not isinstance(coupling, Coupling):
-        raise TypeError(f"coupling is a {type(coupling).__name__}; it must be a revkernels.Coupling or None")
-    operands = written | read
-    check_arrays(**operands)
-    scales = {"channel_scale": coupling.channel_scale, "sample_scale": coupling.sample_scale}
-    scales = {name: scale for name, scale in scales.items() if scale is not None}
-    cells = {"checksum": coupling.checksum, "amax": coupling.amax}
-    cells = {name: cell for name, cell in cells.items() if cell is not None}
-    name, stream = next(iter(operands.items()))
-    check_arrays(**{name: stream}, **scales, **cells)
-    check_same_device(**{name: stream}, **scales, **cells)
-    _check_grid(coupling.grid_exponent)
-    _check_scales(coupling, scales, name, stream, compute_dtype(stream, read["f"]))
-    _check_cells(cells)
-    if scales or cells:
-        check_disjoint(written | cells, read | scales)
 
 
 def check_norm_options(norm: Any, x_name: str, x: Any) -> None:
@@ -133,9 +134,9 @@ def check_norm_options(norm: Any, x_name: str, x: Any) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a float")
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
-    _check_int("groups", norm.groups, "an int")
+    check_int("groups", norm.groups, "an int")
     if norm.channel_dim is not None:
-        _check_int("channel_dim", norm.channel_dim, "an int or None")
+        check_int("channel_dim", norm.channel_dim, "an int or None")
     rank = len(x.shape)
     needs = 2 if norm.kind == "group" or (norm.kind == "batch" and norm.channel_dim is None) else 1
     if rank < needs:
@@ -211,7 +212,7 @@ def check_sums(norm: Norm, dx: Any, sums: Any, count: Any, constant: Any) -> Non
         if not isinstance(sums, tuple | list) or len(sums) != 2:
             raise TypeError(f"sums is a {type(sums).__name__}; it must be a pair (dweight, dbias) or None")
         check_arrays(dweight=sums[0], dbias=sums[1])
-    _check_int("count", count, "an int")
+    check_int("count", count, "an int")
     if norm.kind != "batch":
         for name, told in (
             ("dx is None", dx is None),
@@ -234,48 +235,6 @@ def statistics_pair(statistics: Any) -> tuple[Any, Any]:
     if rstd is None:
         raise TypeError("rstd is a NoneType; it must be an array")
     return mean, rstd
-
-
-def _check_grid(exponent: Any) -> None:
-    if exponent is None:
-        return
-    _check_int("grid_exponent", exponent, "an int or None")
-    if exponent not in GRID_EXPONENTS:
-        raise ValueError(f"grid_exponent is {exponent}; it must be {GRID_EXPONENTS[0]} to {GRID_EXPONENTS[-1]}")
-
-
-def _check_scales(coupling: Coupling, scales: dict[str, Any], stream_name: str, stream: Any, needs: str) -> None:
-    rank, channel_dim = len(stream.shape), coupling.channel_dim
-    _check_int("channel_dim", channel_dim, "an int")
-    if "channel_scale" in scales and not -rank <= channel_dim < rank:
-        raise ValueError(f"channel_dim is {channel_dim}; {stream_name} has {rank} dimensions")
-    if len(scales) == 2 and channel_dim % rank == 0:
-        raise ValueError(f"channel_dim is {channel_dim}; with a sample_scale it must be another dimension than 0")
-    for name, scale in scales.items():
-        if dtype_name(scale) != needs:
-            raise TypeError(f"{name} is {dtype_name(scale)}; it must be {needs}, the type these operands are added in")
-        _check_byte_order(name, scale)
-        dim = channel_dim if name == "channel_scale" else 0
-        if rank == 0 or tuple(scale.shape) != (stream.shape[dim],):
-            absent = f"absent, for {stream_name} has no dimensions"
-            size = f"({stream.shape[dim]},), {stream_name}'s dimension {dim}" if rank else absent
-            raise ValueError(f"{name} has shape {tuple(scale.shape)}; it must be {size}")
-        (stride,) = strides_of(scale)
-        if scale.shape[0] > 1 and stride != 1:
-            raise ValueError(f"{name} has stride {stride}; it must be dense")
-
-
-def _check_cells(cells: dict[str, Any]) -> None:
-    for name, cell in cells.items():
-        types = ("int64", "uint64") if name == "checksum" else ("float32",)
-        if dtype_name(cell) not in types:
-            raise TypeError(f"{name} is {dtype_name(cell)}; it must be {' or '.join(types)}")
-        _check_byte_order(name, cell)
-        if math.prod(cell.shape) != 1:
-            raise ValueError(f"{name} has shape {tuple(cell.shape)}; it must hold one element")
-        if getattr(cell, "requires_grad", False):
-            raise ValueError(f"{name} requires grad; it must not, for it is written and not differentiated")
-    check_writable(**cells)
 
 
 def _needs_mean(norm: Norm) -> str:
@@ -324,12 +283,14 @@ def _check_merging(norm: Norm, arrays: dict[str, Any]) -> None:
     )
 
 
-def _check_int(name: str, value: Any, needs: str) -> None:
+def check_int(name: str, value: Any, needs: str) -> None:
+    """The value is an int and no bool."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be {needs}")
 
 
-def _check_byte_order(name: str, array: Any) -> None:
+def check_byte_order(name: str, array: Any) -> None:
+    """The array is in the machine's byte order."""
     if kind_of(array) == "numpy" and not array.dtype.isnative:
         raise TypeError(f"{name} is byte-swapped; it must be in the machine's byte order")
 

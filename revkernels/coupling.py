@@ -17,8 +17,18 @@ class Coupling:
         result = x + f'    or    y - f'
 
     Every array is of the operands' library and on their device. Scales are dense, and float64 if either operand is
-    float64, else float32. What is written (the result, ``checksum``, ``amax``) shares no memory with anything else.
-    Options that do not fit are refused before anything is written.
+    float64, else float32. What is written (the result, ``checksum``, ``amax``, ``value``) shares no memory with
+    anything else. Options that do not fit are refused before anything is written.
+
+    With a ``grid_exponent`` the stream may be int16, in fixed point: a stored q stands for the number q * 2^-k. x (or
+    y) and the result are then int16 both; f, and the dy and df of a reverse step, are of the float types as always.
+    With A = float64 if f is float64, else float32:
+
+        n      = rint(channel_scale[c] * sample_scale[n] * f * 2^k)       in A
+        m      = n, but 0 if n is NaN, and -2^23 or 2^23 beyond these     an integer
+        result = q + m    or    q - m                                     wrapped into -32768..32767
+
+    so that uncoupling gives back every bit of what was coupled, even of what wrapped. It carries no gradient.
 
     Attributes:
         channel_scale: ``[channels]``, layer scale along ``channel_dim``; None is 1.
@@ -28,7 +38,12 @@ class Coupling:
         checksum: one 64-bit integer, added to: the sum of ``bits(result[i]) * (2*i + 1)`` modulo 2^64, i counting the
             result's elements in memory order. The caller zeroes it. The compiled kernels walk three dimensions at
             most and refuse a checksum of a layout that does not merge into three.
-        amax: one float32, raised to the largest ``|result|``; NaN if a result is NaN. The caller zeroes it.
+        amax: one float32, raised to the largest ``|result|``; NaN if a result is NaN. The caller zeroes it. Of an int16
+            stream it is the result before it wraps, with n instead of m: ``|q + n| * 2^-k``, or ``|q - n| * 2^-k``,
+            each operation rounded in A, the product then to float32. A stream that wraps has an amax of more than
+            32767 * 2^-k (one that does not, only where it reaches -32768), and what is infinite or NaN in f shows.
+        value: for int16 streams only, an array of the result's shape and of a float type, any strides; it receives the
+            result as a number, ``result * 2^-k``, rounded once to its dtype, in the same pass.
     """
 
     channel_scale: Any = None
@@ -37,3 +52,4 @@ class Coupling:
     grid_exponent: int | None = None
     checksum: Any = None
     amax: Any = None
+    value: Any = None

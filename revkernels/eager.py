@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from revkernels.arrays import memory_order
+from revkernels.arrays import INT16, dtype_name, memory_order
 from revkernels.coupling import Coupling
 from revkernels.eager_norm_act import norm_act, norm_act_backward
 from revkernels.norm import Norm
@@ -85,6 +85,7 @@ def _torch() -> Any:
 
 
 def _branch_output(x: Any, f: Any, coupling: Coupling) -> Any:
+    """f on its way: scaled, and on the grid; for an int16 stream in multiples of 2^-k."""
     torch = _torch()
     f = f.to(torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32))
     if coupling.channel_scale is not None or coupling.sample_scale is not None:
@@ -97,20 +98,39 @@ def _branch_output(x: Any, f: Any, coupling: Coupling) -> Any:
             scale = scale * coupling.sample_scale.reshape([-1] + [1] * (f.dim() - 1))
         f = scale * f
     if coupling.grid_exponent is not None:
-        f = torch.round(f * 2.0**coupling.grid_exponent) * 2.0**-coupling.grid_exponent
+        f = torch.round(f * 2.0**coupling.grid_exponent)
+        if dtype_name(x) != INT16:
+            f = f * 2.0**-coupling.grid_exponent
     return f
 
 
 def _store(out: Any, x: Any, f: Any, sign: int, coupling: Coupling) -> None:
     torch = _torch()
-    wide = torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32)
-    out.copy_(torch.add(x.to(wide), f.to(wide), alpha=sign))
+    if dtype_name(x) == INT16:
+        sizes = _store_fixed(out, x, f, sign, coupling)
+    else:
+        wide = torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32)
+        out.copy_(torch.add(x.to(wide), f.to(wide), alpha=sign))
+        sizes = out.abs() if coupling.amax is not None else None
     if coupling.amax is not None and out.numel():
-        coupling.amax.copy_(
-            torch.maximum(coupling.amax.reshape(()), out.abs().amax().float()).reshape(coupling.amax.shape)
-        )
+        coupling.amax.copy_(torch.maximum(coupling.amax.reshape(()), sizes.amax().float()).reshape(coupling.amax.shape))
     if coupling.checksum is not None:
         coupling.checksum.view(torch.int64).add_(_checksum(out))
+
+
+def _store_fixed(out: Any, q: Any, steps: Any, sign: int, coupling: Coupling) -> Any:
+    """An int16 stream. Returns the sizes of the results before they wrap, if they are asked for."""
+    torch = _torch()
+    unit = 2.0 ** -(coupling.grid_exponent or 0)
+    sizes = None if coupling.amax is None else torch.add(q.to(steps.dtype), steps, alpha=sign).abs() * unit
+    most = 2.0**23
+    whole = torch.nan_to_num(steps, nan=0.0, posinf=most, neginf=-most).clamp(-most, most).to(torch.int32)
+    total = torch.add(q.to(torch.int32), whole, alpha=sign)
+    out.copy_(((total + 2**15) & 0xFFFF) - 2**15)
+    if coupling.value is not None:
+        wide = torch.promote_types(coupling.value.dtype, torch.float32)
+        coupling.value.copy_(out.to(wide) * unit)
+    return sizes
 
 
 def _checksum(stored: Any) -> Any:

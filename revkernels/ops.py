@@ -2,13 +2,14 @@
 """The kernels as functions on arrays: torch tensors and NumPy arrays, in place where the name ends in ``_``.
 
 Shapes of a call are equal; dtypes (float64, float32, bfloat16, float16) and strides may differ. The arithmetic is made
-in float64 if either operand of a sum is float64, else in float32, and rounded once to the written array's dtype. What
-normalises takes a `Norm`, with its parameters, and hands out `Statistics`; it is defined in `revkernels.norm_ops`.
-Every function raises before it writes anything:
+in float64 if either operand of a sum is float64, else in float32, and rounded once to the written array's dtype. The
+stream of a coupling may be int16, in fixed point, if its `Coupling` has a grid_exponent. What normalises takes a
+`Norm`, with its parameters, and hands out `Statistics`; it is defined in `revkernels.norm_ops`. Every function raises
+before it writes anything:
 
-    TypeError       not an array, an integer dtype, a byte-swapped array
+    TypeError       not an array, an integer dtype other than such a stream's, a byte-swapped array
     ValueError      unequal shapes, read-only or overlapping memory, arrays on several devices, a tensor that requires
-                    grad in a call in place outside no_grad
+                    grad in a call in place outside no_grad, or beside an int16 stream
     BackendError    (a ValueError) the backend does not exist, cannot run here, or does not take such an array
 """
 
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from revkernels import checks, tracking
-from revkernels.arrays import kind_of
+from revkernels.arrays import INT16, dtype_name, kind_of
 from revkernels.backends import select
+from revkernels.checks_coupling import check_coupling
 from revkernels.coupling import Coupling
 from revkernels.norm import Norm, Statistics
 from revkernels.norm_ops import couple_norm_act, norm_act, norm_act_backward_, uncouple_norm_act_
@@ -48,7 +50,8 @@ def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | N
     """Return y = x + f, the additive coupling (Gomez et al. 2017, eq. 6).
 
     y is a new array of x's shape and dtype, dense in x's memory order: channels last stays channels last, and half of a
-    larger array becomes dense. Differentiable in x, f and the scales.
+    larger array becomes dense. Differentiable in x, f and the scales; an int16 stream carries no gradient, so that
+    beside one a tensor that requires grad is refused outside no_grad.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple(x, f, coupling, backend)
@@ -71,6 +74,8 @@ def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | 
     kernels.couple(x, x, f, coupling)
     if tracked:
         tracking.wrote(x)
+        if coupling is not None:
+            _wrote_value(coupling)
     return x
 
 
@@ -83,6 +88,8 @@ def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str 
     kernels.uncouple(y, y, f, coupling)
     if tracked:
         tracking.wrote(y)
+        if coupling is not None:
+            _wrote_value(coupling)
     return y
 
 
@@ -103,6 +110,8 @@ def reverse_step_(
     if tracked:
         tracking.wrote(y)
         tracking.wrote(dy)
+        if coupling is not None:
+            _wrote_value(coupling)
     return y, dy
 
 
@@ -157,6 +166,8 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
         if torch.is_grad_enabled() and any(
             getattr(array, "requires_grad", False) for array in (x, f, *_scales(coupling))
         ):
+            if dtype_name(x) == INT16:
+                tracking.refuse_grad("f channel_scale sample_scale", (f, *_scales(coupling)))
             from revkernels.autograd.coupling import differentiable
 
             return differentiable(kernels, name, x, f, coupling)
@@ -164,14 +175,21 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
     else:
         out = np.empty_like(x, subok=False)
     getattr(kernels, name)(out, x, f, coupling)
+    if coupling is not None and kind_of(x) == "torch":
+        _wrote_value(coupling)
     return out
+
+
+def _wrote_value(coupling: Coupling) -> None:
+    if coupling.value is not None:
+        tracking.wrote(coupling.value)
 
 
 def _check(kernels: Any, written: dict[str, Any], read: dict[str, Any], coupling: Coupling | None) -> None:
     if not kernels.CHECKS_OPERANDS:
-        checks.check_operands(written, read)
+        checks.check_operands(written, read, coupling, coupled="f" in read)
     if coupling is not None:
-        checks.check_coupling(coupling, written, read)
+        check_coupling(coupling, written, read)
 
 
 def _about_to_write(

@@ -26,6 +26,16 @@ def tracks_versions(names: str, arrays: tuple[Any, ...]) -> bool:
     return True
 
 
+def refuse_grad(names: str, arrays: tuple[Any, ...]) -> None:
+    """Refuse what requires grad beside an int16 stream. Called in grad mode; names and arrays as above."""
+    for position, array in enumerate(arrays):
+        if getattr(array, "requires_grad", False):
+            raise ValueError(
+                f"{names.split()[position]} requires grad, and an int16 stream carries no gradient: call it under "
+                f"torch.no_grad(), or detach it"
+            )
+
+
 def wrote(tensor: Any) -> None:
     """Tell autograd, so that a backward that saved the tensor notices."""
     if not tensor.is_inference():

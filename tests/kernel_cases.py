@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts, dtypes and coupling options that the Triton kernels meet, in the interpreter and on a GPU."""
 
+from dataclasses import replace
+
 import torch
 
 from revkernels.coupling import Coupling
@@ -37,6 +39,21 @@ LAYOUTS = {
 def make(dtype, scale=1.0, device="cpu"):
     """A maker of random tensors, for the layouts above."""
     return lambda *shape: (torch.randn(shape, dtype=F64) * scale).to(device, dtype)
+
+
+def make_int16(device="cpu"):
+    """The same of an int16 stream, up to both ends."""
+    return lambda *shape: torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).to(device)
+
+
+def with_value(coupling, x, dtype, dense, **options):
+    """The coupling with other options and a value of that dtype, or none: dense, or laid out in x's strides."""
+    value = None
+    if dtype is not None:
+        value = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        if not dense:
+            value = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).zero_()
+    return replace(coupling, value=value, **options)
 
 
 def some_coupling(x, f, which, channel_dim=1):

@@ -35,6 +35,10 @@ LAYOUTS = {
 def values_for(shape, dtype, number):
     """Float64 values that ``dtype`` holds exactly; some of them zeros of both signs, tiny, huge, infinite or NaN."""
     random = np.random.default_rng(number)
+    if dtype == "int16":
+        return np.where(
+            random.random(shape) < 0.1, random.choice([-32768, 32767], shape), random.integers(-32768, 32768, shape)
+        ).astype(np.float64)
     values = random.standard_normal(shape) * np.exp2(random.integers(-12, 12, shape))
     special = random.random(shape)
     for share, value in (

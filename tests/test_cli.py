@@ -115,11 +115,23 @@ def test_check_covers_dtypes_layouts_and_libraries():
     for kernel in cases.KERNELS:
         mine = [call for call in made if call.kernel == kernel]
         pairs = {(call.stream, call.branch) for call in mine if call.library == "torch"}
-        assert len(pairs) == 16
+        coupling = kernel in ("couple", "uncouple_", "reverse_step_")
+        assert len({pair for pair in pairs if pair[0] != "int16"}) == 16
+        assert len(pairs) == (20 if coupling else 16)
         assert {call.layout for call in mine} == {"dense", "NCHW half", "channels-last half"}
         assert {call.library for call in mine} == {"numpy", "torch"}
-        assert any(call.options for call in mine) == (kernel in ("couple", "uncouple_", "reverse_step_"))
+        assert any(call.options for call in mine) == coupling
         assert {call.norm for call in mine} == (set(norm.KINDS) if "norm" in kernel else {""})
+
+
+def test_a_call_of_an_int16_stream_has_a_value():
+    y, f, value, checksum, amax = cases.Call("uncouple_", "numpy", "int16", "float32", "NCHW half", options=True).run(
+        "reference"
+    )
+    channels = y.shape[1] // 2
+    assert (y.dtype, f.dtype, value.dtype) == ("int16", "float32", "float16")
+    assert np.array_equal(value[:, :channels], (y[:, :channels] / 2.0**9).astype(np.float16))
+    assert checksum.any() and amax > 32767 / 2**9, "nothing has wrapped"
 
 
 def test_a_call_leaves_the_other_half_alone_and_repeats():

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("coupling", "accumulate", "norm_act", "norm_act_backward")
+KERNELS = ("coupling", "coupling_int16", "accumulate", "norm_act", "norm_act_backward")
 # Kernels of the norms: how many there are of each. Those that go element by element have variants for packets of the
 # types of training, which are float32 or a half type for the stream, and that or a half type for the branch; and for
 # single elements, float64 and other pairs. The teams' have one for each number of packets that a thread keeps.
@@ -116,7 +116,8 @@ def disassembled(kernels):
 
 
 def test_every_kernel_is_compiled(kernels):
-    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types."""
+    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types; beside
+    an int16 stream four types of branch."""
     count = Counter(kernel.template()[0] for kernel in kernels)
     assert count == {
         "couple_packets": 2 * 2 * 16,
@@ -124,6 +125,8 @@ def test_every_kernel_is_compiled(kernels):
         "accumulate_shares": 16,
         "couple_strided": 2 * 2 * 2,
         "reverse_strided": 2 * 2,
+        "couple_int16_packets": 4,
+        "couple_int16_strided": 2,
         **NORMS,
         "norm_finish_statistics": 2,
         "norm_finish_sums": 2,
@@ -136,13 +139,13 @@ def test_nothing_spills(kernels):
 
 
 def test_registers_leave_room(kernels):
-    """Blocks of 256 threads: 64 registers let four run on a multiprocessor, 128 two, for float64 and norms.
+    """Blocks of 256 threads: 64 registers let four run on a multiprocessor, 128 two, for float64, options and norms.
 
     Gradients of a norm over channels have one: they keep several packets of x, of dh and of the sums.
     """
     for kernel in kernels:
         wide = "double" in kernel.name
-        plain = "Extras" not in kernel.name and not kernel.name.startswith("norm_")
+        plain = not re.search("Extras|^norm_|^couple_int16_", kernel.name)
         most = 64 if plain and not wide else 128
         if re.match(r"norm_gradient_teams<.*, [23]>", kernel.name):
             most = 255
@@ -172,6 +175,19 @@ def test_packets_move_in_16_byte_accesses(disassembled):
         assert counted == (copies * expected[0], copies * expected[1]), f"{kernel.name}: {counted}, needs {expected}"
         checked += 1
     assert checked == 2 * 2 * 16 + 2 * 16 + 16
+
+
+def test_int16_streams_move_in_16_byte_accesses(disassembled):
+    """A packet is 8 elements: one word of the stream, there and back, those of the branch, and a value of any type."""
+    checked = 0
+    for kernel in disassembled:
+        stem, arguments = kernel.template()
+        if stem == "couple_int16_packets":
+            counted = tuple(kernel.wide_accesses(access) for access in ("LDG", "STG"))
+            value = sum(8 * size // 16 for size in SIZES.values())
+            assert counted == (1 + 8 * SIZES[arguments[0]] // 16, 1 + value), f"{kernel.name}: {counted}"
+            checked += 1
+    assert checked == 4
 
 
 def norm_accesses(stem, compute, *types):

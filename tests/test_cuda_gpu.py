@@ -5,7 +5,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kernel_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, make, some_coupling  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    PAIR_IDS,
+    PAIRS,
+    make,
+    make_int16,
+    some_coupling,
+    with_value,
+)
 
 from revkernels import Coupling, ops  # noqa: E402
 
@@ -48,7 +61,8 @@ def twin(view):
 
 
 def reports(coupling):
-    cells = {} if coupling is None else {"checksum": coupling.checksum, "amax": coupling.amax}
+    written = ("checksum", "amax", "value")
+    cells = {} if coupling is None else {name: getattr(coupling, name) for name in written}
     return {name: cell for name, cell in cells.items() if cell is not None}
 
 
@@ -70,7 +84,7 @@ def assert_as_oracle(function, *views, coupling=None):
         assert same(whole(view), whole(truth)), f"operand {position}: written outside the view"
     for name, cell in reports(coupling).items():
         expected = reports(truth_coupling)[name]
-        assert torch.equal(cell, expected) or (cell.isnan() and expected.isnan()), name
+        assert same(cell, expected), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -138,6 +152,67 @@ def test_coupling_options(layout, which):
         assert_as_oracle(ops.couple_, x, f, coupling=some_coupling(x, f, which))
         dy, df = LAYOUTS[layout](make(stream, device="cuda")), LAYOUTS[layout](make(branch, device="cuda"))
         assert_as_oracle(ops.reverse_step_, x, f, dy, df, coupling=some_coupling(x, f, which))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("branch", DTYPES, ids=str)
+def test_int16_streams(branch, layout):
+    """Half of all results wrap; every type of value, with the stream's strides and dense."""
+    for k, number in enumerate((None, *DTYPES), start=11):
+        y, f = layout(make_int16("cuda")), layout(make(branch, 4, "cuda"))
+        dy, df = layout(make(F32, device="cuda")), layout(make(branch, device="cuda"))
+        for dense, which in ((False, "grid amax"), (True, "grid")):
+            coupling = with_value(some_coupling(y, f, which), y, number, dense, grid_exponent=k)
+            start = y.clone()
+            assert_as_oracle(ops.couple_, y, f, coupling=coupling)
+            assert_as_oracle(ops.uncouple_, y, f.contiguous(), coupling=coupling)
+            assert torch.equal(y, start)
+            assert_as_oracle(ops.reverse_step_, y, f, dy, df, coupling=coupling)
+
+
+@pytest.mark.parametrize("layout", OPTION_LAYOUTS)
+@pytest.mark.parametrize("which", ["channel", "sample", "checksum", "channel sample checksum amax"])
+def test_options_of_int16_streams(layout, which):
+    for branch, number in ((F64, F16), (F32, F32), (BF16, F64), (F16, BF16)):
+        y, f = LAYOUTS[layout](make_int16("cuda")), LAYOUTS[layout](make(branch, 9, "cuda"))
+        coupling = with_value(some_coupling(y, f, which), y, number, False, grid_exponent=12)
+        assert_as_oracle(ops.couple_, y, f, coupling=coupling)
+        y_out = ops.uncouple(y, f, coupling=with_own_reports(coupling), backend="cuda")
+        assert same(y_out, ops.uncouple(y, f, coupling=with_own_reports(coupling), backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edges_of_int16_streams(dtype):
+    """Ties, both limits, what is infinite or NaN, and an amax of each."""
+    sizes = [0.0, 0.3, 0.5, 1.5, 2.5, 32767.0, 32768.5, 8388607.0, 8388608.0, 8388609.0, 16777218.0, 2.0**31, 2.0**40]
+    sizes += [3e38, 1e300, float("inf"), float("nan")]
+    q = torch.tensor([-32768, -32767, -1, 0, 1, 2, 32767] * 3, dtype=torch.int16, device="cuda")
+    for size in (*sizes, *(-size for size in sizes)):
+        f = torch.full(q.shape, size, dtype=F64, device="cuda").to(dtype)
+        for k in (0, 1, -126, 126):
+            for function in (ops.couple_, ops.uncouple_):
+                coupling = Coupling(grid_exponent=k, amax=torch.zeros(1, device="cuda"))
+                assert_as_oracle(function, q.clone(), f, coupling=coupling)
+
+
+def test_large_int16_streams_as_on_the_host():
+    """Past all blocks, with everything, and back."""
+    start, f = make_int16("cuda")(64, 128, 56, 56), make(BF16, 300, "cuda")(64, 128, 56, 56)
+    results = []
+    for device, backend in (("cuda", "cuda"), ("cpu", "cpu")):
+        y, branch, value = (
+            start.to(device, copy=True),
+            f.to(device),
+            torch.empty(start.shape, dtype=BF16, device=device),
+        )
+        checksum, amax = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
+        coupling = Coupling(grid_exponent=6, checksum=checksum, amax=amax, value=value)
+        ops.couple_(y, branch, coupling=coupling, backend=backend)
+        results.append([t.cpu().clone() for t in (y, value, checksum, amax)])
+        ops.uncouple_(y, branch, coupling=Coupling(grid_exponent=6), backend=backend)
+        assert torch.equal(y.cpu(), start.cpu())
+    for mine, truth in zip(*results, strict=True):
+        assert torch.equal(mine, truth)
 
 
 def test_coupling_of_tokens():

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("coupling", "accumulate", "norm_act", "norm_act_backward", "device")
-TESTS = ("coupling", "accumulate", "norm_act", "launch")
+KERNELS = ("coupling", "coupling_int16", "accumulate", "norm_act", "norm_act_backward", "device")
+TESTS = ("coupling", "coupling_int16", "accumulate", "norm_act", "launch")
 SANITIZERS = "-fsanitize=address,undefined"
 COMMON = [
     *("-std=c++17", "-O0", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
@@ -72,6 +72,7 @@ def test_kernels_give_the_oracles_bits(sanitized):
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     ran = dict(re.findall(r"^(.+?) +(\d+) checks, 0 failed$", done.stdout, re.MULTILINE))
     assert {"couple", "reverse_step", "many blocks", "far apart", "reductions"} <= ran.keys()
+    assert {"couple, int16", "reverse_step, int16", "many blocks, int16"} <= ran.keys()
     assert all(int(checks) > 0 for checks in ran.values())
 
 
@@ -106,6 +107,7 @@ class Fault:
 
 
 MIXED = "couple, float32 += bfloat16"
+INT16 = "coupling_int16", ("couple, int16 += float32",)
 FORWARD = "norm_act", ("norm_act, briefly",)
 BACKWARD = "norm_act_backward", ("norm_act_backward, briefly",)
 FAR_MEAN = "norm_act", ("norm_act, mean 1e4",)
@@ -216,6 +218,38 @@ FAULTS = [
         "from += flat.size()",
         "accumulate",
         ("accumulate, long lists",),
+    ),
+    Fault("int16: one sign", "coupling_int16.cu", "subtract ? -extras", "false ? -extras", *INT16),
+    Fault("int16: amax of what wrapped", "coupling_int16.cu", "fixed.unwrapped(q, n)", "A(stored)", *INT16),
+    Fault(
+        "int16: value in the result's place",
+        "coupling_int16.cu",
+        "spot.offset(value), stream",
+        "spot.offset(out), stream",
+        *INT16,
+    ),
+    Fault(
+        "int16: every element has a value",
+        "coupling_int16.cu",
+        "value.store(to, count)",
+        "value.store(to, kSize)",
+        *INT16,
+    ),
+    Fault(
+        "int16: a value in float32",
+        "coupling_int16.cu",
+        "stored, double(fixed.down)), unseen",
+        "stored, float(fixed.down)), unseen",
+        *INT16,
+    ),
+    Fault("int16: an order that checksums lose", "coupling_int16.cu", "&value}, !by_index)", "&value}, true)", *INT16),
+    Fault("int16: no limit", "../ops/coupling.h", "n < kMost ? n : kMost", "n", *INT16),
+    Fault(
+        "int16: saturates",
+        "../ops/coupling.h",
+        "return int16_t(uint16_t(uint32_t(int32_t(q)) + uint32_t(int32_t(m))));",
+        "const int32_t s = q + int32_t(m);\n    return int16_t(s > 32767 ? 32767 : s < -32768 ? -32768 : s);",
+        *INT16,
     ),
     Fault(
         "device not restored",

@@ -119,15 +119,16 @@ def tool(name, *arguments):
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def faults(compiled, tmp_path, stream, branch, masked=False):
+def faults(compiled, tmp_path, stream, branch, masked=False, value=None):
     """What is wrong with a kernel: spills, local memory, a multiply-add, other roundings, narrow loads or stores.
 
-    The wider type must move 16 bytes at a time. Where the other is smaller, a thread holds as many elements of it, in
+    The widest type must move 16 bytes at a time. Where another is smaller, a thread holds as many elements of it, in
     fewer bytes. A masked tile goes element by element, so that with one in the kernel only the widest access counts.
     """
-    wide, small = max(stream.itemsize, branch.itemsize), min(stream.itemsize, branch.itemsize)
-    widest = {"load": 16, "store": 16 * stream.itemsize // wide}
-    narrowest = {"load": 16 * small // wide, "store": widest["store"]}
+    read, written = (stream.itemsize, branch.itemsize), (stream.itemsize, (value or stream).itemsize)
+    wide = max(*read, *written)
+    widest = {"load": 16 * max(read) // wide, "store": 16 * max(written) // wide}
+    narrowest = {"load": 16 * min(read) // wide, "store": 16 * min(written) // wide}
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         held = re.findall(r"\.((?:[sv]gpr_spill_count|private_segment_fixed_size):\s*[1-9]\d*)", code)
@@ -154,7 +155,7 @@ def faults(compiled, tmp_path, stream, branch, masked=False):
         fused = re.findall(r"\b[FD]FMA\b", code)
         flushes = ".ftz" in compiled.asm["ptx"]
         # A sum of two bfloat16s may be made in bfloat16 itself: rounding it from float32 gives the same bits.
-        cuts_off = stream == BF16 and not re.search(r"(?:cvt|add|sub|fma)\.rn\.bf16", compiled.asm["ptx"])
+        cuts_off = BF16 in (stream, value) and not re.search(r"(?:cvt|add|sub|fma)\.rn\.bf16", compiled.asm["ptx"])
         found = re.findall(r"\b(LDG|STG)\.E([.\w]*)", code)
         accesses = [({"LDG": "load", "STG": "store"}[kind], sass_bytes(rest)) for kind, rest in found]
         in_ptx = re.findall(r"\b(ld|st)\.global(?:\.[\w:]+)*?\.(v4\.b32|v2\.b64)", compiled.asm["ptx"])
@@ -227,6 +228,27 @@ def test_all_options(compiler, tmp_path, target, dtypes):
     for order in (torch.contiguous_format, torch.channels_last):
         x, f = (zeros(dtype, 8, 64, 16, 16).contiguous(memory_format=order) for dtype in (stream, branch))
         assert faults(compiler(target, (x, f), coupling), tmp_path, stream, branch, masked=True) == []
+
+
+@pytest.mark.parametrize("branch", [F32, BF16, F16, F64], ids=str)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[] if name == "sm_90" else [pytest.mark.slow]) for name in TARGETS]
+)
+def test_int16_streams(compiler, tmp_path, target, branch):
+    """Both signs, plain and with everything, a value in each type."""
+    q, f, wide = zeros(torch.int16, 8, 64, 16, 16), zeros(branch, 8, 64, 16, 16), F64 if branch == F64 else F32
+    options = {
+        "channel_scale": zeros(wide, 64),
+        "sample_scale": zeros(wide, 8),
+        "checksum": torch.zeros(1, dtype=torch.int64),
+        "amax": torch.zeros(1),
+    }
+    for number in (None, BF16, F32, F64):
+        value = None if number is None else zeros(number, *q.shape)
+        plain = compiler(target, (q, f), Coupling(grid_exponent=9, value=value))
+        assert faults(plain, tmp_path, torch.int16, branch, value=number) == []
+        everything = compiler(target, (q, q.clone(), f), Coupling(grid_exponent=9, value=value, **options))
+        assert faults(everything, tmp_path, torch.int16, branch, masked=True, value=number) == []
 
 
 @pytest.mark.parametrize(("target", "dtypes"), matrix("sm_90"))

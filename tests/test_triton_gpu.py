@@ -6,7 +6,20 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from kernel_cases import BF16, DTYPES, F32, LAYOUTS, PAIR_IDS, PAIRS, make, some_coupling  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    PAIR_IDS,
+    PAIRS,
+    make,
+    make_int16,
+    some_coupling,
+    with_value,
+)
 
 from revkernels import ops  # noqa: E402
 from revkernels.coupling import Coupling  # noqa: E402
@@ -41,7 +54,8 @@ def copied(coupling):
         name: getattr(coupling, name) for name in ("channel_scale", "sample_scale", "channel_dim", "grid_exponent")
     }
     return Coupling(
-        **fresh, **{n: None if (c := getattr(coupling, n)) is None else c.clone() for n in ("checksum", "amax")}
+        **fresh,
+        **{n: None if (c := getattr(coupling, n)) is None else c.clone() for n in ("checksum", "amax", "value")},
     )
 
 
@@ -60,7 +74,7 @@ def on_both(call, *views, coupling=None):
         around = [t if t._base is None else t._base for t in (mine, truth)]
         assert same_bits(*around), "written outside the view"
     if coupling is not None:
-        for name in ("checksum", "amax"):
+        for name in ("checksum", "amax", "value"):
             if getattr(coupling, name) is not None:
                 assert torch.equal(getattr(coupling, name), getattr(reference, name)), name
 
@@ -103,6 +117,32 @@ def test_coupling_options(layout, which):
         on_both(ops.couple_, x, f, coupling=some_coupling(x, f, which))
         dy, df = torch.randn_like(x), torch.randn_like(f)
         on_both(ops.reverse_step_, x, f.contiguous(), dy, df, coupling=some_coupling(x, f, which))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("branch", DTYPES, ids=str)
+def test_int16_streams(branch, layout):
+    """Half of all results wrap; every type of value, with the stream's strides and dense; there and back."""
+    for k, number in enumerate((None, *DTYPES), start=11):
+        y, f = layout(make_int16("cuda")), layout(make(branch, 4, "cuda"))
+        dy, df = layout(make(F32, device="cuda")), layout(make(branch, device="cuda"))
+        for dense, which in ((False, "grid amax"), (True, "grid")):
+            coupling = with_value(some_coupling(y, f, which), y, number, dense, grid_exponent=k)
+            start = y.clone()
+            on_both(ops.couple_, y, f, coupling=coupling)
+            on_both(ops.uncouple_, y, f.contiguous(), coupling=coupling)
+            assert torch.equal(y, start)
+            on_both(ops.reverse_step_, y, f, dy, df, coupling=coupling)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if " of " in name or name in ("channels-last", "5-D")])
+@pytest.mark.parametrize("which", ["channel", "sample", "checksum", "channel sample checksum amax"])
+def test_options_of_int16_streams(layout, which):
+    for branch, number in ((F64, F16), (F32, F32), (BF16, F64), (F16, BF16)):
+        y, f = LAYOUTS[layout](make_int16("cuda")), LAYOUTS[layout](make(branch, 9, "cuda"))
+        coupling = with_value(some_coupling(y, f, which), y, number, False, grid_exponent=12)
+        on_both(ops.couple_, y, f, coupling=coupling)
+        on_both(ops.uncouple_, y, f.contiguous(), coupling=coupling)
 
 
 @pytest.mark.parametrize("pairs", [2, 33, 70])

@@ -7,6 +7,7 @@ TRITON_INTERPRET counts when a kernel is decorated, so all this happens in a pro
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,20 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from kernel_cases import BF16, DTYPES, F16, F32, F64, LAYOUTS, PAIR_IDS, PAIRS, dense, make, some_coupling  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    PAIR_IDS,
+    PAIRS,
+    dense,
+    make,
+    make_int16,
+    some_coupling,
+)
 
 from revkernels.arrays import dtype_name, memory_order  # noqa: E402
 from revkernels.coupling import Coupling  # noqa: E402
@@ -78,13 +92,22 @@ def for_oracle(coupling):
     }
 
 
-def assert_reports(coupling, out, truth):
+def assert_same_value(value, stored, k, truncates):
+    """What an int16 stream stands for; see `truncates`."""
+    if value.dtype == BF16 and truncates:
+        near = (stored * 2.0**-k).astype(np.float32)
+        assert_same(value, (near.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64))
+    else:
+        assert_same(value, oracle.value_of(stored, k, dtype_name(value)))
+
+
+def assert_reports(coupling, out, truth, amax=None):
     """The checksum goes on from 7 and the amax from 0.25, as `some_coupling` left them."""
     if coupling.checksum is not None:
         added = oracle.checksum_of(truth.transpose(memory_order(out)), dtype_name(out))
         assert coupling.checksum.item() % 2**64 == (7 + added) % 2**64
     if coupling.amax is not None:
-        assert coupling.amax.item() == max(oracle.amax_of(truth), 0.25)
+        assert coupling.amax.item() == max(oracle.amax_of(truth) if amax is None else amax, 0.25)
 
 
 class TestInterpreted:
@@ -175,6 +198,95 @@ class TestInterpreted:
             truth = expected(oracle.couple, x, f, False, grid_exponent=exponent)
             backend.couple(x, x, f, Coupling(grid_exponent=exponent))
             assert_same(x, truth)
+
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    def test_int16_streams(self, layout, truncates):
+        """Both signs, in place and not, with a value in each type; there and back again."""
+        for k, (branch, number) in enumerate(zip(DTYPES, (F16, F64, F32, BF16), strict=True), start=11):
+            q, f, value = layout(make_int16()), layout(make(branch, 4)).contiguous(), layout(make(number))
+            start, around, y = q.clone(), (surroundings(q), surroundings(value)), torch.empty_like(q)
+            options = {"grid_exponent": k}
+            truth = oracle.couple(numbers(q), numbers(f), "int16", dtype_name(f), **options)
+            backend.couple(y, q, f, Coupling(**options, value=value))
+            assert_same(y, truth)
+            assert_same_value(value, truth, k, truncates)
+            truth = oracle.uncouple(numbers(q), numbers(f), "int16", dtype_name(f), **options)
+            backend.uncouple(q, q, f, Coupling(**options))
+            assert_same(q, truth)
+            backend.couple(q, q, f, Coupling(**options))
+            assert torch.equal(q, start)
+            assert torch.equal(surroundings(q), around[0]) and torch.equal(surroundings(value), around[1])
+
+    @pytest.mark.parametrize("layout", [name for name in LAYOUTS if " of " in name or name in ("channels-last", "5-D")])
+    @pytest.mark.parametrize("which", ["channel", "sample", "channel sample", "checksum amax", "all"])
+    def test_options_of_int16_streams(self, layout, which, truncates):
+        """The amax is of the result before it wraps."""
+        which = "channel sample checksum amax" if which == "all" else which
+        for branch in DTYPES:
+            y, f, dy, df = LAYOUTS[layout](make_int16()), *(LAYOUTS[layout](make(d)) for d in (branch, F32, F16))
+            f, value = (f * 9).contiguous(), torch.empty(y.shape, dtype=F16)
+            coupling = replace(some_coupling(y, f, which + " grid"), grid_exponent=12, value=value)
+            options = for_oracle(coupling)
+            x = oracle.uncouple(numbers(y), numbers(f), "int16", dtype_name(f), **options)
+            dx = expected(plain_sum, dy, df, truncates)
+            amax = oracle.amax_before_wrapping(numbers(y), numbers(f), True, dtype_name(f), **options)
+            backend.reverse_step(y, f, dy, df, coupling)
+            assert_same(y, x)
+            assert_same(dy, dx)
+            assert_same_value(value, x, 12, truncates)
+            assert_reports(coupling, y, x, amax)
+
+    @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_edges_of_int16_streams(self, dtype):
+        """Ties, both limits, what is infinite or NaN, and an amax of each."""
+        sizes = [
+            0.0,
+            0.3,
+            0.5,
+            1.5,
+            2.5,
+            32767.0,
+            32768.5,
+            65535.0,
+            8388607.0,
+            8388608.0,
+            8388609.0,
+            16777218.0,
+            2.0**31,
+        ]
+        sizes += [2.0**40, 3e38, 1e300, float("inf"), float("nan")]
+        for size in (*sizes, *(-size for size in sizes)):
+            f = torch.full((7,), size, dtype=F64).to(dtype)
+            q = torch.tensor([-32768, -32767, -1, 0, 1, 2, 32767], dtype=torch.int16)
+            for k in (0, 1, -126, 126):
+                for subtract, kernel, operation in (
+                    (0, backend.couple, oracle.couple),
+                    (1, backend.uncouple, oracle.uncouple),
+                ):
+                    y, amax = torch.empty_like(q), torch.zeros(1)
+                    kernel(y, q, f, Coupling(grid_exponent=k, amax=amax))
+                    assert_same(y, operation(numbers(q), numbers(f), "int16", dtype_name(f), grid_exponent=k))
+                    largest = oracle.amax_before_wrapping(
+                        numbers(q), numbers(f), subtract, dtype_name(f), grid_exponent=k
+                    )
+                    assert_same(amax, np.array([np.float64(largest)]))
+
+    def test_int16_streams_are_checked(self):
+        """On the first call and on later ones."""
+        q, f = torch.ones(8, dtype=torch.int16), torch.ones(8)
+        for _ in range(2):
+            for coupling in (None, Coupling(amax=torch.zeros(1))):
+                with pytest.raises(TypeError, match=r"x is int16.*grid_exponent"):
+                    backend.couple(q, q, f, coupling)
+            with pytest.raises(TypeError, match="out is float32, x is int16"):
+                backend.couple(f, q, f + 1, Coupling(grid_exponent=1))
+            with pytest.raises(TypeError, match="f is int16"):
+                backend.couple(q, q, q + 1, Coupling(grid_exponent=1))
+            with pytest.raises(TypeError, match=r"total is int16; it must be one of float64, .*float16$"):
+                backend.accumulate([q], [f])
+            backend.couple(q.clone(), q, f, Coupling(grid_exponent=1))
+        assert bool((q == 1).all()) and bool((f == 1).all())
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_amax_hands_on_nan_and_infinity(self, dtype):

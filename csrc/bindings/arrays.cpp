@@ -33,17 +33,17 @@ bool truth(py::handle object, PyObject* name) { return attribute(object, name).p
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-[[noreturn]] void wrong_dtype(const Array& array, py::handle dtype, bool words) {
-  type_error(std::string(array.name) + " is " + py::str(dtype).cast<std::string>() +
-             "; it must be " +
-             (words ? "int64 or uint64" : "float64, float32, bfloat16 or float16"));
+[[noreturn]] void wrong_dtype(const Array& array, py::handle dtype, Takes takes) {
+  type_error(
+      std::string(array.name) + " is " + py::str(dtype).cast<std::string>() + "; it must be " +
+      (takes == Takes::kWords ? "int64 or uint64" : "float64, float32, bfloat16 or float16"));
 }
 
 // torch
 
 // The objects of an imported torch. They live as long as the process, so nothing is released.
 struct Torch {
-  PyObject *tensor = nullptr, *strided, *dtypes[4], *int64, *uint64, *threads, *stream;
+  PyObject *tensor = nullptr, *strided, *dtypes[5], *int64, *uint64, *threads, *stream;
   PyObject* const dtype = intern("dtype");
   PyObject* const layout = intern("layout");
   PyObject* const is_cpu = intern("is_cpu");
@@ -65,8 +65,8 @@ struct Torch {
     }
     if (!py::hasattr(module, "Tensor") || !py::hasattr(module, "get_num_threads"))
       return false;  // torch is in the middle of its own import
-    const char* const names[] = {"float64", "float32", "bfloat16", "float16"};
-    for (int i = 0; i < 4; ++i) dtypes[i] = keep(module, names[i]);
+    const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16"};
+    for (int i = 0; i < 5; ++i) dtypes[i] = keep(module, names[i]);
     int64 = keep(module, "int64");
     uint64 = py::hasattr(module, "uint64") ? keep(module, "uint64") : int64;
     strided = keep(module, "strided");
@@ -100,21 +100,22 @@ int read_tuple(const Array& array, py::handle tuple, int64_t* to) {
   return int(rank);
 }
 
-void read_tensor(Array& array, py::handle tensor, bool words) {
+void read_tensor(Array& array, py::handle tensor, Takes takes) {
   Torch& names = torch();
   array.library = Library::kTorch;
   array.writable = true;
 
   const py::object dtype = attribute(tensor, names.dtype);
   array.dtype = -1;
-  if (words) {
+  if (takes == Takes::kWords) {
     if (dtype.ptr() == names.int64 || dtype.ptr() == names.uint64) array.dtype = kWordDtype;
   } else {
-    for (int i = 0; i < 4; ++i)
+    const int known = takes == Takes::kStream ? 5 : 4;
+    for (int i = 0; i < known; ++i)
       if (dtype.ptr() == names.dtypes[i])
         array.dtype = i;  // the codes of revk_dtype, in their order
   }
-  if (array.dtype < 0) wrong_dtype(array, dtype, words);
+  if (array.dtype < 0) wrong_dtype(array, dtype, takes);
 
   const py::object layout = attribute(tensor, names.layout);
   if (layout.ptr() != names.strided)
@@ -142,14 +143,14 @@ void read_tensor(Array& array, py::handle tensor, bool words) {
 
 // NumPy
 
-int32_t numpy_dtype(const Array& array, py::handle descr, bool words) {
+int32_t numpy_dtype(const Array& array, py::handle descr, Takes takes) {
   struct Known {
     PyObject *float64, *float32, *float16;
   };
   static const Known* const known =
       new Known{py::dtype("float64").release().ptr(), py::dtype("float32").release().ptr(),
                 py::dtype("float16").release().ptr()};
-  if (!words) {  // the usual case is one of three objects
+  if (takes != Takes::kWords) {  // the usual case is one of three objects
     if (descr.ptr() == known->float32) return REVK_FLOAT32;
     if (descr.ptr() == known->float64) return REVK_FLOAT64;
     if (descr.ptr() == known->float16) return REVK_FLOAT16;
@@ -158,21 +159,22 @@ int32_t numpy_dtype(const Array& array, py::handle descr, bool words) {
     type_error(std::string(array.name) + " is byte-swapped (" + py::str(descr).cast<std::string>() +
                "); it must be in the machine's byte order");
   const auto name = descr.attr("name").cast<std::string>();
-  if (words) {
+  if (takes == Takes::kWords) {
     if (name == "int64" || name == "uint64") return kWordDtype;
   } else {
-    for (int32_t code = REVK_FLOAT64; code <= REVK_FLOAT16; ++code)
+    const int32_t last = takes == Takes::kStream ? REVK_INT16 : REVK_FLOAT16;
+    for (int32_t code = REVK_FLOAT64; code <= last; ++code)
       if (name == dtype_name(code)) return code;  // bfloat16 is ml_dtypes', known by its name
   }
-  wrong_dtype(array, descr, words);
+  wrong_dtype(array, descr, takes);
 }
 
-void read_ndarray(Array& array, py::handle object, bool words) {
+void read_ndarray(Array& array, py::handle object, Takes takes) {
   const auto* const proxy = py::detail::array_proxy(object.ptr());
   array.library = Library::kNumpy;
   array.device = -1;
   array.writable = (proxy->flags & kWriteable) != 0;
-  array.dtype = numpy_dtype(array, proxy->descr, words);
+  array.dtype = numpy_dtype(array, proxy->descr, takes);
   array.data = proxy->data;
   array.rank = proxy->nd;
   if (array.rank > kMaxRank)
@@ -204,12 +206,12 @@ std::string Array::shape() const {
   return text + (rank == 1 ? ",)" : ")");
 }
 
-void read_array(Array& array, const char* name, py::handle object, bool words) {
+void read_array(Array& array, const char* name, py::handle object, Takes takes) {
   array.name = name;
   if (torch().owns(object))
-    read_tensor(array, object, words);
+    read_tensor(array, object, takes);
   else if (py::isinstance<py::array>(object))
-    read_ndarray(array, object, words);
+    read_ndarray(array, object, takes);
   else
     type_error(std::string(name) + " is a " + type_name(object) +
                "; it must be a torch.Tensor or a numpy.ndarray");

@@ -17,9 +17,11 @@ namespace revk::python {
 
 namespace py = pybind11;
 
-constexpr int kMaxRank = 64;       // NumPy's and torch's own limit
-constexpr int32_t kWordDtype = 4;  // int64 or uint64, for a checksum; beyond the revk_dtype codes
+constexpr int kMaxRank = 64;        // NumPy's and torch's own limit
+constexpr int32_t kWordDtype = 64;  // int64 or uint64, for a checksum; beyond the revk_dtype codes
 enum class Library { kNumpy, kTorch };
+// Which dtypes an argument may have: the floating-point ones; int16 too; the 64-bit integers alone.
+enum class Takes { kFloats, kStream, kWords };
 
 // One argument of a call. Big and short-lived: filled on the stack, not initialised.
 struct Array {
@@ -47,8 +49,7 @@ struct Array {
 
 // Fills `array` from `object`. Raises TypeError for what is no array and
 // for dtypes, ValueError for memory that the kernels cannot address.
-// `words` admits the 64-bit integers instead of the floating-point types.
-void read_array(Array& array, const char* name, py::handle object, bool words = false);
+void read_array(Array& array, const char* name, py::handle object, Takes takes = Takes::kFloats);
 
 // What a tensor's library says about the call's surroundings.
 int32_t torch_threads();

@@ -8,7 +8,7 @@
 
 namespace revk::python {
 
-constexpr int kMaxArrays = 4;
+constexpr int kMaxArrays = 5;
 
 // The dimensions that a scale runs along; -1: none. A
 // dimension in a role keeps its own place in the view.

@@ -6,88 +6,13 @@
 #include <vector>
 
 #include "bindings/checks.h"
+#include "bindings/coupling_options.h"
 #include "bindings/geometry.h"
 #include "bindings/norm_act.h"
 #include "core/backends.h"
 
 namespace revk::python {
 namespace {
-
-// The coupling's options
-
-struct Options {
-  revk_coupling coupling;
-  Roles roles;
-  const revk_coupling* get() const { return given ? &coupling : nullptr; }
-  bool given = false;
-
-  Options(py::handle object, const Array& written, const Array& x, const Array& f) : coupling() {
-    if (object.is_none()) return;
-    given = true;
-    coupling.struct_size = int32_t(sizeof(revk_coupling));
-    const py::object exponent = object.attr("grid_exponent");
-    coupling.grid_exponent = exponent.is_none() ? REVK_NO_GRID : exponent.cast<int32_t>();
-    const int32_t scale_dtype = compute_dtype(x.dtype, f.dtype);
-    const py::object by_channel = object.attr("channel_scale");
-    if (!by_channel.is_none()) {
-      const int given_dim = object.attr("channel_dim").cast<int>();
-      roles.channel = given_dim < 0 ? given_dim + written.rank : given_dim;
-      if (roles.channel < 0 || roles.channel >= written.rank)
-        value_error("channel_dim is " + std::to_string(given_dim) + "; x has " +
-                    std::to_string(written.rank) + " dimensions");
-      coupling.channel_scale =
-          scale("channel_scale", by_channel, written, roles.channel, scale_dtype);
-    }
-    const py::object by_sample = object.attr("sample_scale");
-    if (!by_sample.is_none()) {
-      if (written.rank == 0) value_error("sample_scale is given, but x has no dimensions");
-      if (roles.channel == 0)
-        value_error("channel_dim is 0; with a sample_scale it must be another dimension");
-      roles.sample = 0;
-      coupling.sample_scale = scale("sample_scale", by_sample, written, 0, scale_dtype);
-    }
-    coupling.checksum =
-        static_cast<uint64_t*>(cell("checksum", object.attr("checksum"), written, kWordDtype));
-    coupling.amax = static_cast<float*>(cell("amax", object.attr("amax"), written, REVK_FLOAT32));
-    roles.ordered = coupling.checksum != nullptr;
-  }
-
- private:
-  static void* scale(const char* name, py::handle object, const Array& written, int dim,
-                     int32_t dtype) {
-    Array array;
-    read_array(array, name, object);
-    check_together(written, array);
-    check_apart(written, array);
-    if (array.dtype != dtype)
-      type_error(std::string(name) + " is " + dtype_name(array.dtype) + "; it must be " +
-                 dtype_name(dtype) + ", the type these operands are added in");
-    if (array.rank != 1 || array.sizes[0] != written.sizes[dim])
-      value_error(std::string(name) + " has shape " + array.shape() + "; it must be (" +
-                  std::to_string(written.sizes[dim]) + ",), x's dimension " + std::to_string(dim));
-    if (array.sizes[0] > 1 && array.strides[0] != 1)
-      value_error(std::string(name) + " has stride " + std::to_string(array.strides[0]) +
-                  "; it must be dense");
-    return array.data;
-  }
-  static void* cell(const char* name, const py::object& object, const Array& written,
-                    int32_t dtype) {
-    if (object.is_none()) return nullptr;
-    Array array;
-    read_array(array, name, object, dtype == kWordDtype);
-    check_together(written, array);
-    check_apart(written, array);
-    if (array.dtype != dtype)
-      type_error(std::string(name) + " is " + dtype_name(array.dtype) + "; it must be float32");
-    if (array.count() != 1)
-      value_error(std::string(name) + " has shape " + array.shape() + "; it must hold one element");
-    if (!array.writable)
-      value_error(std::string(name) + " is read-only; it must be writable, for it is added to");
-    return array.data;
-  }
-};
-
-// Kernels
 
 using Couple = revk_status (*)(const revk_view*, const revk_view*, const revk_view*,
                                const revk_coupling*, const revk_where*);
@@ -96,9 +21,9 @@ void couple_with(Couple kernel, const char* x_name, py::handle out, py::handle x
                  py::handle options) {
   Array from, branch, separate;
   const bool in_place = out.ptr() == x.ptr();
-  read_array(from, x_name, x);
+  read_array(from, x_name, x, Takes::kStream);
   read_array(branch, "f", f);
-  if (!in_place) read_array(separate, "out", out);
+  if (!in_place) read_array(separate, "out", out, Takes::kStream);
   const Array& written = in_place ? from : separate;
   check_alike(from, branch);
   if (!in_place) {
@@ -108,20 +33,20 @@ void couple_with(Couple kernel, const char* x_name, py::handle out, py::handle x
   }
   check_written(written);
   check_apart(written, branch);
-  Options coupling(options, written, from, branch);
+  CouplingOptions coupling(options, {&written, &from, &branch}, branch);
   const int64_t elements = written.count();
   if (elements == 0) return;
 
-  const Array* const arrays[] = {&written, &from, &branch};
-  const Geometry geometry(arrays, 3, coupling.roles);
-  coupling.coupling.rows_per_sample = geometry.rows_per_sample();
+  const Array* const arrays[] = {&written, &from, &branch, coupling.value()};
+  const Geometry geometry(arrays, coupling.value() != nullptr ? 4 : 3, coupling.roles());
+  coupling.set_rows_per_sample(geometry.rows_per_sample());
   const revk_where where = where_of(written, elements);
   revk_status status = REVK_OK;
   {
     const Unlocked unlocked(is_long(written, elements));
     geometry.for_each([&](const revk_view* views) {
       if (status == REVK_OK)
-        status = kernel(&views[0], &views[1], &views[2], coupling.get(), &where);
+        status = kernel(&views[0], &views[1], &views[2], coupling.get(&views[3]), &where);
     });
   }
   raise_on_error(status);
@@ -129,7 +54,7 @@ void couple_with(Couple kernel, const char* x_name, py::handle out, py::handle x
 
 void reverse_step(py::handle y, py::handle f, py::handle dy, py::handle df, py::handle options) {
   Array stream, branch, gradient, part;
-  read_array(stream, "y", y);
+  read_array(stream, "y", y, Takes::kStream);
   read_array(branch, "f", f);
   read_array(gradient, "dy", dy);
   read_array(part, "df", df);
@@ -141,20 +66,20 @@ void reverse_step(py::handle y, py::handle f, py::handle dy, py::handle df, py::
   check_written(gradient);
   check_apart(gradient, branch);
   check_apart(gradient, part);
-  Options coupling(options, stream, stream, branch);
+  CouplingOptions coupling(options, {&stream, &stream, &branch, &gradient, &part}, branch);
   const int64_t elements = stream.count();
   if (elements == 0) return;
 
-  const Array* const arrays[] = {&stream, &branch, &gradient, &part};
-  const Geometry geometry(arrays, 4, coupling.roles);
-  coupling.coupling.rows_per_sample = geometry.rows_per_sample();
+  const Array* const arrays[] = {&stream, &branch, &gradient, &part, coupling.value()};
+  const Geometry geometry(arrays, coupling.value() != nullptr ? 5 : 4, coupling.roles());
+  coupling.set_rows_per_sample(geometry.rows_per_sample());
   const revk_where where = where_of(stream, 2 * elements);
   revk_status status = REVK_OK;
   {
     const Unlocked unlocked(is_long(stream, 2 * elements));
     geometry.for_each([&](const revk_view* v) {
       if (status == REVK_OK)
-        status = revk_reverse_step(&v[0], &v[1], &v[2], &v[3], coupling.get(), &where);
+        status = revk_reverse_step(&v[0], &v[1], &v[2], &v[3], coupling.get(&v[4]), &where);
     });
   }
   raise_on_error(status);

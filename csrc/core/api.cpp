@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <initializer_list>
+#include <optional>
 #include <vector>
 
 #include "core/entry.h"
@@ -11,53 +13,91 @@
 namespace revk {
 namespace {
 
-// The coupling as the kernels get it: nullptr for the plain one, rows_per_sample at least 1.
-struct CheckedCoupling {
-  revk_coupling value;
-  const revk_coupling* get() const { return plain ? nullptr : &value; }
-  bool plain = true;
+using Views = std::initializer_list<const NamedView*>;
 
-  CheckedCoupling(const revk_coupling* given, const NamedView& out, int32_t scale_dtype) : value() {
-    if (given == nullptr) return;
-    value = read_struct<revk_coupling>("coupling", given);
-    const int32_t k = value.grid_exponent;
+// The coupling as the kernels get it: nullptr for the plain one, rows_per_sample at least 1, and
+// `value` in this library's version. `written` begins with the stream's result.
+class CheckedCoupling {
+ public:
+  CheckedCoupling(const revk_coupling* given, Views written, Views read, int32_t scale_dtype)
+      : out_(**written.begin()), written_(written), read_(read), options_() {
+    const bool fixed = out_.view.dtype == REVK_INT16;
+    if (given == nullptr) {
+      if (fixed)
+        throw invalid("coupling is NULL, but " + out_.name +
+                      " is int16; a grid_exponent is needed");
+      return;
+    }
+    options_ = read_struct<revk_coupling>("coupling", given);
+    const int32_t k = options_.grid_exponent;
     if (k != REVK_NO_GRID && (k < -126 || k > 126))
       throw invalid("coupling: grid_exponent is " + std::to_string(k) +
                     ", -126..126 or REVK_NO_GRID is needed");
-    if (value.rows_per_sample < 0)
-      throw invalid("coupling: rows_per_sample is " + std::to_string(value.rows_per_sample) +
+    if (fixed && k == REVK_NO_GRID)
+      throw invalid("coupling: grid_exponent is REVK_NO_GRID, but " + out_.name +
+                    " is int16; -126..126 is needed");
+    if (options_.rows_per_sample < 0)
+      throw invalid("coupling: rows_per_sample is " + std::to_string(options_.rows_per_sample) +
                     ", 0 or more is needed");
-    value.rows_per_sample = std::max<int64_t>(value.rows_per_sample, 1);
-    if (value.sample_scale != nullptr && out.sizes[0] % value.rows_per_sample != 0)
-      throw invalid("coupling: rows_per_sample is " + std::to_string(value.rows_per_sample) +
-                    ", a divisor of outer = " + std::to_string(out.sizes[0]) + " is needed");
-    check_array("channel_scale", value.channel_scale, item_size(scale_dtype));
-    check_array("sample_scale", value.sample_scale, item_size(scale_dtype));
-    check_array("checksum", value.checksum, 8);
-    check_array("amax", value.amax, 4);
-    const int64_t samples = out.sizes[0] / value.rows_per_sample;
-    written_apart("channel_scale", value.channel_scale, out.sizes[1], item_size(scale_dtype), out);
-    written_apart("sample_scale", value.sample_scale, samples, item_size(scale_dtype), out);
-    written_apart("checksum", value.checksum, 1, 8, out);
-    written_apart("amax", value.amax, 1, 4, out);
-    plain = value.channel_scale == nullptr && value.sample_scale == nullptr &&
-            value.checksum == nullptr && value.amax == nullptr && k == REVK_NO_GRID;
+    options_.rows_per_sample = std::max<int64_t>(options_.rows_per_sample, 1);
+    if (options_.sample_scale != nullptr && out_.sizes[0] % options_.rows_per_sample != 0)
+      throw invalid("coupling: rows_per_sample is " + std::to_string(options_.rows_per_sample) +
+                    ", a divisor of outer = " + std::to_string(out_.sizes[0]) + " is needed");
+    if (options_.value != nullptr) check_value(fixed);
+    const int64_t samples = out_.sizes[0] / options_.rows_per_sample;
+    const int64_t scale = item_size(scale_dtype);
+    check_array("channel_scale", options_.channel_scale, out_.sizes[1], scale);
+    check_array("sample_scale", options_.sample_scale, samples, scale);
+    check_array("checksum", options_.checksum, 1, 8);
+    check_array("amax", options_.amax, 1, 4);
+    plain_ = options_.channel_scale == nullptr && options_.sample_scale == nullptr &&
+             options_.checksum == nullptr && options_.amax == nullptr && k == REVK_NO_GRID;
   }
+  CheckedCoupling(const CheckedCoupling&) = delete;  // options_ points into the object
+  CheckedCoupling& operator=(const CheckedCoupling&) = delete;
+
+  const revk_coupling* get() const { return plain_ ? nullptr : &options_; }
 
  private:
-  static void check_array(const char* name, const void* data, int64_t item) {
+  void check_value(bool fixed) {
+    if (!fixed)
+      throw invalid("coupling: value is given, but " + out_.name + " is " +
+                    dtype_name(out_.view.dtype) + "; NULL is needed but for an int16 stream");
+    value_.emplace("value", options_.value);
+    value_->same_shape_as(out_);
+    value_->apart_from_itself();
+    for (const Views& views : {written_, read_})
+      for (const NamedView* view : views) value_->apart_from(*view);
+    options_.value = &value_->view;
+  }
+  void check_array(const char* name, const void* data, int64_t count, int64_t item) const {
+    if (data == nullptr) return;
     if (reinterpret_cast<uintptr_t>(data) % uintptr_t(item) != 0)
       throw invalid(std::string("coupling: ") + name + " is not aligned to its element");
-  }
-  static void written_apart(const char* name, const void* data, int64_t count, int64_t item,
-                            const NamedView& out) {
     const int64_t stride = 1;
     const Layout layout{reinterpret_cast<uintptr_t>(data), item, 1, &count, &stride};
-    if (data != nullptr && overlaps(out.layout, layout))
-      throw invalid("coupling: " + std::string(name) + " overlaps " + out.name +
+    for (const NamedView* view : written_) written_apart(name, layout, *view);
+    if (value_) written_apart(name, layout, *value_);
+  }
+  static void written_apart(const char* name, const Layout& layout, const NamedView& written) {
+    if (overlaps(written.layout, layout))
+      throw invalid("coupling: " + std::string(name) + " overlaps " + written.name +
                     ", which is written; they need separate memory");
   }
+
+  const NamedView& out_;
+  const Views written_, read_;
+  revk_coupling options_;
+  std::optional<NamedView> value_;
+  bool plain_ = true;
 };
+
+// An int16 stream stays one.
+void check_stream(const NamedView& out, const NamedView& x) {
+  if ((out.view.dtype == REVK_INT16) != (x.view.dtype == REVK_INT16))
+    throw invalid(out.name + ": dtype is " + dtype_name(out.view.dtype) + ", but " + x.name +
+                  " has " + dtype_name(x.view.dtype) + "; int16 is needed for both or for neither");
+}
 
 using Couple = void (*)(const revk_view&, const revk_view&, const revk_view&, const revk_coupling*,
                         const revk_where&);
@@ -67,10 +107,12 @@ void couple_with(Couple on_cpu, Couple on_cuda, const NamedView& out, const Name
   const revk_where where = read_where(given_where);
   x.same_shape_as(out);
   f.same_shape_as(out);
+  check_stream(out, x);
   out.apart_from_itself();
   if (!out.is(x)) out.apart_from(x);
   out.apart_from(f);
-  const CheckedCoupling checked(coupling, out, compute_dtype(x.view.dtype, f.view.dtype));
+  const Views written{&out}, read{&x, &f};
+  const CheckedCoupling checked(coupling, written, read, compute_dtype(x.view.dtype, f.view.dtype));
   if (out.layout.empty()) return;
   (where.device < 0 ? on_cpu : on_cuda)(out.view, x.view, f.view, checked.get(), where);
 }
@@ -139,16 +181,16 @@ extern "C" {
 revk_status revk_couple(const revk_view* y, const revk_view* x, const revk_view* f,
                         const revk_coupling* coupling, const revk_where* where) {
   return guard(last_error(), [&] {
-    couple_with(cpu::couple, cuda::couple, NamedView("y", y), NamedView("x", x), NamedView("f", f),
-                coupling, where);
+    couple_with(cpu::couple, cuda::couple, NamedView("y", y, NamedView::kStream),
+                NamedView("x", x, NamedView::kStream), NamedView("f", f), coupling, where);
   });
 }
 
 revk_status revk_uncouple(const revk_view* x, const revk_view* y, const revk_view* f,
                           const revk_coupling* coupling, const revk_where* where) {
   return guard(last_error(), [&] {
-    couple_with(cpu::uncouple, cuda::uncouple, NamedView("x", x), NamedView("y", y),
-                NamedView("f", f), coupling, where);
+    couple_with(cpu::uncouple, cuda::uncouple, NamedView("x", x, NamedView::kStream),
+                NamedView("y", y, NamedView::kStream), NamedView("f", f), coupling, where);
   });
 }
 
@@ -156,7 +198,8 @@ revk_status revk_reverse_step(const revk_view* y, const revk_view* f, const revk
                               const revk_view* df, const revk_coupling* coupling,
                               const revk_where* where) {
   return guard(last_error(), [&] {
-    const NamedView to_y("y", y), from_f("f", f), to_dy("dy", dy), from_df("df", df);
+    const NamedView to_y("y", y, NamedView::kStream), from_f("f", f), to_dy("dy", dy),
+        from_df("df", df);
     const revk_where place = read_where(where);
     for (const NamedView* other : {&from_f, &to_dy, &from_df}) {
       other->same_shape_as(to_y);
@@ -167,8 +210,8 @@ revk_status revk_reverse_step(const revk_view* y, const revk_view* f, const revk
     to_dy.apart_from(from_f);
     to_dy.apart_from(from_df);
     const int32_t scale_dtype = compute_dtype(to_y.view.dtype, from_f.view.dtype);
-    const CheckedCoupling checked(coupling, to_y, scale_dtype);
-    const CheckedCoupling apart_from_dy(coupling, to_dy, scale_dtype);
+    const Views written{&to_y, &to_dy}, read{&from_f, &from_df};
+    const CheckedCoupling checked(coupling, written, read, scale_dtype);
     if (to_y.layout.empty()) return;
     const auto kernel = place.device < 0 ? cpu::reverse_step : cuda::reverse_step;
     kernel(to_y.view, from_f.view, to_dy.view, from_df.view, checked.get(), place);

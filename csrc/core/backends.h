@@ -3,7 +3,8 @@
 //
 // api.cpp has checked everything before a kernel is called, so a kernel need not look again:
 // - every struct is this library's own version, whatever version the caller has;
-// - every view has a known dtype, sizes >= 0, strides >= 0, an aligned pointer, and one shape with
+// - every view, a coupling's `value` too, has a known dtype, sizes >= 0, strides >= 0, an aligned
+// pointer, and one shape with
 //   its fellows;
 // - a written operand overlaps nothing, itself included, except that `out` may be `x` exactly
 //   (data, strides, dtype);
@@ -11,6 +12,8 @@
 //   pairs may be empty;
 // - `coupling` is nullptr for the plain coupling; otherwise rows_per_sample >= 1 and grid_exponent
 //   is in range;
+// - a coupling's `x` (or `y`) and `out` are int16 both or neither, and nothing else is; with int16,
+//   `coupling` has a grid_exponent, and a `value` only then;
 // - strides come in any order: (N, C, H*W) with channel_stride 1 is an image in channels-last
 //   memory. A kernel that wants to walk memory in order reorders the dimensions itself; the
 //   checksum's index stays the view's row-major one.

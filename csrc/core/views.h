@@ -17,8 +17,8 @@ inline int64_t item_size(int32_t dtype) {
   return dtype == REVK_FLOAT64 ? 8 : dtype == REVK_FLOAT32 ? 4 : 2;
 }
 inline const char* dtype_name(int32_t dtype) {
-  static const char* const names[] = {"float64", "float32", "bfloat16", "float16"};
-  return dtype >= REVK_FLOAT64 && dtype <= REVK_FLOAT16 ? names[dtype] : "unknown";
+  static const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16"};
+  return dtype >= REVK_FLOAT64 && dtype <= REVK_INT16 ? names[dtype] : "unknown";
 }
 // The arithmetic's type: float64 if either operand is.
 inline int32_t compute_dtype(int32_t a, int32_t b) {
@@ -32,10 +32,14 @@ inline int64_t element_count(const revk_view& view) {
 // as arrays that a Layout can point to.
 class NamedView {
  public:
-  NamedView(std::string called, const revk_view* given) : name(std::move(called)) {
+  enum Kind { kFloats, kStream };  // a stream may be int16
+  NamedView(std::string called, const revk_view* given, Kind kind = kFloats)
+      : name(std::move(called)) {
     if (given == nullptr) throw invalid(name + " is NULL, a revk_view is needed");
     view = read_struct<revk_view>(name, given);
-    if (view.dtype < REVK_FLOAT64 || view.dtype > REVK_FLOAT16)
+    if (kind == kFloats && view.dtype == REVK_INT16)
+      fail("dtype is int16, a floating-point revk_dtype (0..3) is needed");
+    if (view.dtype < REVK_FLOAT64 || view.dtype > REVK_INT16)
       fail("dtype is " + std::to_string(view.dtype) + ", a revk_dtype (0..3) is needed");
     sizes[0] = view.outer, sizes[1] = view.channels, sizes[2] = view.inner;
     strides[0] = view.outer_stride, strides[1] = view.channel_stride;

@@ -10,8 +10,12 @@
 namespace revk::cpu {
 namespace {
 
-float magnitude(uint64_t bits, int32_t dtype) {
-  switch (dtype) {
+// Of an int16 stream the bits are those of the compute type, in steps of 2^-k.
+float magnitude(uint64_t bits, const Job& job) {
+  switch (job.out.dtype) {
+    case REVK_INT16:
+      return job.wide ? float(std::ldexp(bits_as<double>(bits), -job.extras->grid_exponent))
+                      : std::ldexp(bits_as<float>(uint32_t(bits)), -job.extras->grid_exponent);
     case REVK_FLOAT64:
       return float(bits_as<double>(bits));
     case REVK_FLOAT32:
@@ -23,11 +27,11 @@ float magnitude(uint64_t bits, int32_t dtype) {
   }
 }
 
-void deliver(const Report& report, const revk_view& out, const revk_coupling* coupling) {
+void deliver(const Report& report, const Job& job, const revk_coupling* coupling) {
   if (coupling == nullptr) return;
   if (coupling->checksum != nullptr) *coupling->checksum += report.checksum;
   if (coupling->amax != nullptr) {
-    const float before = *coupling->amax, seen = magnitude(report.amax_bits, out.dtype);
+    const float before = *coupling->amax, seen = magnitude(report.amax_bits, job);
     if (std::isnan(before) || std::isnan(seen))
       *coupling->amax = std::numeric_limits<float>::quiet_NaN();
     else if (seen > before)
@@ -39,7 +43,7 @@ void couple_one(const revk_view& out, const revk_view& x, const revk_view& f, bo
                 const revk_coupling* coupling, const revk_where& where) {
   Extras extras;
   const Job job = make_job(out, x, f, subtract, coupling, extras);
-  deliver(run_jobs(&job, 1, where.threads), out, coupling);
+  deliver(run_jobs(&job, 1, where.threads), job, coupling);
 }
 
 }  // namespace
@@ -61,7 +65,7 @@ void reverse_step(const revk_view& y, const revk_view& f, const revk_view& dy, c
   Extras extras, none;
   const Job jobs[2] = {make_job(y, y, f, true, coupling, extras),
                        make_job(dy, dy, df, false, nullptr, none)};
-  deliver(run_jobs(jobs, 2, where.threads), y, coupling);
+  deliver(run_jobs(jobs, 2, where.threads), jobs[0], coupling);
 }
 
 }  // namespace revk::cpu

@@ -27,6 +27,7 @@ struct Extras {
   int64_t channel_step[3], outer_step[3], index_step[3];
   int32_t grid_exponent;  // REVK_NO_GRID: off
   bool checksum, amax;
+  Operand value;  // of an int16 stream, its numbers; data nullptr: none
 };
 
 struct Job {
@@ -44,7 +45,7 @@ struct Job {
 struct Report {
   uint64_t checksum = 0;
   // The largest |result| as stored: without their signs, floating-point numbers order as their bits
-  // do, NaN on top.
+  // do, NaN on top. Of an int16 stream, the largest before wrapping, in steps and the compute type.
   uint64_t amax_bits = 0;
 };
 

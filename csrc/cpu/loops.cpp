@@ -69,11 +69,11 @@ std::atomic<const Isa*>& chosen() {
 // One dimension with everything that advances along it.
 struct Dim {
   int64_t size;
-  int64_t step[6];  // out, x, f in bytes; channel, outer, index
+  int64_t step[7];  // out, x, f in bytes; channel, outer, index; value in bytes
 };
 
 bool continues(const Dim& outer, const Dim& inner) {
-  for (int k = 0; k < 6; ++k)
+  for (int k = 0; k < 7; ++k)
     if (outer.step[k] != inner.step[k] * inner.size) return false;
   return true;
 }
@@ -115,7 +115,8 @@ void choose_tiles(Job& job) {
   // An operand that is dense along the other dimension (a channels-last branch beside an NCHW
   // stream) is read in square blocks, so that a cache line is fetched once and not once per row.
   constexpr int64_t kSquare = 32;
-  for (const Operand* operand : {&job.x, &job.f})
+  const Operand* const beside[] = {&job.x, &job.f, job.extras ? &job.extras->value : &job.f};
+  for (const Operand* operand : beside)
     if (operand->step[1] < operand->step[2] && job.size[1] > 1 && job.size[2] > kSquare) {
       job.tile_cols = kSquare;
       job.tile_rows = std::min(job.size[1], kTile / kSquare);
@@ -157,6 +158,12 @@ Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool 
       dims[1].step[5] = out.inner;
       dims[2].step[5] = 1;
     }
+    if (coupling->value != nullptr) {
+      const int64_t item = item_size(coupling->value->dtype);
+      dims[0].step[6] = coupling->value->outer_stride * item;
+      dims[1].step[6] = coupling->value->channel_stride * item;
+      dims[2].step[6] = coupling->value->inner_stride * item;
+    }
   }
   const int rank = order_and_merge(dims, 3);
 
@@ -176,6 +183,7 @@ Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool 
       operands[v]->step[to] = dims[k].step[v];
       indices[v][to] = dims[k].step[3 + v];
     }
+    extras.value.step[to] = dims[k].step[6];
   }
   if (rank == 0)  // a single element is a dense row of one
     for (int v = 0; v < 3; ++v) operands[v]->step[2] = item_size(views[v]->dtype);
@@ -188,6 +196,10 @@ Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool 
     extras.grid_exponent = coupling->grid_exponent;
     extras.checksum = coupling->checksum != nullptr;
     extras.amax = coupling->amax != nullptr;
+    if (coupling->value != nullptr) {
+      extras.value.data = static_cast<char*>(coupling->value->data);
+      extras.value.dtype = coupling->value->dtype;
+    }
     job.extras = &extras;
   }
   choose_tiles(job);

@@ -3,7 +3,8 @@
 // cmake/CpuKernels.cmake gives them their compiler flags).
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/tiles_extras.h"
+#include "cpu/tiles_int16.h"
 #include "ops/coupling.h"
 
 namespace revk::cpu::REVK_ISA {
@@ -55,38 +56,6 @@ inline bool all_dense(const Job& job, int32_t dtype) {
          job.out.step[2] == 2 && job.x.step[2] == 2 && job.f.step[2] == 2;
 }
 
-// Extras
-
-template <class A>
-void scale(A* f, const Extras& extras, const int64_t* start, Shape shape) {
-  const A* const by_channel = static_cast<const A*>(extras.channel_scale);
-  const A* const by_sample = static_cast<const A*>(extras.sample_scale);
-  const auto at = [start](const int64_t* step, int64_t r, int64_t c) {
-    return start[0] * step[0] + (start[1] + r) * step[1] + (start[2] + c) * step[2];
-  };
-  const auto sample = [&](int64_t r, int64_t c) {
-    return by_sample ? by_sample[at(extras.outer_step, r, c) / extras.rows_per_sample] : A(1);
-  };
-  const bool sample_varies = by_sample && extras.outer_step[2] != 0;
-  const bool channel_varies = by_channel && extras.channel_step[2] != 0;
-  for (int64_t r = 0; r < shape.rows; ++r, f += shape.cols) {
-    const A* const channels = by_channel ? by_channel + at(extras.channel_step, r, 0) : nullptr;
-    if (sample_varies) {
-      for (int64_t c = 0; c < shape.cols; ++c)
-        f[c] =
-            ops::scaled(f[c], channels ? channels[c * extras.channel_step[2]] : A(1), sample(r, c));
-    } else if (channel_varies) {  // its step is 1
-      const A factor = sample(r, 0);
-      REVK_INDEPENDENT
-      for (int64_t c = 0; c < shape.cols; ++c) f[c] = ops::scaled(f[c], channels[c], factor);
-    } else {
-      const A channel = channels ? *channels : A(1), factor = sample(r, 0);
-      REVK_INDEPENDENT
-      for (int64_t c = 0; c < shape.cols; ++c) f[c] = ops::scaled(f[c], channel, factor);
-    }
-  }
-}
-
 template <class A>
 void put_on_grid(A* f, int32_t exponent, Shape shape) {
   const ops::Grid<A> grid{A(__builtin_ldexp(1.0, exponent)), A(__builtin_ldexp(1.0, -exponent))};
@@ -94,46 +63,7 @@ void put_on_grid(A* f, int32_t exponent, Shape shape) {
   for (int64_t i = 0; i < shape.rows * shape.cols; ++i) f[i] = grid(f[i]);
 }
 
-// Reads the tile as it was stored: bits of U.
-template <class U>
-void report_tile(Report& report, const char* tile, const Operand& out, const Extras& extras,
-                 const int64_t* start, Shape shape) {
-  const int64_t* const by = extras.index_step;
-  constexpr U kMagnitude = U(~(U(1) << (8 * sizeof(U) - 1)));
-  for (int64_t r = 0; r < shape.rows; ++r, tile += out.step[1]) {
-    const uint64_t first = uint64_t(start[0] * by[0] + (start[1] + r) * by[1] + start[2] * by[2]);
-    uint64_t sum = 0, most = 0;
-    if (out.step[2] == int64_t(sizeof(U))) {
-      const U* const bits = reinterpret_cast<const U*>(tile);
-      if (extras.checksum)
-        for (int64_t c = 0; c < shape.cols; ++c)
-          sum += ops::checksum_term(bits[c], first + uint64_t(c * by[2]));
-      U top = 0;
-      if (extras.amax)
-        for (int64_t c = 0; c < shape.cols; ++c) {
-          const U magnitude = U(bits[c] & kMagnitude);
-          top = magnitude > top ? magnitude : top;
-        }
-      most = top;
-    } else {
-      for (int64_t c = 0; c < shape.cols; ++c) {
-        const U bits = *reinterpret_cast<const U*>(tile + c * out.step[2]);
-        const uint64_t magnitude = bits & kMagnitude;
-        sum += ops::checksum_term(bits, first + uint64_t(c * by[2]));
-        most = magnitude > most ? magnitude : most;
-      }
-    }
-    report.checksum += sum;
-    report.amax_bits = most > report.amax_bits ? most : report.amax_bits;
-  }
-}
-
 // One tile, all tiles
-
-template <class A>
-struct alignas(64) Buffers {
-  A x[kTile], f[kTile], out[kTile];
-};
 
 template <class A, class Op>
 void run_tile(Op op, const Job& job, const int64_t* start, Shape shape, Buffers<A>& buffers,
@@ -167,11 +97,11 @@ void run_tile(Op op, const Job& job, const int64_t* start, Shape shape, Buffers<
   if (!extras || !(extras->checksum || extras->amax)) return;
   switch (job.out.dtype) {
     case REVK_FLOAT64:
-      return report_tile<uint64_t>(report, to, job.out, *extras, start, shape);
+      return report_tile<uint64_t>(report, to, job.out, *extras, start, shape, extras->amax);
     case REVK_FLOAT32:
-      return report_tile<uint32_t>(report, to, job.out, *extras, start, shape);
+      return report_tile<uint32_t>(report, to, job.out, *extras, start, shape, extras->amax);
     default:
-      return report_tile<uint16_t>(report, to, job.out, *extras, start, shape);
+      return report_tile<uint16_t>(report, to, job.out, *extras, start, shape, extras->amax);
   }
 }
 
@@ -185,7 +115,10 @@ void run(Op op, const Job& job, int64_t begin, int64_t end, Report& report) {
                               in_plane % job.tiles_across * job.tile_cols};
     const Shape shape{least(job.tile_rows, job.size[1] - start[1]),
                       least(job.tile_cols, job.size[2] - start[2])};
-    run_tile<A>(op, job, start, shape, buffers, report);
+    if (job.out.dtype == REVK_INT16)
+      run_int16_tile<A>(job, start, shape, buffers, report);
+    else
+      run_tile<A>(op, job, start, shape, buffers, report);
   }
 }
 

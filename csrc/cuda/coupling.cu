@@ -10,6 +10,7 @@
 
 #include "core/backends.h"
 #include "core/scalar.h"
+#include "cuda/coupling_int16.cuh"
 #include "cuda/extras.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/layout.cuh"
@@ -155,16 +156,18 @@ void couple_with(const char* name, const revk_view& out, const revk_view& x, con
 
 void couple(const revk_view& out, const revk_view& x, const revk_view& f,
             const revk_coupling* coupling, const revk_where& where) {
+  if (x.dtype == REVK_INT16) return couple_int16("couple", false, out, x, f, *coupling, where);
   couple_with<ops::Couple>("couple", out, x, f, coupling, where);
 }
 
 void uncouple(const revk_view& out, const revk_view& y, const revk_view& f,
               const revk_coupling* coupling, const revk_where& where) {
+  if (y.dtype == REVK_INT16) return couple_int16("uncouple", true, out, y, f, *coupling, where);
   couple_with<ops::Uncouple>("uncouple", out, y, f, coupling, where);
 }
 
 // One launch if both halves have the same pair of types, as they have in training; otherwise two
-// launches, which move as many bytes.
+// launches, which move as many bytes. An int16 y has a dy of another type.
 void reverse_step(const revk_view& y, const revk_view& f, const revk_view& dy, const revk_view& df,
                   const revk_coupling* coupling, const revk_where& where) {
   if (y.dtype != dy.dtype || f.dtype != df.dtype) {

@@ -92,6 +92,12 @@ class Walk<Extras<A>> {
   }
 
   __device__ A branch(A f) {
+    f = scaled(f);
+    return extras_.on_grid ? extras_.grid(f) : f;
+  }
+
+  // f without the grid.
+  __device__ A scaled(A f) {
     A channel_scale = 1, sample_scale = 1;
     if (extras_.channel_scale) {
       channel_scale = extras_.channel_scale[channel_];
@@ -104,15 +110,19 @@ class Walk<Extras<A>> {
       sample_scale = extras_.sample_scale[sample_];
       if (--left_in_sample_ == 0) left_in_sample_ = extras_.per_sample.divisor, ++sample_;
     }
-    f = ops::scaled(f, channel_scale, sample_scale);
-    return extras_.on_grid ? extras_.grid(f) : f;
+    return ops::scaled(f, channel_scale, sample_scale);
   }
 
   template <class T>
   __device__ void result(T stored) {
+    result(stored, float(widen(stored)));
+  }
+  // Where the amax is not of what was stored.
+  template <class T>
+  __device__ void result(T stored, float number) {
     checksum_ += ops::checksum_term(stored_bits(stored), uint64_t(index_++));
     // Without their signs, floats order as their bits do, NaN above all.
-    amax_ = Max{}(amax_, bits_as<uint32_t>(float(widen(stored))) & 0x7fffffffu);
+    amax_ = Max{}(amax_, bits_as<uint32_t>(number) & 0x7fffffffu);
   }
 
   __device__ void finish() {

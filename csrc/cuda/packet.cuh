@@ -80,6 +80,7 @@ __device__ inline uint64_t stored_bits(double value) { return bits_as<uint64_t>(
 __device__ inline uint64_t stored_bits(float value) { return bits_as<uint32_t>(value); }
 __device__ inline uint64_t stored_bits(bfloat16 value) { return value.bits; }
 __device__ inline uint64_t stored_bits(float16 value) { return value.bits; }
+__device__ inline uint64_t stored_bits(int16_t value) { return uint16_t(value); }
 
 template <class T, class A, class Walk>
 __device__ void store_one(void* data, int64_t at, A value, Walk& walk) {

@@ -30,8 +30,35 @@ struct Uncouple {
 template <class A>
 struct Grid {
   A up, down;  // 2^k, 2^-k
-  REVK_HD A operator()(A f) const { return rint(f * up) * down; }
+  REVK_HD A steps(A f) const { return rint(f * up); }
+  REVK_HD A operator()(A f) const { return steps(f) * down; }
 };
+
+// A stream in fixed point: the int16 q stands for q * 2^-k. To uncouple, `up` is -2^k: rint and the
+// limits are odd, so that a difference is the sum with the other sign.
+template <class A>
+struct FixedPoint {
+  A up, down;  // 2^k or -2^k, 2^-k
+  REVK_HD A steps(A f) const { return rint(f * up); }
+
+  // q + n modulo 2^16, n within +-2^23. These limits are 0 modulo 2^16, so that NaN, which the
+  // first comparison takes to be beyond them, counts as 0.
+  REVK_HD int16_t sum(int16_t q, A n) const {
+    constexpr A kMost = 8388608;
+    A m = n < kMost ? n : kMost;
+    m = m > -kMost ? m : -kMost;
+    return int16_t(uint16_t(uint32_t(int32_t(q)) + uint32_t(int32_t(m))));
+  }
+  // What it would be without limits, in steps.
+  REVK_HD A unwrapped(int16_t q, A n) const { return A(q) + n; }
+};
+
+// The number that a stored q stands for, in W, which holds it exactly (float64), or which it
+// overflows to infinity (float32).
+template <class W>
+REVK_HD W fixed_value(int16_t q, W down) {
+  return W(q) * down;
+}
 
 // The factor of f from layer scale (a channel's) and stochastic depth (a sample's); each operation
 // rounds, in the order written.

@@ -3,8 +3,8 @@
 
 Importing this module registers them; `revkernels.ops` does so when it is traced for the first time.
 
-    couple, uncouple      new tensors, differentiable (twice too), without the two cells
-    couple_, uncouple_    in place, return nothing; checksum and amax are written as well
+    couple, uncouple      new tensors, differentiable (twice too), without what a coupling writes besides
+    couple_, uncouple_    in place, return nothing; checksum, amax and value are written as well
     reverse_step_         likewise
     accumulate_           lists of tensors, likewise
 
@@ -27,15 +27,15 @@ from revkernels.coupling import Coupling
 _SCALES = "Tensor? channel_scale=None, Tensor? sample_scale=None"
 _PLAIN = "int channel_dim=1, int? grid_exponent=None"
 _BACKEND = 'str backend=""'
-_CELLS = "Tensor({}!)? checksum=None, Tensor({}!)? amax=None"
+_WRITTEN = "Tensor({}!)? checksum=None, Tensor({}!)? amax=None, Tensor({}!)? value=None"
 
 _SCHEMAS = (
     f"couple(Tensor x, Tensor f, {_SCALES}, *, {_PLAIN}, {_BACKEND}) -> Tensor",
     f"uncouple(Tensor y, Tensor f, {_SCALES}, *, {_PLAIN}, {_BACKEND}) -> Tensor",
-    f"couple_(Tensor(a!) x, Tensor f, {_SCALES}, *, {_PLAIN}, {_CELLS.format('b', 'c')}, {_BACKEND}) -> ()",
-    f"uncouple_(Tensor(a!) y, Tensor f, {_SCALES}, *, {_PLAIN}, {_CELLS.format('b', 'c')}, {_BACKEND}) -> ()",
+    f"couple_(Tensor(a!) x, Tensor f, {_SCALES}, *, {_PLAIN}, {_WRITTEN.format('b', 'c', 'd')}, {_BACKEND}) -> ()",
+    f"uncouple_(Tensor(a!) y, Tensor f, {_SCALES}, *, {_PLAIN}, {_WRITTEN.format('b', 'c', 'd')}, {_BACKEND}) -> ()",
     f"reverse_step_(Tensor(a!) y, Tensor f, Tensor(b!) dy, Tensor df, {_SCALES}, *, {_PLAIN}, "
-    f"{_CELLS.format('c', 'd')}, {_BACKEND}) -> ()",
+    f"{_WRITTEN.format('c', 'd', 'e')}, {_BACKEND}) -> ()",
     f"accumulate_(Tensor(a!)[] total, Tensor[] part, *, {_BACKEND}) -> ()",
 )
 
@@ -84,7 +84,9 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def _remember(sign: int) -> Any:
     def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
-        _, f, channel_scale, sample_scale = inputs
+        x, f, channel_scale, sample_scale = inputs
+        if x.dtype == torch.int16:
+            tracking.refuse_grad("f channel_scale sample_scale", (f, channel_scale, sample_scale))
         ctx.sign = sign
         ctx.dims = (keyword_only_inputs["channel_dim"], f.dtype)
         scaled = channel_scale is not None or sample_scale is not None
@@ -137,19 +139,19 @@ def uncouple(y: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor
 
 def couple_(x: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor:
     _refuse_grad("x f", (x, f), coupling)
-    _calls.couple_.default(x, f, **_fields(coupling, backend), **_cells(coupling))
+    _calls.couple_.default(x, f, **_fields(coupling, backend), **_written(coupling))
     return x
 
 
 def uncouple_(y: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor:
     _refuse_grad("y f", (y, f), coupling)
-    _calls.uncouple_.default(y, f, **_fields(coupling, backend), **_cells(coupling))
+    _calls.uncouple_.default(y, f, **_fields(coupling, backend), **_written(coupling))
     return y
 
 
 def reverse_step_(y: Any, f: Any, dy: Any, df: Any, coupling: Any, backend: str | None) -> tuple[Any, Any]:
     _refuse_grad("y dy f df", (y, dy, f, df), coupling)
-    _calls.reverse_step_.default(y, f, dy, df, **_fields(coupling, backend), **_cells(coupling))
+    _calls.reverse_step_.default(y, f, dy, df, **_fields(coupling, backend), **_written(coupling))
     return y, dy
 
 
@@ -165,13 +167,17 @@ _calls = torch.ops.revkernels
 
 
 def _new(operator: Any, in_place: Any, x: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor:
-    """A new tensor. An operator with a gradient may not write, so what fills the cells is a second call, in place."""
-    cells = _cells(coupling)
-    if cells:
+    """A new tensor. An operator with a gradient may not write, so what a coupling writes besides is a second call's, in
+    place."""
+    if x.dtype == torch.int16 and torch.is_grad_enabled() and coupling is not None:
+        scales = coupling.channel_scale, coupling.sample_scale
+        tracking.refuse_grad("f channel_scale sample_scale", (f, *scales))
+    written = _written(coupling)
+    if written:
         with torch.no_grad():
             y = torch.empty_like(x).copy_(x)
-            in_place(y, f, **_fields(coupling, backend), **cells)
-        if not torch.is_grad_enabled():
+            in_place(y, f, **_fields(coupling, backend), **written)
+        if not torch.is_grad_enabled() or x.dtype == torch.int16:
             return y
     result: torch.Tensor = operator(x, f, **_fields(coupling, backend))
     return result
@@ -193,8 +199,8 @@ def _fields(coupling: Any, backend: str | None) -> dict[str, Any]:
     return options
 
 
-def _cells(coupling: Any) -> dict[str, Any]:
+def _written(coupling: Any) -> dict[str, Any]:
     if coupling is None:
         return {}
-    cells = {"checksum": coupling.checksum, "amax": coupling.amax}
-    return {name: cell for name, cell in cells.items() if cell is not None}
+    arrays = {"checksum": coupling.checksum, "amax": coupling.amax, "value": coupling.value}
+    return {name: array for name, array in arrays.items() if array is not None}

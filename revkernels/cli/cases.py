@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from revkernels import ops
-from revkernels.arrays import FLOATS, compute_dtype, dtype_name
+from revkernels.arrays import FLOATS, INT16, compute_dtype, dtype_name
 from revkernels.coupling import Coupling
 from revkernels.norm import KINDS, Norm, Statistics
 
@@ -53,8 +53,8 @@ class Call:
 
     kernel: str
     library: str  # "numpy" or "torch"
-    stream: str  # dtype of x, y, dy, total
-    branch: str  # dtype of f, df, part, dh, and of norm_act's h
+    stream: str  # dtype of x, y, dy, total; "int16" with options, and a value
+    branch: str  # dtype of f, df, part, dh, and of norm_act's h; beside int16, of dy
     layout: str  # "dense", "NCHW half", "channels-last half"
     shape: tuple[int, ...] = _SMALL
     options: bool = False  # scales, grid, checksum and amax at once
@@ -71,12 +71,17 @@ class Call:
         random = np.random.default_rng(20170714)
         buffers, views = [], []
         for position, name in enumerate(KERNELS[self.kernel]):
-            buffer, view = self._operand(random, self.branch if name in _OF_BRANCH else self.stream, position, device)
+            of_branch = name in _OF_BRANCH or (name == "dy" and self.stream == INT16)
+            buffer, view = self._operand(random, self.branch if of_branch else self.stream, position, device)
             buffers.append(buffer)
             views.append(view)
         if self.norm:
             return [_to_numpy(array) for array in [*buffers, *self._normalise(views, backend, device)]]
         coupling = self._coupling(views, device) if self.options else None
+        if coupling is not None and self.stream == INT16:
+            buffer, view = self._operand(random, "float16", len(views), device)  # that it is rounded once can be seen
+            buffers.append(buffer)
+            coupling = replace(coupling, value=view)
         extra = {} if self.kernel == "accumulate_" else {"coupling": coupling}
         result = getattr(ops, self.kernel)(*views, **extra, backend=backend)
         touched = [*buffers, result] if self.kernel == "couple" else buffers
@@ -90,7 +95,9 @@ class Call:
         width = c if self.layout == "dense" else 2 * c
         size = (n, h, w, width) if self.layout == "channels-last half" else (n, width, h, w)
         values = random.standard_normal(size) * 2.0 ** random.integers(-6, 7, size)
-        if self.kernel == "norm_act_backward_":
+        if dtype == INT16:
+            values = random.integers(-(2**15), 2**15, size).astype(np.float64)
+        elif self.kernel == "norm_act_backward_":
             values = random.integers(-3, 4, size) / 2
         elif not self.options:  # a checksum has no defined value for NaN, whose bits differ between processors
             places = random.choice(values.size, len(_SPECIAL), replace=False)
@@ -155,6 +162,13 @@ def calls() -> Iterator[Call]:
                 for branch in dtypes:
                     if branch != stream:
                         yield replace(same, branch=branch)
+        for kernel, branch in itertools.product(_COUPLINGS, dtypes):
+            fixed = Call(kernel, library, INT16, branch, "dense", options=True)
+            yield fixed
+            if branch == "float32":
+                yield replace(fixed, layout="NCHW half")
+                yield replace(fixed, layout="NCHW half", shape=_LARGE)
+                yield replace(fixed, layout="channels-last half")
 
 
 def _norm_calls(kernel: str, library: str, stream: str, dtypes: list[str]) -> Iterator[Call]:

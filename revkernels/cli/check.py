@@ -117,7 +117,8 @@ def _device_for(name: str, call: Call) -> str | None:
 
 
 def _beyond_interpreter(name: str, call: Call) -> bool:
-    results = (call.stream, call.branch) if call.kernel == "norm_act" else (call.stream,)
+    of_branch = call.kernel == "norm_act" or (call.kernel == "reverse_step_" and call.stream == "int16")
+    results = (call.stream, call.branch) if of_branch else (call.stream,)
     return name == "triton" and _interpreting() and "bfloat16" in results
 
 

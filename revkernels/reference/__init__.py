@@ -10,7 +10,15 @@ from revkernels.reference.algorithm1 import (
     chain_forward,
     chain_inverse,
 )
-from revkernels.reference.coupling import amax_of, checksum_of, couple, reverse_step, uncouple
+from revkernels.reference.coupling import (
+    amax_before_wrapping,
+    amax_of,
+    checksum_of,
+    couple,
+    reverse_step,
+    uncouple,
+    value_of,
+)
 from revkernels.reference.norm_act import (
     activate,
     derivative,
@@ -24,6 +32,7 @@ from revkernels.reference.rounding import bits_of, round_to
 __all__ = [
     "accumulate",
     "activate",
+    "amax_before_wrapping",
     "amax_of",
     "bits_of",
     "block_backward",
@@ -42,4 +51,5 @@ __all__ = [
     "round_to",
     "statistics_of",
     "uncouple",
+    "value_of",
 ]

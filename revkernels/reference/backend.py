@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from revkernels.arrays import dtype_name, kind_of, memory_order
+from revkernels.arrays import INT16, dtype_name, kind_of, memory_order
 from revkernels.coupling import Coupling
 from revkernels.norm import SUMS_GIVEN, SUMS_ONLY, Norm
 from revkernels.reference import coupling as oracle
@@ -43,7 +43,7 @@ def reverse_step(y: Any, f: Any, dy: Any, df: Any, coupling: Coupling | None) ->
     x, dx = oracle.reverse_step(y_values, f_values, dy_values, df_values, dtypes=dtypes, **_options(coupling))
     _write(y, x)
     _write(dy, dx)
-    _report(y, x, coupling)
+    _report(y, x, coupling, (y_values, f_values, True, dtypes[1]))
 
 
 def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> None:
@@ -137,9 +137,10 @@ def _move(running: Any, batch: np.ndarray, momentum: float) -> None:
 
 
 def _one(operation: Any, out: Any, x: Any, f: Any, coupling: Coupling | None) -> None:
-    result = operation(_values(x), _values(f), dtype_name(x), dtype_name(f), **_options(coupling))
+    x_values, f_values = _values(x), _values(f)
+    result = operation(x_values, f_values, dtype_name(x), dtype_name(f), **_options(coupling))
     _write(out, result)
-    _report(out, result, coupling)
+    _report(out, result, coupling, (x_values, f_values, operation is oracle.uncouple, dtype_name(f)))
 
 
 def _options(coupling: Coupling | None) -> dict[str, Any]:
@@ -150,9 +151,10 @@ def _options(coupling: Coupling | None) -> dict[str, Any]:
     return options | {"channel_dim": coupling.channel_dim, "grid_exponent": coupling.grid_exponent}
 
 
-def _report(out: Any, result: np.ndarray, coupling: Coupling | None) -> None:
+def _report(out: Any, result: np.ndarray, coupling: Coupling | None, operands: tuple[Any, ...]) -> None:
     if coupling is None:
         return
+    fixed = dtype_name(out) == INT16
     if coupling.checksum is not None:
         cell = coupling.checksum
         total = int(cell.reshape(()).item()) + oracle.checksum_of(result.transpose(memory_order(out)), dtype_name(out))
@@ -160,7 +162,10 @@ def _report(out: Any, result: np.ndarray, coupling: Coupling | None) -> None:
         cell[...] = total - 2**64 if dtype_name(cell) == "int64" and total >= 2**63 else total
     if coupling.amax is not None:
         cell = coupling.amax
-        cell[...] = float(np.maximum(float(cell.reshape(()).item()), oracle.amax_of(result)))
+        largest = oracle.amax_before_wrapping(*operands, **_options(coupling)) if fixed else oracle.amax_of(result)
+        cell[...] = float(np.maximum(float(cell.reshape(()).item()), largest))
+    if coupling.value is not None:
+        _write(coupling.value, oracle.value_of(result, coupling.grid_exponent or 0, dtype_name(coupling.value)))
 
 
 def _values(array: Any) -> np.ndarray:

@@ -3,11 +3,13 @@
 
 Values come in and go out as float64 arrays that their dtype holds exactly; the names of the dtypes come beside them.
 The arithmetic is done in float64 if either operand is float64, else in float32, and rounded once to the written dtype.
+
+An int16 stream is in fixed point: its values are whole numbers, which stand for multiples of 2^-k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ def couple(
 ) -> np.ndarray:
     """y = x + f   (paper eq. 6)"""
     wide = wide_type(x_dtype, f_dtype)
+    if x_dtype == "int16":
+        return _wrapped([int(q) + m for q, m in _whole_numbers(x, _steps(f, wide, **options))], x.shape)
     with np.errstate(all="ignore"):
         return round_to(x.astype(wide) + _on_its_way(f, wide, **options), x_dtype)
 
@@ -30,6 +34,8 @@ def uncouple(
 ) -> np.ndarray:
     """x = y - f   (paper eq. 7)"""
     wide = wide_type(y_dtype, f_dtype)
+    if y_dtype == "int16":
+        return _wrapped([int(q) - m for q, m in _whole_numbers(y, _steps(f, wide, **options))], y.shape)
     with np.errstate(all="ignore"):
         return round_to(y.astype(wide) - _on_its_way(f, wide, **options), y_dtype)
 
@@ -54,6 +60,39 @@ def checksum_of(stored: np.ndarray, dtype: str) -> int:
 def amax_of(stored: np.ndarray) -> np.float32:
     """max |stored|, NaN if any is, 0 if there is none"""
     return np.float32(np.max(np.abs(stored), initial=0.0))
+
+
+def amax_before_wrapping(
+    q: np.ndarray, f: np.ndarray, subtract: bool, f_dtype: str = "float64", **options: Any
+) -> np.float32:
+    """max |q + n| * 2^-k, or |q - n| * 2^-k, of an int16 stream: what the results would be if they did not wrap"""
+    wide, unit = wide_type(f_dtype), 2.0 ** -options["grid_exponent"]
+    with np.errstate(all="ignore"):
+        n = _steps(f, wide, **options)
+        reach = np.abs(q.astype(wide) - n if subtract else q.astype(wide) + n) * wide(unit)
+        return np.max(reach.astype(np.float32), initial=np.float32(0.0))
+
+
+def value_of(stored: np.ndarray, grid_exponent: int, dtype: str) -> np.ndarray:
+    """The numbers that an int16 stream stands for, in a dtype"""
+    return round_to(stored * 2.0**-grid_exponent, dtype)
+
+
+def _steps(f: np.ndarray, wide: Any, grid_exponent: int, **scales: Any) -> np.ndarray:
+    """f in multiples of 2^-k"""
+    with np.errstate(all="ignore"):
+        return np.rint(_on_its_way(f, wide, **scales) * wide(2.0**grid_exponent))
+
+
+def _whole_numbers(q: np.ndarray, n: np.ndarray) -> Iterator[tuple[float, int]]:
+    """(q, m) for every element: m is n within 2^23, and 0 for NaN"""
+    for stored, steps in zip(q.ravel(), n.ravel(), strict=True):
+        yield stored, 0 if np.isnan(steps) else int(min(max(steps, -(2.0**23)), 2.0**23))
+
+
+def _wrapped(sums: list[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Modulo 2^16, from -2^15 on"""
+    return np.array([(s + 2**15) % 2**16 - 2**15 for s in sums], dtype=np.float64).reshape(shape)
 
 
 def _on_its_way(

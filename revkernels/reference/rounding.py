@@ -37,6 +37,8 @@ def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
 def bits_of(values: np.ndarray, dtype: str) -> np.ndarray:
     """Return the stored bits, as uint64, of float64 ``values`` that ``dtype`` holds exactly (no NaN)."""
     values = np.asarray(values, dtype=np.float64)
+    if dtype == "int16":
+        return values.astype(np.int16).view(np.uint16).astype(np.uint64)
     if dtype == "float64":
         return values.view(np.uint64)
     if dtype == "float32":

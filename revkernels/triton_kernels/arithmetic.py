@@ -56,6 +56,13 @@ def round_half_even(value):
 
 
 @triton.jit
+def limited(steps):
+    """What an int16 stream is moved by: -2^23 to 2^23 steps, 0 for NaN, as an int32."""
+    near = tl.minimum(tl.maximum(steps, -8388608.0), 8388608.0)
+    return tl.where(steps == steps, near, 0.0).to(tl.int32)
+
+
+@triton.jit
 def bits_of(stored):
     """The stored element as an unsigned integer, in 64 bits."""
     if stored.dtype.primitive_bitwidth == 16:

@@ -132,7 +132,7 @@ def _checked(arrays: dict[str, Any], writes: int, coupling: Coupling | None, sub
     key = (facts, writes, subtract, None if coupling is None else _facts_of(coupling))
     prepared = _prepared.get(key)
     if prepared is None:
-        _check(arrays, writes)
+        _check(arrays, writes, coupling)
         if len(_prepared) >= _KEPT:
             _prepared.clear()
         prepared = _prepared[key] = prepare(values, coupling, subtract)
@@ -142,13 +142,13 @@ def _checked(arrays: dict[str, Any], writes: int, coupling: Coupling | None, sub
     for i in range(writes):
         for j in range(i + 1, len(values)):
             if begins[i] < begins[j] + spans[j] and begins[j] < begins[i] + spans[i]:
-                _check(arrays, writes)  # the ranges meet; whether elements do takes longer to say
+                _check(arrays, writes, coupling)  # the ranges meet; whether elements do takes longer to say
     return prepared
 
 
-def _check(arrays: dict[str, Any], writes: int) -> None:
+def _check(arrays: dict[str, Any], writes: int, coupling: Coupling | None) -> None:
     named = list(arrays.items())
-    checks.check_operands(dict(named[:writes]), dict(named[writes:]))
+    checks.check_operands(dict(named[:writes]), dict(named[writes:]), coupling, coupled="f" in arrays)
     check_place(*named[0])
 
 
@@ -159,6 +159,8 @@ def _facts_of(coupling: Coupling) -> tuple[Any, ...]:
         None if sample is None else sample.stride(),
         coupling.checksum is not None,
         coupling.amax is not None,
+        None if coupling.value is None else (coupling.value.stride(), coupling.value.dtype),
+        coupling.grid_exponent is None,
     )
 
 

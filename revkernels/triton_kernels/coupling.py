@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from revkernels.triton_kernels.arithmetic import bits_of, magnitude_bits, narrow, round_half_even, widen
+from revkernels.triton_kernels.arithmetic import bits_of, limited, magnitude_bits, narrow, round_half_even, widen
 
 
 @triton.jit
@@ -35,15 +35,18 @@ def load_scale(ptr, strides, row, col, rows, period, inside, VARIES: tl.constexp
 def couple_kernel(
     out_ptr, x_ptr, f_ptr,              # out <- x + f', or x - f' if SUBTRACT; out may be x
     dy_ptr, df_ptr,                     # dy <- dy + df in the same pass; None in couple and uncouple
+    value_ptr,                          # of an int16 stream: out in numbers; None is left out
     channel_ptr, sample_ptr, up, down,  # f' = rint(channel * sample * f * up) * down; what is None is left out
     checksum_ptr, amax_ptr, first,      # reports on out, added to; first is the position of the first element
     rows, cols, period, col_tiles,
-    out_strides, x_strides, f_strides, dy_strides, df_strides, channel_strides, sample_strides, positions,
+    out_strides, x_strides, f_strides, dy_strides, df_strides, value_strides, channel_strides, sample_strides,
+    positions,
     SUBTRACT: tl.constexpr, WIDE: tl.constexpr, WIDE_GRADIENT: tl.constexpr,
     CHANNEL_VARIES: tl.constexpr, SAMPLE_VARIES: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One half-step of Algorithm 1 on one tile: widen, compute in WIDE, round once."""
+    """One half-step of Algorithm 1 on one tile: widen, compute in WIDE, round once. In a stream of int16 a step is
+    2^-k, which is `down`: f in steps is limited and added as an integer, which wraps."""
     program = tl.program_id(0)
     if RANK == 1:
         col_start = program.to(tl.int64) * COLS
@@ -67,7 +70,8 @@ def couple_kernel(
                 inside = (row < rows) & (col < cols) if RANK > 1 else col < cols
             else:
                 inside = tl.full((ROWS, COLS) if RANK > 1 else (COLS,), True, tl.int1)
-            x = widen(tl.load(x_ptr + place(x_strides, row, col, period, RANK), inside), WIDE)
+            stream = tl.load(x_ptr + place(x_strides, row, col, period, RANK), inside)
+            x = widen(stream, WIDE)
             f = widen(tl.load(f_ptr + place(f_strides, row, col, period, RANK), inside), WIDE)
             if dy_ptr is not None:
                 dy_at = dy_ptr + place(dy_strides, row, col, period, RANK)
@@ -86,9 +90,23 @@ def couple_kernel(
                 sample = load_scale(sample_ptr, sample_strides, row, col, rows, period, inside, SAMPLE_VARIES, RANK)
                 f = f * sample.to(WIDE)
             if up is not None:
-                f = round_half_even(f * up) * down
+                f = round_half_even(f * up)
+                if out_ptr.dtype.element_ty != tl.int16:
+                    f = f * down
 
-            out = narrow(x - f if SUBTRACT else x + f, out_ptr.dtype.element_ty)
+            total = x - f if SUBTRACT else x + f
+            if out_ptr.dtype.element_ty == tl.int16:
+                q, m = stream.to(tl.int32), limited(f)
+                out = (q - m if SUBTRACT else q + m).to(tl.int16)
+                reach = total * down
+                if value_ptr is not None:
+                    value_type = value_ptr.dtype.element_ty
+                    value = out.to(tl.float64 if value_type == tl.float64 else tl.float32) * down
+                    at = value_ptr + place(value_strides, row, col, period, RANK)
+                    tl.store(at, narrow(value, value_type), inside)
+            else:
+                out = narrow(total, out_ptr.dtype.element_ty)
+                reach = out
             tl.store(out_ptr + place(out_strides, row, col, period, RANK), out, inside)
 
             if checksum_ptr is not None:
@@ -96,5 +114,5 @@ def couple_kernel(
                 terms = tl.where(inside, bits_of(out) * (2 * position + 1), 0)
                 tl.atomic_add(checksum_ptr.to(tl.pointer_type(tl.int64), bitcast=True), tl.sum(terms), sem="relaxed")
             if amax_ptr is not None:
-                largest = tl.max(tl.where(inside, magnitude_bits(out), 0))
+                largest = tl.max(tl.where(inside, magnitude_bits(reach), 0))
                 tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True), largest, sem="relaxed")

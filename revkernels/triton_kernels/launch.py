@@ -60,9 +60,9 @@ class Prepared:
         pointers = [None if role is None else arrays[role] for role in self.roles]
         up, down, checksum, amax = None, None, None, None
         if coupling is None:
-            pointers += (None, None)
+            pointers += (None, None, None)
         else:
-            pointers += (coupling.channel_scale, coupling.sample_scale)
+            pointers += (coupling.value, coupling.channel_scale, coupling.sample_scale)
             checksum, amax = coupling.checksum, coupling.amax
             if coupling.grid_exponent is not None:
                 up, down = 2.0**coupling.grid_exponent, 2.0**-coupling.grid_exponent
@@ -85,6 +85,8 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
     operands: list[Any] = [None if role is None else arrays[role] for role in roles]
     out, x, f, dy, df = operands
     shape = out.shape
+    value = None if coupling is None else coupling.value
+    operands.append(value)
     strides = [None if a is None else a.stride() for a in operands]
     strides += _scale_strides(coupling, len(shape))
     strides.append(memory_positions(shape, out.stride()))
@@ -92,7 +94,7 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
     checksum = coupling is not None and coupling.checksum is not None
     reporting = checksum or (coupling is not None and coupling.amax is not None)
     elements = _REPORTING_TILE if reporting else TILE
-    walk = plan(shape, present, sum(s is not None for s in strides[:5]), elements)
+    walk = plan(shape, present, sum(s is not None for s in strides[:6]), elements)
     taken = iter(walk.strides)
     steps = [None if s is None else next(taken) for s in strides]
     if not checksum:
@@ -110,12 +112,12 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
             "SUBTRACT": subtract,
             "WIDE": wide[compute_dtype(x, f)],
             "WIDE_GRADIENT": None if dy is None else wide[compute_dtype(dy, df)],
-            "CHANNEL_VARIES": bool(steps[5] and steps[5][-1]),
-            "SAMPLE_VARIES": bool(steps[6] and steps[6][-1]),
+            "CHANNEL_VARIES": bool(steps[6] and steps[6][-1]),
+            "SAMPLE_VARIES": bool(steps[7] and steps[7][-1]),
             "RANK": walk.rank,
             "ROWS": walk.tile[0],
             "COLS": walk.tile[1],
-            "num_warps": threads(elements, *arrays) // warp_width(),
+            "num_warps": threads(elements, *arrays, *(() if value is None else (value,))) // warp_width(),
             "enable_fp_fusion": False,  # a fused multiply-add skips a rounding that the other backends make
         },
         device=out.device,

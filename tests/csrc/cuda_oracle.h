@@ -59,12 +59,19 @@ inline double read(int dtype, const char* from) {
   double d;
   float s;
   uint16_t h;
+  int16_t q;
+  if (dtype == REVK_INT16) return std::memcpy(&q, from, 2), double(q);
   if (dtype == REVK_FLOAT64) return std::memcpy(&d, from, 8), d;
   if (dtype == REVK_FLOAT32) return std::memcpy(&s, from, 4), s;
   return std::memcpy(&h, from, 2), half_of(dtype).decode(h);
 }
 inline void write(int dtype, char* to, double value) {
   const float s = float(value);
+  if (dtype == REVK_INT16) {
+    const int16_t q = int16_t(value);
+    std::memcpy(to, &q, 2);
+    return;
+  }
   if (dtype == REVK_FLOAT64) std::memcpy(to, &value, 8);
   if (dtype == REVK_FLOAT32) std::memcpy(to, &s, 4);
   if (size_of(dtype) == 2) {
@@ -104,6 +111,12 @@ class Array {
                           65520.0, 3.3e38, 1e-7,     6e-8,      1e-40, -1.5e-45};
     std::normal_distribution<double> normal(0, 2);
     for (size_t at = 0; at + kGuard < memory_.size(); at += size_t(size_of(dtype))) {
+      if (dtype == REVK_INT16) {
+        const int ends[] = {-32768, -32767, -1, 0, 1, 32767};
+        write(dtype, &memory_[at],
+              specials && random() % 4 == 0 ? ends[random() % 6] : int(random() % 65536) - 32768);
+        continue;
+      }
       const double value = specials && random() % 4 == 0 ? odd[random() % 12] : normal(random);
       write(dtype, &memory_[at], value);
     }
@@ -182,7 +195,8 @@ class Company {
             setup_.sample ? sample_memory_.data() : nullptr,
             rows_,
             setup_.checksum ? &checksum : nullptr,
-            setup_.amax ? &amax : nullptr};
+            setup_.amax ? &amax : nullptr,
+            nullptr};
   }
 
   // f on its way in, then the sum or difference, in float64 or in float32 throughout.
@@ -191,17 +205,35 @@ class Company {
                  : double(in<float>(float(x), float(f), subtract, o, c));
   }
 
+  // An int16 stream: n, in float64 or in float32 throughout.
+  double steps(double f, int64_t o, int64_t c) const {
+    return wide_ ? grid_steps<double>(f, o, c) : double(grid_steps<float>(float(f), o, c));
+  }
+  // |q + n| or |q - n| before it wraps, as a number in float32.
+  float unwrapped(double q, double n, bool subtract) const {
+    const double unit = std::ldexp(1.0, -setup_.grid);
+    if (wide_) return float(std::fabs(subtract ? q - n : q + n) * unit);
+    return std::fabs(subtract ? float(q) - float(n) : float(q) + float(n)) * float(unit);
+  }
+
   // Whether checksum and amax are right for this result.
   bool agrees(Array& result) const {
-    uint64_t sum = kChecksumBefore, index = 0;
     float most = kAmaxBefore;
     for (int64_t o = 0; o < result.shape.outer; ++o)
       for (int64_t c = 0; c < result.shape.channels; ++c)
-        for (int64_t i = 0; i < result.shape.inner; ++i) {
+        for (int64_t i = 0; i < result.shape.inner; ++i)
+          most = larger(most, float(std::fabs(result.get(o, c, i))));
+    return agrees(result, most);
+  }
+  static float larger(float a, float b) {
+    return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b);
+  }
+  bool agrees(Array& result, float most) const {
+    uint64_t sum = kChecksumBefore, index = 0;
+    for (int64_t o = 0; o < result.shape.outer; ++o)
+      for (int64_t c = 0; c < result.shape.channels; ++c)
+        for (int64_t i = 0; i < result.shape.inner; ++i)
           sum += bits(result.dtype, result.at(o, c, i)) * (2 * index++ + 1);
-          const float size = float(std::fabs(result.get(o, c, i)));
-          most = std::isnan(size) || std::isnan(most) ? NAN : std::max(size, most);
-        }
     if (checksum != (setup_.checksum ? sum : kChecksumBefore)) return false;
     if (!setup_.amax) return amax == kAmaxBefore;
     return amax == most || (std::isnan(amax) && std::isnan(most));
@@ -214,13 +246,20 @@ class Company {
 
  private:
   template <class A>
-  A in(A x, A f, bool subtract, int64_t o, int64_t c) const {
+  A scaled(A f, int64_t o, int64_t c) const {
     A scale = 1;
     if (setup_.channel) scale = A(channel_[size_t(c)]);
     if (setup_.sample) scale = scale * A(sample_[size_t(o / rows_)]);
-    if (setup_.channel || setup_.sample) f = scale * f;
-    if (setup_.grid != REVK_NO_GRID)
-      f = A(std::nearbyint(f * A(std::ldexp(1.0, setup_.grid)))) * A(std::ldexp(1.0, -setup_.grid));
+    return setup_.channel || setup_.sample ? scale * f : f;
+  }
+  template <class A>
+  A grid_steps(A f, int64_t o, int64_t c) const {
+    return A(std::nearbyint(scaled(f, o, c) * A(std::ldexp(1.0, setup_.grid))));
+  }
+  template <class A>
+  A in(A x, A f, bool subtract, int64_t o, int64_t c) const {
+    f = setup_.grid == REVK_NO_GRID ? scaled(f, o, c)
+                                    : grid_steps(f, o, c) * A(std::ldexp(1.0, -setup_.grid));
     return subtract ? x - f : x + f;
   }
   template <class Random>
@@ -251,6 +290,25 @@ inline void couple(Array& out, Array& x, Array& f, bool subtract, const Company&
       for (int64_t i = 0; i < out.shape.inner; ++i)
         write(out.dtype, out.at(o, c, i),
               company.combine(x.get(o, c, i), f.get(o, c, i), subtract, o, c));
+}
+
+// out <- x +- f' in int16, and `value`, if there is one. Returns the amax.
+inline float couple_int16(Array& out, Array& x, Array& f, bool subtract, const Company& company,
+                          int grid, Array* value) {
+  float most = Company::kAmaxBefore;
+  for (int64_t o = 0; o < out.shape.outer; ++o)
+    for (int64_t c = 0; c < out.shape.channels; ++c)
+      for (int64_t i = 0; i < out.shape.inner; ++i) {
+        const double q = x.get(o, c, i), n = company.steps(f.get(o, c, i), o, c);
+        most = Company::larger(most, company.unwrapped(q, n, subtract));
+        const double limit = 8388608;
+        const double m = std::isnan(n) ? 0 : std::min(std::max(n, -limit), limit);
+        int64_t sum = int64_t(q) + (subtract ? -int64_t(m) : int64_t(m));
+        sum = ((sum + 32768) % 65536 + 65536) % 65536 - 32768;
+        write(REVK_INT16, out.at(o, c, i), double(sum));
+        if (value) write(value->dtype, value->at(o, c, i), std::ldexp(double(sum), -grid));
+      }
+  return most;
 }
 
 }  // namespace oracle

@@ -188,6 +188,75 @@ void test_coupling_refusals() {
   CHECK(x == std::vector<float>(6, 3.0f));
 }
 
+void test_int16_streams() {
+  std::vector<int16_t> q(6, 32767), was = q;
+  std::vector<float> f(6, 0.75f), value(6, 0.0f);
+  uint64_t checksum = 0;
+  const revk_where where = host();
+  const revk_view y{int32_t(sizeof(revk_view)), REVK_INT16, q.data(), 2, 3, 1, 3, 1, 1};
+  revk_view branch = y, numbers = y;
+  branch.dtype = numbers.dtype = REVK_FLOAT32;
+  branch.data = f.data(), numbers.data = value.data();
+  revk_coupling good{};
+  good.struct_size = int32_t(sizeof good);
+  good.grid_exponent = 2, good.checksum = &checksum, good.value = &numbers;
+  const auto refused = [&](const revk_view& a, const revk_view& b, const revk_view& c,
+                           const revk_coupling* coupling, const char* text) {
+    const bool ok = revk_couple(&a, &b, &c, coupling, &where) == REVK_INVALID_ARGUMENT &&
+                    says(text) &&
+                    revk_uncouple(&a, &b, &c, coupling, &where) == REVK_INVALID_ARGUMENT;
+    return ok && q == was && value == std::vector<float>(6, 0.0f) && checksum == 0;
+  };
+  CHECK(refused(y, y, branch, nullptr, "coupling is NULL, but y is int16; a grid_exponent"));
+  revk_coupling bad = good;
+  bad.grid_exponent = REVK_NO_GRID;
+  CHECK(refused(y, y, branch, &bad, "grid_exponent is REVK_NO_GRID, but y is int16"));
+  CHECK(refused(y, y, y, &good, "f: dtype is int16, a floating-point revk_dtype"));
+  CHECK(refused(numbers, y, branch, &good, "y: dtype is float32, but x has int16"));
+  CHECK(refused(y, numbers, branch, &good, "y: dtype is int16, but x has float32"));
+  CHECK(refused(branch, branch, numbers, &good, "value is given, but y is float32"));
+  revk_view other = numbers;
+  bad = good, bad.value = &other;
+  other.dtype = REVK_INT16;
+  CHECK(refused(y, y, branch, &bad, "value: dtype is int16, a floating-point"));
+  other = numbers, other.channels = 2;
+  CHECK(refused(y, y, branch, &bad, "value: shape is (2, 2, 1), but y has (2, 3, 1)"));
+  other = numbers, other.outer_stride = 2;
+  CHECK(refused(y, y, branch, &bad, "value: is written, but several"));
+  other = numbers, other.data = f.data();
+  CHECK(refused(y, y, branch, &bad, "value: is written and overlaps f"));
+  other = numbers, other.data = q.data(), other.dtype = REVK_BFLOAT16;
+  CHECK(refused(y, y, branch, &bad, "value: is written and overlaps y"));
+  bad = good, bad.amax = value.data() + 5;
+  CHECK(refused(y, y, branch, &bad, "amax overlaps value"));
+  bad = good, bad.channel_scale = value.data();
+  CHECK(refused(y, y, branch, &bad, "channel_scale overlaps value"));
+  other = numbers, other.struct_size = 4, bad = good, bad.value = &other;
+  CHECK(refused(y, y, branch, &bad, "value: struct_size is 4"));
+  CHECK(revk_reverse_step(&branch, &numbers, &y, &numbers, nullptr, &where) ==
+            REVK_INVALID_ARGUMENT &&
+        says("dy: dtype is int16"));
+  CHECK(revk_accumulate(&y, &branch, 1, &where) == REVK_INVALID_ARGUMENT &&
+        says("totals[0]: dtype is int16"));
+  CHECK(revk_accumulate(&branch, &y, 1, &where) == REVK_INVALID_ARGUMENT &&
+        says("parts[0]: dtype is int16"));
+  revk_norm norm{};
+  norm.struct_size = int32_t(sizeof norm), norm.kind = REVK_LAYER_NORM;
+  CHECK(revk_norm_act(&y, &branch, &norm, &where) == REVK_INVALID_ARGUMENT &&
+        says("dtype is int16"));
+  CHECK(q == was && f == std::vector<float>(6, 0.75f));
+
+  CHECK(revk_couple(&y, &y, &branch, &good, &where) == REVK_OK);
+  CHECK(q == std::vector<int16_t>(6, -32766) && value == std::vector<float>(6, -8191.5f));
+  CHECK(checksum == 32770u * 36);
+  // A caller whose struct ends before `value`, and memory behind it that is no view.
+  value.assign(6, 0.0f);
+  bad = good, bad.struct_size = int32_t(revk::kFirstSize<revk_coupling>);
+  bad.value = reinterpret_cast<const revk_view*>(uintptr_t(3));
+  CHECK(revk_uncouple(&y, &y, &branch, &bad, &where) == REVK_OK);
+  CHECK(q == was && value == std::vector<float>(6, 0.0f));
+}
+
 // Two lists of three dimensions in a small memory, by enumeration.
 void test_overlap_is_exact() {
   std::mt19937 random(0);
@@ -261,6 +330,7 @@ void test_lists_on_any_number_of_threads() {
 int main() {
   test_refusals();
   test_coupling_refusals();
+  test_int16_streams();
   test_structs_of_a_newer_caller();
   test_structs_of_an_older_caller();
   test_overlap_is_exact();

@@ -36,7 +36,8 @@ typedef enum revk_dtype {
   REVK_FLOAT64 = 0,
   REVK_FLOAT32 = 1,
   REVK_BFLOAT16 = 2,
-  REVK_FLOAT16 = 3
+  REVK_FLOAT16 = 3,
+  REVK_INT16 = 4 /* fixed point; only the stream of a coupling that has a grid_exponent */
 } revk_dtype;
 
 /* Every struct begins with its own size, so that later versions can add fields at the end: zero the
@@ -72,6 +73,17 @@ typedef struct revk_where {
  *
  *     f'     = rint(channel_scale[c] * sample_scale[o / rows_per_sample] * f * 2^k) * 2^-k
  *     result = x + f'   (couple)      or      y - f'   (uncouple, reverse_step)
+ *
+ * With a grid_exponent the stream, that is x (or y) and the result, may be REVK_INT16: a stored q
+ * stands for the number q * 2^-k. f, dy and df stay floating-point. With A = float64 if f is
+ * float64, else float32,
+ *
+ *     n      = rint(channel_scale[c] * sample_scale[o / rows_per_sample] * f * 2^k)      in A
+ *     m      = n; 0 if n is NaN, -2^23 or 2^23 if n lies beyond these                an integer
+ *     result = q + m   (couple)       or      q - m   (uncouple, reverse_step)
+ *
+ * modulo 2^16, in two's complement, so that uncouple gives back every bit that couple was given,
+ * even of what wrapped.
  */
 typedef struct revk_coupling {
   int32_t struct_size;
@@ -84,9 +96,15 @@ typedef struct revk_coupling {
   /* Both live where the views live, are added to (the caller zeroes them), and may be NULL:
    * checksum += sum over i of bits(result[i]) * (2*i + 1) modulo 2^64, i the row-major index in the
    * view, bits() the stored element as an unsigned integer;
-   * amax = max(amax, |result[i]|), NaN if any result is NaN. */
+   * amax = max(amax, |result[i]|), NaN if any result is NaN. Of an int16 stream the result is meant
+   * before it wraps, and with n in m's place: |A(q) + n| * 2^-k, or |A(q) - n| * 2^-k, the sum and
+   * the product each rounded in A, the product then to float32. Where the stream wraps, that is
+   * more than 32767 * 2^-k; where it does not, only -32768 is. */
   uint64_t* checksum;
   float* amax;
+  /* For int16 streams; NULL: none. A floating-point view of the result's shape, anywhere apart from
+   * all other memory of the call. It receives result * 2^-k, rounded once to its dtype. */
+  const revk_view* value;
 } revk_coupling;
 
 /* y = x + f   (paper eq. 6, forward). y may be x itself: then the work is done in place. Shapes are

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// A revkernels.Coupling as the C interface takes it.
+#pragma once
+
+#include <initializer_list>
+
+#include "bindings/arrays.h"
+#include "bindings/geometry.h"
+
+namespace revk::python {
+
+// Filled on the stack, like the arrays.
+class CouplingOptions {
+ public:
+  // `operands` are all arrays of the call, the result first and the stream's source second.
+  CouplingOptions(py::handle object, std::initializer_list<const Array*> operands, const Array& f);
+  CouplingOptions(const CouplingOptions&) = delete;  // coupling_ may point into a call's views
+  CouplingOptions& operator=(const CouplingOptions&) = delete;
+
+  const Roles& roles() const { return roles_; }
+  // To be walked beside the operands; nullptr: none.
+  const Array* value() const { return has_value_ ? &value_ : nullptr; }
+  void set_rows_per_sample(int64_t rows) { coupling_.rows_per_sample = rows; }
+  // The struct for one of the geometry's sub-arrays. `value` is value()'s view there.
+  const revk_coupling* get(const revk_view* value) {
+    if (!given_) return nullptr;
+    if (has_value_) coupling_.value = value;
+    return &coupling_;
+  }
+
+ private:
+  void* scale(const char* name, py::handle object, int dim, int32_t dtype) const;
+  void* cell(const char* name, py::handle object, int32_t dtype) const;
+  void read_value(py::handle object, std::initializer_list<const Array*> operands);
+
+  const Array& written_;
+  Array value_;
+  revk_coupling coupling_{};
+  Roles roles_;
+  bool given_ = false, has_value_ = false;
+};
+
+}  // namespace revk::python
