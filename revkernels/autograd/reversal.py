@@ -102,6 +102,7 @@ class Reversal:
         self._unread: set[int] = set()  # the tensors of its frame that nobody has asked for yet
         self._ready: Ready | None = None  # what the norm of half-step `_cursor - 1` makes of its stream
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
+        self.witness: Callable[[list[torch.Tensor]], None] | None = None  # shown the rebuilt inputs by each backward
 
     # ---- forward
 
@@ -355,7 +356,7 @@ class Reversal:
                 f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
                 f"changed in between, or count its calls?"
             )
-        if k == 0:  # nobody reads what the first half-step added to
+        if k == 0 and self.witness is None:  # nobody reads what the first half-step added to
             self._rebuilt = []
         else:
             f = (f[0] if type(f) is tuple else f).detach()
@@ -365,10 +366,13 @@ class Reversal:
             self._rebuilt[index] = target if free else _empty(target, step.strides)
             self._strides_now[index] = step.strides
             before = self._steps[k - 1]
-            if before.entry is not None and before.half_step.sources == (index,):
+            if k > 0 and before.entry is not None and before.half_step.sources == (index,):
                 self._ready = before.entry.uncouple(self._rebuilt[index], target, f)
             else:
                 self.kernels.uncouple(self._rebuilt[index], target, f, None)
+            if k == 0:
+                rebuilt, self._rebuilt = self._rebuilt, []
+                self.witness(rebuilt)  # type: ignore[misc]
         if k == self._first:
             self._unread = set(range(len(self._frame)))
         self._cursor = k

@@ -94,6 +94,8 @@ def forward(
         return x
     kernels = _kernels(owner, streams[0])
     reversal = Reversal([dense(s) for s in streams], kernels, keep, _side_inputs(half_steps), name)
+    if reversal.recording and (witness := getattr(owner, "witness", None)) is not None:
+        reversal.witness = witness(list(reversal.streams))
     try:
         if through is None:
             advance(reversal, half_steps)
