@@ -4,6 +4,7 @@
 import pytest
 
 torch = pytest.importorskip("torch")
+from one_thread import one_thread_here  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
 from revkernels.models import BasicBranch  # noqa: E402
