@@ -142,7 +142,7 @@ def drift(
     cut: str = "last",
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    on_step: Callable[[str], None] | None = None,
+    on_step: Callable[[str, int], None] | None = None,
 ) -> Drift:
     """Measure what reconstruction costs in accuracy, by depth.
 
@@ -167,7 +167,7 @@ def drift(
             as far as the device has them.
         cut: "last", the blocks at the chain's end on the true streams that enter them; "first", those at its start.
         args, kwargs: more arguments of ``net``.
-        on_step: called with a word on each measurement as it begins.
+        on_step: called as each measurement begins, with a word on it and how many there are.
 
     Raises:
         TypeError: ``net`` is not a module. ValueError: it has no reversible chain, or an option does not exist.
@@ -182,15 +182,19 @@ def drift(
         raise ValueError(f"depths is {list(depths or ())}; it must be whole numbers of blocks, from 1 on")
     couplings = [coupling for coupling in couplings if _exists(coupling)]
     calls = _calls(net, chains, x, args, dict(kwargs or {}))
+    cuts = [
+        (name, coupling, precision, depth)
+        for name, (chain, _) in calls.items()
+        for coupling in couplings
+        for precision in names
+        for depth in sorted(set(_depths(len(chain)) if depths is None else depths))
+        if depth <= len(chain)
+    ]
     rows = []
-    for name, (chain, given) in calls.items():
-        for coupling in couplings:
-            for precision in names:
-                for depth in sorted(set(_depths(len(chain)) if depths is None else depths)):
-                    if depth <= len(chain):
-                        if on_step is not None:
-                            on_step(f"{name or 'chain'}, {coupling}, {precision}, {depth} blocks")
-                        rows.append(_row(name, chain, given, coupling, precision, depth, cut, loss or default_loss))
+    for name, coupling, precision, depth in cuts:
+        if on_step is not None:
+            on_step(f"{name or 'chain'}, {coupling}, {precision}, {depth} blocks", len(cuts))
+        rows.append(_row(name, *calls[name], coupling, precision, depth, cut, loss or default_loss))
     device = next((t.device for t in tensors_in(x)), torch.device("cpu"))
     return Drift(tuple(rows), cut, str(device))
 

@@ -91,6 +91,7 @@ def plot_training(
     reconstructed: Mapping[str, Curve],
     angles: Iterable[Any] = (),
     title: str = "",
+    unit: str = "step",
 ) -> None:
     """Draw the paper's figure of a training: the gradient's angle through it, and curves of two runs side by side.
 
@@ -103,6 +104,7 @@ def plot_training(
             runs with ``activations="store"`` and ``"reconstruct"``. The same names in both.
         angles: `AngleRecord`s (``monitor.angles``), or (step, degrees) pairs.
         title: above all panels.
+        unit: of the horizontal axis.
 
     Raises:
         ImportError: matplotlib is missing. ValueError: the runs have not the same curves, or there is nothing to draw.
@@ -119,7 +121,7 @@ def plot_training(
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if points:
         _line(axes[0], points, 0, "", marked=len(points) <= 50)
-        axes[0].set(title="Gradient, reconstructed against stored", ylabel="angle, degrees", xlabel="step")
+        axes[0].set(title="Gradient, reconstructed against stored", ylabel="angle, degrees", xlabel=unit)
         _log_if_positive(axes[0])
     for panel, name in zip(axes[bool(points) :], stored, strict=True):
         for label, curve, style in (
@@ -127,7 +129,7 @@ def plot_training(
             ("reconstructed", reconstructed[name], {"color": _COLOURS[0], "linewidth": 1.5, "linestyle": "--"}),
         ):
             panel.plot([step for step, _ in curve], [value for _, value in curve], label=label, **style)
-        panel.set(title=name[:1].upper() + name[1:], ylabel=name, xlabel="step")
+        panel.set(title=name[:1].upper() + name[1:], ylabel=name, xlabel=unit)
         panel.legend(frameon=False, fontsize=9)
     for panel in axes:
         _clean(panel)
