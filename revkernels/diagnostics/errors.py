@@ -10,6 +10,8 @@ import torch
 
 __all__ = ["relative_errors"]
 
+_ELEMENTS_ON_CPU, _ELEMENTS = 1 << 15, 1 << 22  # of a stream, compared at a time
+
 
 def relative_errors(rebuilt: Sequence[torch.Tensor], true: Sequence[torch.Tensor]) -> tuple[float, float]:
     """Return (maximum, rms) relative error of some streams, taken as one long vector, in float64.
@@ -18,22 +20,29 @@ def relative_errors(rebuilt: Sequence[torch.Tensor], true: Sequence[torch.Tensor
 
     0 where both are zero, infinity where only ``true`` is.
     """
-    biggest = largest = squares = total = 0.0
+    parts = []
     for ours, theirs in zip(rebuilt, true, strict=True):
-        if theirs.numel():
-            wide = theirs.detach().double()
-            difference = ours.detach().double() - wide
-            found = torch.stack(
-                [difference.abs().max(), wide.abs().max(), difference.square().sum(), wide.square().sum()]
-            )
-            numbers = found.tolist()  # one transfer from a device
-            biggest, largest = _max(biggest, numbers[0]), _max(largest, numbers[1])
-            squares, total = squares + numbers[2], total + numbers[3]
+        for a, b in zip(_pieces(ours.detach()), _pieces(theirs.detach()), strict=True):
+            wide = b.double()
+            size = torch.stack([wide.abs().max(), wide.square().sum()])
+            error = wide.neg_().add_(a)
+            parts.append(torch.cat([size, torch.stack([error.square().sum(), error.abs_().max()])]))
+    if not parts:
+        return 0.0, 0.0
+    found = torch.stack(parts)
+    numbers = torch.cat([found[:, [0, 3]].amax(0), found[:, [1, 2]].sum(0)]).tolist()  # one transfer from a device
+    largest, biggest, total, squares = numbers
     return _ratio(biggest, largest), math.sqrt(_ratio(squares, total))
 
 
-def _max(a: float, b: float) -> float:
-    return b if math.isnan(b) else max(a, b)
+def _pieces(stream: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Parts along the first dimension, so that a float64 copy of one is not what sets the step's peak of memory."""
+    if not stream.numel():
+        return ()
+    if not stream.dim():
+        return (stream,)
+    elements = _ELEMENTS_ON_CPU if stream.device.type == "cpu" else _ELEMENTS
+    return stream.split(max(1, elements * stream.shape[0] // stream.numel()))
 
 
 def _ratio(error: float, size: float) -> float:
