@@ -145,7 +145,8 @@ def test_dropout_draws_the_same_stored_and_reconstructed():
 
 @pytest.mark.skipif(not has_exact(), reason="there is no exact coupling yet")
 def test_the_exact_coupling_does_not_drift():
-    found = drift(images(16), torch.randn(4, 16, 8, 8), couplings=("exact",), precisions=("float32", MIXED))
+    found = drift(images(16), torch.randn(4, 16, 8, 8), couplings=("exact",), precisions=PRECISIONS)
+    assert set(column(found, "precision")) == {"float32", "bfloat16", MIXED}
     assert {row.rms_error for row in found.rows} == {0.0}
     assert {row.angle_degrees for row in found.rows} == {0.0}
     assert {row.problem for row in found.rows} == {None}

@@ -166,14 +166,18 @@ class Watch(TorchDispatchMode):
                 if chain.reversal() is reversal:
                     chain.frames[k] = max(size, chain.frames.get(k, 0))
 
+        theirs = [name not in vars(owner) for owner, name, _ in originals]  # of a base class
         replacements = (watched_call, watched_fused, watched_run, watched_finish, watched_rebuild)
         try:
             for (owner, name, _), replacement in zip(originals, replacements, strict=True):
                 setattr(owner, name, replacement)
             yield
         finally:
-            for owner, name, original in originals:
-                setattr(owner, name, original)
+            for (owner, name, original), inherited in zip(originals, theirs, strict=True):
+                if inherited:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
 
     def _within(self, module: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = self.names.get(id(module))
