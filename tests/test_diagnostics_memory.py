@@ -135,6 +135,38 @@ def test_the_categories_sum_to_the_live_bytes(case, autocast):
     assert all(row.bytes > 0 or row.kind == "buffers" for row in report.rows)
 
 
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [
+        (lambda: nn.LSTM(16, 32, num_layers=2, dropout=0.1), lambda: torch.randn(7, 3, 16)),
+        (lambda: nn.TransformerEncoderLayer(32, 4, batch_first=True), lambda: torch.randn(2, 10, 32)),
+        (lambda: nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)), lambda: torch.randint(0, 9, (5, 7))),
+        (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)), lambda: torch.randn(4, 8)),
+        (
+            lambda: ReversibleBlock(ReversibleBlock(nn.Linear(4, 4), torch.tanh), nn.Linear(8, 8)),
+            lambda: torch.randn(4, 16),
+        ),
+    ],
+    ids=["lstm", "transformer", "sparse", "in place", "a chain in a chain"],
+)
+def test_other_modules_to_the_byte(net, x):
+    report = memory_report(net(), x())
+    assert report.held_bytes > 0
+    assert report.total(UNSEEN) == 0
+    assert report.outside() == ()
+
+
+def test_what_is_saved_and_cached_says_both():
+    report = memory_report(nn.Sequential(nn.Linear(16, 16), Caching(16)), torch.randn(64, 16))
+    (row,) = (row for row in report.rows if row.holder == "self.cache")
+    assert (row.module, row.kind, row.bytes) == ("1.linear", OUTSIDE, 64 * 16 * 4)  # tanh saves its result
+    kept = nn.Linear(16, 16)
+    kept.register_forward_hook(lambda module, given, y: setattr(module, "seen", y))
+    report = memory_report(nn.Sequential(kept, nn.SiLU()), torch.randn(64, 16))
+    (row,) = (row for row in report.rows if row.holder == "self.seen")
+    assert (row.module, row.kind) == ("0", SAVED)
+
+
 @pytest.mark.parametrize("reversible", [True, False])
 def test_a_function_that_stashes_a_mebibyte_is_named(reversible):
     size = 512

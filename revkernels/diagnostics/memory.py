@@ -233,7 +233,7 @@ def _between(
         elif place in kept or (place in noted and not made.saved):
             kind, holder = CHAIN, "its outputs" if place in kept else "statistics, random states, arguments"
         elif made.saved:
-            kind = SAVED
+            kind, holder = SAVED, whose.get(place)  # would stay, if it were rebuilt
         else:
             kind, operator, holder = OUTSIDE, made.operator, whose.get(place)
         groups.setdefault((_module_of(kind, made, place, watch), kind, operator, holder), []).append(count)

@@ -55,7 +55,7 @@ def by_depth(path: Path, rows: Sequence[DriftRow], cut: str) -> None:
         _log_if_positive(axes)
         _clean(axes)
     handles, labels = errors.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
     chain = rows[0].chain
     if chain:
         figure.suptitle(chain, fontsize=10, color="#555555")
@@ -159,7 +159,7 @@ def _log_if_positive(axes: Axes) -> None:
         axes.set_yscale("log")
     elif positive:
         axes.set_yscale("symlog", linthresh=min(positive))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 3 * max(positive))
 
 
 def _clean(axes: Axes) -> None:

@@ -39,7 +39,7 @@ def untouched(net: nn.Module) -> Iterator[None]:
     own = own_generators(modules)
     states = [generator.get_state() for generator in own]
     drawn = random.getstate()
-    devices = sorted({p.device.index for p in net.parameters() if p.device.type == "cuda"})
+    devices = sorted({t.device.index for t in (*net.parameters(), *net.buffers()) if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:
             for parameter, _ in gradients:

@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd import fusion
-from revkernels.autograd.reversal import Reversal
+from revkernels.autograd.reversal import Reversal, is_recomputing
 from revkernels.diagnostics.untouched import tensors_in
 
 _LOSS = "(loss)"
@@ -149,6 +149,8 @@ class Watch(TorchDispatchMode):
 
         def watched_finish(reversal: Any, outputs: Any, *args: Any) -> None:
             finish(reversal, outputs, *args)
+            if is_recomputing():  # a chain inside a branch, of which the forward has told already
+                return
             chain = Chain(
                 self.stack[-1], weakref.ref(reversal), reversal._count, name=reversal.name, stored=reversal.keep
             )
