@@ -265,6 +265,19 @@ def test_a_stem_that_holds_most_is_named():
     assert any(sentence.startswith("stem holds ") for sentence in report.advice)
 
 
+def test_what_is_outside_the_chains_of_a_network():
+    x = torch.randn(4, 3, 32, 32)
+    report = memory_report(revnet38(), x)
+    groups = report.outside_chains()
+    assert set(list(groups)[:4]) == {"stages.0.0", "stages.1.0", "stages.2.0", "stem"}
+    assert sum(groups.values()) > 0.5 * report.held_bytes
+    (sentence,) = (s for s in report.advice if "outside any reversible chain" in s)
+    assert "most of them here: stages.0.0 " in sentence
+    stored = memory_report(revnet38(activations="store"), x)
+    assert any(s.startswith("stages.0.1 and 2 more chains store ") for s in stored.advice)
+    assert stored.held_bytes > 2 * report.held_bytes
+
+
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_watching_does_not_change_what_runs(backend):
     net, x = images(6, backend=backend), torch.randn(8, 16, 12, 12)

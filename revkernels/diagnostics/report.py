@@ -25,6 +25,7 @@ _SHOWN = 24  # rows of the table; what is smaller is one row together
 _WORTH_SHOWING = 0.001  # of the bytes held
 _WORTH_SAYING = 0.02  # of the bytes held: less outside saved tensors is not what fills a memory
 _MOST = 0.5
+_NAMED = 4  # modules in a sentence
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,45 @@ class MemoryReport:
     def _share_advice(self) -> list[str]:
         if self.total(PARAMETERS, BUFFERS, GRADIENTS) > max(self.held_bytes, self.peak_bytes - self.total(GRADIENTS)):
             return ["parameters and gradients take more than the activations: no reversible library can save those"]
-        for name in dict.fromkeys(frames.chain for frames in self.chains if frames.stored):
-            saved = sum(row.bytes for row in self.rows if row.kind == SAVED and _inside(row.module, name))
-            if saved > _MOST * self.held_bytes:
-                return [f"{name} stores {size(saved)} of activations: activations='reconstruct' would rebuild them"]
-        for depth in (1, 2, 3):
-            module, most = next(iter(self.by_module(depth).items()), ("", 0))
-            if most <= _MOST * self.held_bytes or module[:1] in ("(", ""):  # the loss, or the network itself
-                return []
-            if not any(_inside(frames.chain, module) or _inside(module, frames.chain) for frames in self.chains):
-                share = f"{100 * most / self.held_bytes:.0f} % of the bytes held between forward and backward"
-                return [f"{module} holds {share}, outside any reversible chain"]
-        return []
+        return [*self._stored_advice(), *self._elsewhere_advice()]
+
+    def _stored_advice(self) -> list[str]:
+        names = list(dict.fromkeys(frames.chain for frames in self.chains if frames.stored))
+        inside = (row for row in self.rows if row.kind == SAVED and any(_inside(row.module, name) for name in names))
+        saved = sum(row.bytes for row in inside)
+        if saved <= _MOST * self.held_bytes:
+            return []
+        who = f"{names[0]} stores" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more chains store"
+        return [f"{who} {size(saved)} of activations: activations='reconstruct' would rebuild them"]
+
+    def _elsewhere_advice(self) -> list[str]:
+        groups = self.outside_chains()
+        total, most = sum(groups.values()), next(iter(groups.items()), ("", 0))
+        if not total > _MOST * self.held_bytes:
+            return []
+        held = "of the bytes held between forward and backward"
+        if most[1] > _MOST * self.held_bytes:
+            return [f"{most[0]} holds {self._percent(most[1])} {held}, outside any reversible chain"]
+        largest = ", ".join(f"{name} {size(count)}" for name, count in list(groups.items())[:_NAMED])
+        return [f"{self._percent(total)} {held} are outside any reversible chain, most of them here: {largest}"]
+
+    def outside_chains(self) -> dict[str, int]:
+        """Bytes held between forward and backward outside reversible chains, by the largest modules without one."""
+        chains = {frames.chain for frames in self.chains}
+        sizes: dict[str, int] = {}
+        for row in self.rows:
+            if row.kind in (SAVED, OUTSIDE) and row.module[:1] not in ("(", ""):
+                if any(_inside(row.module, chain) for chain in chains):
+                    continue
+                parts = row.module.split(".")
+                prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+                free = (name for name in prefixes if not any(_inside(chain, name) for chain in chains))
+                name = next(free, row.module)
+                sizes[name] = sizes.get(name, 0) + row.bytes
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+    def _percent(self, count: int) -> str:
+        return f"{100 * count / self.held_bytes:.0f} %"
 
     def _frame_advice(self) -> list[str]:
         frames = max(self.chains, key=lambda frames: frames.largest_frame_bytes, default=None)
