@@ -153,7 +153,7 @@ def test_a_branch_of_more_channels(options):
 
 
 CONSTRUCTIONS = {
-    "activations": (ValueError, ["activations is 'drop'", "'reconstruct' or 'store'"], {"activations": "drop"}),
+    "activations": (ValueError, ["activations is 'drop'", "'reconstruct', 'store' or"], {"activations": "drop"}),
     "coupling": (ValueError, ["coupling is 'fuzzy'", "'float'"], {"coupling": "fuzzy"}),
     "split_dim": (TypeError, ["split_dim is a str", "int"], {"split_dim": "1"}),
     "split_dim of bool": (TypeError, ["split_dim is a bool", "int"], {"split_dim": True}),
