@@ -54,6 +54,8 @@ class MemoryBudget:
 
     def limit(self, reconstructing: float, storing: float) -> float:
         """The peak in bytes, given those of a step that rebuilds everything and of one that keeps everything."""
+        if self.reconstructs:
+            return reconstructing
         if self.bytes is not None:
             return self.bytes
         return math.inf if self.stores else reconstructing + self.share * (storing - reconstructing)  # type: ignore[operator]

@@ -164,7 +164,7 @@ class Level:
     def __init__(self, device: torch.device, streams: Sequence[torch.Tensor]) -> None:
         self.device = device
         start = live_bytes(device)
-        self._start = None if start is None else start - sum(map(bytes_of, streams))  # its input counts
+        self.start = None if start is None else start - sum(map(bytes_of, streams))  # its input counts
         self._parameters: dict[torch.Tensor, bool] = {}
         self._gradients = 0
 
@@ -179,8 +179,8 @@ class Level:
 
     def read(self) -> int | None:
         """The bytes; None if nobody tells."""
-        now = None if self._start is None else live_bytes(self.device)
-        return None if now is None else max(0, now - self._start - self._gradients)  # type: ignore[operator]
+        now = None if self.start is None else live_bytes(self.device)
+        return None if now is None else max(0, now - self.start - self._gradients)  # type: ignore[operator]
 
 
 class Meter:

@@ -117,6 +117,8 @@ class Planner:
         self._watch: Stopwatch | None = None
         self._kept = True  # nothing in the step under way was measured
         self.latest: Made | None = None
+        self.looks = False  # whether to note how much was allocated as a step began, in `entry`
+        self.entry: int | None = None
 
     def enter(
         self, kind: Hashable, names: Sequence[str], streams: Sequence[torch.Tensor], branches: Sequence[Any]
@@ -130,6 +132,8 @@ class Planner:
             if self._over:
                 self._order, self._over, self._kept = [], False, True
                 self._level = Level(streams[0].device, streams)
+                if self.looks:
+                    self.entry = self._level.start
                 self._watch = Stopwatch(streams[0].device)
                 self._start = self._watch.read()
             self._order.append(kind)

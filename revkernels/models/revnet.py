@@ -23,6 +23,8 @@ from revkernels.models.layers import (
 from revkernels.models.plan import Plan, check_positive
 from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential
 from revkernels.nn.fusion import norms_by
+from revkernels.nn.plan import Plan as NetPlan
+from revkernels.nn.plan import plan_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,8 +90,8 @@ class RevNet(nn.Module):
     Args:
         plan: blocks, depth and widths.
         num_classes, in_channels: of the data.
-        activations: "reconstruct" (memory flat in depth) or "store", as in ReversibleSequential.
-        coupling: "float", as in ReversibleSequential.
+        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential.
+        coupling: "float" or "exact", as in ReversibleSequential.
         backend: where couplings, norms and activations run; None picks the fused one of the tensors' device, "eager" is
             plain torch.
 
@@ -137,6 +139,11 @@ class RevNet(nn.Module):
             x1, x2 = self.stem(x).chunk(2, dim=1)
             y1, y2 = self.stages((x1, x2))
             return self.head(torch.cat((y1, y2), dim=1))
+
+    def plan(self, x: Tensor | None = None) -> NetPlan:
+        """What is kept under ``activations=MemoryBudget(...)``, in all chains together: see
+        `revkernels.nn.ReversibleSequential.plan`."""
+        return plan_of(self, self.stages[0][1].activations, x, (), {})  # type: ignore[index]
 
     def explain(self) -> Explanation:
         """Say for every branch of the chains which norms and activations are fused, and why others are not."""

@@ -16,6 +16,8 @@ from revkernels.models.plan import check_positive
 from revkernels.models.revnet import _wide
 from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential
 from revkernels.nn.branches import AttentionBranch, MLPBranch, check_probability
+from revkernels.nn.plan import Plan as NetPlan
+from revkernels.nn.plan import plan_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,8 +53,8 @@ class RevViT(nn.Module):
             and inside the MLPs. Above 0 it adds layers to the MLPs, whose parameters then have other names.
         drop_path: probability that a branch is left out of a sample; from 0 at the first block to this at the last.
         in_channels: of the data.
-        activations: "reconstruct" (memory flat in depth) or "store", as in ReversibleSequential.
-        coupling: "float", as in ReversibleSequential.
+        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential.
+        coupling: "float" or "exact", as in ReversibleSequential.
         backend: where the couplings, norms and activations of the blocks run; None picks the fused one of the tensors'
             device, "eager" is plain torch.
 
@@ -129,6 +131,11 @@ class RevViT(nn.Module):
         tokens = self.dropout(_wide(tokens + self.position))
         y = self.norm(torch.cat(self.blocks((tokens, tokens)), dim=-1))
         return self.head(y.mean(dim=1) if self.class_token is None else y[:, 0])
+
+    def plan(self, x: Tensor | None = None) -> NetPlan:
+        """What is kept under ``activations=MemoryBudget(...)``, in all chains together: see
+        `revkernels.nn.ReversibleSequential.plan`."""
+        return plan_of(self, self.blocks.activations, x, (), {})
 
     def explain(self) -> Explanation:
         """Say for every branch which norms and activations are fused, and why others are not."""

@@ -6,6 +6,7 @@ from revkernels.nn.arguments import PerBlock
 from revkernels.nn.branches import AttentionBranch, BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch
 from revkernels.nn.fusion import Explanation, FusedSequential
 from revkernels.nn.norm_act import NormAct
+from revkernels.nn.plan import Plan
 from revkernels.nn.reversible import ReversibleBlock, ReversibleSequential
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MLPBranch",
     "NormAct",
     "PerBlock",
+    "Plan",
     "ReversibleBlock",
     "ReversibleSequential",
     "is_recomputing",

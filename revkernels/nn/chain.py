@@ -237,7 +237,7 @@ def _keeping(
 ) -> Keeping | None:
     """What the call keeps under a memory budget, if there is one that makes a difference."""
     budget = owner.activations
-    if not isinstance(budget, MemoryBudget) or budget.reconstructs:
+    if not isinstance(budget, MemoryBudget):
         return None
     device = streams[0].device.type
     kind = (

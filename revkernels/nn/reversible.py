@@ -19,6 +19,7 @@ from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, input_on_grid, inverse, rebuilds
 from revkernels.nn.exact import KeepsGrid
 from revkernels.nn.fusion import Explanation, explain
+from revkernels.nn.plan import Plan, plan_of
 from revkernels.nn.streams import check_options
 
 _KINDS_OF_HOOK = ("forward_pre", "forward", "backward_pre", "backward")
@@ -108,6 +109,10 @@ class ReversibleBlock(KeepsGrid):
     def explain(self) -> Explanation:
         """Say for every branch which norms and activations are fused, and why others are not."""
         return explain(_named_branches("", [self]), self.backend)
+
+    def plan(self, x: Any = None, *args: Any, **kwargs: Any) -> Plan:
+        """See `ReversibleSequential.plan`."""
+        return plan_of(self, self.activations, x, args, kwargs)
 
     def extra_repr(self) -> str:
         return _options_of(self)
@@ -209,6 +214,19 @@ class ReversibleSequential(KeepsGrid):
     def explain(self) -> Explanation:
         """Say for every branch which norms and activations are fused, and why others are not."""
         return explain(_named_branches("block {}, ", self), self.backend)
+
+    def plan(self, x: Any = None, *args: Any, **kwargs: Any) -> Plan:
+        """What is kept under ``activations=MemoryBudget(...)``, and the time and peak of a step; printed, a table.
+
+        Without an input: the plan of the last training step. With one, a few steps are taken on it (the loss is the
+        mean of squares), peak and time measured, and everything that they changed is put back; ``args`` and ``kwargs``
+        go to the call.
+
+        Raises:
+            ValueError: there is no memory budget, or one of infinity; no step has been measured yet; not even
+                rebuilding everything keeps to the budget; x is given under no_grad.
+        """
+        return plan_of(self, self.activations, x, args, kwargs)
 
     def extra_repr(self) -> str:
         return _options_of(self)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`net.plan()`: what a memory budget keeps, what that is expected to cost, and what it did cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from revkernels.autograd.live_bytes import live_bytes
+from revkernels.autograd.planner import Made, Planner, planner_of
+from revkernels.budget import MemoryBudget, words
+
+_STEPS = 3  # that `plan_of` takes for the time
+
+
+@dataclass(frozen=True)
+class KeptStep:
+    """One half-step of a plan.
+
+    Attributes:
+        chain: which call of a chain in the step, from 0.
+        branch: in words.
+        kept: what of it is kept: "nothing", "everything", or the operators whose outputs are.
+        bytes: that this takes until the backward is there.
+        seconds: of the recompute that it spares.
+    """
+
+    chain: int
+    branch: str
+    kept: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept under a memory budget in a training step.
+
+    Seconds are from the entry of the first chain to the end of the backward, peaks the bytes that `MemoryBudget`
+    bounds. ``str()`` is a table.
+
+    Attributes:
+        budget: the budget. limit: the peak that it allows.
+        steps: the half-steps, in the order of the forward.
+        predicted_peak, predicted_seconds: what the plan should come to.
+        measured_peak: of a step that ``plan(x)`` took; None for ``plan()``, and where no allocator tells.
+        measured_seconds: the median of the steps since the plan; None if there was none.
+        reconstructing, storing: the peaks of keeping nothing and everything.
+        reconstructing_seconds: of a step that keeps nothing.
+    """
+
+    budget: MemoryBudget
+    limit: float
+    steps: tuple[KeptStep, ...]
+    predicted_peak: int
+    measured_peak: int | None
+    predicted_seconds: float
+    measured_seconds: float | None
+    reconstructing: int
+    storing: int
+    reconstructing_seconds: float
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept, all together."""
+        return sum(step.bytes for step in self.steps)
+
+    def __str__(self) -> str:
+        def of(measured: float | None, show: Any) -> str:
+            return "not measured" if measured is None else f"{show(measured)} measured"
+
+        def milliseconds(seconds: float) -> str:
+            return f"{seconds * 1e3:.1f} ms"
+
+        least, most = words(self.reconstructing), words(self.storing)
+        lines = [
+            f"{self.budget!r}: a peak of {words(self.limit)}; {least} with everything rebuilt, {most} with all kept",
+            f"peak  {words(self.predicted_peak)} predicted, {of(self.measured_peak, words)}",
+            f"time  {milliseconds(self.predicted_seconds)} predicted, {of(self.measured_seconds, milliseconds)}; "
+            f"{milliseconds(self.reconstructing_seconds)} with everything rebuilt",
+        ]
+        return "\n".join([*lines, *self._table()])
+
+    def _table(self) -> Iterator[str]:
+        rows = [("chain", "branch", "keeps", "bytes", "saves")]
+        # Runs of half-steps that keep the same are one row.
+        for _, group in itertools.groupby(self.steps, lambda step: (step.chain, step.kept, step.bytes)):
+            run = list(group)
+            first, last = run[0], run[-1]
+            branch = first.branch if len(run) == 1 else f"{first.branch} ... {last.branch} ({len(run)})"
+            size, saved = sum(step.bytes for step in run), sum(step.seconds for step in run)
+            rows.append((str(first.chain), branch, first.kept, words(size), f"{saved * 1e3:.1f} ms"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = [text.ljust(width) for text, width in zip(row[:3], widths, strict=False)]
+            cells += [text.rjust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
+            yield "  ".join(cells).rstrip()
+
+
+def plan_of(net: nn.Module, budget: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """The plan of the last training step, or with an x of steps on that, taken now and undone.
+
+    Raises:
+        ValueError: there is no memory budget, or one that stores everything; no step has been measured; the budget
+            cannot be kept to; x is given under no_grad.
+    """
+    if not isinstance(budget, MemoryBudget):
+        raise ValueError(f"activations is {budget!r}; a plan is made for a revkernels.MemoryBudget(...)")
+    if budget.stores:
+        raise ValueError(f"{budget!r} keeps everything: there is nothing to plan")
+    planner = planner_of(budget)
+    peak = None
+    if x is not None:
+        if not torch.is_grad_enabled():
+            raise ValueError("the planner measures a forward and its backward: call plan(x) outside torch.no_grad()")
+        peak = _measure(net, planner, x, args, kwargs)
+    made = planner.latest
+    if made is None:
+        raise ValueError("no step has been measured yet: run a training step, or call plan(x) with an input")
+    return _report(budget, planner, made, peak)
+
+
+def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    from revkernels.diagnostics.untouched import default_loss, detached, outside_autocast, tensors_in, untouched
+    from revkernels.measure import peak_bytes
+
+    device = next(tensors_in(x)).device
+
+    def step() -> None:
+        loss = default_loss(net(detached(x), *args, **kwargs))
+        with outside_autocast(device.type):
+            loss.backward()
+
+    with untouched(net):
+        for _ in range(1 + _STEPS):
+            step()
+        planner.looks = True
+        try:
+            before = live_bytes(device)
+            peak = peak_bytes(step, device)
+        finally:
+            planner.looks = False
+    # What lies in front of the first chain is not the budget's.
+    return None if before is None or planner.entry is None else max(0, peak - (planner.entry - before))
+
+
+def _report(budget: MemoryBudget, planner: Planner, made: Made, peak: int | None) -> Plan:
+    steps = []
+    for number, (call, choices) in enumerate(zip(made.calls, made.choices, strict=True)):
+        for cost, (option, ops) in zip(call.steps, choices, strict=True):
+            if cost is not None:
+                names = [f"{op.name.removeprefix('aten.').partition('.')[0]} {op.number}" for op in cost.ops]
+                some = ", ".join(name for op, name in zip(cost.ops, names, strict=True) if op.number in ops)
+                kept = "everything" if option.whole else some or "nothing"
+                steps.append(KeptStep(number, cost.branch, kept, option.kept, option.saved))
+    return Plan(
+        budget=budget,
+        limit=made.limit,
+        steps=tuple(steps),
+        predicted_peak=made.peak,
+        measured_peak=peak,
+        predicted_seconds=made.predicted,
+        measured_seconds=planner.measured(made),
+        reconstructing=made.reconstructing,
+        storing=made.storing,
+        reconstructing_seconds=made.first,
+    )
