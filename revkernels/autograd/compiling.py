@@ -29,6 +29,7 @@ _OUTSIDE = (
     *(
         f"revkernels.autograd.{name}"
         for name in (
+            "fixed",
             "grid",
             "kept_ops",
             "ownership",

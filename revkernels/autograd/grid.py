@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from revkernels.autograd.coupling import couple, walkable
 from revkernels.coupling import Coupling
 from revkernels.errors import ReconstructionError
 from revkernels.exact import exponent_for, limit
@@ -32,6 +33,8 @@ class Grid:
         name: turns a half-step's number into words.
         advice: what to do about streams beyond the range, given the k that they need.
     """
+
+    fixed = False
 
     def __init__(
         self,
@@ -77,6 +80,24 @@ class Grid:
         self._before.append(self._cells[index])
         self._cells[index] = cell
         return self._options(cell)
+
+    def couple(self, stream: torch.Tensor, f: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stream ``index`` with f added, and its twin for the next branch to read."""
+        coupled: tuple[torch.Tensor, torch.Tensor] = couple(stream, f, self.kernels, self.coupling(index))
+        self.written()
+        return coupled
+
+    def values(self, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The streams as numbers, for what is outside the chain to read."""
+        return streams
+
+    def adopt(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The streams, of which these are the `values`."""
+        return values
+
+    def kept(self, stream: torch.Tensor, index: int) -> torch.Tensor:
+        """What stream ``index`` is stored in."""
+        return stream.detach()
 
     def written(self) -> None:
         """The half-step's kernel has run."""
@@ -129,9 +150,22 @@ class Grid:
         self._rebuilt = []
         self._found = torch.zeros(len(self._before), dtype=torch.int64, device=self._tops.device)
 
-    def back(self, k: int) -> Coupling:
-        """The options for undoing half-step ``k``; `rebuilt` is to follow."""
-        return Coupling(None, None, 1, self.k, self._found[k : k + 1])  # type: ignore[index]
+    def stored(self, stream: torch.Tensor) -> torch.Tensor:
+        """What an output is stored in while it is taken back to what it was."""
+        return stream.detach()
+
+    def value(self, stored: torch.Tensor) -> torch.Tensor:
+        """A rebuilt stream as numbers."""
+        return stored
+
+    def uncouple(self, k: int, out: torch.Tensor, target: torch.Tensor, f: torch.Tensor) -> None:
+        """Undo half-step k, which has added f: ``out`` becomes what ``target`` was before."""
+        coupling = Coupling(None, None, 1, self.k, self._found_at(k))
+        self.kernels.uncouple(out, walkable(target, out), walkable(f, out), coupling)
+        self.rebuilt(k)
+
+    def _found_at(self, k: int) -> torch.Tensor:
+        return self._found[k : k + 1]  # type: ignore[index]
 
     def rebuilt(self, k: int) -> None:
         """The kernel that undid half-step ``k`` has run."""
@@ -177,13 +211,14 @@ class Enter(torch.autograd.Function):
 enter: Any = super(torch.autograd.Function, Enter).apply
 
 
-def to_grid(x: torch.Tensor, k: int, kernels: Any) -> torch.Tensor:
-    """rint(x * 2^k) * 2^-k as a float32 tensor without -0, differentiable as the identity."""
+def to_grid(x: torch.Tensor, k: int, kernels: Any, storage: str = "float32") -> torch.Tensor:
+    """rint(x * 2^k) * 2^-k as a float32 tensor without -0, differentiable as the identity. It has to be in the range of
+    ``storage``."""
 
     def words(_: int) -> str:
         return ""
 
-    entered: torch.Tensor = Grid(k, "float32", 1, 0, kernels, x.device, False, words, words).enter(x, 0)
+    entered: torch.Tensor = Grid(k, storage, 1, 0, kernels, x.device, False, words, words).enter(x, 0)
     return entered
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from revkernels.autograd.coupling import walkable
 from revkernels.autograd.entry import Ready
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.ownership import memory_is_free
@@ -148,7 +147,8 @@ class Rebuilding:
                 f"the output of the reversible chain was changed in place after the forward, and the backward starts "
                 f"from it: make the operation that follows the chain out of place. ({error})"
             ) from None
-        self._rebuilt = [stream.detach() for stream in self._split(*outputs)]
+        keep = torch.Tensor.detach if self._grid is None else self._grid.stored
+        self._rebuilt = [keep(stream) for stream in self._split(*outputs)]
         self._strides_now = list(self._strides)
         if self._grid is not None:
             self._grid.begin()
@@ -243,15 +243,14 @@ class Rebuilding:
         """Make of ``target``, which half-step k has added f to, what it was before."""
         out, before, grid = self._rebuilt[index], self._steps[k - 1] if k else None, self._grid
         if grid is not None:
-            self.kernels.uncouple(out, walkable(target, out), walkable(f, out), grid.back(k))
-            grid.rebuilt(k)
+            grid.uncouple(k, out, target, f)
         elif before is not None and before.entry is not None and before.half_step.sources == (index,):
             self._ready = before.entry.uncouple(out, target, f)
         else:
             self.kernels.uncouple(out, target, f, None)
         if k == 0:
             if self.witness is not None:
-                self.witness(self._rebuilt)
+                self.witness(self._rebuilt if grid is None else [grid.value(stream) for stream in self._rebuilt])
             self._rebuilt = []
 
     def _read(self, sources: Sequence[int]) -> torch.Tensor:
@@ -260,9 +259,11 @@ class Rebuilding:
             stream = self._rebuilt[index]
             if stream.stride() != self._strides_now[index]:  # a part of the caller's output
                 self._rebuilt[index] = _empty(stream, self._strides_now[index]).copy_(stream)
-        h = self._rebuilt[sources[0]].detach()
-        for index in sources[1:]:
-            h = h + self._rebuilt[index]
+        grid = self._grid
+        streams = [self._rebuilt[index] if grid is None else grid.value(self._rebuilt[index]) for index in sources]
+        h = streams[0].detach()
+        for stream in streams[1:]:
+            h = h + stream
         return h
 
     def _keep(self, tensor: torch.Tensor) -> int:

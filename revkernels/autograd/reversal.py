@@ -32,6 +32,7 @@ from revkernels.autograd import fusion
 from revkernels.autograd.accumulate import prepare
 from revkernels.autograd.coupling import couple, enter
 from revkernels.autograd.entry import Entry, Waiting, entry_of
+from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.kept import Kept
@@ -72,6 +73,7 @@ class Reversal(Rebuilding):
     ) -> None:
         super().__init__(grid, keeping)
         self.streams = list(streams)
+        self._shown: tuple[torch.Tensor, ...] = ()
         self._twin: tuple[int, torch.Tensor] | None = None  # a stream's number, and the second output of its node
         self._waiting: Waiting | None = None  # the last coupling, left to the norm that comes next: `_entry`
         self._entry: Entry | None = None
@@ -97,7 +99,7 @@ class Reversal(Rebuilding):
 
     def advance(self, step: HalfStep, following: HalfStep | None = None) -> None:
         """Run the next half-step. ``following``: the one that comes directly after it."""
-        kernels, streams = self.kernels, self.streams
+        kernels, streams, grid = self.kernels, self.streams, self._grid
         f = self._record(step) if self.recording else self._run(step, None)
         index = step.target
         target = streams[index]
@@ -107,19 +109,19 @@ class Reversal(Rebuilding):
         check_branch_output(f, target, self.name, self._count)
         if self.recording:
             recorded = self._steps[-1]
-            recorded.strides = target.stride()
+            before = target if grid is None else grid.kept(target, index)
+            recorded.strides = before.stride()
             if self._keeping is not None and self._keeping.steps_over(self._count):
-                recorded.before = target.detach()
+                recorded.before = before.detach()
         self._count += 1
-        grid = self._grid
         if kernels is eager and grid is None:
             streams[index] = (target + f).to(target.dtype)
             return
         read_next = following is not None and following.sources == (index,)
         if grid is not None:
-            streams[index], twin = couple(target, f, kernels, grid.coupling(index))
-            grid.written()
-            read_next = read_next and kernels is not eager and self._entry_of(following) is None  # type: ignore[arg-type]
+            streams[index], twin = grid.couple(target, f, index)
+            own = grid.fixed or kernels is not eager  # else the engine adds, as in plain torch
+            read_next = read_next and own and self._entry_of(following) is None  # type: ignore[arg-type]
         elif read_next:
             self._entry = self._entry_of(following)  # type: ignore[arg-type]
             if self._entry is not None:
@@ -132,7 +134,8 @@ class Reversal(Rebuilding):
 
     def _entry_of(self, step: HalfStep) -> Entry | None:
         # torch.compile fuses the branch by itself, and has to see all of it.
-        if self._compiler is not None or (self._grid is not None and self._grid.narrow(step.branch) is not None):
+        grid = self._grid
+        if self._compiler is not None or (grid is not None and (grid.fixed or grid.narrow(step.branch) is not None)):
             return None
         return entry_of(step, self.kernels)
 
@@ -145,7 +148,7 @@ class Reversal(Rebuilding):
             normed = None if entry is None else entry.apply(streams, sources[0], waiting, self.kernels)
             if normed is None:
                 h = self._entered(sources[0])
-                watched = streams[sources[0]]
+                watched = h if self._grid is not None and self._grid.fixed else streams[sources[0]]
                 if len(sources) > 1:
                     for source in sources[1:]:
                         h = h + self._entered(source)
@@ -169,6 +172,9 @@ class Reversal(Rebuilding):
         twin, self._twin = self._twin, None
         if twin is not None and twin[0] == index:
             return twin[1]
+        if isinstance(self._grid, FixedGrid):
+            self.streams[index], h = self._grid.read(self.streams[index], index)
+            return h
         s = h = self.streams[index]
         if self.kernels is not eager and s.requires_grad and torch.is_grad_enabled():
             self.streams[index], h = enter(s, self.kernels)
@@ -225,8 +231,8 @@ class Reversal(Rebuilding):
     def adopt(self, streams: Any, whose: str) -> None:
         """Take over streams that went through a module's hooks: torch may wrap them, but their values must stay."""
         theirs = streams if type(streams) is tuple else ()
-        alike = both_tensors if self.keep else same_memory
-        if len(theirs) != len(self.streams) or not all(map(alike, theirs, self.streams)):
+        alike = both_tensors if self.keep and self._grid is None else same_memory
+        if len(theirs) != len(self.streams) or not all(map(alike, theirs, self._shown)):
             raise ReconstructionError(
                 f"a hook of {whose} replaced the streams. They are rebuilt by running the branches backwards, which "
                 f"cannot undo a hook: put the change into a branch, or set activations='store' (where the hook is the "
@@ -234,14 +240,22 @@ class Reversal(Rebuilding):
             )
         if self.recording:
             self._states = self._surroundings.states()  # what the hook drew is not the next branch's
-        self.streams = list(theirs)
+        self.streams = list(theirs) if self._grid is None else self._grid.adopt(list(theirs))
         self._twin = None
+
+    def show(self) -> tuple[torch.Tensor, ...]:
+        """The streams as they are now, for hooks and for the caller."""
+        self._shown = tuple(self.streams) if self._grid is None else tuple(self._grid.values(self.streams))
+        return self._shown
 
     def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
         """Keep what the backward starts from: ``outputs``, of which ``split`` makes the streams again."""
         if self._grid is not None:
             self._grid.finish()
-        self._strides = [stream.stride() for stream in self.streams]
+        grid = self._grid
+        self._strides = [
+            (stream if grid is None else grid.kept(stream, index)).stride() for index, stream in enumerate(self.streams)
+        ]
         keeping = self._keeping
         if keeping is not None and keeping.meter is not None:
             keeping.meter.forward_over()
@@ -257,7 +271,9 @@ class Reversal(Rebuilding):
     def release(self) -> None:
         """Let go of the streams: they hold the graph, and the graph's hooks hold us, in a ring that gc cannot see."""
         self._twin = self._hooks = self._waiting = self._entry = None
-        self.streams, self.aux, self._open, self._states = [], [], [], []
+        self.streams, self.aux, self._open, self._states, self._shown = [], [], [], [], ()
+        if isinstance(self._grid, FixedGrid):
+            self._grid.integers = {}
 
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
         self._saved.append((tensor.dtype, tensor.shape))

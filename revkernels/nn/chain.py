@@ -112,7 +112,7 @@ def forward(
     reversal = Reversal(streams, kernels, keep, side_inputs, name, grid, keeping)
     witness = getattr(owner, "witness", None)
     if witness is not None and rebuilding:
-        reversal.witness = witness(streams)
+        reversal.witness = witness(streams if grid is None else grid.values(streams))
     del streams
     try:
         if through is None:
@@ -121,10 +121,10 @@ def forward(
             through(reversal)
         aux, dim = reversal.aux, owner.split_dim
         if joined:
-            y: Any = torch.cat(reversal.streams, dim)
+            y: Any = torch.cat(reversal.show(), dim)
             reversal.finish((y,), lambda y: y.chunk(groups, dim))
         else:
-            y = tuple(reversal.streams)
+            y = reversal.show()
             reversal.finish(y, lambda *streams: streams)
     except BaseException:
         reversal.release()
@@ -182,7 +182,9 @@ def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], nam
     if not half_steps:
         return y
     kernels, k = _kernels(owner, streams[0]), known_exponent(owner)
-    streams = [dense(s) if k is None else to_grid(dense(s), k, kernels) for s in streams]
+    streams = [dense(s) for s in streams]
+    if k is not None:
+        streams = _on_grid(owner, streams, k, kernels)
     x = invert(streams, half_steps, kernels, name, k)
     return torch.cat(x, owner.split_dim) if joined else tuple(x)
 
@@ -195,7 +197,7 @@ def input_on_grid(owner: Any, x: Any, groups: int) -> Any:
         return x
     check_streams(streams)
     k, kernels = Exponents(owner, exact).begin(streams, adapting=False), _kernels(owner, streams[0])
-    streams = [to_grid(dense(s), k, kernels) for s in streams]
+    streams = _on_grid(owner, [dense(s) for s in streams], k, kernels)
     return torch.cat(streams, owner.split_dim) if joined else tuple(streams)
 
 
@@ -215,6 +217,11 @@ def _kernels(owner: Any, x: torch.Tensor) -> Any:
     if owner.backend is None and type(x) not in (torch.Tensor, nn.Parameter):
         return eager
     return backends.select(x, owner.backend)
+
+
+def _on_grid(owner: Any, streams: Sequence[torch.Tensor], k: int, kernels: Any) -> list[torch.Tensor]:
+    storage = exact_of(owner.coupling).storage  # type: ignore[union-attr]
+    return [to_grid(stream, k, kernels, storage) for stream in streams]
 
 
 class _ById:

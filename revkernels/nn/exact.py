@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid, check_streams
 from revkernels.autograd.rebuilding import is_recomputing
 from revkernels.autograd.snapshot import will_write
@@ -179,7 +180,8 @@ def grid_for(
     check_streams(streams)
     exponents = Exponents(owner, exact)
     k, device = exponents.begin(streams), streams[0].device
-    grid = Grid(k, exact.storage, len(streams), couplings, kernels, device, rebuilds, name, exponents.advice)
+    make = FixedGrid if exact.storage == "int16" else Grid
+    grid = make(k, exact.storage, len(streams), couplings, kernels, device, rebuilds, name, exponents.advice)
     return grid, exponents
 
 

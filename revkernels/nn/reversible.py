@@ -96,7 +96,7 @@ class ReversibleBlock(KeepsGrid):
             return _run(self, {"": self}, x, args, kwargs)
         reversal.adopt((x, *args), "a block")
         advance(reversal, half_steps)
-        return tuple(reversal.streams)
+        return reversal.show()
 
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         """x2 = y2 - G(y1); x1 = y1 - F(x2)   (eq. 7). See `ReversibleSequential.inverse`."""
@@ -287,7 +287,7 @@ def _call_through_hooks(reversal: Reversal, block: ReversibleBlock, half_steps: 
     _handed_over.to[id(block)] = (reversal, half_steps)
     try:
         # As arguments of their own: a full-backward hook looks for tensors among these only, not inside a tuple.
-        streams = block(*reversal.streams)
+        streams = block(*reversal.show())
     finally:
         _handed_over.to.pop(id(block), None)
     reversal.adopt(streams, f"block {index}")

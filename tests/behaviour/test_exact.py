@@ -60,6 +60,15 @@ KINDS = {
 }
 
 
+#: Streams of both kinds.
+STORED = {"float32": "exact", "int16": rk.Exact(storage="int16")}
+
+
+@pytest.fixture(params=STORED)
+def coupling(request):
+    return STORED[request.param]
+
+
 def pair_of(make, depth, split_dim=1, coupling="exact", backend=None):
     """The same network rebuilding and storing."""
     torch.manual_seed(depth)
@@ -92,9 +101,9 @@ def flat(value, name=""):
     return {name: value}
 
 
-def check_bits(kind, depth, autocast, backend):
+def check_bits(kind, depth, autocast, backend, coupling):
     make, shape, split_dim = KINDS[kind]
-    net, stored = pair_of(make, depth, split_dim, backend=backend)
+    net, stored = pair_of(make, depth, split_dim, coupling, backend)
     rebuilt = []
     net.witness = lambda streams: lambda again: rebuilt.append(list(map(torch.equal, streams, again)))
     for number in range(2):
@@ -108,14 +117,21 @@ def check_bits(kind, depth, autocast, backend):
 @pytest.mark.parametrize("depth", [1, 8, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bit_for_bit(kind, depth, autocast, backend):
-    check_bits(kind, depth, autocast, backend)
+    check_bits(kind, depth, autocast, backend, "exact")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [1, 8, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bit_for_bit_in_16_bits(kind, depth, autocast, backend):
+    check_bits(kind, depth, autocast, backend, STORED["int16"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bit_for_bit_at_depth_256(kind, autocast, compiled):
-    check_bits(kind, 256, autocast, compiled)
+def test_bit_for_bit_at_depth_256(kind, autocast, coupling, compiled):
+    check_bits(kind, 256, autocast, compiled, coupling)
 
 
 def test_float_is_not(compiled):
@@ -129,10 +145,10 @@ def test_float_is_not(compiled):
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["conv, batch norm, dropout", "layer norm, GELU, dropout"])
-def test_inverse(kind, dtype, pair, backend):
+def test_inverse(kind, dtype, pair, coupling, backend):
     """Row 28: `inverse` gives the input on the grid, bit for bit; the output has the streams' dtype."""
     make, shape, split_dim = KINDS[kind]
-    net, _ = pair_of(make, 8, split_dim, backend=backend)
+    net, _ = pair_of(make, 8, split_dim, coupling, backend)
     net.eval()
     x = rows(*shape, dtype=torch.float32).to(dtype)
     x = x.chunk(2, split_dim) if pair else x
@@ -145,9 +161,9 @@ def test_inverse(kind, dtype, pair, backend):
             assert t.dtype == torch.float32 and not torch.signbit(t[t == 0]).any()
 
 
-def test_inverse_in_training(compiled):
-    """Batch statistics are those of the batch, and with the same random numbers the dropout masks too."""
-    net, _ = pair_of(conv, 4)
+def test_inverse_in_training(coupling, compiled):
+    """Batch statistics are those of the batch."""
+    net, _ = pair_of(conv, 4, coupling=coupling)
     x = rows(2, 16, 5, 6, dtype=torch.float32, requires_grad=False)
     for module in net.modules():
         if isinstance(module, nn.Dropout):
@@ -156,9 +172,9 @@ def test_inverse_in_training(compiled):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_network_of_a_half_type(dtype, backend):
+def test_a_network_of_a_half_type(dtype, coupling, backend):
     """Branches whose parameters are narrow are handed their own type; streams stay wide, gradients have the input's."""
-    net, stored = pair_of(lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()), 8, backend=backend)
+    net, stored = pair_of(lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()), 8, 1, coupling, backend)
     net.to(dtype), stored.to(dtype)
     x = rows(4, 16, dtype=torch.float32).to(dtype).detach().requires_grad_()
     got = step(net, x)
@@ -170,10 +186,10 @@ def test_a_network_of_a_half_type(dtype, backend):
 
 
 @pytest.mark.parametrize("groups", [3, 4])
-def test_more_streams(groups, backend):
+def test_more_streams(groups, coupling, backend):
     torch.manual_seed(0)
     blocks = [ReversibleBlock(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(groups)]) for _ in range(5)]
-    net = ReversibleSequential(blocks, coupling=rk.Exact(k=16), backend=backend)
+    net = ReversibleSequential(blocks, coupling=coupling, backend=backend)
     stored = copy.deepcopy(net)
     stored.activations = "store"
     x = rows(3, 4 * groups, dtype=torch.float32)
@@ -200,13 +216,14 @@ any_case = cases(dtypes=NARROW, scenarios=[*SCENARIOS, "one step"], depths=(0, 6
 
 
 def exact_twins(case):
-    """The case's reversible network twice, exact: rebuilding and storing."""
+    """The case's reversible network twice, exact: rebuilding and storing. Streams are float32, or int16."""
+    coupling = STORED["int16" if case.number % 2 else "float32"]
     case = dataclasses.replace(case, activations="reconstruct")
     nets = networks_of(case)[0], networks_of(case)[0]
     for net, activations in zip(nets, ("reconstruct", "store"), strict=True):
         for module in net.modules():
             if isinstance(module, KeepsGrid):
-                module.coupling, module.activations = "exact", activations
+                module.coupling, module.activations = coupling, activations
     return nets
 
 
@@ -256,7 +273,7 @@ class Noisy(nn.Module):
         self.layer, self.random = nn.Linear(width, width), np.random.default_rng(0)
 
     def forward(self, x):
-        return self.layer(x) + float(self.random.standard_normal()) * 1e-3
+        return self.layer(x) + float(self.random.standard_normal()) * 0.1
 
 
 def linear():
@@ -264,12 +281,10 @@ def linear():
 
 
 @pytest.mark.parametrize("place", range(6))
-def test_a_branch_that_is_not_the_same_twice(place, backend):
+def test_a_branch_that_is_not_the_same_twice(place, coupling, backend):
     branches = [linear() for _ in range(6)]
     branches[place] = Noisy()
-    net = ReversibleSequential(
-        *map(ReversibleBlock, branches[::2], branches[1::2]), coupling=rk.Exact(k=16), backend=backend
-    )
+    net = ReversibleSequential(*map(ReversibleBlock, branches[::2], branches[1::2]), coupling=coupling, backend=backend)
     y = net(rows(3, 8, dtype=torch.float32))
     where = f"block {place // 2}, branch {'FG'[place % 2]} (Noisy)"
     assert_raises(rk.ReconstructionError, [where, "bit for bit", "not return the same twice"], y.sum().backward)
@@ -305,12 +320,13 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("activations", ["reconstruct", "store"])
+@pytest.mark.parametrize("storage", ["float32", "int16"])
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (3e38, "infinite")])
-def test_not_finite(value, word, activations, backend):
+def test_not_finite(value, word, storage, activations, backend):
     net = ReversibleSequential(
         ReversibleBlock(linear(), linear()),
         ReversibleBlock(linear(), Constant(value)),
-        coupling=rk.Exact(k=10),
+        coupling=rk.Exact(storage, k=10),
         activations=activations,
         backend=backend,
     )
@@ -320,24 +336,38 @@ def test_not_finite(value, word, activations, backend):
     bad = x.detach().clone()
     bad[1, 2] = value if word == "NaN" else float("inf")
     assert_raises(rk.ReconstructionError, ["the input", word], lambda: net(bad))
-    net.coupling = "exact"
+    net.coupling = rk.Exact(storage)
     assert_raises(rk.ReconstructionError, ["the input", word], lambda: net(bad))
 
 
-@pytest.mark.parametrize("k", [-3, 0, 14, 20])
-def test_the_range(k, backend):
-    """|s| < 2^(24 - k) passes, and comes back; 2^(24 - k) is told, with an exponent that works."""
-    edge = 2.0 ** (24 - k)
-    net = ReversibleSequential(
-        ReversibleBlock(Constant(edge / 2), Constant(0.0)), coupling=rk.Exact(k=k), backend=backend
-    )
+@pytest.mark.parametrize("k", [-3, 0, 7, 14, 20])
+@pytest.mark.parametrize("storage", ["float32", "int16"])
+def test_the_range(k, storage, backend):
+    """|s| < 2^(24 - k) (int16: 2^(15 - k)) passes, and comes back; the edge is told, with an exponent that works."""
+    edge = 2.0 ** ({"float32": 24, "int16": 15}[storage] - k)
+    exact = rk.Exact(storage, k)
+    net = ReversibleSequential(ReversibleBlock(Constant(edge / 2), Constant(0.0)), coupling=exact, backend=backend)
     below = torch.full((1, 2), edge / 2 - 2.0**-k)
     assert torch.equal(net.inverse(net(below)), below)
     at = torch.full((1, 2), edge / 2)
     error = assert_raises(rk.ReconstructionError, ["block 0, branch F", f"{edge:g}", f"k={k}"], lambda: net(at))
-    net.coupling = rk.Exact(k=k - 2)
+    net.coupling = rk.Exact(storage, k - 2)
     assert f"Exact(k={k - 2})" in str(error)
     assert torch.equal(net.inverse(net(at)), at)
+
+
+def test_hooks_of_blocks_see_values(coupling, compiled):
+    """And what they return of them goes on; a tensor in its place is refused, as it is in a float chain."""
+    net, stored = pair_of(linear, 3, coupling=coupling)
+    seen = []
+    for network in (net, stored):
+        network[1].register_forward_pre_hook(lambda module, streams: seen.append([s.detach().clone() for s in streams]))
+        network[2].register_full_backward_hook(lambda module, given, taken: None)
+    x = rows(3, 8, dtype=torch.float32)
+    assert_same_bits(step(net, x), step(stored, x))
+    assert len(seen) == 2 and all(map(torch.equal, *seen)) and seen[0][0].abs().max() > 0
+    net[1].register_forward_pre_hook(lambda module, streams: tuple(s * 2 for s in streams))
+    assert_raises(rk.ReconstructionError, ["replaced the streams"], lambda: net(x))
 
 
 # ---- the exponent
