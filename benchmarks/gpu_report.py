@@ -110,6 +110,10 @@ def _checks() -> list[Stage]:
     return plan
 
 
+#: Tests of what is above the kernels.
+_ANY_BACKEND = ("behaviour/test_gpu.py", "behaviour/test_exact_gpu.py", "test_measure.py", "test_diagnostics_memory.py")
+
+
 def _tests() -> list[Stage]:
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     workers = max(1, (os.cpu_count() or 1) // 3)
@@ -118,7 +122,7 @@ def _tests() -> list[Stage]:
     plan = []
     for backend, norms in (("cuda", "test_cuda_gpu_norm_act.py"), ("triton", "test_triton_norm_gpu.py")):
         # The kernels' own tests name their backend; the chains take the one of the environment.
-        names = (f"test_{backend}_gpu.py", norms, "behaviour/test_gpu.py", "test_measure.py")
+        names = (f"test_{backend}_gpu.py", norms, *_ANY_BACKEND)
         command = [*pytest, *spread, "-m", "gpu", "-rs", *(str(ROOT / "tests" / name) for name in names)]
         env = {"REVKERNELS_BACKEND": backend}
         plan.append(Stage(f"gpu tests, {backend}", "tests.log", command, 200, env=env, proof=passed, group=TESTS))

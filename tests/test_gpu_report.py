@@ -56,8 +56,9 @@ def test_tests_each_backend_by_itself(tmp_path):
         stage = plan[f"gpu tests, {backend}"]
         assert stage.env["REVKERNELS_BACKEND"] == backend
         files = {Path(word) for word in stage.command if word.endswith(".py")}
-        own, chains, meter = f"test_{backend}_gpu.py", "behaviour/test_gpu.py", "test_measure.py"
-        assert files == {ROOT / "tests" / name for name in (own, norms, chains, meter)}
+        own, chains, exact = f"test_{backend}_gpu.py", "behaviour/test_gpu.py", "behaviour/test_exact_gpu.py"
+        meters = ("test_measure.py", "test_diagnostics_memory.py")
+        assert files == {ROOT / "tests" / name for name in (own, norms, chains, exact, *meters)}
         assert all(file.exists() for file in files)
 
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact coupling and the memory budget on a GPU: what is read late there, and what its allocator tells.
+
+No test names a backend: REVKERNELS_BACKEND decides, and else the default of a GPU.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+from torch import nn
+
+import revkernels as rk
+from behaviour.common import assert_raises, rows, step, torch
+from behaviour.test_exact import KINDS, STORED, assert_same_bits, pair_of
+from revkernels.models import revnet38
+from revkernels.nn import ReversibleBlock, ReversibleSequential
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    """The lemma presumes kernels that do the same twice."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.device("cuda"):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [1, 8, 64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("storage", STORED)
+def test_bit_for_bit(storage, kind, depth, autocast):
+    make, shape, split_dim = KINDS[kind]
+    net, stored = pair_of(make, depth, split_dim, STORED[storage])
+    for number in range(2):
+        x = rows(*shape, dtype=torch.float32)
+        with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
+            assert_same_bits(step(net, x, seed=number), step(stored, x, seed=number))
+    net.eval()
+    with torch.no_grad():
+        assert torch.equal(net.inverse(net(x)), net.to_grid(x))
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.random = nn.Linear(4, 4), np.random.default_rng(0)
+
+    def forward(self, x):
+        return self.layer(x) + float(self.random.standard_normal()) * 0.1
+
+
+@pytest.mark.parametrize("storage", STORED)
+def test_what_is_found_late_is_told(storage):
+    """Checksums when the backward is over, ranges when the forward is: both name the half-step."""
+    blocks = [ReversibleBlock(nn.Linear(4, 4), nn.Linear(4, 4)), ReversibleBlock(nn.Linear(4, 4), Noisy())]
+    net = ReversibleSequential(*blocks, coupling=STORED[storage])
+    y = net(rows(3, 8, dtype=torch.float32))
+    assert_raises(rk.ReconstructionError, ["block 1, branch G (Noisy)", "bit for bit"], y.sum().backward)
+    with torch.no_grad():
+        blocks[0].F.bias.fill_(float("nan"))
+    assert_raises(rk.ReconstructionError, ["block 0, branch F", "NaN"], lambda: net(rows(3, 8, dtype=torch.float32)))
+
+
+def test_a_capture_is_refused():
+    net = ReversibleSequential(ReversibleBlock(nn.Linear(4, 4), nn.Linear(4, 4)), coupling=rk.Exact(k=14))
+    x = rows(3, 8, dtype=torch.float32, requires_grad=False)
+    net(x)
+    torch.cuda.synchronize()
+
+    def capture():
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            net(x)
+
+    assert_raises(rk.ReconstructionError, ["CUDA graph", "coupling='float'"], capture)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_budget_is_kept_to(share):
+    """The allocator's peak above what there was as the first chain began, and gradients as when storing."""
+    torch.manual_seed(0)
+    stored = revnet38(activations="store").to(memory_format=torch.channels_last)
+    net = revnet38(activations=rk.MemoryBudget(share)).to(memory_format=torch.channels_last)
+    net.load_state_dict(copy.deepcopy(stored.state_dict()))
+    x = rows(64, 3, 32, 32, dtype=torch.float32).detach().to(memory_format=torch.channels_last)
+    for number in range(4):
+        got, expected = step(net, x, seed=number), step(stored, x, seed=number)
+        for name, gradient in expected.parameters.items():
+            torch.testing.assert_close(got.parameters[name], gradient, rtol=1e-3, atol=1e-4)
+    plan = net.plan(x)
+    assert plan.measured_peak <= plan.limit * 1.02  # the allocator rounds up to 512 bytes
+    assert plan.measured_seconds > 0
