@@ -237,9 +237,12 @@ class Meter:
         self.look(k)
         reading.end = self.watch.read()
         parameters = step.snapshot.tensors()
-        theirs = {tensor.untyped_storage().data_ptr() for tensor in parameters}
-        of_streams = {stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams}
-        saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in frame}
+        theirs = {tensor.untyped_storage().data_ptr() for tensor in parameters if type(tensor) in _PLAIN}
+        of_streams = {
+            stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams if type(stream) in _PLAIN
+        }
+        plain = [saved for saved in frame if type(saved[0]) in _PLAIN]
+        saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in plain}
         reading.sizes = {
             "own": sum(size for at, size in saved.items() if at not in theirs and at not in of_streams),
             "source": sum(size for at, size in of_streams.items() if at in saved),
@@ -266,8 +269,13 @@ class Meter:
         return CallCost(self.streams, smoothed(found), took, self._turn)
 
 
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
 def bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    """Of a sharded tensor, what is here."""
+    here: torch.Tensor = tensor if type(tensor) in _PLAIN else getattr(tensor, "to_local", lambda: tensor)()
+    return here.numel() * here.element_size()
 
 
 _overhead: list[float] = []
