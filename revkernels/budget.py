@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
@@ -23,16 +24,20 @@ class MemoryBudget:
     Args:
         amount: an int is bytes; a float from 0 to 1 the share of the way from reconstructing to storing; a string has a
             unit, "2GiB", "500 MB", or is such a share, "25%". 0 of anything reconstructs, infinity stores.
+        offload: on a GPU, what is kept may also wait in pinned host memory, where the way there and back is faster than
+            rebuilding it.
 
     Raises:
         TypeError, ValueError: amount is none of these. In a step, a ValueError for bytes that not even reconstructing
         keeps to; it names the least that would do.
     """
 
-    __slots__ = ("__weakref__", "amount", "bytes", "planner", "share")
+    __slots__ = ("__weakref__", "amount", "bytes", "offload", "planner", "share")
 
-    def __init__(self, amount: int | float | str) -> None:
-        self.amount = amount
+    def __init__(self, amount: int | float | str, *, offload: bool = False) -> None:
+        if not isinstance(offload, bool):
+            raise TypeError(f"offload is a {type(offload).__name__}; it must be a bool")
+        self.amount, self.offload = amount, offload
         self.bytes: float | None = None
         self.share: float | None = None
         self.planner: Any = None  # of `revkernels.autograd.planner`, made with the first step
@@ -61,10 +66,10 @@ class MemoryBudget:
         return math.inf if self.stores else reconstructing + self.share * (storing - reconstructing)  # type: ignore[operator]
 
     def __repr__(self) -> str:
-        return f"MemoryBudget({self.amount!r})"
+        return f"MemoryBudget({self.amount!r}{', offload=True' if self.offload else ''})"
 
     def __reduce__(self) -> Any:  # a copy measures for itself
-        return MemoryBudget, (self.amount,)
+        return functools.partial(MemoryBudget, offload=self.offload), (self.amount,)
 
 
 def _parsed(amount: Any) -> int | float:

@@ -63,8 +63,12 @@ class StepCost:
             return base + self.own + 2 * self.target + passing + self.parameter
         return max(self.live + passing, (self.forward or 0) + largest) + self.parameter
 
-    def choices(self) -> list[Choice]:
-        """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), or all."""
+    def choices(self, way: tuple[float, float] | None = None) -> list[Choice]:
+        """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), all of it in
+        host memory, or all of it here.
+
+        ``way``: seconds a byte to host memory and back; None: not at all.
+        """
         found = [Choice.nothing()]
         worth = [op for op in self.ops if op.keepable and op.bytes and op.seconds > _LEAST_SHARE * self.rebuild]
         worth.sort(key=lambda op: op.seconds / op.bytes, reverse=True)
@@ -74,15 +78,21 @@ class StepCost:
             numbers.append(op.number)
             if saved > found[-1].option.saved:
                 found.append(Choice(Option(kept, saved), frozenset(numbers)))
+        if way is not None:
+            size = self.own + self.source + self.target
+            waits = max(0.0, size * way[0] - self.rebuild), max(0.0, size * way[1] - self.backward)
+            if self.rebuild > sum(waits):  # beside the forward, which takes as long as the rebuild, and the backward
+                found.append(Choice(Option(0, self.rebuild - sum(waits), True), frozenset(), away=True))
         found.append(Choice(Option(self.own + self.source, self.rebuild, True, self.target), frozenset()))
         return found
 
 
 class Choice(NamedTuple):
-    """An `Option`, and the numbers of the operators whose outputs it keeps."""
+    """An `Option`, the numbers of the operators whose outputs it keeps, and whether it keeps all in host memory."""
 
     option: Option
     ops: frozenset[int]
+    away: bool = False
 
     @staticmethod
     def nothing() -> Choice:

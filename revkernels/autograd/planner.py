@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from revkernels.autograd.allotment import Stop, allot
 from revkernels.autograd.costs import CallCost, Choice, Level, Meter, StepCost
 from revkernels.autograd.kept_ops import Looking, Noting, Replaying, Stopwatch
+from revkernels.autograd.offload import way_of
 from revkernels.budget import MemoryBudget, words
 
 _KINDS = 32  # of steps that are remembered
@@ -46,10 +47,15 @@ class Made:
         first: seconds of a step that rebuilds everything, from the measured one.
     """
 
-    def __init__(self, budget: MemoryBudget, calls: Sequence[CallCost], first: float) -> None:
+    def __init__(
+        self, budget: MemoryBudget, calls: Sequence[CallCost], first: float, way: tuple[float, float] | None = None
+    ) -> None:
         self.calls, self.first = list(calls), first
-        menus = [[[NOTHING] if step is None else step.choices() for step in call.steps] for call in calls]
+        menus = [[[NOTHING] if step is None else step.choices(way) for step in call.steps] for call in calls]
         workings, self.turn = _workings(calls)
+        if way is not None:  # on their way are the tensors of two half-steps at most
+            owns = [step.own + step.source + step.target for call in calls for step in call.steps if step is not None]
+            workings = [[at + 2 * max(owns, default=0) for at in of_call] for of_call in workings]
         everything = [[menu[-1] for menu in of_call] for of_call in menus]
         self._workings = workings
         self.reconstructing = self._peak([[NOTHING] * len(call.steps) for call in calls])
@@ -78,8 +84,8 @@ class Made:
         whole = False
         for call, of_call, at in zip(self.calls, choices, self._workings, strict=True):
             # What keeps everything never rebuilds its streams.
-            less = call.streams if all(option.whole for option, _ in of_call) else 0
-            for (option, _), working in zip(of_call, at, strict=True):
+            less = call.streams if all(option.whole for option, *_ in of_call) else 0
+            for (option, *_), working in zip(of_call, at, strict=True):
                 most = max(most, used + working - less)
                 used += option.kept + (option.before if option.whole and not whole else 0)
                 whole = option.whole
@@ -175,13 +181,18 @@ class Planner:
             elif made is None and all(kind in self._costs for kind in order):
                 calls = [self._costs[kind] for kind in order]
                 try:
-                    self._plans[order] = self.latest = Made(self.budget, calls, self._first(calls, end))
+                    self._plans[order] = self.latest = Made(self.budget, calls, self._first(calls, end), self._way())
                 except ValueError as error:
                     self._plans[order] = error
             while len(self._plans) > _KINDS:
                 self._plans.popitem(last=False)
             while len(self._costs) > 4 * _KINDS:
                 self._costs.popitem(last=False)
+
+    def _way(self) -> tuple[float, float] | None:
+        """Seconds a byte to host memory and back, if tensors may be sent there."""
+        device = self._level.device
+        return way_of(device) if self.budget.offload else None
 
     def _first(self, calls: Sequence[CallCost], end: Any) -> float:
         """Seconds of the step that was measured, as a later one would take them: what ran cold is made warm."""
@@ -218,15 +229,24 @@ class Keeping:
         ops = self.choices[k].ops
         return Noting(ops) if ops else None
 
+    def away(self, k: int) -> bool:
+        """Whether half-step k keeps it in host memory."""
+        return self.choices[k].away
+
     def steps_over(self, k: int) -> bool:
         """Whether half-step k is not rebuilt, and a stream from before it is needed, for an earlier one that is."""
         return k > self._rebuilt and self.choices[k].option.whole
 
-    def watch(self, task: int) -> None:
-        """The backward ``task`` is at work on the call: hear of its end."""
+    def watch(self, task: int, end: Callable[[], None]) -> None:
+        """The backward ``task`` is at work on the call: hear of its end, and call ``end`` then."""
         if task != self._task:
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.planner.ended(self))
+
+            def over() -> None:
+                end()
+                self.planner.ended(self)
+
+            torch.autograd.Variable._execution_engine.queue_callback(over)
 
 
 __all__ = ["Keeping", "Made", "Planner", "Replaying", "StepCost", "planner_of"]

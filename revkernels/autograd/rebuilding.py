@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels.autograd.entry import Ready
 from revkernels.autograd.grid import Grid
+from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
 from revkernels.autograd.recorded import Frame, RecordedStep
@@ -37,7 +38,7 @@ class KeptTensor(NamedTuple):
     """A saved tensor that is kept under a memory budget: its half-step, the tensor, and its version then."""
 
     step: int
-    tensor: torch.Tensor
+    tensor: torch.Tensor | Away
     version: int
 
 
@@ -58,6 +59,7 @@ class Rebuilding:
         self._grid, self._keeping = grid, keeping
         self._whole = False  # the half-step under way keeps what it saves
         self._mode: Any = None  # to run the next branch in
+        self._luggage: Luggage | None = None  # that is back from host memory
         # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
         self._strides: list[tuple[int, ...]] = []
         self._strides_now: list[tuple[int, ...]] = []
@@ -109,17 +111,38 @@ class Rebuilding:
         return tensor
 
     def _unpack_kept(self, token: KeptTensor) -> torch.Tensor:
-        k, tensor, version = token
-        if version_of(tensor) != version:
+        k, kept, version = token
+        tensor = self._arrived(k, kept) if isinstance(kept, Away) else kept
+        if tensor is kept and version_of(tensor) != version:
             problem = self._steps[k].snapshot.problem() or "a tensor needed for its gradient was changed in place"
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         task = torch._C._current_graph_task_id()
         if task != -1:
-            self._keeping.watch(task)  # type: ignore[union-attr]
+            self._keeping.watch(task, self._unload)  # type: ignore[union-attr]
             with self._lock:
                 if task == self._task and self._cursor == k + 1 and self._steps[k].before is not None:
                     self._step_back()
         return tensor
+
+    def _arrived(self, k: int, away: Away) -> torch.Tensor:
+        """A tensor from host memory; those of the half-step before follow while this one's are used."""
+        with self._lock:
+            luggage = self._steps[k].luggage
+            if self._luggage is not luggage:
+                if self._luggage is not None:
+                    self._luggage.let_go()
+                self._luggage = luggage
+                following = self._steps[k - 1].luggage if k else None
+                luggage.fetch()  # type: ignore[union-attr]
+                if following is not None:
+                    following.fetch()
+            return away.here()
+
+    def _unload(self) -> None:
+        with self._lock:
+            if self._luggage is not None:
+                self._luggage.let_go()
+                self._luggage = None
 
     def _step_back(self) -> None:
         """Undo the last half-step that is not undone: by running it again, or with what it has kept."""
@@ -129,7 +152,8 @@ class Rebuilding:
             self._rebuild(k)
             return
         index = step.half_step.target
-        self._rebuilt[index], step.before = step.before, None
+        before, step.before = step.before, None
+        self._rebuilt[index] = before.here() if isinstance(before, Away) else before
         self._strides_now[index] = step.strides
         self._frame, self._ready, self._cursor = [], None, k
 
@@ -153,7 +177,7 @@ class Rebuilding:
         if self._grid is not None:
             self._grid.begin()
         if self._keeping is not None:
-            self._keeping.watch(task)
+            self._keeping.watch(task, self._unload)
             if self._keeping.meter is not None:
                 self._keeping.meter.backward_begins()
         self._task, self._cursor, self._frame, self._ready = task, len(self._steps), [], None

@@ -10,6 +10,7 @@ from revkernels.autograd.entry import Entry
 from revkernels.autograd.fusion import Tape
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept_ops import KeptOp
+from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.autograd.surroundings import Drawn
 from revkernels.norm import Statistics
@@ -26,10 +27,12 @@ class RecordedStep:
         statistics: of the fused batch norms inside the branch, in the order of their calls.
         kept: outputs of operators that the recompute need not run again, by the operator's number; let go once used.
         before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
+        luggage: what it has sent to host memory; None if nothing goes there.
     """
 
     __slots__ = (
-        *("before", "drawn", "entry", "half_step", "kept", "needs_grad", "saved", "snapshot", "statistics", "strides"),
+        *("before", "drawn", "entry", "half_step", "kept", "luggage", "needs_grad", "saved", "snapshot", "statistics"),
+        "strides",
     )
 
     def __init__(self, half_step: HalfStep) -> None:
@@ -42,7 +45,8 @@ class RecordedStep:
         self.drawn: Drawn = []
         self.strides: tuple[int, ...] = ()  # of the target, before it was added to
         self.kept: dict[int, KeptOp] = {}
-        self.before: torch.Tensor | None = None
+        self.before: torch.Tensor | Away | None = None
+        self.luggage: Luggage | None = None
 
     def tape(self, replaying: bool) -> Tape:
         """The branch's batch statistics, to be noted or to be used again."""

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels import eager
@@ -37,6 +38,7 @@ from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.kept import Kept
 from revkernels.autograd.kept_ops import Noting
+from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import INDEX_BITS, KeptTensor, Rebuilding, is_recomputing
@@ -113,6 +115,10 @@ class Reversal(Rebuilding):
             recorded.strides = before.stride()
             if self._keeping is not None and self._keeping.steps_over(self._count):
                 recorded.before = before.detach()
+                if recorded.luggage is not None:
+                    recorded.before = recorded.luggage.send(recorded.before)
+            if recorded.luggage is not None:
+                recorded.luggage.sealed(self._steps[-2].luggage if self._count else None)
         self._count += 1
         if kernels is eager and grid is None:
             streams[index] = (target + f).to(target.dtype)
@@ -194,6 +200,9 @@ class Reversal(Rebuilding):
             self._mode = noting = None if self._compiler is not None else keeping.mode(self._count)
         with snapshot.turn:
             snapshot.take()
+            if keeping is not None and keeping.away(self._count):
+                at_home = (t for t in snapshot.tensors() if type(t) in (torch.Tensor, nn.Parameter))
+                step.luggage = Luggage(frozenset(t.untyped_storage().data_ptr() for t in at_home))
             with self._hooks, self._surroundings.guard:
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
@@ -278,6 +287,7 @@ class Reversal(Rebuilding):
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
         self._saved.append((tensor.dtype, tensor.shape))
         if self._whole:  # detached: a node that held its own output would never be freed
-            return KeptTensor(len(self._steps) - 1, tensor.detach(), version_of(tensor))
+            luggage, kept = self._steps[-1].luggage, tensor.detach()
+            return KeptTensor(len(self._steps) - 1, kept if luggage is None else luggage.send(kept), version_of(tensor))
         self._open.append(tensor)
         return (len(self._steps) - 1) << INDEX_BITS | (len(self._saved) - 1)

@@ -152,11 +152,12 @@ def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kw
 def _report(budget: MemoryBudget, planner: Planner, made: Made, peak: int | None) -> Plan:
     steps = []
     for number, (call, choices) in enumerate(zip(made.calls, made.choices, strict=True)):
-        for cost, (option, ops) in zip(call.steps, choices, strict=True):
+        for cost, (option, ops, away) in zip(call.steps, choices, strict=True):
             if cost is not None:
                 names = [f"{op.name.removeprefix('aten.').partition('.')[0]} {op.number}" for op in cost.ops]
                 some = ", ".join(name for op, name in zip(cost.ops, names, strict=True) if op.number in ops)
-                kept = "everything" if option.whole else some or "nothing"
+                everything = "everything, in host memory" if away else "everything"
+                kept = everything if option.whole else some or "nothing"
                 steps.append(KeptStep(number, cost.branch, kept, option.kept, option.saved))
     return Plan(
         budget=budget,

@@ -79,12 +79,13 @@ def test_a_capture_is_refused():
     assert_raises(rk.ReconstructionError, ["CUDA graph", "coupling='float'"], capture)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_a_budget_is_kept_to(share):
+def test_a_budget_is_kept_to(share, offload):
     """The allocator's peak above what there was as the first chain began, and gradients as when storing."""
     torch.manual_seed(0)
     stored = revnet38(activations="store").to(memory_format=torch.channels_last)
-    net = revnet38(activations=rk.MemoryBudget(share)).to(memory_format=torch.channels_last)
+    net = revnet38(activations=rk.MemoryBudget(share, offload=offload)).to(memory_format=torch.channels_last)
     net.load_state_dict(copy.deepcopy(stored.state_dict()))
     x = rows(64, 3, 32, 32, dtype=torch.float32).detach().to(memory_format=torch.channels_last)
     for number in range(4):

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved tensors that wait in host memory: pinned, and moved by a stream of their own beside the computation.
+
+A half-step that is offloaded keeps what one that keeps everything does, elsewhere. On their way out the tensors stay
+where they are until the copy is done, and the next half-step's wait for them, so that no more than two half-steps' are
+under way; on their way back those of the half-step before are fetched while one is at work. What is written over in
+place after it was saved is not noticed here (nor is it by ``torch.autograd.graph.save_on_cpu``).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+
+_PROBE = 64 << 20  # bytes that the speed of the way there and back is measured with
+
+
+class Away:
+    """A tensor's copy in host memory."""
+
+    __slots__ = ("back", "copy", "device", "done")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device = tensor.device
+        self.back: torch.Tensor | None = None  # on the device again
+        self.done: Any = None  # the event behind that
+        pin = self.device.type == "cuda"
+        self.copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=pin)
+        if not pin:
+            self.copy.copy_(tensor)
+            return
+        mover = _mover(self.device)
+        mover.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(mover):
+            self.copy.copy_(tensor, non_blocking=True)
+        tensor.record_stream(mover)
+
+    def fetch(self) -> None:
+        """Have it on its way back."""
+        if self.back is not None:
+            return
+        if self.device.type != "cuda":
+            self.back = self.copy.clone()
+            return
+        here, mover = torch.cuda.current_stream(self.device), _mover(self.device)
+        self.back = torch.empty_strided(self.copy.shape, self.copy.stride(), dtype=self.copy.dtype, device=self.device)
+        mover.wait_stream(here)  # its memory may have been something else's until now
+        with torch.cuda.stream(mover):
+            self.back.copy_(self.copy, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record(mover)
+        self.back.record_stream(mover)
+
+    def here(self) -> torch.Tensor:
+        """It, on the device."""
+        self.fetch()
+        if self.done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.done)
+            self.done = None
+        tensor: torch.Tensor = self.back  # type: ignore[assignment]
+        return tensor
+
+    def let_go(self) -> None:
+        """Free its memory on the device."""
+        self.back = self.done = None
+
+
+class Luggage:
+    """What one half-step has sent away: each piece of memory once, however often it was saved."""
+
+    def __init__(self, at_home: frozenset[int]) -> None:
+        self.at_home = at_home  # memory that stays, of parameters and buffers: where it begins
+        self._sent: dict[Any, Away] = {}
+        self._held: list[torch.Tensor] = []  # while the half-step runs, for an address to mean one tensor
+        self._left: Any = None  # the event behind the last copy
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor | Away:
+        """Send the tensor away, unless it stays."""
+        if type(tensor) is not torch.Tensor or tensor.untyped_storage().data_ptr() in self.at_home:
+            return tensor
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if key not in self._sent:
+            self._sent[key] = Away(tensor)
+            self._held.append(tensor)
+        return self._sent[key]
+
+    def sealed(self, last: Luggage | None) -> None:
+        """The half-step's forward is over: from now on other tensors may have its addresses. ``last``: what was sent
+        before it, which the device now waits for."""
+        self._sent, self._held = dict(enumerate(self._sent.values())), []
+        device = next((away.device for away in self._sent.values()), torch.device("cpu"))
+        if device.type == "cuda":
+            self._left = torch.cuda.Event()
+            self._left.record(_mover(device))
+            if last is not None and last._left is not None:
+                torch.cuda.current_stream(device).wait_event(last._left)
+
+    def fetch(self) -> None:
+        """Have all of it on its way back."""
+        for away in self._sent.values():
+            away.fetch()
+
+    def let_go(self) -> None:
+        """Its backward is over."""
+        for away in self._sent.values():
+            away.let_go()
+
+
+@functools.cache
+def _mover(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
+def way_of(device: torch.device) -> tuple[float, float] | None:
+    """Seconds a byte to host memory and back, measured once a device; None for the host's own."""
+    if device.type != "cuda":
+        return None
+    there = torch.empty(_PROBE, dtype=torch.uint8, device=device)
+    host = torch.empty(_PROBE, dtype=torch.uint8, device="cpu", pin_memory=True)
+    found = []
+    for to, source in ((host, there), (there, host)):
+        best = float("inf")
+        for _ in range(3):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            to.copy_(source, non_blocking=True)
+            torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        found.append(best / _PROBE)
+    return found[0], found[1]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offload under a memory budget. Here the way to host memory is a copy on the same host, given as free of charge: what
+is sent, when it comes back and what comes of it is the same; streams and events are a GPU's (`test_exact_gpu`)."""
+
+import gc
+import weakref
+
+import pytest
+from torch import nn
+
+import revkernels as rk
+from behaviour.common import KINDS, WIDE, assert_same, step, torch
+from behaviour.test_exact import STORED, assert_same_bits, conv, pair_of
+from revkernels.autograd import offload, planner
+
+
+@pytest.fixture(autouse=True)
+def a_way(monkeypatch):
+    monkeypatch.setattr(planner, "way_of", lambda device: (0.0, 0.0))
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """What was sent away, as weak references, and how often something was fetched."""
+    seen = {"sent": [], "fetched": 0}
+    init, fetch = offload.Away.__init__, offload.Away.fetch
+
+    def noting(self, tensor):
+        init(self, tensor)
+        seen["sent"].append(weakref.ref(tensor.untyped_storage()))
+
+    def counting(self):
+        seen["fetched"] += self.back is None
+        fetch(self)
+
+    monkeypatch.setattr(offload.Away, "__init__", noting)
+    monkeypatch.setattr(offload.Away, "fetch", counting)
+    return seen
+
+
+#: Hardly anything may stay: what is worth keeping is sent away.
+LITTLE = rk.MemoryBudget(0.3, offload=True)
+
+
+def budget():
+    return rk.MemoryBudget(LITTLE.amount, offload=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_as_stored(name, backend, moved):
+    kind = KINDS[name]
+    net, plain = kind.twins(4, backend=backend, activations=budget())
+    for number in range(4):
+        x = kind.x()
+        assert_same(step(net, x, seed=number), step(plain, x, seed=number))
+    if "in host memory" in str(net.plan()):
+        assert moved["fetched"] == len(moved["sent"]) > 0
+        assert all(reference() is None for reference in moved["sent"])  # none was held on to
+
+
+def test_all_of_it_goes_where_nothing_may_stay(compiled, moved):
+    """Which the estimate of what is on its way leaves room for in a larger network only: so the budget is given."""
+    net, stored = pair_of(conv, 6, backend=compiled)
+    net.coupling = stored.coupling = rk.Exact(k=14)
+    net.activations = rk.MemoryBudget(1 << 30, offload=True)
+    x = torch.randn(2, 16, 5, 6, requires_grad=True)
+    for number in range(4):
+        assert_same_bits(step(net, x, seed=number), step(stored, x, seed=number))
+    assert {kept.kept for kept in net.plan().steps} <= {"everything", "everything, in host memory", "nothing"}
+
+
+@pytest.mark.parametrize("storage", STORED)
+def test_forced(storage, compiled, moved, monkeypatch):
+    """Every second half-step away, the others rebuilt: streams from before are sent and come back as well."""
+    choose = planner.Planner._plan_for
+
+    def alternate(self, order):
+        made = choose(self, order)
+        if made is not None:
+            for choices in made.choices:
+                for k in range(len(choices)):
+                    option = planner.Choice.nothing().option
+                    whole = option._replace(whole=True)
+                    choices[k] = planner.Choice(whole, frozenset(), True) if k % 2 else planner.Choice.nothing()
+        return made
+
+    monkeypatch.setattr(planner.Planner, "_plan_for", alternate)
+    net, stored = pair_of(conv, 4, coupling=STORED[storage], backend=compiled)
+    net.activations = budget()
+    x = torch.randn(2, 16, 5, 6, requires_grad=True)
+    for number in range(4):
+        assert_same_bits(step(net, x, seed=number), step(stored, x, seed=number))
+    assert moved["fetched"] == len(moved["sent"]) > 0
+    gc.collect()
+    assert all(reference() is None for reference in moved["sent"])
+    net.zero_grad()
+    y = net(x)
+    y.square().sum().backward(retain_graph=True)
+    first = [p.grad.clone() for p in net.parameters()]
+    y.square().sum().backward()  # what was sent away is there still
+    for parameter, gradient in zip(net.parameters(), first, strict=True):
+        assert torch.equal(parameter.grad, 2 * gradient)
+
+
+def test_parameters_stay(compiled, moved):
+    net, _ = pair_of(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh()), 3, backend=compiled)
+    luggage = offload.Luggage(frozenset(p.untyped_storage().data_ptr() for p in net.parameters()))
+    weight = net[0].F[0].weight.detach()
+    assert luggage.send(weight) is weight and luggage.send(weight.t()) is not None and not moved["sent"]
+    other = torch.ones(3, dtype=WIDE)
+    first, second = luggage.send(other), luggage.send(other.view(3))
+    assert first is second and len(moved["sent"]) == 1  # one memory, one copy
+    assert torch.equal(first.here(), other) and first.here().data_ptr() != other.data_ptr()
+
+
+def test_options():
+    assert repr(rk.MemoryBudget("1GiB", offload=True)) == "MemoryBudget('1GiB', offload=True)"
+    with pytest.raises(TypeError, match="offload is a str"):
+        rk.MemoryBudget("1GiB", offload="yes")
