@@ -101,7 +101,7 @@ def _trade_off(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]], where:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    return "fused" if row["variant"].endswith("fused") else row["kind"]
+    return "fused" if row["kind"] == "ours" and not row["variant"].endswith("eager") else row["kind"]
 
 
 def _mib(row: Mapping[str, Any]) -> float:
