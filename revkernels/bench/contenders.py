@@ -158,8 +158,13 @@ class Contender:
             return made.plan()
         with self._casting():
             found = made.plan(data[0])
-        planner_of(self.budget).forget_times()
+        self.forget_times()
         return found
+
+    def forget_times(self) -> None:
+        """Let the plan tell of the steps from now on."""
+        if self.budget is not None:
+            planner_of(self.budget).forget_times()
 
     def _casting(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else torch.autocast(self.device, self.autocast)

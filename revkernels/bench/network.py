@@ -142,6 +142,8 @@ def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None
             exact = Contender(way, job.workload, "float64", job.device, state).gradients(_data(job, "float64"))
         more |= _compared(gradients, reference, exact)
         living[way.name], found[way.name] = contender, more
+    for contender in living.values():
+        contender.forget_times()
     limits = [g for g in GOALS if _holds(g, job) and {g.variant, g.of} <= living.keys()]
     beside = tuple(dict.fromkeys(goal.of for goal in limits))
     trial = Trial(BASELINE, timed, beside=beside)

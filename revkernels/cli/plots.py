@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of the demo and of ``bench network``.
+"""The pictures of the demo and of ``bench network`` and ``bench budget``.
 
 Lines and points differ in dash and marker as well as in colour (Okabe and Ito's colour-blind-safe set).
 """
@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 if TYPE_CHECKING:
     from revkernels.cli.training import Epoch
 
-__all__ = ["demo", "trade_off"]
+__all__ = ["budgets", "demo", "trade_off"]
 
 # Thick below thin: curves that coincide stay visible, all three.
 _LINES: tuple[dict[str, Any], ...] = (
@@ -157,6 +157,75 @@ def _place(note: Annotation, taken: Sequence[Bbox], inside: Bbox, renderer: Any)
         if count == 0:
             break
     return put(*best)
+
+
+def budgets(title: str, rows: Sequence[Mapping[str, Any]], where: str) -> Figure:
+    """Draw the curve of memory budgets from reconstructing to storing: time relative to storing against peak memory.
+
+    Args:
+        title: what was measured.
+        rows: of `revkernels.bench.budget.run`, reconstructing first and storing last.
+        where: device, threads and versions.
+    """
+    figure = Figure(figsize=(8.6, 5.2), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    of = rows[-1]["variant"]
+    points = [
+        {
+            "variant": row["variant"].removeprefix("budget "),
+            "kind": "torch" if row["share"] is None else "ours",  # the colour of its name
+            "peak_bytes": row["peak_bytes"],
+            "ratio": row["ratio_to"][of],
+            "error": None,
+        }
+        for row in rows
+    ]
+    ends, curve = [points[0], points[-1]], points[1:-1]
+    axes.plot(
+        [_mib(end) for end in ends],
+        [end["ratio"] for end in ends],
+        color="#AAAAAA",
+        linestyle="--",
+        linewidth=1.2,
+        zorder=1,
+        label="every byte worth the same",
+    )
+    axes.plot(
+        [_mib(point) for point in curve],
+        [point["ratio"] for point in curve],
+        color=_BLUE,
+        linewidth=2,
+        marker="o",
+        markersize=8,
+        zorder=2,
+        label="memory budgets, % of the gap",
+    )
+    axes.scatter(
+        [_mib(end) for end in ends],
+        [end["ratio"] for end in ends],
+        zorder=3,
+        label="no budget",
+        color="#000000",
+        marker="s",
+        s=80,
+    )
+    sizes, ratios = [_mib(point) for point in points], [point["ratio"] for point in points]
+    across, up = max(max(sizes) - min(sizes), 0.1 * max(sizes)), max(max(ratios) - min(ratios), 0.02)
+    axes.set_xlim(min(sizes) - 0.12 * across, max(sizes) + 0.12 * across)
+    axes.set_ylim(min(ratios) - 0.15 * up, max(ratios) + 0.15 * up)
+    axes.set_title(f"{title}\n", fontsize=13, loc="left")
+    axes.text(0, 1.02, where, transform=axes.transAxes, fontsize=9, color="#555555")
+    axes.set_xlabel("peak activation memory of a training step, MiB", fontsize=11)
+    axes.set_ylabel(f"step time, relative to {of}", fontsize=11)
+    axes.annotate("↙ better", (0.012, 0.02), xycoords="axes fraction", fontsize=10, color="#555555", style="italic")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False, fontsize=9.5)
+    canvas.draw()  # the layout, which the places of the labels depend on
+    figure.set_layout_engine("none")
+    _label_points(axes, points, canvas.get_renderer())
+    return figure
 
 
 def demo(path: Path, curves: Mapping[str, Sequence[Epoch]], depths: Sequence[Mapping[str, Any]]) -> None:
