@@ -201,6 +201,13 @@ class Planner:
         measured = sum(call.measured for call in calls)
         return max(0.0, took - measured) + sum(2 * step.rebuild + step.backward for step in steps)
 
+    def forget_times(self) -> None:
+        """Let `measured` tell of later steps alone."""
+        with self._lock:
+            for made in self._plans.values():
+                if isinstance(made, Made):
+                    made.times.clear()
+
     def measured(self, made: Made) -> float | None:
         """Seconds of a step under the plan, the median; None if there was none yet."""
         times = [self._watch.between(*pair) for pair in made.times]  # type: ignore[union-attr]

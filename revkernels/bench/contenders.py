@@ -8,7 +8,7 @@ code are another's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from revkernels.autograd.planner import planner_of
 from revkernels.bench.chains import plain_block, unfuse
 from revkernels.bench.networks import Data, Workload
 from revkernels.bench.peers import PEERS, Pairs, Peer
+from revkernels.budget import MemoryBudget
 from revkernels.nn import ReversibleSequential
+from revkernels.nn.plan import Plan
 
-__all__ = ["BASELINE", "BUDGET", "COMPILED", "WAYS", "Contender", "Way"]
+__all__ = ["BASELINE", "BUDGET", "COMPILED", "OPTIONS", "WAYS", "Contender", "Way"]
 
 BASELINE = "store, eager"
 BUDGET = 0.5  # of the stored activations: what torch's partitioner may keep
+_SETTLING = 2  # steps until a memory budget has measured and planned, and a grid is as fine as whole batches allow
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Way:
     Attributes:
         name: of the contender.
         kind: "ours", "torch" or "peer"; what the plot's colours go by.
-        activations, backend: of the `ReversibleSequential`s, and of the network around them.
+        activations, coupling, backend: of the `ReversibleSequential`s, and of the network around them.
+        share: of the way from the memory of reconstructing to that of storing, for a `MemoryBudget` instead of
+            ``activations``.
         chain: makes what takes their place from their branches.
         compiled: by torch.compile.
         budget: torch's ``activation_memory_budget``, of a compiled one.
@@ -46,10 +52,17 @@ class Way:
     kind: str
     activations: str = "store"
     backend: str | None = "eager"
+    coupling: str = "float"
+    share: float | None = None
     chain: Callable[[Pairs], nn.Module] | None = None
     compiled: bool = False
     budget: float | None = None
     peer: Peer | None = None
+
+    @property
+    def settles(self) -> bool:
+        """Whether its first steps are not like the later ones."""
+        return self.share is not None or self.coupling != "float"
 
 
 class _Checkpointed(nn.Module):
@@ -81,6 +94,12 @@ WAYS = (
     Way("reconstruct, fused", "ours", activations="reconstruct", backend=None),
     *(Way(peer.name, "peer", chain=peer.chain, peer=peer) for peer in PEERS),
 )
+#: More of this package's, for networks: streams that come back bit for bit, and a little memory against time.
+OPTIONS = (
+    Way("reconstruct, exact", "ours", activations="reconstruct", backend=None, coupling="exact"),
+    Way("budget 25%", "ours", backend=None, share=0.25),
+    Way("budget 50%", "ours", backend=None, share=0.5),
+)
 
 
 class Contender:
@@ -94,7 +113,9 @@ class Contender:
         self.way = way
         self.device = device.partition(":")[0]
         self.autocast = torch.bfloat16 if dtype == "bfloat16" else None
-        module = workload.make(way.activations, way.backend)
+        # A budget of its own, which all chains of the network share.
+        self.budget = None if way.share is None else MemoryBudget(way.share)
+        module = workload.make(self.budget or way.activations, way.backend, way.coupling)
         if state is not None:
             module.load_state_dict(state)
         self.state = {name: value.clone() for name, value in module.state_dict().items()} if state is None else state
@@ -107,18 +128,46 @@ class Contender:
         self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
         if way.chain is not None:
             _replace_chains(module, way.chain)
+        self._module = module
         self._call: Callable[..., Any] = torch.compile(module, dynamic=False) if way.compiled else module
 
     def step(self, data: Data) -> None:
         """Take a forward and a backward; gradients add up, as over micro-batches."""
         inputs, _, backward = data
         with _budget(self.way.budget):
-            if self.autocast is None:
+            with self._casting():
                 output = self._call(inputs)
-            else:
-                with torch.autocast(self.device, self.autocast):
-                    output = self._call(inputs)
             backward(output)
+
+    def settle(self, data: Data) -> None:
+        """Take the steps on data of this shape that are not like the later ones; none, if there are none."""
+        for _ in range(_SETTLING if self.way.settles else 0):
+            self.step(data)
+
+    def plan(self, data: Data | None = None) -> Plan | None:
+        """Return the plan of the last step's memory budget; None without one.
+
+        Args:
+            data: takes steps on it, under which the plan's peak is measured. The times of earlier steps are forgotten:
+                a later ``plan()`` tells of the steps between the two.
+        """
+        if self.budget is None:
+            return None
+        made: Any = next(part for part in self._module.modules() if hasattr(part, "plan"))
+        if data is None:
+            return made.plan()
+        with self._casting():
+            found = made.plan(data[0])
+        self.forget_times()
+        return found
+
+    def forget_times(self) -> None:
+        """Let the plan tell of the steps from now on."""
+        if self.budget is not None:
+            planner_of(self.budget).forget_times()
+
+    def _casting(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast(self.device, self.autocast)
 
     def captured(self, data: Data) -> Callable[[], None]:
         """Record a step as a CUDA graph. Returns its replay, which adds to the same gradients as `step`.

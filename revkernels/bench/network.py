@@ -27,7 +27,7 @@ from revkernels.bench.profiling import breakdown
 from revkernels.bench.results import as_row
 from revkernels.measure import angle, peak_bytes
 
-__all__ = ["GOALS", "Job", "Limit", "run", "steps"]
+__all__ = ["GOALS", "Job", "Limit", "planned", "run", "steps"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None
     baseline of the same dtype and ``float64_degrees`` to it in float64 (None where ``gradient_error`` says why),
     ``statistics_updates`` in a step, ``images_per_s``, ``ratio_to`` the contenders of the goals, ``goals``, with
     ``job.most`` ``equal_memory_batch`` and ``equal_memory_images_per_s``, and with ``job.profile`` also ``profile``, of
-    `breakdown`. One that failed has ``error`` and no times.
+    `breakdown`. One with a memory budget has ``plan``, of `planned`. One that failed has ``error`` and no times.
     """
     data = _data(job)
     if any(way.compiled for way in job.ways):
@@ -124,11 +124,15 @@ def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None
         more: dict[str, Any] = {"kind": way.kind, "version": None if way.peer is None else way.peer.version()}
         try:
             contender = Contender(way, job.workload, job.dtype, job.device, state)
+            contender.settle(data)
             gradients = _first_step(contender, data, more)
+            if way.share is not None:
+                more["plan"] = planned(contender.plan(data))
             more["peak_bytes"] = peak_bytes(lambda c=contender: c.step(data), job.device)  # type: ignore[misc]
             timed[way.name] = contender.captured(data) if job.graphs else _bound(contender, data)
         except Exception as error:
-            if way.name == BASELINE or way.kind == "ours":
+            # A grid's checksums and a plan's clock are read on the host, which no graph can.
+            if way.name == BASELINE or (way.kind == "ours" and not (job.graphs and way.settles)):
                 raise
             found[way.name] = _failed(job, way, more, error)
             continue
@@ -138,11 +142,16 @@ def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None
             exact = Contender(way, job.workload, "float64", job.device, state).gradients(_data(job, "float64"))
         more |= _compared(gradients, reference, exact)
         living[way.name], found[way.name] = contender, more
+    for contender in living.values():
+        contender.forget_times()
     limits = [g for g in GOALS if _holds(g, job) and {g.variant, g.of} <= living.keys()]
     beside = tuple(dict.fromkeys(goal.of for goal in limits))
     trial = Trial(BASELINE, timed, beside=beside)
     for measured in measure(job.subject, job.case, trial, clock, job.rounds, 1, lambda s: begin(f"{job.case}: {s}")):
         found[measured.variant] = _judged(job, measured, limits, found[measured.variant])
+    for name, contender in living.items():
+        if "plan" in found[name]:
+            found[name]["plan"]["measured_s"] = contender.plan().measured_seconds  # type: ignore[union-attr]
     if job.profile:
         for name, contender in living.items():
             begin(f"{job.case}: a profile of {name}")
@@ -159,6 +168,24 @@ def _first_step(contender: Contender, data: Data, more: dict[str, Any]) -> list[
     after = contender.updates()
     more["statistics_updates"] = None if before is None or after is None else after - before
     return gradients
+
+
+def planned(plan: Any) -> dict[str, Any]:
+    """Return a plan's predictions and measurements for a result line; seconds of the steps taken until now.
+
+    Both are of the chains: from the entry of the first to the end of the backward. See `revkernels.nn.plan.Plan`.
+    """
+    return {
+        "limit_bytes": plan.limit,
+        "reconstructing_bytes": plan.reconstructing,
+        "storing_bytes": plan.storing,
+        "kept_bytes": plan.kept,
+        "predicted_peak_bytes": plan.predicted_peak,
+        "measured_peak_bytes": plan.measured_peak,
+        "predicted_s": plan.predicted_seconds,
+        "measured_s": plan.measured_seconds,
+        "reconstructing_s": plan.reconstructing_seconds,
+    }
 
 
 def _data(job: Job, dtype: str | None = None, batch: int | None = None) -> Data:
@@ -232,6 +259,7 @@ def _at_equal_memory(
 
         def peak(batch: int, contender: Contender = contender) -> int:
             data = _data(job, batch=batch)
+            contender.settle(data)
             return peak_bytes(lambda: contender.step(data), job.device)
 
         first = found[name]["peak_bytes"]

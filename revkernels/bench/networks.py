@@ -30,8 +30,11 @@ class Workload(Protocol):
     def title(self) -> str:
         """For people."""
 
-    def make(self, activations: str, backend: str | None) -> nn.Module:
-        """Return it with weights drawn from torch's default generator; its chains are `ReversibleSequential`s."""
+    def make(self, activations: Any, backend: str | None, coupling: Any = "float") -> nn.Module:
+        """Return it with weights drawn from torch's default generator; its chains are `ReversibleSequential`s.
+
+        ``activations`` and ``coupling`` are theirs; they share what is given, a `MemoryBudget` say.
+        """
 
     def data(self, batch: int, dtype: torch.dtype = torch.float32) -> Data:
         """Return random data; what is drawn does not depend on the dtype."""
@@ -45,7 +48,7 @@ class Network:
         title: for people.
         batch: where none is asked for.
         side: rows and columns of an image.
-        build: the network, given ``activations`` and ``backend``.
+        build: the network, given ``activations``, ``coupling`` and ``backend``.
         classes: how many.
         device: "cpu" or "cuda[:n]".
     """
@@ -57,9 +60,9 @@ class Network:
     classes: int = 10
     device: str = "cpu"
 
-    def make(self, activations: str, backend: str | None) -> nn.Module:
+    def make(self, activations: Any, backend: str | None, coupling: Any = "float") -> nn.Module:
         """Return the network in channels-last order."""
-        made = self.build(self.classes, activations=activations, backend=backend)
+        made = self.build(self.classes, activations=activations, coupling=coupling, backend=backend)
         return made.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def data(self, batch: int, dtype: torch.dtype = torch.float32) -> Data:
@@ -105,13 +108,13 @@ class Stage:
         s = self.shape
         return f"stage {s.depth} branches {s.width}x{s.side}x{s.side}"
 
-    def make(self, activations: str, backend: str | None) -> nn.Module:
+    def make(self, activations: Any, backend: str | None, coupling: Any = "float") -> nn.Module:
         """Return the chain in channels-last order."""
         width = self.shape.width
         blocks = (
             ReversibleBlock(BasicBranch(width, width), BasicBranch(width, width)) for _ in range(self.shape.depth // 2)
         )
-        chain = _Chain(ReversibleSequential(*blocks, activations=activations, backend=backend))
+        chain = _Chain(ReversibleSequential(*blocks, activations=activations, coupling=coupling, backend=backend))
         return chain.to(self.shape.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def data(self, batch: int, dtype: torch.dtype = torch.float32) -> Data:

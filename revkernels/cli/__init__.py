@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``revkernels info | check | demo | drift | bench``.
+"""The command line: ``revkernels info | check | demo | drift | exact | bench``.
 
 Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command asked
 for is imported, so that `info` starts without torch and a missing extra breaks no other command.
@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "run every available backend against the NumPy oracle on this machine",
     "demo": "train a RevNet on real handwritten digits, stored and reversible",
     "drift": "measure how far rebuilt activations and gradients are from the stored ones, by depth or in a training",
+    "exact": "what the grid of an exact coupling costs a training on real digits, and the drift that it spares",
     "bench": "measure the kernels, a chain of blocks, or its memory",
 }
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from revkernels.cli import bench_network
+from revkernels.cli import bench_budget, bench_network
 from revkernels.cli.bench_tables import GOAL, MIB, command_of, depth, goal_cells, how, positive, rounds, rows_of, timing
 from revkernels.cli.output import Table, add_json_option, progress, report
 from revkernels.cli.stamp import environment
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("passes", "the fused norm kernels against the torch calls they replace", _passes, 15),
         ("block", "a step of a chain of blocks, stored, checkpointed and rebuilt", _block, 7),
         ("network", "a training step of whole networks in every way there is", bench_network.network, 5),
+        ("budget", "a training step of a network under growing memory budgets", bench_budget.budget, 7),
         ("peers", "a stage of reversible blocks run by other libraries", bench_network.peers, 7),
         ("memory", "peak activation bytes against depth", _memory, None),
         ("overhead", "what the driver itself costs a half-step", _overhead, 100),
@@ -64,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
         if name in ("network", "peers"):
             bench_network.add_arguments(subject, name)
+        if name == "budget":
+            bench_budget.add_arguments(subject)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,11 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
 
 def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     """Measure whole networks."""
-    from revkernels.bench.contenders import COMPILED, WAYS
+    from revkernels.bench.contenders import COMPILED, OPTIONS, WAYS
     from revkernels.bench.network import Job
     from revkernels.bench.networks import find
 
-    ways = _chosen((*WAYS, *COMPILED) if args.compile else WAYS, args.only, "" if args.compile else " --compile")
+    known = (*WAYS, *OPTIONS, *(COMPILED if args.compile else ()))
+    ways = _chosen(known, args.only, "" if args.compile else " --compile")
     jobs = []
     for name in dict.fromkeys(args.network):
         try:

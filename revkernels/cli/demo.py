@@ -25,7 +25,7 @@ from revkernels.measure import angle, branch_calls, multiply_adds, peak_bytes
 from revkernels.models import BasicBranch, RevNet, revnet38
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "build", "run", "trained"]
 
 #: Options of the model under each mode. The last takes the fused kernels of the device.
 MODES: dict[str, dict[str, Any]] = {
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
     data = digits.load()
     steps = len(MODES) * epochs + 1 + len(DEPTHS)
     with progress("demo", steps) as begin:
-        curves, trained = {}, {}
+        curves, trained_by_mode = {}, {}
         for mode in MODES:
-            trained[mode], curves[mode] = _train(mode, data, epochs, args.seed, begin)
+            trained_by_mode[mode], curves[mode] = trained(mode, partial(build, mode), data, epochs, args.seed, begin)
         begin("measuring a step")
-        costs = _step_costs(trained["store"].state_dict(), data, timed_steps)
+        costs = _step_costs(trained_by_mode["store"].state_dict(), data, timed_steps)
         depths = []
         for depth in DEPTHS:
             begin(f"chains of {depth} blocks")
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build(mode: str) -> RevNet:
-    """RevNet-38 for the digits under ``mode``."""
-    model = revnet38(in_channels=1, **MODES[mode])
+def build(mode: str, **changes: Any) -> RevNet:
+    """RevNet-38 for the digits under ``mode``, some of its options changed."""
+    model = revnet38(in_channels=1, **MODES[mode] | changes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             # The paper's running average forgets over thousands of steps; the demo makes a few hundred.
@@ -86,11 +86,17 @@ def build(mode: str) -> RevNet:
     return model
 
 
-def _train(
-    mode: str, data: digits.Digits, epochs: int, seed: int, begin: Callable[[str], None]
+def trained(
+    name: str,
+    make: Callable[[], RevNet],
+    data: digits.Digits,
+    epochs: int,
+    seed: int,
+    begin: Callable[[str], None],
 ) -> tuple[RevNet, list[training.Epoch]]:
+    """Train what ``make`` makes from ``seed``; ``begin`` hears of every epoch."""
     torch.manual_seed(seed)
-    model = build(mode)
+    model = make()
     done = 0
 
     def announce(epoch: training.Epoch | None = None) -> None:
@@ -98,7 +104,7 @@ def _train(
         if epoch is not None:
             done += 1
         if done < epochs:
-            begin(f"{mode}, epoch {done + 1} of {epochs}" + (f", test {epoch.test_accuracy:.1%}" if epoch else ""))
+            begin(f"{name}, epoch {done + 1} of {epochs}" + (f", test {epoch.test_accuracy:.1%}" if epoch else ""))
 
     announce()
     history = training.train(model, data, epochs, seed, announce)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of the demo and of ``bench network``.
+"""The pictures of the demo, of ``exact``, and of ``bench network`` and ``bench budget``.
 
 Lines and points differ in dash and marker as well as in colour (Okabe and Ito's colour-blind-safe set).
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,25 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from matplotlib.transforms import Bbox
 
 if TYPE_CHECKING:
+    from revkernels.cli.exact import Trained
     from revkernels.cli.training import Epoch
+    from revkernels.diagnostics import DriftRow
 
-__all__ = ["demo", "trade_off"]
+__all__ = ["budgets", "demo", "exact", "trade_off"]
 
 # Thick below thin: curves that coincide stay visible, all three.
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "linewidth": 4.5, "marker": "o", "markersize": 7},
     {"color": "#0072B2", "linewidth": 2.5, "linestyle": "--", "marker": "s", "markersize": 5},
     {"color": "#000000", "linewidth": 1.2, "linestyle": ":", "marker": "^", "markersize": 4},
+)
+
+#: Of drift by depth: float in two precisions, then exact, which coincide.
+_DRIFTS: tuple[dict[str, Any], ...] = (
+    {"color": "#E69F00", "linewidth": 2, "marker": "o", "markersize": 6},
+    {"color": "#D55E00", "linewidth": 2, "linestyle": "--", "marker": "s", "markersize": 5},
+    {"color": "#56B4E9", "linewidth": 4.5, "marker": "D", "markersize": 7},
+    {"color": "#0072B2", "linewidth": 1.5, "linestyle": ":", "marker": "^", "markersize": 4},
 )
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#7A7A7A"
@@ -101,7 +112,7 @@ def _trade_off(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]], where:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    return "fused" if row["variant"].endswith("fused") else row["kind"]
+    return "fused" if row["kind"] == "ours" and not row["variant"].endswith("eager") else row["kind"]
 
 
 def _mib(row: Mapping[str, Any]) -> float:
@@ -159,6 +170,75 @@ def _place(note: Annotation, taken: Sequence[Bbox], inside: Bbox, renderer: Any)
     return put(*best)
 
 
+def budgets(title: str, rows: Sequence[Mapping[str, Any]], where: str) -> Figure:
+    """Draw the curve of memory budgets from reconstructing to storing: time relative to storing against peak memory.
+
+    Args:
+        title: what was measured.
+        rows: of `revkernels.bench.budget.run`, reconstructing first and storing last.
+        where: device, threads and versions.
+    """
+    figure = Figure(figsize=(8.6, 5.2), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    of = rows[-1]["variant"]
+    points = [
+        {
+            "variant": row["variant"].removeprefix("budget "),
+            "kind": "torch" if row["share"] is None else "ours",  # the colour of its name
+            "peak_bytes": row["peak_bytes"],
+            "ratio": row["ratio_to"][of],
+            "error": None,
+        }
+        for row in rows
+    ]
+    ends, curve = [points[0], points[-1]], points[1:-1]
+    axes.plot(
+        [_mib(end) for end in ends],
+        [end["ratio"] for end in ends],
+        color="#AAAAAA",
+        linestyle="--",
+        linewidth=1.2,
+        zorder=1,
+        label="every byte worth the same",
+    )
+    axes.plot(
+        [_mib(point) for point in curve],
+        [point["ratio"] for point in curve],
+        color=_BLUE,
+        linewidth=2,
+        marker="o",
+        markersize=8,
+        zorder=2,
+        label="memory budgets, % of the gap",
+    )
+    axes.scatter(
+        [_mib(end) for end in ends],
+        [end["ratio"] for end in ends],
+        zorder=3,
+        label="no budget",
+        color="#000000",
+        marker="s",
+        s=80,
+    )
+    sizes, ratios = [_mib(point) for point in points], [point["ratio"] for point in points]
+    across, up = max(max(sizes) - min(sizes), 0.1 * max(sizes)), max(max(ratios) - min(ratios), 0.02)
+    axes.set_xlim(min(sizes) - 0.12 * across, max(sizes) + 0.12 * across)
+    axes.set_ylim(min(ratios) - 0.15 * up, max(ratios) + 0.15 * up)
+    axes.set_title(f"{title}\n", fontsize=13, loc="left")
+    axes.text(0, 1.02, where, transform=axes.transAxes, fontsize=9, color="#555555")
+    axes.set_xlabel("peak activation memory of a training step, MiB", fontsize=11)
+    axes.set_ylabel(f"step time, relative to {of}", fontsize=11)
+    axes.annotate("↙ better", (0.012, 0.02), xycoords="axes fraction", fontsize=10, color="#555555", style="italic")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False, fontsize=9.5)
+    canvas.draw()  # the layout, which the places of the labels depend on
+    figure.set_layout_engine("none")
+    _label_points(axes, points, canvas.get_renderer())
+    return figure
+
+
 def demo(path: Path, curves: Mapping[str, Sequence[Epoch]], depths: Sequence[Mapping[str, Any]]) -> None:
     """Write three panels to ``path``: training loss by epoch, activation memory and gradient angle by depth.
 
@@ -201,6 +281,51 @@ def _training(axes: Axes, curves: Mapping[str, Sequence[Epoch]]) -> None:
         axes.plot(range(1, len(epochs) + 1), [epoch.loss for epoch in epochs], label=label, **line)
     axes.set(title="RevNet-38 learns 8 x 8 digits", xlabel="epoch", ylabel="training loss", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def exact(path: Path, rows: Sequence[DriftRow], trained: Mapping[str, Sequence[Trained]]) -> None:
+    """Write two panels to ``path``: the drift of rebuilt streams by depth, and training losses.
+
+    Args:
+        path: of the PNG.
+        rows: of `revkernels.diagnostics.drift`, for one chain.
+        trained: name of a coupling to its trainings, a seed each.
+    """
+    figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
+    errors, losses = figure.subplots(1, 2)
+    lines = list(dict.fromkeys((row.coupling, row.precision) for row in rows))
+    for (coupling, precision), line in zip(lines, _DRIFTS, strict=False):
+        own = [row for row in rows if (row.coupling, row.precision) == (coupling, precision)]
+        errors.plot(
+            [row.depth for row in own], [row.rms_error for row in own], label=f"{coupling}, {precision}", **line
+        )
+    least = min((row.rms_error for row in rows if row.rms_error), default=1e-8)
+    errors.set_yscale("symlog", linthresh=least / 4)  # an exact coupling is at 0, which has no logarithm
+    errors.set_ylim(-least / 16, 10 * max([least, *(row.rms_error or 0 for row in rows)]))
+    errors.set_xscale("log", base=2)
+    errors.set_xticks(sorted({row.depth for row in rows}))
+    errors.xaxis.set_major_formatter(ScalarFormatter())
+    errors.xaxis.set_minor_formatter(NullFormatter())
+    errors.set(title="Rebuilt input against the true one", ylabel="relative error (rms)")
+    errors.set_xlabel("depth of the chain, reversible blocks")
+    for (name, runs), line in zip(trained.items(), (*_LINES, _DRIFTS[1]), strict=False):
+        curves = list(zip(*([epoch.loss for epoch in one.epochs] for one in runs), strict=True))
+        epochs, means = range(1, len(curves) + 1), [statistics.mean(losses) for losses in curves]
+        right = [100 * one.epochs[-1].test_accuracy for one in runs]
+        spread = f" ± {statistics.stdev(right):.1f}" if len(right) > 1 else ""
+        losses.plot(epochs, means, label=f"{name}: {statistics.mean(right):.1f}{spread} % test accuracy", **line)
+        losses.fill_between(
+            epochs, [min(c) for c in curves], [max(c) for c in curves], color=line["color"], alpha=0.15, linewidth=0
+        )
+    count = len(next(iter(trained.values())))
+    losses.set(title="RevNet-38 learns 8 x 8 digits", xlabel="epoch", yscale="log")
+    losses.set_ylabel("training loss" + (f", mean and range of {count} seeds" if count > 1 else ""))
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (errors, losses):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
 
 
 def _label(axes: Axes, text: str, x: float, y: float, offset: tuple[int, int]) -> None:
