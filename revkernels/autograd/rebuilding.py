@@ -112,7 +112,8 @@ class Rebuilding:
     def _unpack_kept(self, token: KeptTensor) -> torch.Tensor:
         k, tensor, version = token
         if version_of(tensor) != version:
-            problem = self._steps[k].snapshot.problem() or "a tensor needed for its gradient was changed in place"
+            problem = self._steps[k].snapshot.problem() or self._surroundings.problem()
+            problem = problem or "a tensor needed for its gradient was changed in place"
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         task = torch._C._current_graph_task_id()
         if task != -1:
