@@ -50,6 +50,11 @@ class _Counting(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What torch.compile has compiled runs compiled, in the mode as without it (where torch knows of this, 2.9)."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()
         self._next = self._print = 0
@@ -80,15 +85,17 @@ class Noting(_Counting):
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         if self.wanted.get(number) == self._print and _is_plain(out):
-            self.kept[number] = self._print, _each(out, torch.Tensor.detach), [t._version for t in _tensors(out)]
+            self.kept[number] = self._print, out, [t._version for t in _tensors(out)]
         return out
 
     def settle(self) -> dict[int, KeptOp]:
         """After the branch: what is kept, without what it has written over since."""
+        kept, self.kept = self.kept, {}
+        # Detached here and not in the mode, where an alias has a version of its own and would not tell of a write.
         return {
-            number: kept
-            for number, kept in self.kept.items()
-            if kept[2] == [tensor._version for tensor in _tensors(kept[1])]
+            number: (mark, _each(out, torch.Tensor.detach), versions)
+            for number, (mark, out, versions) in kept.items()
+            if _unwritten(out, versions)
         }
 
 
@@ -101,7 +108,7 @@ class Replaying(_Counting):
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = self.kept.get(number)
-        if known is not None and known[0] == self._print:
+        if known is not None and known[0] == self._print and _unwritten(*known[1:]):
             return _each(known[1], torch.Tensor.detach)  # an alias of its own, for autograd makes it part of its graph
         return func(*args, **kwargs)
 
@@ -214,6 +221,10 @@ def _tensors(out: Any) -> Iterator[torch.Tensor]:
     for item in out if isinstance(out, (tuple, list)) else (out,):
         if isinstance(item, torch.Tensor):
             yield item
+
+
+def _unwritten(out: Any, versions: list[int]) -> bool:
+    return [tensor._version for tensor in _tensors(out)] == versions
 
 
 def size_of(out: Any) -> int:
