@@ -34,6 +34,23 @@ def is_recomputing() -> bool:
     return getattr(_local, "recomputing", False)
 
 
+class within_a_branch:  # noqa: N801, as a function it would be a generator, and slow
+    """While a branch runs that may be run again."""
+
+    __slots__ = ("outer",)
+
+    def __enter__(self) -> None:
+        self.outer, _local.within = getattr(_local, "within", False), True
+
+    def __exit__(self, *_: object) -> None:
+        _local.within = self.outer
+
+
+def is_within_a_branch() -> bool:
+    """Whether this thread runs a branch of a chain that rebuilds, for the first or for the second time."""
+    return getattr(_local, "within", False) or is_recomputing()
+
+
 class KeptTensor(NamedTuple):
     """A saved tensor that is kept under a memory budget: its half-step, the tensor, and its version then."""
 

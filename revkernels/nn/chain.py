@@ -20,7 +20,8 @@ from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
 from revkernels.autograd.planner import Keeping, planner_of
-from revkernels.autograd.reversal import Reversal, is_recomputing
+from revkernels.autograd.rebuilding import is_within_a_branch
+from revkernels.autograd.reversal import Reversal
 from revkernels.autograd.surroundings import tensors_in
 from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
@@ -246,7 +247,8 @@ def _keeping(
 ) -> Keeping | None:
     """What the call keeps under a memory budget, if there is one that makes a difference."""
     budget = owner.activations
-    if not isinstance(budget, MemoryBudget) or is_recomputing():  # in a branch that is run again, for its streams alone
+    # What a branch keeps is the outer chain's affair: kept in its forward too, it would be there twice.
+    if not isinstance(budget, MemoryBudget) or is_within_a_branch():
         return None
     device = streams[0].device.type
     kind = (
