@@ -85,7 +85,10 @@ def _parsed(amount: Any) -> int | float:
             )
         number, percent, unit = found.groups()
         if percent is None:
-            return round(float(number) * _UNITS[unit.lower()])
+            count = float(number) * _UNITS[unit.lower()]
+            if count == math.inf:
+                raise ValueError(f"amount is {amount!r}; it must be finite (float('inf') stores everything)")
+            return round(count)
         amount = float(number) / 100
     if isinstance(amount, int):
         if amount < 0:

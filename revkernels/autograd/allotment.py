@@ -29,13 +29,15 @@ class Option(NamedTuple):
         saved: seconds of the recompute that it spares.
         whole: it keeps all that its backward needs, and is not run again.
         before: of a ``whole`` one, the bytes of the stream it adds to, as it was: kept too, unless the half-step before
-            is whole as well and has that stream already.
+            ``covers`` it.
+        covers: what it keeps includes the stream that the next half-step adds to.
     """
 
     kept: int
     saved: float
     whole: bool = False
     before: int = 0
+    covers: bool = False
 
 
 class Stop(NamedTuple):
@@ -60,7 +62,7 @@ def allot(stops: Sequence[Stop], turn: int, limit: float) -> list[int] | None:
     unit = max(1, -(-most // UNITS))
     size = -(-most // unit) + len(stops)
     nothing = -np.inf
-    # best[whole][used]: the most time saved, if the last half-step was whole or not
+    # best[covers][used]: the most time saved, if the last half-step covers the next one's stream or not
     best = np.full((2, size + 1), nothing)
     best[0, 0] = 0.0
     came: list[np.ndarray] = []
@@ -73,7 +75,7 @@ def allot(stops: Sequence[Stop], turn: int, limit: float) -> list[int] | None:
                 step = -(-kept // unit)
                 if step > size:
                     continue
-                now = int(option.whole)
+                now = int(option.covers)
                 candidates = best[last, : size + 1 - step] + option.saved
                 better = candidates > following[now, step:]
                 following[now, step:][better] = candidates[better]
@@ -81,12 +83,12 @@ def allot(stops: Sequence[Stop], turn: int, limit: float) -> list[int] | None:
         best = following
         came.append(chosen)
     _cut(best, turn, limit, unit)
-    whole, used = np.unravel_index(int(np.argmax(best)), best.shape)
+    covers, used = np.unravel_index(int(np.argmax(best)), best.shape)
     numbers = []
     for chosen in reversed(came):
-        number, last, step = chosen[whole, used]
+        number, last, step = chosen[covers, used]
         numbers.append(int(number))
-        whole, used = last, used - step
+        covers, used = last, used - step
     return numbers[::-1]
 
 

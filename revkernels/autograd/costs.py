@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.allotment import Option
 from revkernels.autograd.kept_ops import Looking, Measuring, Noting, OpCost, Stopwatch
 from revkernels.autograd.live_bytes import live_bytes
 from revkernels.autograd.recorded import Frame, RecordedStep
 
+_FEW = 1024  # bytes that a tensor takes besides its data
 _LEAST_SHARE = 0.02  # of a recompute's time: operators below it are not worth a place in the plan
 
 
@@ -29,9 +31,10 @@ class StepCost:
         rebuild: seconds of the recompute, couplings included. backward: of the branch's backward behind it.
         own: bytes that its saved tensors hold besides streams and parameters.
         source: bytes of the stream it reads, if that is saved. target: of the stream it adds to.
-        parameter: bytes of its largest parameter, whose gradient is made before it is added up.
-        live: bytes that were allocated where its backward was looked at, at most, above what there was when the step
+        parameter: bytes of the parameters of its largest layer, whose gradients are made before they are added up.
+        live: bytes that were allocated where its backward was looked at, at most, above what there was when the call
             began; None if nobody tells. forward: likewise where its forward was.
+        covers: the stream it reads is saved, and is the one that the next half-step adds to.
     """
 
     branch: str
@@ -44,14 +47,17 @@ class StepCost:
     parameter: int
     live: int | None = None
     forward: int | None = None
+    covers: bool = False
 
     @property
     def kind(self) -> Any:
         """Equal for half-steps that do the same on tensors of the same sizes."""
-        return tuple((op.name, op.bytes) for op in self.ops), self.own, self.source, self.target, self.parameter
+        ops = tuple((op.name, op.bytes, op.print) for op in self.ops)
+        return ops, self.own, self.source, self.target, self.parameter
 
-    def working(self, base: int) -> int:
-        """Bytes at the peak of its backward. ``base``: those around it, which count where `live` is not known.
+    def working(self, base: int, earlier: int) -> int:
+        """Bytes at the peak of its backward. ``earlier``: those there were when the call began; ``base``: these and all
+        that is around it, for where `live` is not known.
 
         Seen was what there is before each of its nodes runs, and behind each operator of its forward. Between these an
         operator makes one tensor more than it returns, to have its data in another order, and its backward what is
@@ -61,7 +67,7 @@ class StepCost:
         passing = max([self.target, *(op.passing for op in self.ops)])
         if self.live is None:
             return base + self.own + 2 * self.target + passing + self.parameter
-        return max(self.live + passing, (self.forward or 0) + largest) + self.parameter
+        return earlier + max(self.live + passing, (self.forward or 0) + largest) + self.parameter
 
     def choices(self, way: tuple[float, float] | None = None) -> list[Choice]:
         """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), all of it in
@@ -72,32 +78,34 @@ class StepCost:
         found = [Choice.nothing()]
         worth = [op for op in self.ops if op.keepable and op.bytes and op.seconds > _LEAST_SHARE * self.rebuild]
         worth.sort(key=lambda op: op.seconds / op.bytes, reverse=True)
-        kept, saved, numbers = 0, -2 * len(self.ops) * overhead(), []
+        kept, saved, ops = 0, -2 * len(self.ops) * overhead(), dict[int, int]()
         for op in worth:
             kept, saved = kept + op.bytes, saved + op.seconds
-            numbers.append(op.number)
+            ops[op.number] = op.print
             if saved > found[-1].option.saved:
-                found.append(Choice(Option(kept, saved), frozenset(numbers)))
+                found.append(Choice(Option(kept, saved), dict(ops)))
         if way is not None:
             size = self.own + self.source + self.target
             waits = max(0.0, size * way[0] - self.rebuild), max(0.0, size * way[1] - self.backward)
             if self.rebuild > sum(waits):  # beside the forward, which takes as long as the rebuild, and the backward
-                found.append(Choice(Option(0, self.rebuild - sum(waits), True), frozenset(), away=True))
-        found.append(Choice(Option(self.own + self.source, self.rebuild, True, self.target), frozenset()))
+                found.append(Choice(Option(0, self.rebuild - sum(waits), True), {}, away=True))
+        whole = Option(self.own + self.source, self.rebuild, True, self.target, self.covers)
+        found.append(Choice(whole, {}))
         return found
 
 
 class Choice(NamedTuple):
-    """An `Option`, the numbers of the operators whose outputs it keeps, and whether it keeps all in host memory."""
+    """An `Option`, the numbers of the operators whose outputs it keeps, with their prints, and whether it keeps all in
+    host memory."""
 
     option: Option
-    ops: frozenset[int]
+    ops: dict[int, int]
     away: bool = False
 
     @staticmethod
     def nothing() -> Choice:
         """Keep nothing."""
-        return Choice(Option(0, 0.0), frozenset())
+        return Choice(Option(0, 0.0), {})
 
 
 @dataclass
@@ -109,12 +117,14 @@ class CallCost:
         steps: its half-steps; None where the backward did not come.
         measured: seconds that its forward took, and the rebuilds and backwards of its half-steps, as they were.
         turn: bytes allocated where its forward had ended and its backward began, counted like `StepCost.live`.
+        entry: bytes allocated where it began, its input aside, above what there was when the step began.
     """
 
     streams: int
     steps: list[StepCost | None]
     measured: float
     turn: int | None = None
+    entry: int = 0
 
     @property
     def held(self) -> int:
@@ -140,7 +150,7 @@ def smoothed(steps: Sequence[StepCost | None]) -> list[StepCost | None]:
 
 def _at(typical: StepCost, step: StepCost) -> StepCost:
     """What is typical of its kind, in the step's place."""
-    return replace(typical, branch=step.branch, live=step.live, forward=step.forward)
+    return replace(typical, branch=step.branch, live=step.live, forward=step.forward, covers=step.covers)
 
 
 def _typical(alike: Sequence[StepCost]) -> StepCost:
@@ -166,15 +176,18 @@ class _Reading:
     end: Any = None
     sizes: dict[str, int] = field(default_factory=dict)
     live: int | None = None
+    reads: int | None = None  # the stream that it reads, if that is saved
+    target: int = -1
 
 
 class Level:
     """The bytes allocated now above what there was when the step began, gradients of parameters aside."""
 
-    def __init__(self, device: torch.device, streams: Sequence[torch.Tensor]) -> None:
+    def __init__(self, device: torch.device, entered: int) -> None:
         self.device = device
         start = live_bytes(device)
-        self.start = None if start is None else start - sum(map(bytes_of, streams))  # its input counts
+        self.start = None if start is None else start - entered  # its input counts
+        self._others = 0
         self._parameters: dict[torch.Tensor, bool] = {}
         self._gradients = 0
 
@@ -187,18 +200,34 @@ class Level:
         """See which of them have got some."""
         self._gradients = sum(bytes_of(p.grad) for p, had in self._parameters.items() if not had and p.grad is not None)
 
+    def raw(self) -> int | None:
+        """The bytes as the allocator has them; None if nobody tells."""
+        return None if self.start is None else live_bytes(self.device)
+
+    def learn(self, before: int | None, made: int) -> None:
+        """Of an operator: what it has allocated beyond what it made stays with a library (buffers of its threads, what
+        it has compiled), which allocates it once. Not this step's."""
+        now = self.raw()
+        if now is not None and before is not None:
+            self._others += max(0, now - before - made - _FEW)
+
     def read(self) -> int | None:
         """The bytes; None if nobody tells."""
-        now = None if self.start is None else live_bytes(self.device)
-        return None if now is None else max(0, now - self.start - self._gradients)  # type: ignore[operator]
+        now = self.raw()
+        return None if now is None else max(0, now - self.start - self._gradients - self._others)  # type: ignore[operator]
 
 
 class Meter:
     """Reads the clock and the sizes while a call's backward rebuilds its half-steps; `costs` when that is over."""
 
-    def __init__(self, streams: Sequence[torch.Tensor], branches: Sequence[Any], level: Level) -> None:
+    def __init__(
+        self, streams: Sequence[torch.Tensor], branches: Sequence[Any], level: Level, entered: int, kept: int
+    ) -> None:
         self.watch, self.level = Stopwatch(level.device), level
         self.streams = sum(map(bytes_of, streams))
+        now = level.read()
+        self._offset = 0 if now is None else now - entered
+        self._entry = max(0, self._offset - kept)
         self._readings: dict[int, _Reading] = {}
         self._entered, self._left = self.watch.read(), None
         self._turn: int | None = None
@@ -208,33 +237,37 @@ class Meter:
     def forward_over(self) -> None:
         """The call's forward has ended."""
         self._left = self.watch.read()
-        self._turn = self.level.read()
+        self._turn = self._read()
+
+    def _read(self) -> int | None:
+        now = self.level.read()
+        return None if now is None else max(0, now - self._offset)
 
     def forward_of(self, k: int) -> Looking:
         """The mode for the forward of half-step k's branch."""
 
         def look() -> None:
-            now = self.level.read()
+            now = self._read()
             if now is not None:
                 self._forward[k] = max(now, self._forward.get(k, 0))
 
-        return Looking(look)
+        return Looking(self.level, look)
 
     def backward_begins(self) -> None:
         """The streams are about to be rebuilt."""
-        now = self.level.read()
+        now = self._read()
         if now is not None and self._turn is not None:
             self._turn = max(self._turn, now)
 
     def look(self, k: int) -> None:
         """A node of half-step k's backward is about to run."""
-        reading, now = self._readings[k], self.level.read()
+        reading, now = self._readings[k], self._read()
         if now is not None:
             reading.live = now if reading.live is None else max(reading.live, now)
 
     def begin(self, k: int) -> Measuring:
         """Half-step k is about to be rebuilt: the mode to run its branch in."""
-        mode = Measuring(self.watch.read)
+        mode = Measuring(self.watch.read, self.level)
         self._readings[k] = _Reading(mode, self.watch.read())
         self.level.recount()
         self.look(k)
@@ -251,14 +284,18 @@ class Meter:
         of_streams = {
             stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams if type(stream) in _PLAIN
         }
+        half_step = step.half_step
+        reading.target = half_step.target
         plain = [saved for saved in frame if type(saved[0]) in _PLAIN]
         saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in plain}
         reading.sizes = {
             "own": sum(size for at, size in saved.items() if at not in theirs and at not in of_streams),
             "source": sum(size for at, size in of_streams.items() if at in saved),
             "target": target,
-            "parameter": max(map(bytes_of, parameters), default=0),
+            "parameter": max((_own(module) for module in step.snapshot.modules), default=0),
         }
+        if len(streams) == 1 and reading.sizes["source"]:
+            reading.reads = half_step.sources[0]
 
     def costs(self, names: Sequence[str]) -> CallCost:
         """What was read; waits for a device. ``names``: of the half-steps."""
@@ -267,16 +304,29 @@ class Meter:
         for k, reading in self._readings.items():
             if reading.end is None:
                 continue
-            behind = self._readings.get(k - 1)
+            behind, ahead = self._readings.get(k - 1), self._readings.get(k + 1)
             backward = 0.0 if behind is None else between(reading.end, behind.start)
             ops = tuple(reading.mode.costs(between))
             rebuild = max(0.0, between(reading.start, reading.end) - cost * len(ops))
             found[k] = StepCost(
-                names[k], ops, rebuild, backward, **reading.sizes, live=reading.live, forward=self._forward.get(k)
+                names[k],
+                ops,
+                rebuild,
+                backward,
+                **reading.sizes,
+                live=reading.live,
+                forward=self._forward.get(k),
+                covers=reading.reads is not None and ahead is not None and ahead.target == reading.reads,
             )
         forward = 0.0 if self._left is None else between(self._entered, self._left)
         took = forward + sum(step.rebuild + step.backward for step in found if step is not None)
-        return CallCost(self.streams, smoothed(found), took, self._turn)
+        return CallCost(self.streams, smoothed(found), took, self._turn, self._entry)
+
+
+def _own(module: nn.Module) -> int:
+    """Bytes of the layer's own parameters."""
+    own = (p for p in module._parameters.values() if p is not None)
+    return sum(bytes_of(p) for p in own if not isinstance(p, UninitializedTensorMixin))
 
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -300,7 +350,7 @@ def overhead() -> float:
                 start = watch.read()
                 torch.neg(x)
                 plain = watch.read()
-                with Noting(frozenset()):
+                with Noting({}):
                     inside = watch.read()
                     torch.neg(x)
                     end = watch.read()

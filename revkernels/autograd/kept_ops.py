@@ -2,24 +2,25 @@
 """Operators whose outputs are kept from a branch's forward, so that its recompute does not run them again.
 
 An operator is known by its number among those that count: that make something new out of tensors, the same every time.
-The branch's forward and its recompute run the same ones in the same order.
+The branch's forward and its recompute run the same ones in the same order; where they turn out not to, since a hook
+does more in one of them, say, nothing is kept or used from there on: an operator goes with a print of all before it.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd.surroundings import draws
 
-#: Kept outputs of an operator: it, what it returned, and the versions of the tensors in that.
-KeptOp = tuple[Any, Any, list[int]]
+#: Kept outputs of an operator: its print, what it returned, and the versions of the tensors in that.
+KeptOp = tuple[int, Any, list[int]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class OpCost:
     """What one operator of a branch costs.
 
     Attributes:
-        number: among those that count.
+        number: among those that count; -1 for one that does not.
+        print: of it and of all that count before it.
         name: of the operator.
         seconds: that it took.
         bytes: of its outputs. passing: that its backward may have at hand besides what it is given.
@@ -40,46 +42,60 @@ class OpCost:
     bytes: int
     keepable: bool
     passing: int = 0
+    print: int = 0
 
 
 class _Counting(TorchDispatchMode):
     """Numbers the operators that count."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What torch.compile has compiled runs compiled, in the mode as without it (where torch knows of this, 2.9)."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()
-        self._next = 0
+        self._next = self._print = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _counts(func) or (torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs)):
-            return func(*args, **kwargs)
+            return self.uncounted(func, args, kwargs)
         number, self._next = self._next, self._next + 1
+        self._print = hash((self._print, func))
         return self.run(number, func, args, kwargs)
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
+    def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
 
 class Noting(_Counting):
-    """In the forward: keeps the outputs of the ``wanted`` operators, in ``kept`` by number."""
+    """In the forward: keeps the outputs of the ``wanted`` operators (number: print), in ``kept`` by number."""
 
-    def __init__(self, wanted: Set[int]) -> None:
+    def __init__(self, wanted: Mapping[int, int]) -> None:
         super().__init__()
         self.wanted = wanted
         self.kept: dict[int, KeptOp] = {}
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        if number in self.wanted and _is_plain(out):
-            self.kept[number] = func, _each(out, torch.Tensor.detach), [t._version for t in _tensors(out)]
+        if self.wanted.get(number) == self._print and _is_plain(out):
+            self.kept[number] = self._print, out, [t._version for t in _tensors(out)]
         return out
 
     def settle(self) -> dict[int, KeptOp]:
         """After the branch: what is kept, without what it has written over since."""
+        kept, self.kept = self.kept, {}
+        # Detached here and not in the mode, where an alias has a version of its own and would not tell of a write.
         return {
-            number: kept
-            for number, kept in self.kept.items()
-            if kept[2] == [tensor._version for tensor in _tensors(kept[1])]
+            number: (mark, _each(out, torch.Tensor.detach), versions)
+            for number, (mark, out, versions) in kept.items()
+            if _unwritten(out, versions)
         }
 
 
@@ -92,41 +108,52 @@ class Replaying(_Counting):
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = self.kept.get(number)
-        if known is not None and known[0] is func:
+        if known is not None and known[0] == self._print and _unwritten(*known[1:]):
             return _each(known[1], torch.Tensor.detach)  # an alias of its own, for autograd makes it part of its graph
         return func(*args, **kwargs)
 
 
 class Looking(_Counting):
-    """Calls ``look`` behind every operator that counts."""
+    """Has ``level`` look behind every operator that makes something. Calls ``look`` there."""
 
-    def __init__(self, look: Callable[[], None]) -> None:
+    def __init__(self, level: Watched, look: Callable[[], None]) -> None:
         super().__init__()
-        self.look = look
+        self.level, self.look = level, look
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self.level.raw()
         out = func(*args, **kwargs)
+        self.level.learn(before, size_of(out))
         self.look()
         return out
+
+    def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.run(-1, func, args, kwargs) if _makes(func) else func(*args, **kwargs)
 
 
 class Measuring(_Counting):
     """Times every operator that counts. ``costs`` may be read when ``clock`` can tell."""
 
-    def __init__(self, clock: Callable[[], Any]) -> None:
+    def __init__(self, clock: Callable[[], Any], level: Watched) -> None:
         super().__init__()
-        self.clock = clock
+        self.clock, self.level = clock, level
         self._seen: list[tuple[OpCost, Any, Any, list[tuple[Any, int]]]] = []
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self.level.raw()
         start = self.clock()
         out = func(*args, **kwargs)
         end = self.clock()
-        size = sum(t.untyped_storage().nbytes() for t in _tensors(out))
+        size = size_of(out)
+        self.level.learn(before, size)
         versions = [(weakref.ref(t), t._version) for t in _tensors(out)]  # not held: the step's peak must not rise
-        cost = OpCost(number, str(func), 0.0, size, _is_plain(out), _passing(func, out, size))
+        keepable = number >= 0 and _is_plain(out)
+        cost = OpCost(number, str(func), 0.0, size, keepable, _passing(func, out, size), self._print)
         self._seen.append((cost, start, end, versions))
         return out
+
+    def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.run(-1, func, args, kwargs) if _makes(func) else func(*args, **kwargs)
 
     def settle(self) -> None:
         """After the branch: see which outputs it wrote over, as far as they are still there. (`Noting` sees to it.)"""
@@ -139,13 +166,30 @@ class Measuring(_Counting):
         return [replace(cost, seconds=between(start, end)) for cost, start, end, _ in self._seen]
 
 
+class Watched(Protocol):
+    """What `revkernels.autograd.costs.Level` does for the modes."""
+
+    def raw(self) -> int | None: ...
+
+    def learn(self, before: int | None, made: int) -> None: ...
+
+
 _KNOWN: dict[Any, bool] = {}
+#: Autocast casts a leaf once and any other tensor each time, and a stream is a leaf in the recompute alone.
+_CASTS = {torch.ops.aten._to_copy.default}
 _FACTORIES = ("empty", "new_", "zeros_like", "ones_like", "full_like")
 
 
 def _counts(func: Any) -> bool:
+    """Whether the operator makes something new of tensors, and is no cast."""
+    return func not in _CASTS and _makes(func)
+
+
+def _makes(func: Any) -> bool:
     """Whether the operator makes something new of tensors: no view, nothing in place, no mere memory."""
     known = _KNOWN.get(func)
+    if known is None and not isinstance(func, torch._ops.OpOverload):
+        known = _KNOWN[func] = False  # an operator of higher order
     if known is None:
         schema = func._schema
         reads = any("Tensor" in str(argument.type) for argument in schema.arguments)
@@ -177,6 +221,15 @@ def _tensors(out: Any) -> Iterator[torch.Tensor]:
     for item in out if isinstance(out, (tuple, list)) else (out,):
         if isinstance(item, torch.Tensor):
             yield item
+
+
+def _unwritten(out: Any, versions: list[int]) -> bool:
+    return [tensor._version for tensor in _tensors(out)] == versions
+
+
+def size_of(out: Any) -> int:
+    """Bytes of the tensors in it."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(out)}.values())
 
 
 def _each(out: Any, action: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -3,15 +3,18 @@
 
 One planner serves all chains that were given one budget. A step is a sequence of calls of chains, and the backwards
 that end them. The first step of a kind (the same branches on streams of the same shapes, in the same order) rebuilds
-everything and is measured; then the plan is made, and holds for every later step of that kind.
+everything and is measured; then the plan is made, and holds for every later step of that kind. A call whose graph is
+thrown away does not count; one whose backward is still to come does, in whatever step that is.
 """
 
 from __future__ import annotations
 
 import statistics
 import threading
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from revkernels.budget import MemoryBudget, words
 
 _KINDS = 32  # of steps that are remembered
 _TIMES = 15  # of steps that the measured time is the median of
+_SPARE = 2**16  # bytes by which two readings of small chains differ
 
 NOTHING = Choice.nothing()
 
@@ -41,7 +45,7 @@ class Made:
 
     Attributes:
         calls: the costs of the calls of chains, in order.
-        choices: for every call, what its half-steps keep.
+        choices: for every call, what its half-steps keep. kept: the bytes of that, by call.
         limit, reconstructing, storing: bytes at the peak: allowed, without keeping anything, keeping everything.
         peak, saved: what the plan is expected to have there, and the seconds that it saves.
         first: seconds of a step that rebuilds everything, from the measured one.
@@ -68,27 +72,28 @@ class Made:
         ]
         numbers = allot(stops, self.turn, self.limit)
         if numbers is None:
+            least = self.reconstructing + max(self.reconstructing // 64, _SPARE)
             raise ValueError(
                 f"{budget!r} cannot be kept to: with everything rebuilt the chains of this step take "
-                f"{words(self.reconstructing)} ({self.reconstructing} bytes) at their peak, which is the least budget "
-                f"there is for inputs of this size"
+                f"{words(self.reconstructing)} at their peak; the least budget for inputs of this size is {least} bytes"
             )
         left = iter(numbers)
         self.choices = [[menu[next(left)] for menu in of_call] for of_call in menus]
+        if self._peak(everything) <= self.limit:  # `allot` counts streams that are not there if nothing is rebuilt
+            self.choices = everything
+        self.kept = [sum(_kept_by(of_call)) for of_call in self.choices]
         self.peak = self._peak(self.choices)
         self.saved = sum(choice.option.saved for of_call in self.choices for choice in of_call)
         self.times: deque[tuple[Any, Any]] = deque(maxlen=_TIMES)
 
     def _peak(self, choices: Sequence[Sequence[Choice]]) -> int:
         used = most = 0
-        whole = False
         for call, of_call, at in zip(self.calls, choices, self._workings, strict=True):
             # What keeps everything never rebuilds its streams.
-            less = call.streams if all(option.whole for option, *_ in of_call) else 0
-            for (option, *_), working in zip(of_call, at, strict=True):
+            less = call.streams if all(choice.option.whole for choice in of_call) else 0
+            for kept, working in zip(_kept_by(of_call), at, strict=True):
                 most = max(most, used + working - less)
-                used += option.kept + (option.before if option.whole and not whole else 0)
-                whole = option.whole
+                used += kept
         return max(most, used + self.turn)
 
     @property
@@ -97,15 +102,24 @@ class Made:
         return self.first - self.saved
 
 
+def _kept_by(choices: Sequence[Choice]) -> Iterator[int]:
+    """The bytes that each half-step of a call keeps."""
+    rebuilt = covered = False
+    for option, *_ in choices:
+        # Streams are needed again where an earlier half-step is rebuilt.
+        yield option.kept + (option.before if option.whole and rebuilt and not covered else 0)
+        rebuilt, covered = rebuilt or not option.whole, option.covers
+
+
 def _workings(calls: Sequence[CallCost]) -> tuple[list[list[int]], int]:
     """The bytes that every half-step's backward works with, all that earlier calls hold included; and those at the
     turn from forward to backward."""
     earlier, turn, found = 0, 0, []
     for call in calls:
-        base = earlier + call.base
-        found.append([0 if step is None else step.working(base) for step in call.steps])
+        earlier = max(earlier, call.entry)
+        found.append([0 if step is None else step.working(earlier + call.base, earlier) for step in call.steps])
+        turn = max(turn, earlier + (call.held if call.turn is None else call.turn))
         earlier += call.held
-        turn = max(turn, earlier if call.turn is None else call.turn)
     return found, turn
 
 
@@ -115,9 +129,9 @@ class Planner:
     def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
         self._lock = threading.RLock()
-        self._costs: OrderedDict[Hashable, CallCost] = OrderedDict()
+        self._costs: OrderedDict[Hashable, tuple[CallCost, tuple[Hashable, ...]]] = OrderedDict()
         self._plans: OrderedDict[tuple[Hashable, ...], Made | ValueError] = OrderedDict()
-        self._order: list[Hashable] = []  # the calls of the step under way
+        self._calls: list[weakref.ref[Keeping]] = []  # of the step under way, those whose graph is still there
         self._over = True  # a backward has ended it
         self._start: Any = None
         self._watch: Stopwatch | None = None
@@ -127,49 +141,65 @@ class Planner:
         self.entry: int | None = None
 
     def enter(
-        self, kind: Hashable, names: Sequence[str], streams: Sequence[torch.Tensor], branches: Sequence[Any]
+        self,
+        kind: Hashable,
+        names: Sequence[str],
+        streams: Sequence[torch.Tensor],
+        branches: Sequence[Any],
+        entered: int,
     ) -> Keeping:
-        """A call of a chain begins. ``kind``: the same for calls that cost the same.
+        """A call of a chain begins. ``kind``: the same for calls that cost the same. ``entered``: bytes of its input,
+        in the streams and besides.
 
         Raises:
             ValueError: the step has been measured, and not even rebuilding everything keeps to the budget.
         """
         with self._lock:
-            if self._over:
-                self._order, self._over, self._kept = [], False, True
-                self._level = Level(streams[0].device, streams)
+            alive = [call for call in self._calls_now() if not call.over]
+            self._calls = [weakref.ref(call) for call in alive]
+            if self._over or not alive:
+                self._over, self._kept = False, True
+                self._level = Level(streams[0].device, entered)
                 if self.looks:
                     self.entry = self._level.start
                 self._watch = Stopwatch(streams[0].device)
                 self._start = self._watch.read()
-            self._order.append(kind)
-            place = len(self._order) - 1
-            made = self._plan_for(self._order)
-            if isinstance(made, ValueError):
-                self._over = True
-                raise made.with_traceback(None)
+            order = (*(call.kind for call in alive), kind)
+            made = self._plan_for(order)
             if made is not None:
-                return Keeping(self, kind, names, made.choices[place], None)
-            self._kept = False
-            meter = None if kind in self._costs else Meter(streams, branches, self._level)
-            return Keeping(self, kind, names, [NOTHING] * len(names), meter)
+                keeping = Keeping(self, order, names, made.choices[len(alive)], None, made.kept[len(alive)])
+            else:
+                self._kept = False
+                held = sum(call.bytes for call in alive)
+                meter = None if kind in self._costs else Meter(streams, branches, self._level, entered, held)
+                keeping = Keeping(self, order, names, [NOTHING] * len(names), meter)
+            self._calls.append(weakref.ref(keeping))
+            return keeping
 
-    def _plan_for(self, order: Sequence[Hashable]) -> Made | ValueError | None:
-        """The plan made last for a step that begins with these calls."""
-        for known in reversed(self._plans):
-            if known[: len(order)] == tuple(order):
-                return self._plans[known]
-        return None
+    def _calls_now(self) -> list[Keeping]:
+        return [call for call in (ref() for ref in self._calls) if call is not None]
+
+    def _plan_for(self, order: tuple[Hashable, ...]) -> Made | None:
+        """Of the plans for steps that begin with these calls, the one that keeps least in the last of them: whichever
+        step it turns out to be, there is as much room left as its own plan leaves.
+        """
+        place = len(order) - 1
+        exact = self._plans.get(order)
+        if isinstance(exact, ValueError):
+            raise exact.with_traceback(None)
+        found = [made for known, made in self._plans.items() if isinstance(made, Made) and known[: place + 1] == order]
+        return min(found, key=lambda made: made.kept[place], default=None)
 
     def ended(self, keeping: Keeping) -> None:
         """The backward of a call is over."""
         with self._lock:
-            self._over = True
+            self._over = keeping.over = True
             if keeping.meter is not None:
-                self._costs[keeping.kind] = keeping.meter.costs(keeping.names)
+                self._costs[keeping.kind] = keeping.meter.costs(keeping.names), keeping.order
                 self._costs.move_to_end(keeping.kind)
                 keeping.meter = None
-            order, end = tuple(self._order), self._watch.read()  # type: ignore[union-attr]
+            order = tuple(call.kind for call in self._calls_now())
+            end = self._watch.read()  # type: ignore[union-attr]
             made = self._plans.get(order)
             if isinstance(made, Made):
                 if self._kept:
@@ -179,7 +209,7 @@ class Planner:
                     else:
                         made.times[-1] = self._start, end
             elif made is None and all(kind in self._costs for kind in order):
-                calls = [self._costs[kind] for kind in order]
+                calls = [self._cost_in(order[: place + 1]) for place in range(len(order))]
                 try:
                     self._plans[order] = self.latest = Made(self.budget, calls, self._first(calls, end), self._way())
                 except ValueError as error:
@@ -193,6 +223,11 @@ class Planner:
         """Seconds a byte to host memory and back, if tensors may be sent there."""
         device = self._level.device
         return way_of(device) if self.budget.offload else None
+
+    def _cost_in(self, order: tuple[Hashable, ...]) -> CallCost:
+        """The cost of the last of these calls."""
+        cost, measured = self._costs[order[-1]]
+        return cost if measured == order else replace(cost, entry=0)  # entered after other calls, it was another level
 
     def _first(self, calls: Sequence[CallCost], end: Any) -> float:
         """Seconds of the step that was measured, as a later one would take them: what ran cold is made warm."""
@@ -218,9 +253,16 @@ class Keeping:
     """What one call of a chain keeps, and what is read off it."""
 
     def __init__(
-        self, planner: Planner, kind: Hashable, names: Sequence[str], choices: Sequence[Choice], meter: Meter | None
+        self,
+        planner: Planner,
+        order: tuple[Hashable, ...],
+        names: Sequence[str],
+        choices: Sequence[Choice],
+        meter: Meter | None,
+        kept: int = 0,
     ) -> None:
-        self.planner, self.kind, self.names, self.meter = planner, kind, names, meter
+        self.planner, self.order, self.names, self.meter = planner, order, names, meter
+        self.kind, self.bytes, self.over = order[-1], kept, False
         self.choices = choices
         self._task = -1
         self._rebuilt = next((k for k, choice in enumerate(choices) if not choice.option.whole), len(choices))

@@ -34,6 +34,23 @@ def is_recomputing() -> bool:
     return getattr(_local, "recomputing", False)
 
 
+class within_a_branch:  # noqa: N801, as a function it would be a generator, and slow
+    """While a branch runs that may be run again."""
+
+    __slots__ = ("outer",)
+
+    def __enter__(self) -> None:
+        self.outer, _local.within = getattr(_local, "within", False), True
+
+    def __exit__(self, *_: object) -> None:
+        _local.within = self.outer
+
+
+def is_within_a_branch() -> bool:
+    """Whether this thread runs a branch of a chain that rebuilds, for the first or for the second time."""
+    return getattr(_local, "within", False) or is_recomputing()
+
+
 class KeptTensor(NamedTuple):
     """A saved tensor that is kept under a memory budget: its half-step, the tensor, and its version then."""
 
@@ -114,7 +131,8 @@ class Rebuilding:
         k, kept, version = token
         tensor = self._arrived(k, kept) if isinstance(kept, Away) else kept
         if tensor is kept and version_of(tensor) != version:
-            problem = self._steps[k].snapshot.problem() or "a tensor needed for its gradient was changed in place"
+            problem = self._steps[k].snapshot.problem() or self._surroundings.problem()
+            problem = problem or "a tensor needed for its gradient was changed in place"
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         task = torch._C._current_graph_task_id()
         if task != -1:

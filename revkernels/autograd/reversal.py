@@ -41,7 +41,7 @@ from revkernels.autograd.kept_ops import Noting
 from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
-from revkernels.autograd.rebuilding import INDEX_BITS, KeptTensor, Rebuilding, is_recomputing
+from revkernels.autograd.rebuilding import INDEX_BITS, KeptTensor, Rebuilding, is_recomputing, within_a_branch
 from revkernels.autograd.recorded import Metadata, RecordedStep
 from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
@@ -203,7 +203,7 @@ class Reversal(Rebuilding):
             if keeping is not None and keeping.away(self._count):
                 at_home = (t for t in snapshot.tensors() if type(t) in (torch.Tensor, nn.Parameter))
                 step.luggage = Luggage(frozenset(t.untyped_storage().data_ptr() for t in at_home))
-            with self._hooks, self._surroundings.guard:
+            with self._hooks, self._surroundings.guard, within_a_branch():
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
         if isinstance(noting, Noting):
@@ -275,6 +275,11 @@ class Reversal(Rebuilding):
             anchor = torch.zeros((), requires_grad=True)
             self._kept = Kept.apply(anchor, *(output.detach() for output in outputs))
             self._split = split
+        elif keeping is not None and any(step.saved for step in self._steps):
+            # Nothing, of the same shapes: a checkpoint around the chain compares what was saved in its two runs.
+            Kept.apply(
+                torch.zeros((), requires_grad=True), *(output.new_zeros(()).expand_as(output) for output in outputs)
+            )
         self.release()
 
     def release(self) -> None:

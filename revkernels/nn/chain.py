@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, zip_longest
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from revkernels import backends, eager
+from revkernels.autograd.costs import bytes_of
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
 from revkernels.autograd.planner import Keeping, planner_of
+from revkernels.autograd.rebuilding import is_within_a_branch
 from revkernels.autograd.reversal import Reversal
 from revkernels.autograd.surroundings import tensors_in
 from revkernels.budget import MemoryBudget
@@ -108,7 +113,7 @@ def forward(
     if grid is not None:
         streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
     side_inputs = _side_inputs(half_steps)
-    keeping = _keeping(owner, half_steps, streams, side_inputs, name) if rebuilding else None
+    keeping = _keeping(owner, x, half_steps, streams, side_inputs, name) if rebuilding else None
     reversal = Reversal(streams, kernels, keep, side_inputs, name, grid, keeping)
     witness = getattr(owner, "witness", None)
     if witness is not None and rebuilding:
@@ -225,26 +230,32 @@ def _on_grid(owner: Any, streams: Sequence[torch.Tensor], k: int, kernels: Any) 
 
 
 class _ById:
-    """Equal to itself alone, whatever it holds thinks of equality."""
+    """A branch as a key: itself alone, whatever it thinks of equality, and not kept alive."""
 
-    __slots__ = ("it",)
+    __slots__ = ("at", "ref")
 
     def __init__(self, it: Any) -> None:
-        self.it = it
+        bound = isinstance(it, MethodType)  # a new object each time
+        self.at = (id(it.__self__), it.__func__) if bound else (id(it), None)
+        try:
+            self.ref: Any = weakref.ref(it.__self__ if bound else it)
+        except TypeError:  # held, then: another one must not be at its place
+            self.ref = partial(getattr, it, "__self__" if bound else "__call__")
 
     def __hash__(self) -> int:
-        return id(self.it)
+        return hash(self.at)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and self.it is other.it
+        return isinstance(other, _ById) and self.at == other.at and self.ref() is not None and other.ref() is not None
 
 
 def _keeping(
-    owner: Any, half_steps: Sequence[HalfStep], streams: Sequence[torch.Tensor], side_inputs: Any, name: Name
+    owner: Any, x: Any, half_steps: Sequence[HalfStep], streams: Sequence[torch.Tensor], side_inputs: Any, name: Name
 ) -> Keeping | None:
     """What the call keeps under a memory budget, if there is one that makes a difference."""
     budget = owner.activations
-    if not isinstance(budget, MemoryBudget):
+    # What a branch keeps is the outer chain's affair: kept in its forward too, it would be there twice.
+    if not isinstance(budget, MemoryBudget) or is_within_a_branch():
         return None
     device = streams[0].device.type
     kind = (
@@ -257,7 +268,9 @@ def _keeping(
         tuple(step.branch.training for step in half_steps if isinstance(step.branch, nn.Module)),
     )
     names, branches = [name(k) for k in range(len(half_steps))], [step.branch for step in half_steps]
-    return planner_of(budget).enter(kind, names, streams, branches)
+    given = {t.untyped_storage()._cdata: bytes_of(t) for t in (x if isinstance(x, (tuple, list)) else [x])}
+    copied = sum(bytes_of(stream) for stream in streams if stream.untyped_storage()._cdata not in given)
+    return planner_of(budget).enter(kind, names, streams, branches, sum(given.values()) + copied)
 
 
 def _side_inputs(half_steps: Sequence[HalfStep]) -> dict[str, Any]:
