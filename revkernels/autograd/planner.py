@@ -136,6 +136,7 @@ class Planner:
         self._start: Any = None
         self._watch: Stopwatch | None = None
         self._kept = True  # nothing in the step under way was measured
+        self._captured = False
         self.latest: Made | None = None
         self.looks = False  # whether to note how much was allocated as a step began, in `entry`
         self.entry: int | None = None
@@ -159,6 +160,8 @@ class Planner:
             self._calls = [weakref.ref(call) for call in alive]
             if self._over or not alive:
                 self._over, self._kept = False, True
+                # What is recorded into a CUDA graph takes no time now: it follows a plan, or rebuilds everything.
+                self._captured = streams[0].is_cuda and torch.cuda.is_current_stream_capturing()
                 self._level = Level(streams[0].device, entered)
                 if self.looks:
                     self.entry = self._level.start
@@ -171,7 +174,8 @@ class Planner:
             else:
                 self._kept = False
                 held = sum(call.bytes for call in alive)
-                meter = None if kind in self._costs else Meter(streams, branches, self._level, entered, held)
+                known = kind in self._costs or self._captured
+                meter = None if known else Meter(streams, branches, self._level, entered, held)
                 keeping = Keeping(self, order, names, [NOTHING] * len(names), meter)
             self._calls.append(weakref.ref(keeping))
             return keeping
@@ -194,6 +198,8 @@ class Planner:
         """The backward of a call is over."""
         with self._lock:
             self._over = keeping.over = True
+            if self._captured:
+                return
             if keeping.meter is not None:
                 self._costs[keeping.kind] = keeping.meter.costs(keeping.names), keeping.order
                 self._costs.move_to_end(keeping.kind)

@@ -95,3 +95,29 @@ def test_a_budget_is_kept_to(share, offload):
     plan = net.plan(x)
     assert plan.measured_peak <= plan.limit * 1.02  # the allocator rounds up to 512 bytes
     assert plan.measured_seconds > 0
+
+
+def test_a_planned_step_in_a_cuda_graph():
+    """Planned before the capture, it is recorded as planned; nothing is measured while it is."""
+    torch.manual_seed(0)
+    net = revnet38(activations=rk.MemoryBudget(0.5)).to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
+
+    def train():
+        net.zero_grad(set_to_none=False)
+        net(x).square().mean().backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            train()
+    torch.cuda.current_stream().wait_stream(side)
+    expected = [p.grad.clone() for p in net.parameters()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    graph.replay()
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+    assert net.plan().kept > 0
