@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+from one_thread import one_thread_here  # noqa: E402, F401
+
 from revkernels.cli import demo, digits, exact, main, plots, training  # noqa: E402
 from revkernels.cli.exact import MODES, Trained  # noqa: E402
 from revkernels.diagnostics import DriftRow  # noqa: E402
@@ -31,7 +33,7 @@ def few(data, monkeypatch):
 
 
 def test_the_command(tmp_path, few, capsys):
-    words = ["exact", "--epochs", "2", "--seeds", "2", "--blocks", "3", "--threads", "2", "--int16"]
+    words = ["exact", "--epochs", "2", "--seeds", "2", "--blocks", "3", "--threads", "1", "--int16"]
     assert main([*words, "--out", str(tmp_path / "x.png"), "--json", str(tmp_path / "x.json")]) == 0
     shown = capsys.readouterr()
     assert f"picture: {tmp_path / 'x.png'}" in shown.out
