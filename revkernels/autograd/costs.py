@@ -57,17 +57,20 @@ class StepCost:
 
     def working(self, base: int, earlier: int) -> int:
         """Bytes at the peak of its backward. ``earlier``: those there were when the call began; ``base``: these and all
-        that is around it, for where `live` is not known.
+        that is around it.
 
         Seen was what there is before each of its nodes runs, and behind each operator of its forward. Between these an
         operator makes one tensor more than it returns, to have its data in another order, and its backward what is
-        `OpCost.passing`. Not seen, there is what is rebuilt, and the branch's output beside what is made of it next.
+        `OpCost.passing`. Told without looking is what is rebuilt, and the branch's output beside what is made of it
+        next. The larger of both counts: a reading is too low where something else was freed meanwhile.
         """
         largest = max([self.target, *(op.bytes for op in self.ops)])
         passing = max([self.target, *(op.passing for op in self.ops)])
+        told = base + self.own + 2 * self.target + passing + self.parameter
         if self.live is None:
-            return base + self.own + 2 * self.target + passing + self.parameter
-        return earlier + max(self.live + passing, (self.forward or 0) + largest) + self.parameter
+            return told
+        seen = earlier + max(self.live + passing, (self.forward or 0) + largest) + self.parameter
+        return max(seen, told)
 
     def choices(self, way: tuple[float, float] | None = None) -> list[Choice]:
         """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), all of it in
@@ -206,10 +209,12 @@ class Level:
 
     def learn(self, before: int | None, made: int) -> None:
         """Of an operator: what it has allocated beyond what it made stays with a library (buffers of its threads, what
-        it has compiled), which allocates it once. Not this step's."""
+        it has compiled), which allocates it once. Not this step's. (What a backward does so is not seen.)"""
         now = self.raw()
         if now is not None and before is not None:
-            self._others += max(0, now - before - made - _FEW)
+            more = now - before - made
+            if abs(more) > _FEW:
+                self._others = max(0, self._others + more)
 
     def read(self) -> int | None:
         """The bytes; None if nobody tells."""

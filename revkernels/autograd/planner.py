@@ -79,7 +79,9 @@ class Made:
             )
         left = iter(numbers)
         self.choices = [[menu[next(left)] for menu in of_call] for of_call in menus]
-        if self._peak(everything) <= self.limit:  # `allot` counts streams that are not there if nothing is rebuilt
+        if budget.reconstructs:  # and is not above that by what the peaks are estimated too high
+            self.choices = [[NOTHING] * len(of_call) for of_call in menus]
+        elif self._peak(everything) <= self.limit:  # `allot` counts streams that are not there if nothing is rebuilt
             self.choices = everything
         self.kept = [sum(_kept_by(of_call)) for of_call in self.choices]
         self.peak = self._peak(self.choices)
@@ -89,9 +91,11 @@ class Made:
     def _peak(self, choices: Sequence[Sequence[Choice]]) -> int:
         used = most = 0
         for call, of_call, at in zip(self.calls, choices, self._workings, strict=True):
-            # What keeps everything never rebuilds its streams.
-            less = call.streams if all(choice.option.whole for choice in of_call) else 0
-            for kept, working in zip(_kept_by(of_call), at, strict=True):
+            # What keeps everything never rebuilds its streams; from the output these are rebuilt one by one.
+            whole, count = all(choice.option.whole for choice in of_call), len(at)
+            for k, (kept, working) in enumerate(zip(_kept_by(of_call), at, strict=True)):
+                step = call.steps[k]
+                less = 0 if step is None or not whole else min(call.streams, (count - 1 - k) * step.target)
                 most = max(most, used + working - less)
                 used += kept
         return max(most, used + self.turn)
@@ -118,7 +122,7 @@ def _workings(calls: Sequence[CallCost]) -> tuple[list[list[int]], int]:
     for call in calls:
         earlier = max(earlier, call.entry)
         found.append([0 if step is None else step.working(earlier + call.base, earlier) for step in call.steps])
-        turn = max(turn, earlier + (call.held if call.turn is None else call.turn))
+        turn = max(turn, earlier + max(call.held, call.turn or 0))
         earlier += call.held
     return found, turn
 

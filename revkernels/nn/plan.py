@@ -140,9 +140,15 @@ def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kw
         for _ in range(1 + _STEPS):
             step()
         planner.looks = True
+        before = None
+
+        def watched() -> None:
+            nonlocal before
+            before = live_bytes(device)  # in here: whoever measures allocates too
+            step()
+
         try:
-            before = live_bytes(device)
-            peak = peak_bytes(step, device)
+            peak = peak_bytes(watched, device)
         finally:
             planner.looks = False
     # What lies in front of the first chain is not the budget's.
