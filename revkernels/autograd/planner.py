@@ -79,6 +79,10 @@ class Made:
             )
         left = iter(numbers)
         self.choices = [[menu[next(left)] for menu in of_call] for of_call in menus]
+        if budget.reconstructs:  # not even what would cost no memory
+            self.choices = [[NOTHING] * len(call.steps) for call in calls]
+        elif self.storing <= self.limit:  # which `allot` cannot see to be less than the sum of its parts
+            self.choices = everything
         if budget.reconstructs:  # and is not above that by what the peaks are estimated too high
             self.choices = [[NOTHING] * len(of_call) for of_call in menus]
         elif self._peak(everything) <= self.limit:  # `allot` counts streams that are not there if nothing is rebuilt

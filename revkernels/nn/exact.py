@@ -22,7 +22,7 @@ _BATCHES = 16  # that k is chosen from
 
 #: Bits between the largest |s| seen and the range: when only the input has been seen, when whole batches have, and the
 #: least that is borne afterwards.
-_BITS = {"float32": (8, 6, 2), "int16": (5, 2, 1)}
+_BITS = {"float32": (8, 4, 2), "int16": (5, 2, 1)}
 
 
 class Choice(NamedTuple):
