@@ -215,6 +215,8 @@ class Planner:
             order = tuple(call.kind for call in self._calls_now())
             end = self._watch.read()  # type: ignore[union-attr]
             made = self._plans.get(order)
+            if made is not None:
+                self._plans.move_to_end(order)  # what is not seen any more is forgotten first
             if isinstance(made, Made):
                 if self._kept:
                     self.latest = made

@@ -94,7 +94,7 @@ def test_the_peak(name, compiled):
     for share in SHARES:
         peak, net = peak_of(name, rk.MemoryBudget(share))
         plan = net.plan()
-        assert peak <= plan.limit and plan.predicted_peak <= plan.limit
+        assert peak <= plan.predicted_peak <= plan.limit
         measured.append(peak)
     assert measured[0] <= 1.02 * least + 2**13
     assert measured[-1] <= 1.02 * most + 2**15
@@ -195,7 +195,7 @@ def planned(budget=0.5, depth=4, steps=2):
 
 def alive():
     gc.collect()
-    return sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+    return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
 
 
 @pytest.mark.parametrize("budget", [0, 0.5, 1.0])
