@@ -49,9 +49,7 @@ def learn(planner, *kinds):
 def test_a_call_leaves_room_for_those_that_may_follow():
     everything = Made(rk.MemoryBudget(0), [CallCost(200, [step(True)] * 2, 1.0)], 1.0).storing
     for order in (["A"], ["A", "B"]), (["A", "B"], ["A"]):
-        planner = Planner(
-            rk.MemoryBudget(Made(rk.MemoryBudget(0), [CallCost(200, [step(True)] * 2, 1.0)], 1.0).storing)
-        )
+        planner = Planner(rk.MemoryBudget(everything))
         for kinds in order:
             learn(planner, *kinds)
         alone, both = planner._plans["A",], planner._plans["A", "B"]
