@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -187,7 +188,7 @@ class Level:
     """The bytes allocated now above what there was when the step began, gradients of parameters aside."""
 
     def __init__(self, device: torch.device, entered: int) -> None:
-        self.device = device
+        self.device, self.clock = device, Stopwatch(device)
         start = live_bytes(device)
         self.start = None if start is None else start - entered  # its input counts
         self._others = 0
@@ -205,7 +206,12 @@ class Level:
 
     def raw(self) -> int | None:
         """The bytes as the allocator has them; None if nobody tells."""
-        return None if self.start is None else live_bytes(self.device)
+        if self.start is None:
+            return None
+        began = time.perf_counter()
+        now = live_bytes(self.device)
+        self.clock.beside += time.perf_counter() - began  # with a large heap the question takes its time
+        return now
 
     def learn(self, before: int | None, made: int) -> None:
         """Of an operator: what it has allocated beyond what it made stays with a library (buffers of its threads, what
@@ -228,7 +234,7 @@ class Meter:
     def __init__(
         self, streams: Sequence[torch.Tensor], branches: Sequence[Any], level: Level, entered: int, kept: int
     ) -> None:
-        self.watch, self.level = Stopwatch(level.device), level
+        self.watch, self.level = level.clock, level
         self.streams = sum(map(bytes_of, streams))
         now = level.read()
         self._offset = 0 if now is None else now - entered
@@ -349,7 +355,7 @@ _overhead: list[float] = []
 def overhead() -> float:
     """Seconds that numbering an operator costs on the host; measured once a process."""
     if not _overhead:
-        x, watch, times = torch.zeros(1), Stopwatch(torch.device("cpu")), []
+        x, watch, times = torch.zeros(1, device="cpu"), Stopwatch(torch.device("cpu")), []
         with torch.no_grad():
             for _ in range(50):
                 start = watch.read()

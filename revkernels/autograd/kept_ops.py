@@ -239,15 +239,18 @@ def _each(out: Any, action: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 class Stopwatch:
-    """Readings of the time on a device: of the host's clock, or events in the device's stream."""
+    """Readings of the time on a device: of the host's clock, or events in the device's stream.
+
+    ``beside``: seconds of the host that are not to count.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.beside = device, 0.0
 
     def read(self) -> Any:
         """A reading now."""
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return time.perf_counter() - self.beside
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event

@@ -173,7 +173,7 @@ class Planner:
                 self._level = Level(streams[0].device, entered)
                 if self.looks:
                     self.entry = self._level.start
-                self._watch = Stopwatch(streams[0].device)
+                self._watch = self._level.clock
                 self._start = self._watch.read()
             order = (*(call.kind for call in alive), kind)
             made = self._plan_for(order)
