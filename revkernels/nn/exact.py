@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,10 @@ _BATCHES = 16  # that k is chosen from
 #: Bits between the largest |s| seen and the range: when only the input has been seen, when whole batches have, and the
 #: least that is borne afterwards.
 _BITS = {"float32": (8, 4, 2), "int16": (5, 2, 1)}
+
+
+#: What was read of a module's buffer, and its version then. Not on the module: a copy's buffer counts from anew.
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, int | None, Choice]] = weakref.WeakKeyDictionary()
 
 
 class Choice(NamedTuple):
@@ -153,10 +158,10 @@ class Exponents:
     def _read(self) -> Choice:
         buffer = self.owner._buffers[BUFFER]
         version = None if buffer.is_inference() else buffer._version
-        seen = self.owner.__dict__.get("_grid_seen")
+        seen = _seen.get(self.owner)
         if seen is None or seen[0] is not buffer or seen[1] != version or version is None:
             seen = buffer, version, Choice(*buffer.tolist())  # waits for a device: once, and whenever it has changed
-            self.owner.__dict__["_grid_seen"] = seen
+            _seen[self.owner] = seen
         return seen[2]
 
     def _write(self, choice: Choice) -> None:

@@ -434,6 +434,17 @@ def test_state_dict(compiled):
         assert torch.equal(copied(x), exact(x)) and copied.grid.tolist() == exact.grid.tolist()
 
 
+def test_a_copy_goes_on_as_the_original(compiled):
+    """In the middle of the choice: what was read of the original's exponent is not taken for the copy's."""
+    net = ReversibleSequential(ReversibleBlock(linear(), linear()), coupling="exact")
+    x = rows(3, 8, dtype=torch.float32)
+    net(x)
+    copied = copy.deepcopy(net)
+    assert copied.grid.tolist() == net.grid.tolist() and net.grid[0] != net.grid[2]
+    for _ in range(3):
+        assert torch.equal(copied(x), net(x)) and copied.grid.tolist() == net.grid.tolist()
+
+
 def test_inverse_before_any_forward(compiled):
     net = ReversibleSequential(ReversibleBlock(linear(), linear()), coupling="exact")
     x = rows(3, 8, dtype=torch.float32)
