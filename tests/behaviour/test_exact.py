@@ -60,6 +60,8 @@ KINDS = {
 }
 
 
+DEPTHS = [(depth, autocast) for depth in (1, 8) for autocast in (None, torch.bfloat16, torch.float16)]
+
 #: Streams of both kinds.
 STORED = {"float32": "exact", "int16": rk.Exact(storage="int16")}
 
@@ -113,15 +115,13 @@ def check_bits(kind, depth, autocast, backend, coupling):
     assert rebuilt == [[True, True]] * 2
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("depth", [1, 8, 64])
+@pytest.mark.parametrize(("depth", "autocast"), [*DEPTHS, (64, None), (64, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bit_for_bit(kind, depth, autocast, backend):
     check_bits(kind, depth, autocast, backend, "exact")
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("depth", [1, 8, 64])
+@pytest.mark.parametrize(("depth", "autocast"), [*DEPTHS, pytest.param(64, None, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bit_for_bit_in_16_bits(kind, depth, autocast, backend):
     check_bits(kind, depth, autocast, backend, STORED["int16"])
