@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from revkernels import ops
 from revkernels.coupling import Coupling
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -54,6 +55,25 @@ def with_value(coupling, x, dtype, dense, **options):
         if not dense:
             value = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).zero_()
     return replace(coupling, value=value, **options)
+
+
+def int16_cases(branch, layout, device):
+    """y, f, dy, df and options: half of all results wrap; every type of value, with the stream's strides and dense."""
+    for k, number in enumerate((None, *DTYPES), start=11):
+        y, f = layout(make_int16(device)), layout(make(branch, 4, device))
+        dy, df = layout(make(F32, device=device)), layout(make(branch, device=device))
+        for is_dense, which in ((False, "grid amax"), (True, "grid")):
+            yield y, f, dy, df, with_value(some_coupling(y, f, which), y, number, is_dense, grid_exponent=k)
+
+
+def check_int16_streams(check, branch, layout, device):
+    """``check(function, *operands, coupling=...)`` each of the cases, there and back."""
+    for y, f, dy, df, coupling in int16_cases(branch, layout, device):
+        start = y.clone()
+        check(ops.couple_, y, f, coupling=coupling)
+        check(ops.uncouple_, y, f.contiguous(), coupling=coupling)
+        assert torch.equal(y, start)
+        check(ops.reverse_step_, y, f, dy, df, coupling=coupling)
 
 
 def some_coupling(x, f, which, channel_dim=1):

@@ -15,6 +15,7 @@ from kernel_cases import (  # noqa: E402
     LAYOUTS,
     PAIR_IDS,
     PAIRS,
+    check_int16_streams,
     make,
     make_int16,
     some_coupling,
@@ -122,17 +123,7 @@ def test_coupling_options(layout, which):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("branch", DTYPES, ids=str)
 def test_int16_streams(branch, layout):
-    """Half of all results wrap; every type of value, with the stream's strides and dense; there and back."""
-    for k, number in enumerate((None, *DTYPES), start=11):
-        y, f = layout(make_int16("cuda")), layout(make(branch, 4, "cuda"))
-        dy, df = layout(make(F32, device="cuda")), layout(make(branch, device="cuda"))
-        for dense, which in ((False, "grid amax"), (True, "grid")):
-            coupling = with_value(some_coupling(y, f, which), y, number, dense, grid_exponent=k)
-            start = y.clone()
-            on_both(ops.couple_, y, f, coupling=coupling)
-            on_both(ops.uncouple_, y, f.contiguous(), coupling=coupling)
-            assert torch.equal(y, start)
-            on_both(ops.reverse_step_, y, f, dy, df, coupling=coupling)
+    check_int16_streams(on_both, branch, layout, "cuda")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if " of " in name or name in ("channels-last", "5-D")])

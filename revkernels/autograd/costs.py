@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from revkernels.autograd.allotment import Option
 from revkernels.autograd.kept_ops import Looking, Measuring, Noting, OpCost, Stopwatch
 from revkernels.autograd.live_bytes import live_bytes
+from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recorded import Frame, RecordedStep
 
 _FEW = 1024  # bytes that a tensor takes besides its data
@@ -291,13 +292,13 @@ class Meter:
         self.look(k)
         reading.end = self.watch.read()
         parameters = step.snapshot.tensors()
-        theirs = {tensor.untyped_storage().data_ptr() for tensor in parameters if type(tensor) in _PLAIN}
+        theirs = {tensor.untyped_storage().data_ptr() for tensor in parameters if type(tensor) in PLAIN}
         of_streams = {
-            stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams if type(stream) in _PLAIN
+            stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams if type(stream) in PLAIN
         }
         half_step = step.half_step
         reading.target = half_step.target
-        plain = [saved for saved in frame if type(saved[0]) in _PLAIN]
+        plain = [saved for saved in frame if type(saved[0]) in PLAIN]
         saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in plain}
         reading.sizes = {
             "own": sum(size for at, size in saved.items() if at not in theirs and at not in of_streams),
@@ -340,12 +341,9 @@ def _own(module: nn.Module) -> int:
     return sum(bytes_of(p) for p in own if not isinstance(p, UninitializedTensorMixin))
 
 
-_PLAIN = (torch.Tensor, nn.Parameter)
-
-
 def bytes_of(tensor: torch.Tensor) -> int:
     """Of a sharded tensor, what is here."""
-    here: torch.Tensor = tensor if type(tensor) in _PLAIN else getattr(tensor, "to_local", lambda: tensor)()
+    here: torch.Tensor = tensor if type(tensor) in PLAIN else getattr(tensor, "to_local", lambda: tensor)()
     return here.numel() * here.element_size()
 
 

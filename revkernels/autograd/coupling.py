@@ -27,11 +27,11 @@ def in_usual_order(t: torch.Tensor) -> bool:
     """Whether t is dense and contiguous, or channels last."""
     if t.is_contiguous():
         return True
-    memory_format = _CHANNELS_LAST.get(t.dim())
+    memory_format = CHANNELS_LAST.get(t.dim())
     return memory_format is not None and t.is_contiguous(memory_format=memory_format)
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Enter(torch.autograd.Function):

@@ -23,9 +23,9 @@ from revkernels import backends, eager
 from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.norm_act import Call, norm_act
+from revkernels.autograd.ownership import PLAIN
 from revkernels.norm import Norm, Statistics
 
-_PLAIN = (torch.Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -132,7 +132,7 @@ def untouchable(layer: nn.Module) -> str | None:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return f"{type(layer).__name__} has hooks"
     for name, parameter in layer._parameters.items():
-        if parameter is not None and type(parameter) not in _PLAIN:
+        if parameter is not None and type(parameter) not in PLAIN:
             return f"{type(layer).__name__}.{name} is a {type(parameter).__name__}"
     if "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
@@ -170,7 +170,7 @@ def hooked(branch: nn.Module) -> bool:
 
 def kernels_for(x: Any) -> Any:
     """The backend that fuses here, or None where the layers have to run as they are."""
-    if type(x) not in _PLAIN or x.dtype not in _FLOATS or torch.compiler.is_compiling():
+    if type(x) not in PLAIN or x.dtype not in _FLOATS or torch.compiler.is_compiling():
         return None
     kernels = ambient.kernels
     if kernels is eager or torch._C._functorch.is_functorch_wrapped_tensor(x):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revkernels.autograd.coupling import CHANNELS_LAST
 from revkernels.autograd.surroundings import draws
 
 #: Kept outputs of an operator: its print, what it returned, and the versions of the tensors in that.
@@ -206,7 +207,7 @@ def _passing(func: Any, out: Any, size: int) -> int:
     in another order, a second and a third to put it there and back."""
     if "convolution" not in str(func) or not isinstance(out, torch.Tensor):
         return 2 * size
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(out.dim())
+    last = CHANNELS_LAST.get(out.dim())
     as_it_is = last is not None and out.is_contiguous(memory_format=last)
     return size if as_it_is or out.device.type != "cpu" else 3 * size
 

@@ -11,6 +11,10 @@ import sys
 from typing import Any
 
 import torch
+from torch import nn
+
+#: Tensors with memory of their own: no subclass, which may be sharded or stand for something else.
+PLAIN = (torch.Tensor, nn.Parameter)
 
 Counts = tuple[int, int, int]
 

@@ -60,9 +60,10 @@ class Made:
         if way is not None:  # on their way are the tensors of two half-steps at most
             owns = [step.own + step.source + step.target for call in calls for step in call.steps if step is not None]
             workings = [[at + 2 * max(owns, default=0) for at in of_call] for of_call in workings]
+        nothing = [[NOTHING] * len(of_call) for of_call in menus]
         everything = [[menu[-1] for menu in of_call] for of_call in menus]
         self._workings = workings
-        self.reconstructing = self._peak([[NOTHING] * len(call.steps) for call in calls])
+        self.reconstructing = self._peak(nothing)
         self.storing = max(self.reconstructing, self._peak(everything))
         self.limit = budget.limit(self.reconstructing, self.storing)
         stops = [
@@ -80,11 +81,7 @@ class Made:
         left = iter(numbers)
         self.choices = [[menu[next(left)] for menu in of_call] for of_call in menus]
         if budget.reconstructs:  # not even what would cost no memory
-            self.choices = [[NOTHING] * len(call.steps) for call in calls]
-        elif self.storing <= self.limit:  # which `allot` cannot see to be less than the sum of its parts
-            self.choices = everything
-        if budget.reconstructs:  # and is not above that by what the peaks are estimated too high
-            self.choices = [[NOTHING] * len(of_call) for of_call in menus]
+            self.choices = nothing
         elif self._peak(everything) <= self.limit:  # `allot` counts streams that are not there if nothing is rebuilt
             self.choices = everything
         self.kept = [sum(_kept_by(of_call)) for of_call in self.choices]

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels import eager
@@ -39,7 +38,7 @@ from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_outp
 from revkernels.autograd.kept import Kept
 from revkernels.autograd.kept_ops import Noting
 from revkernels.autograd.offload import Luggage
-from revkernels.autograd.ownership import both_tensors, same_memory
+from revkernels.autograd.ownership import PLAIN, both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import INDEX_BITS, KeptTensor, Rebuilding, is_recomputing, within_a_branch
 from revkernels.autograd.recorded import Metadata, RecordedStep
@@ -201,7 +200,7 @@ class Reversal(Rebuilding):
         with snapshot.turn:
             snapshot.take()
             if keeping is not None and keeping.away(self._count):
-                at_home = (t for t in snapshot.tensors() if type(t) in (torch.Tensor, nn.Parameter))
+                at_home = (t for t in snapshot.tensors() if type(t) in PLAIN)
                 step.luggage = Luggage(frozenset(t.untyped_storage().data_ptr() for t in at_home))
             with self._hooks, self._surroundings.guard, within_a_branch():
                 f = self._run(half_step, step)
@@ -259,9 +258,9 @@ class Reversal(Rebuilding):
 
     def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
         """Keep what the backward starts from: ``outputs``, of which ``split`` makes the streams again."""
-        if self._grid is not None:
-            self._grid.finish()
         grid = self._grid
+        if grid is not None:
+            grid.finish()
         self._strides = [
             (stream if grid is None else grid.kept(stream, index)).stride() for index, stream in enumerate(self.streams)
         ]

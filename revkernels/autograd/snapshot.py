@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from revkernels.autograd.ownership import PLAIN
 from revkernels.errors import ReconstructionError
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
@@ -29,7 +30,6 @@ _STATISTICS_ONLY = {
     nn.SyncBatchNorm.forward,
     nn.modules.instancenorm._InstanceNorm.forward,
 }
-_PLAIN = (torch.Tensor, nn.Parameter)
 
 #: For each module seen, the names of those buffers that its forward was found to write, statistics aside.
 _written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
@@ -170,9 +170,9 @@ class Snapshot:
                 module.__dict__["training"] = flag
         for slots, name, tensor, _ in self.fixed:
             now = slots.get(name)
-            if now is tensor or type(tensor) not in _PLAIN:  # what was sharded then is its owner's affair
+            if now is tensor or type(tensor) not in PLAIN:  # what was sharded then is its owner's affair
                 continue
-            if type(now) in _PLAIN:  # torch.func.functional_call has put other tensors in since
+            if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
                 undo.append((slots, name, now))
                 slots[name] = tensor
             elif isinstance(now, nn.Parameter):

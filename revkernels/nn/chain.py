@@ -19,6 +19,7 @@ from revkernels.autograd.costs import bytes_of
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
+from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.planner import Keeping, planner_of
 from revkernels.autograd.rebuilding import is_within_a_branch
 from revkernels.autograd.reversal import Reversal
@@ -152,7 +153,7 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
     if not half_steps:
         return x
     streams = [dense(s) for s in streams]
-    subclass = type(streams[0]) not in (torch.Tensor, nn.Parameter)
+    subclass = type(streams[0]) not in PLAIN
     plain = owner.backend == "eager" or (owner.backend is None and subclass)
     plain = plain or torch._C._are_functorch_transforms_active()  # they know no gradient of the operators
     aux = []
@@ -219,7 +220,7 @@ def _kernels(owner: Any, x: torch.Tensor) -> Any:
                 "(torch.func.functional_call alone needs nothing)"
             )
         return eager
-    if owner.backend is None and type(x) not in (torch.Tensor, nn.Parameter):
+    if owner.backend is None and type(x) not in PLAIN:
         return eager
     return backends.select(x, owner.backend)
 

@@ -24,10 +24,10 @@ from behaviour.common import (
     torch,
     twins,
 )
+from behaviour.exact_chains import NARROW, assert_same_bits
 from behaviour.random_cases import SCENARIOS, cases
 from behaviour.random_networks import networks_of
 from behaviour.random_scenarios import outcome_of
-from behaviour.test_exact import NARROW, assert_same_bits
 from revkernels.nn import AttentionBranch, MLPBranch, ReversibleBlock, ReversibleSequential, is_recomputing
 from revkernels.nn.exact import KeepsGrid
 

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import revkernels as rk
 from behaviour.common import WIDE, assert_raises, loss_of, mlp, norm_mlp, pairs_of, rows, step, torch, twins
+from behaviour.exact_chains import assert_same_bits
 from behaviour.test_budget import EXACT, check, exact_pair, kept_of, wanted_of
-from behaviour.test_exact import assert_same_bits
 from revkernels.nn import ReversibleBlock, ReversibleSequential, is_recomputing
 
 

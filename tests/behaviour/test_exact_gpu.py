@@ -12,7 +12,7 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import assert_raises, rows, step, torch
-from behaviour.test_exact import KINDS, STORED, assert_same_bits, pair_of
+from behaviour.exact_chains import KINDS, STORED, assert_same_bits, pair_of
 from revkernels.models import revnet38
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 

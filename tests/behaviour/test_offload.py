@@ -10,7 +10,7 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import KINDS, WIDE, assert_same, step, torch
-from behaviour.test_exact import STORED, assert_same_bits, conv, pair_of
+from behaviour.exact_chains import STORED, assert_same_bits, conv, pair_of
 from revkernels.autograd import offload, planner
 
 
