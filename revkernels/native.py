@@ -50,6 +50,8 @@ except ImportError as error:  # the package stays usable: other backends run, an
         _broken = "the compiled extension is not there: build it with `pip install .`"
     else:
         _broken = f"the compiled extension does not load: {error}"
+        if "libgomp" in str(error):  # wheels leave it to the system: a copy of their own would be a second thread pool
+            _broken += " (GCC's OpenMP library; Debian, Ubuntu: apt install libgomp1; Fedora: dnf install libgomp)"
 
     def _refuse(*_args: Any, **_kwargs: Any) -> None:
         raise RuntimeError(str(_broken))

@@ -62,4 +62,6 @@ def _compiling_if_torch() -> bool:
 
 
 #: Whether torch.compile is tracing. To be called as ``tracking.compiling()``: it is replaced once torch is there.
-compiling: Any = sys.modules["torch"].compiler.is_dynamo_compiling if "torch" in sys.modules else _compiling_if_torch
+compiling: Any = (
+    _compiling_if_torch if sys.modules.get("torch") is None else sys.modules["torch"].compiler.is_dynamo_compiling
+)

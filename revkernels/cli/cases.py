@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from revkernels import ops
-from revkernels.arrays import FLOATS, INT16, compute_dtype, dtype_name
+from revkernels.arrays import FLOATS, INT16, compute_dtype, dtype_name, kind_of
 from revkernels.coupling import Coupling
 from revkernels.norm import KINDS, Norm, Statistics
 
@@ -238,7 +238,7 @@ def _dtype(name: str, library: str) -> Any:
 
 
 def _to_numpy(array: Any) -> np.ndarray:
-    if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
+    if kind_of(array) == "torch":
         array = array.detach().cpu()
         array = (array.float() if dtype_name(array) == "bfloat16" else array).numpy()
     elif dtype_name(array) == "bfloat16":
