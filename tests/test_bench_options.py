@@ -18,7 +18,8 @@ from revkernels.models import Plan, RevNet  # noqa: E402
 from revkernels.nn import ReversibleSequential  # noqa: E402
 
 BY_NAME = {way.name: way for way in (*WAYS, *OPTIONS)}
-NAMES = (BASELINE, "store, fused", "reconstruct, fused", "reconstruct, exact", "budget 25%", "budget 50%")
+AGAIN = "reconstruct, transitions too"
+NAMES = (BASELINE, "store, fused", AGAIN, "reconstruct, fused", "reconstruct, exact", "budget 25%", "budget 50%")
 COMPARED = [BY_NAME[name] for name in NAMES]
 STAGE = Stage(Shape(depth=12, width=8, side=16))
 TINY = Network("tiny", 4, 16, lambda classes, **o: RevNet(Plan("basic", (5, 3), (16, 32), stem_width=16), classes, **o))
@@ -45,16 +46,19 @@ def test_rows(workload, dtype):
     assert list(found) == [way.name for way in COMPARED]
     assert {row["statistics_updates"] for row in found.values()} == {1}
     assert all(row["error"] is None and row["images_per_s"] == 4 for row in found.values())
-    # float32: masks of ReLUs turn; the grid rounds more of them over. bfloat16: what it loses by itself.
-    most = {"float32": 4, "bfloat16": 12}[dtype]
-    assert all(row["gradient_degrees"] < most for row in found.values())
+    # Masks of ReLUs turn, the grid rounds more of them over; of bfloat16 the baseline's gradient is as far off as any.
+    if dtype == "float32":
+        assert all(row["gradient_degrees"] < 4 for row in found.values())
+    else:
+        assert all(row["float64_degrees"] < 1.1 * found[BASELINE]["float64_degrees"] for row in found.values())
     plain, exact, quarter, half, stored = (
         found[name]["peak_bytes"]
         for name in ("reconstruct, fused", "reconstruct, exact", "budget 25%", "budget 50%", "store, fused")
     )
     assert plain < quarter < half < stored
     assert exact < half
-    assert ["plan" in row for row in found.values()] == [False] * 4 + [True] * 2
+    assert (found[AGAIN]["peak_bytes"] < 0.9 * plain) == (workload is TINY)  # a stage alone has no transition
+    assert ["plan" in row for row in found.values()] == [False] * 5 + [True] * 2
     for name, share in (("budget 25%", 0.25), ("budget 50%", 0.5)):
         plan = found[name]["plan"]
         gap = plan["storing_bytes"] - plan["reconstructing_bytes"]
@@ -119,7 +123,7 @@ def test_only_the_options_take_steps_first(monkeypatch):
     for way in (*WAYS, *OPTIONS):
         if way.peer is None:
             Contender(way, TINY, "float32", "cpu", None).settle(TINY.data(4))
-    assert taken == [way.name for way in OPTIONS for _ in range(2)]
+    assert taken == [way.name for way in OPTIONS if way.name != AGAIN for _ in range(2)]
 
 
 def test_at_equal_memory_a_budget_has_a_plan_for_the_batch():
@@ -135,7 +139,7 @@ def test_a_graph_that_cannot_be_captured_is_a_row(monkeypatch):
 
     monkeypatch.setattr(Contender, "captured", captured)
     found = rows(COMPARED, graphs=True)
-    assert [name for name, row in found.items() if row["error"]] == [way.name for way in OPTIONS]
+    assert [name for name, row in found.items() if row["error"]] == [way.name for way in OPTIONS if way.name != AGAIN]
     assert found["reconstruct, exact"]["error"] == "RuntimeError: no host inside a graph"
     monkeypatch.setattr(Contender, "settle", lambda self, data: captured(self, data))
     with pytest.raises(RuntimeError, match="no host"):

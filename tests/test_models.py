@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as tf  # noqa: E402
 
 from revkernels import models  # noqa: E402
+from revkernels.measure import peak_bytes  # noqa: E402
 
 PARAMETERS = {
     ("revnet38", 10): 464_890,
@@ -187,6 +188,28 @@ def test_reconstruct_equals_store(kind):
         torch.testing.assert_close(rebuilt[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("kind, stem_width", [("basic", 4), ("basic", 8), ("bottleneck", 4)])
+def test_transitions_run_again(kind, stem_width):
+    """They give what kept ones do, under the same names, and with less memory."""
+    x, results, peaks = torch.randn(4, 3, 16, 16, dtype=torch.float64), [], []
+    widths = (8, 12, 20) if kind == "basic" else (16, 32, 48)
+    for transitions in ("store", "recompute"):
+        torch.manual_seed(1)
+        model = models.RevNet(models.Plan(kind, (2, 1, 3), widths, stem_width=stem_width), transitions=transitions)
+        model = model.double()
+        loss = model(x).square().mean()
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        results.append({"loss": loss.detach(), **grads, **{n: b.clone() for n, b in model.named_buffers()}})
+        peaks.append(peak_bytes(lambda m=model: m(x).square().mean().backward()))
+    stored, again = results
+    assert stored.keys() == again.keys()
+    exactly = stem_width < widths[0]  # else the first unit changes no shape, and its input is rebuilt
+    for name, value in stored.items():
+        torch.testing.assert_close(again[name], value, rtol=0 if exactly else 1e-9, atol=0 if exactly else 1e-11)
+    assert peaks[1] < 0.9 * peaks[0]
+
+
 @pytest.mark.parametrize("size", [(15, 15), (13, 18)])
 def test_odd_sizes(size):
     """Shortcut and strided convolution agree on ceil(size / 2)."""
@@ -280,6 +303,7 @@ def test_resnet_refuses_to_reconstruct(name, activations):
         ({"num_classes": 0}, ValueError, "num_classes is 0"),
         ({"in_channels": True}, TypeError, "in_channels is True, a bool"),
         ({"activations": "recompute"}, ValueError, "activations"),
+        ({"transitions": "keep"}, ValueError, "transitions is 'keep'; it must be one of 'store', 'recompute'"),
         ({"backend": "metal"}, ValueError, "metal"),
     ],
 )

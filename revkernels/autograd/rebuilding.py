@@ -19,7 +19,7 @@ from revkernels.autograd.grid import Grid
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
-from revkernels.autograd.recorded import Frame, RecordedStep
+from revkernels.autograd.recorded import Frame, Metadata, RecordedStep
 from revkernels.autograd.snapshot import put_back, version_of
 from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
 from revkernels.errors import ReconstructionError
@@ -65,8 +65,6 @@ class Rebuilding:
     kernels: Any
     name: Callable[[int], str]
     _surroundings: Surroundings
-    _steps: list[RecordedStep]
-    _open: list[torch.Tensor]
     _again: Callable[..., Any]
     _split: Callable[..., Sequence[torch.Tensor]]
     #: Is given the rebuilt input, once a backward.
@@ -74,6 +72,9 @@ class Rebuilding:
 
     def __init__(self, grid: Grid | None, keeping: Keeping | None) -> None:
         self._grid, self._keeping = grid, keeping
+        self._steps: list[RecordedStep] = []
+        self._saved: list[Metadata] = []  # of the half-step under way
+        self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
         self._whole = False  # the half-step under way keeps what it saves
         self._mode: Any = None  # to run the next branch in
         self._luggage: Luggage | None = None  # that is back from host memory
@@ -90,6 +91,11 @@ class Rebuilding:
         self._ready: Ready | None = None  # what the norm of half-step `_cursor - 1` makes of its stream
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
 
+    def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
+        self._saved.append((tensor.dtype, tensor.shape))
+        self._open.append(tensor)
+        return (len(self._steps) - 1) << INDEX_BITS | (len(self._saved) - 1)
+
     def _unpack(self, token: int | KeptTensor) -> torch.Tensor:
         if isinstance(token, KeptTensor):
             return self._unpack_kept(token)
@@ -98,10 +104,7 @@ class Rebuilding:
         if self._hooks is not None and self._kept is None:  # the forward is not over
             if k == len(self._steps) - 1 and index < len(self._open):
                 return self._open[index]
-            raise ReconstructionError(
-                f"{self.name(len(self._steps) - 1)} differentiates through {self.name(k)}; inside a chain a branch can "
-                f"only differentiate what it computed itself"
-            )
+            raise ReconstructionError(self._differentiates_too_early(k))
         if task == -1:
             raise ReconstructionError("a reversible chain's saved tensors exist only while a backward runs")
         with self._lock:
@@ -126,6 +129,12 @@ class Rebuilding:
                 f"(version {version}, now {tensor._version})"
             )
         return tensor
+
+    def _differentiates_too_early(self, k: int) -> str:
+        return (
+            f"{self.name(len(self._steps) - 1)} differentiates through {self.name(k)}; inside a chain a branch can "
+            f"only differentiate what it computed itself"
+        )
 
     def _unpack_kept(self, token: KeptTensor) -> torch.Tensor:
         k, kept, version = token
@@ -180,20 +189,7 @@ class Rebuilding:
         other = getattr(_local, "read_up", lambda: None)()
         if other is not None and other is not self:
             other._let_go(task)
-        try:
-            outputs = self._kept.grad_fn.saved_tensors
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise ReconstructionError(
-                f"the output of the reversible chain was changed in place after the forward, and the backward starts "
-                f"from it: make the operation that follows the chain out of place. ({error})"
-            ) from None
-        keep = torch.Tensor.detach if self._grid is None else self._grid.stored
-        self._rebuilt = [keep(stream) for stream in self._split(*outputs)]
-        self._strides_now = list(self._strides)
-        if self._grid is not None:
-            self._grid.begin()
+        self._fetch()
         if self._keeping is not None:
             self._keeping.watch(task, self._unload)
             if self._keeping.meter is not None:
@@ -202,6 +198,27 @@ class Rebuilding:
         self._unread = {-1}  # of a frame that is still to come
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
+
+    def _fetch(self) -> None:
+        """Read the kept outputs: the streams that a backward starts from."""
+        outputs = self._kept_tensors(
+            "the output of the reversible chain was changed in place after the forward, and the backward starts from "
+            "it: make the operation that follows the chain out of place"
+        )
+        keep = torch.Tensor.detach if self._grid is None else self._grid.stored
+        self._rebuilt = [keep(stream) for stream in self._split(*outputs)]
+        self._strides_now = list(self._strides)
+        if self._grid is not None:
+            self._grid.begin()
+
+    def _kept_tensors(self, if_changed: str) -> Sequence[torch.Tensor]:
+        try:
+            tensors: Sequence[torch.Tensor] = self._kept.grad_fn.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise ReconstructionError(f"{if_changed}. ({error})") from None
+        return tensors
 
     def _let_go(self, task: int) -> None:
         """Drop what the first branch saved, after its last tensor was read and before the backward as a whole is over:
@@ -236,34 +253,7 @@ class Rebuilding:
         h = self._read(sources)
         if step.needs_grad:
             h.requires_grad_()
-        with step.snapshot.turn:
-            problem = step.snapshot.problem() or self._surroundings.problem()
-            if problem is not None:
-                raise ReconstructionError(f"{self.name(k)}: {problem}")
-            outer, surroundings, undo = is_recomputing(), None, None
-            try:  # memory may run out at any of these
-                _local.recomputing = True
-                surroundings = self._surroundings.restore(step.drawn)
-                undo = step.snapshot.restore()
-                set_grad_enabled(True)
-                with self._hooks:
-                    f = self._again(step, h)
-                if step.drawn and strayed(step.drawn):
-                    with refuses_a_race(self.name(k)):
-                        self._again(step, h.detach())
-            finally:
-                set_grad_enabled(higher_order)
-                if undo:
-                    put_back(undo)
-                if surroundings is not None:
-                    surroundings.close()
-                _local.recomputing = outer
-        if not step.saved_alike(self._frame):
-            problem = step.difference(self._frame)
-            raise ReconstructionError(
-                f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
-                f"changed in between, or count its calls?"
-            )
+        f = self._run_again(k, h)
         target = self._rebuilt[index]
         read = [self._rebuilt[source] for source in sources] if meter is not None else []
         if k == 0 and self._grid is None and self.witness is None:  # nobody reads what the first half-step added to
@@ -280,6 +270,39 @@ class Rebuilding:
         if k == self._first:
             self._unread = set(range(len(self._frame)))
         self._cursor = k
+
+    def _run_again(self, k: int, h: Any) -> Any:
+        """Run branch k as it ran in the forward: what it saves is the frame. Returns what it returns."""
+        step, higher_order = self._steps[k], torch.is_grad_enabled()
+        with step.snapshot.turn:
+            problem = step.snapshot.problem() or self._surroundings.problem()
+            if problem is not None:
+                raise ReconstructionError(f"{self.name(k)}: {problem}")
+            outer, surroundings, undo = is_recomputing(), None, None
+            try:  # memory may run out at any of these
+                _local.recomputing = True
+                surroundings = self._surroundings.restore(step.drawn)
+                undo = step.snapshot.restore()
+                set_grad_enabled(True)
+                with self._hooks:
+                    f = self._again(step, h)
+                if step.drawn and strayed(step.drawn):
+                    with refuses_a_race(self.name(k)):
+                        self._again(step, h)
+            finally:
+                set_grad_enabled(higher_order)
+                if undo:
+                    put_back(undo)
+                if surroundings is not None:
+                    surroundings.close()
+                _local.recomputing = outer
+        if not step.saved_alike(self._frame):
+            problem = step.difference(self._frame)
+            raise ReconstructionError(
+                f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
+                f"changed in between, or count its calls?"
+            )
+        return f
 
     def _uncouple(self, k: int, index: int, target: torch.Tensor, f: torch.Tensor) -> None:
         """Make of ``target``, which half-step k has added f to, what it was before."""

@@ -40,8 +40,8 @@ from revkernels.autograd.kept_ops import Noting
 from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import PLAIN, both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
-from revkernels.autograd.rebuilding import INDEX_BITS, KeptTensor, Rebuilding, is_recomputing, within_a_branch
-from revkernels.autograd.recorded import Metadata, RecordedStep
+from revkernels.autograd.rebuilding import KeptTensor, Rebuilding, is_recomputing, within_a_branch
+from revkernels.autograd.recorded import RecordedStep
 from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
 from revkernels.errors import ReconstructionError
@@ -88,9 +88,6 @@ class Reversal(Rebuilding):
         compiling = sys.modules.get("revkernels.autograd.compiling")  # imported where torch.compile meets a chain
         self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
-        self._steps: list[RecordedStep] = []
-        self._saved: list[Metadata] = []  # of the half-step under way
-        self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
         if self.recording:
             self._surroundings = Surroundings(streams[0].device, side_inputs)
             self._states = self._surroundings.states()
@@ -289,9 +286,8 @@ class Reversal(Rebuilding):
             self._grid.integers = {}
 
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
+        if not self._whole:
+            return super()._pack(tensor)
         self._saved.append((tensor.dtype, tensor.shape))
-        if self._whole:  # detached: a node that held its own output would never be freed
-            luggage, kept = self._steps[-1].luggage, tensor.detach()
-            return KeptTensor(len(self._steps) - 1, kept if luggage is None else luggage.send(kept), version_of(tensor))
-        self._open.append(tensor)
-        return (len(self._steps) - 1) << INDEX_BITS | (len(self._saved) - 1)
+        luggage, kept = self._steps[-1].luggage, tensor.detach()  # a node that held its own output would never be freed
+        return KeptTensor(len(self._steps) - 1, kept if luggage is None else luggage.send(kept), version_of(tensor))

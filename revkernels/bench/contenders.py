@@ -46,6 +46,7 @@ class Way:
         compiled: by torch.compile.
         budget: torch's ``activation_memory_budget``, of a compiled one.
         peer: whose chain it is.
+        transitions: of a RevNet; None is its default.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Way:
     compiled: bool = False
     budget: float | None = None
     peer: Peer | None = None
+    transitions: str | None = None
 
     @property
     def settles(self) -> bool:
@@ -94,9 +96,10 @@ WAYS = (
     Way("reconstruct, fused", "ours", activations="reconstruct", backend=None),
     *(Way(peer.name, "peer", chain=peer.chain, peer=peer) for peer in PEERS),
 )
-#: More of this package's, for networks: streams that come back bit for bit, and a little memory against time.
+#: More of this package's, for networks: streams that come back bit for bit, less memory, and a little against time.
 OPTIONS = (
     Way("reconstruct, exact", "ours", activations="reconstruct", backend=None, coupling="exact"),
+    Way("reconstruct, transitions too", "ours", activations="reconstruct", backend=None, transitions="recompute"),
     Way("budget 25%", "ours", backend=None, share=0.25),
     Way("budget 50%", "ours", backend=None, share=0.5),
 )
@@ -115,7 +118,8 @@ class Contender:
         self.autocast = torch.bfloat16 if dtype == "bfloat16" else None
         # A budget of its own, which all chains of the network share.
         self.budget = None if way.share is None else MemoryBudget(way.share)
-        module = workload.make(self.budget or way.activations, way.backend, way.coupling)
+        more = {} if way.transitions is None else {"transitions": way.transitions}
+        module = workload.make(self.budget or way.activations, way.backend, way.coupling, **more)
         if state is not None:
             module.load_state_dict(state)
         self.state = {name: value.clone() for name, value in module.state_dict().items()} if state is None else state

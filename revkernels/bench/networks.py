@@ -30,10 +30,11 @@ class Workload(Protocol):
     def title(self) -> str:
         """For people."""
 
-    def make(self, activations: Any, backend: str | None, coupling: Any = "float") -> nn.Module:
+    def make(self, activations: Any, backend: str | None, coupling: Any = "float", **more: Any) -> nn.Module:
         """Return it with weights drawn from torch's default generator; its chains are `ReversibleSequential`s.
 
-        ``activations`` and ``coupling`` are theirs; they share what is given, a `MemoryBudget` say.
+        ``activations`` and ``coupling`` are theirs; they share what is given, a `MemoryBudget` say. ``more``: options
+        of the network.
         """
 
     def data(self, batch: int, dtype: torch.dtype = torch.float32) -> Data:
@@ -51,6 +52,7 @@ class Network:
         build: the network, given ``activations``, ``coupling`` and ``backend``.
         classes: how many.
         device: "cpu" or "cuda[:n]".
+        stages: whether there are transitions between its chains, which can be run again.
     """
 
     title: str
@@ -59,10 +61,11 @@ class Network:
     build: Callable[..., nn.Module]
     classes: int = 10
     device: str = "cpu"
+    stages: bool = True
 
-    def make(self, activations: Any, backend: str | None, coupling: Any = "float") -> nn.Module:
+    def make(self, activations: Any, backend: str | None, coupling: Any = "float", **more: Any) -> nn.Module:
         """Return the network in channels-last order."""
-        made = self.build(self.classes, activations=activations, coupling=coupling, backend=backend)
+        made = self.build(self.classes, activations=activations, coupling=coupling, backend=backend, **more)
         return made.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def data(self, batch: int, dtype: torch.dtype = torch.float32) -> Data:
@@ -108,7 +111,7 @@ class Stage:
         s = self.shape
         return f"stage {s.depth} branches {s.width}x{s.side}x{s.side}"
 
-    def make(self, activations: Any, backend: str | None, coupling: Any = "float") -> nn.Module:
+    def make(self, activations: Any, backend: str | None, coupling: Any = "float", **more: Any) -> nn.Module:
         """Return the chain in channels-last order."""
         width = self.shape.width
         blocks = (
@@ -149,8 +152,8 @@ NETWORKS = {
     "revnet110": Network("RevNet-110", 100, 32, _model("revnet110")),
     "bottleneck": Network("bottleneck RevNet, maps of 56, 28, 14, 7", 4, 224, _bottleneck, 1000),
     "revnet104": Network("RevNet-104", 4, 224, _model("revnet104"), 1000),
-    "revvit_small": Network("Rev-ViT-S", 8, 224, _model("revvit_small"), 1000),
-    "revvit_base": Network("Rev-ViT-B", 4, 224, _model("revvit_base"), 1000),
+    "revvit_small": Network("Rev-ViT-S", 8, 224, _model("revvit_small"), 1000, stages=False),
+    "revvit_base": Network("Rev-ViT-B", 4, 224, _model("revvit_base"), 1000, stages=False),
 }
 
 

@@ -61,6 +61,7 @@ def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         except ValueError as error:
             raise OptionError(f"--{error}") from error
         most = _MOST if args.equal_memory else 0
+        fitting = [way for way in ways if way.transitions is None or found.stages]
         for dtype in dict.fromkeys(args.dtype):
             batch = args.batch or found.batch
             jobs.append(
@@ -68,7 +69,7 @@ def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
                     "network",
                     name,
                     found,
-                    ways,
+                    fitting,
                     batch,
                     dtype,
                     args.device,

@@ -21,7 +21,7 @@ from revkernels.models.layers import (
     initialise,
 )
 from revkernels.models.plan import Plan, check_positive
-from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential
+from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential, checkpoint
 from revkernels.nn.fusion import norms_by
 from revkernels.nn.plan import Plan as NetPlan
 from revkernels.nn.plan import plan_of
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["RevNet", "Transition", "revnet38", "revnet56", "revnet104", "revnet110", "revnet164"]
 
 Pair = tuple[Tensor, Tensor]
+TRANSITIONS = ("store", "recompute")
+
+
+class RevNetOptions(ModelOptions, total=False):
+    """Keywords that every RevNet takes."""
+
+    transitions: str
 
 
 class Transition(nn.Module):
@@ -49,6 +56,7 @@ class Transition(nn.Module):
         in_channels, out_channels: width of one half before and behind.
         stride: of F and of both shortcuts.
         preactivate: False leaves out F's first BN-ReLU (the very first unit: the stem has activated its input).
+        recompute: True keeps x1, x2 and y1 alone, and runs F and G again in the backward.
     """
 
     def __init__(
@@ -58,8 +66,10 @@ class Transition(nn.Module):
         out_channels: int,
         stride: int = 1,
         preactivate: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         branch = BLOCKS[block]
         self.F = branch(in_channels, out_channels, stride, preactivate)
         self.G = branch(out_channels, out_channels)
@@ -68,9 +78,14 @@ class Transition(nn.Module):
 
     def forward(self, pair: Pair) -> Pair:
         x1, x2 = pair
-        y1 = self.F(x2) + self.shortcut1(x1)
-        y2 = self.G(y1) + self.shortcut2(x2)
+        run = checkpoint if self.recompute else _call
+        y1 = run(self.F, x2) + self.shortcut1(x1)
+        y2 = run(self.G, y1) + self.shortcut2(x2)
         return _wide(y1), _wide(y2)
+
+
+def _call(module: nn.Module, x: Any) -> Any:
+    return module(x)
 
 
 def _wide(stream: Tensor) -> Tensor:
@@ -94,6 +109,9 @@ class RevNet(nn.Module):
         coupling: "float" or "exact", as in ReversibleSequential.
         backend: where couplings, norms and activations run; None picks the fused one of the tensors' device, "eager" is
             plain torch.
+        transitions: "store" keeps what the stem and the transitions save, as the paper does; "recompute" keeps their
+            inputs alone and runs them again in the backward (`revkernels.nn.checkpoint`). They hold most of what a
+            RevNet of few units keeps.
 
     Raises:
         ValueError, TypeError: a size, kind or name that does not fit, before any parameter is allocated.
@@ -108,19 +126,29 @@ class RevNet(nn.Module):
         activations: Any = "reconstruct",
         coupling: Any = "float",
         backend: str | None = None,
+        transitions: str = "store",
     ) -> None:
         super().__init__()
+        if transitions not in TRANSITIONS:
+            raise ValueError(f"transitions is {transitions!r}; it must be one of {', '.join(map(repr, TRANSITIONS))}")
         check_positive("num_classes", num_classes)
         check_positive("in_channels", in_channels)
         plan.check_streams(2)
         self.in_channels = in_channels
         self.backend = backend
+        self.transitions = transitions
         self.stem = build_stem(plan.stem, in_channels, plan.stem_width)
         branch = BLOCKS[plan.block]
         stages: list[nn.Module] = []
+        again = transitions == "recompute"
         half = plan.stem_width // 2
         for stage, (count, width, stride) in enumerate(plan.stages()):
-            transition = Transition(plan.block, half, width // 2, stride, preactivate=stage > 0)
+            first: nn.Module
+            if again and stride == 1 and 2 * half == width:  # it changes nothing: its input follows from its output
+                units = branch(half, half, preactivate=stage > 0), branch(half, half)
+                first = ReversibleBlock(*units, activations=activations, coupling=coupling, backend=backend)
+            else:
+                first = Transition(plan.block, half, width // 2, stride, preactivate=stage > 0, recompute=again)
             half = width // 2
             chain = ReversibleSequential(
                 *(ReversibleBlock(branch(half, half), branch(half, half)) for _ in range(count - 1)),
@@ -128,7 +156,7 @@ class RevNet(nn.Module):
                 coupling=coupling,
                 backend=backend,
             )
-            stages.append(nn.Sequential(transition, chain))
+            stages.append(nn.Sequential(first, chain))
         self.stages = nn.Sequential(*stages)
         self.head = build_head(2 * half, num_classes)
         initialise(self)
@@ -136,7 +164,10 @@ class RevNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels)
         with norms_by(self.backend, x):
-            x1, x2 = self.stem(x).chunk(2, dim=1)
+            run = checkpoint if self.transitions == "recompute" else _call
+            x1, x2 = run(self.stem, x).chunk(2, dim=1)
+            if isinstance(self.stages[0][0], ReversibleBlock):  # type: ignore[index]
+                x1, x2 = _wide(x1), _wide(x2)
             y1, y2 = self.stages((x1, x2))
             return self.head(torch.cat((y1, y2), dim=1))
 
@@ -154,27 +185,27 @@ class RevNet(nn.Module):
         )
 
 
-def revnet38(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
+def revnet38(num_classes: int = 10, **options: Unpack[RevNetOptions]) -> RevNet:
     """RevNet-38 for CIFAR: 3-3-3 basic units of widths 32-64-112; 464,890 parameters."""
     return RevNet(Plan("basic", (3, 3, 3), (32, 64, 112), stem_width=32), num_classes, **options)
 
 
-def revnet110(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
+def revnet110(num_classes: int = 10, **options: Unpack[RevNetOptions]) -> RevNet:
     """RevNet-110 for CIFAR: 9-9-9 basic units of widths 32-64-128; 1,729,194 parameters."""
     return RevNet(Plan("basic", (9, 9, 9), (32, 64, 128), stem_width=32), num_classes, **options)
 
 
-def revnet164(num_classes: int = 10, **options: Unpack[ModelOptions]) -> RevNet:
+def revnet164(num_classes: int = 10, **options: Unpack[RevNetOptions]) -> RevNet:
     """RevNet-164 for CIFAR: 9-9-9 bottleneck units of widths 128-256-512; 1,748,778 parameters."""
     return RevNet(Plan("bottleneck", (9, 9, 9), (128, 256, 512), stem_width=32), num_classes, **options)
 
 
-def revnet56(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> RevNet:
+def revnet56(num_classes: int = 1000, **options: Unpack[RevNetOptions]) -> RevNet:
     """RevNet-56 for ImageNet: 2-2-3-2 bottleneck units of widths 512 to 3328; 27,553,128 parameters."""
     return RevNet(_imagenet((2, 2, 3, 2)), num_classes, **options)
 
 
-def revnet104(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> RevNet:
+def revnet104(num_classes: int = 1000, **options: Unpack[RevNetOptions]) -> RevNet:
     """RevNet-104 for ImageNet: 2-2-11-2 bottleneck units, widths 512 to 3328; 45,428,072 parameters."""
     return RevNet(_imagenet((2, 2, 11, 2)), num_classes, **options)
 

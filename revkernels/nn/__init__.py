@@ -4,6 +4,7 @@
 from revkernels.autograd.reversal import is_recomputing
 from revkernels.nn.arguments import PerBlock
 from revkernels.nn.branches import AttentionBranch, BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch
+from revkernels.nn.checkpoint import checkpoint
 from revkernels.nn.fusion import Explanation, FusedSequential
 from revkernels.nn.norm_act import NormAct
 from revkernels.nn.plan import Plan
@@ -22,5 +23,6 @@ __all__ = [
     "Plan",
     "ReversibleBlock",
     "ReversibleSequential",
+    "checkpoint",
     "is_recomputing",
 ]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be undone, run again from its kept inputs: the driver's other half, for what lies between the chains.
+
+A stem or a transition changes shapes, so its input does not follow from its output. Here its inputs are kept instead
+(behind a chain they are kept anyway, as its outputs), and what it saves for the backward is made again by the machinery
+that rebuilds a branch: same random numbers, same autocast, batch statistics of the forward, running statistics updated
+once, errors where a parameter or an input has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from revkernels.autograd import fusion
+from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.kept import Kept
+from revkernels.autograd.rebuilding import Rebuilding, within_a_branch
+from revkernels.autograd.recorded import RecordedStep
+from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
+
+__all__ = ["Checkpoint"]
+
+
+class Checkpoint(Rebuilding):
+    """One call of a function in grad mode, and all backwards through it.
+
+    Args:
+        function: a module, or any callable; what a plain callable reads is watched as far as it shows.
+        args, kwargs: of the call. Tensors in them, also in lists, tuples and dicts, are the inputs that are kept.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(None, None)
+        self._function = function
+        leaves, self._structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+        self._wanted = [tensor.requires_grad for tensor in tensors]
+        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        self._surroundings = Surroundings(device, {})
+        self.name = lambda k: f"the checkpointed {type(function).__name__}"
+        self.kernels = fusion.ambient.kernels
+        self._keep_inputs(tensors)
+
+    def _keep_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
+        # Outside our own hooks: inside a branch of a chain, the chain's take them, and rebuild them.
+        self._inputs = Kept.apply(torch.zeros((), requires_grad=True), *(tensor.detach() for tensor in tensors))
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function, and note all that running it again will need."""
+        step = RecordedStep(HalfStep(self._function, 0, (0,)))
+        self._steps.append(step)
+        self._saved = step.saved
+        snapshot, surroundings = step.snapshot, self._surroundings
+        own = own_generators(snapshot.modules)
+        before = surroundings.states() + states_of(own)
+        self._hooks = hooks = saved_tensors_hooks(self._pack, self._unpack)
+        try:
+            with snapshot.turn:
+                snapshot.take()
+                with hooks, surroundings.guard, within_a_branch(), fusion.Within(self.kernels, step.tape(False)):
+                    result = self._function(*args, **kwargs)
+                snapshot.complete(step.counted())
+            step.drawn = drawn(before, surroundings.states() + states_of(own))
+        finally:
+            self._hooks = None
+        self._first = 0 if step.saved else None
+        self._kept = self._inputs if step.saved else None
+        self._inputs = None
+        return result
+
+    def _pack(self, tensor: torch.Tensor) -> int:
+        self._saved.append((tensor.dtype, tensor.shape))  # not held meanwhile, as a branch's are: it may be a big part
+        return len(self._saved) - 1
+
+    def _differentiates_too_early(self, k: int) -> str:
+        return f"{self.name(k)} differentiates while it runs: of a checkpointed call nothing is kept to do so"
+
+    def _fetch(self) -> None:
+        self._rebuilt = list(
+            self._kept_tensors(
+                "an input of a checkpointed call was changed in place after the forward, and the backward starts from "
+                "it: make the operation that changes it out of place"
+            )
+        )
+
+    def _rebuild(self, k: int) -> None:
+        self._frame = []
+        inputs = [t.detach().requires_grad_(wanted) for t, wanted in zip(self._rebuilt, self._wanted, strict=True)]
+        self._run_again(k, inputs)
+        self._rebuilt = []
+        self._unread = set(range(len(self._frame)))
+        self._cursor = k
+
+    def _again(self, step: RecordedStep, inputs: Sequence[torch.Tensor]) -> Any:
+        tensors = iter(inputs)
+        leaves = [next(tensors) if other is None else other[0] for other in self._others]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        with fusion.Within(self.kernels, step.tape(True)):
+            return self._function(*args, **kwargs)
