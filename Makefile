@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | test-all | lint | clean      needs python3 (venv, headers), make, g++; nvcc is optional.
+# make demo | test | test-all | lint | docs | clean      needs python3 (venv, headers), make, g++; nvcc is optional.
 #
 # PYTHON=python3.12      another interpreter       VENV=.venv        another environment
 # DEMO_ARGS=--quick      options of the demo       TEST_ARGS="-k coupling"    options of pytest
@@ -23,7 +23,7 @@ BUILT := $(VENV)/.made-build-cuda-$(REVK_CUDA)
 PEERS := $(VENV)/.made-peers
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all demo test test-all lint clean
+.PHONY: all demo test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 all: $(BUILT)
@@ -76,8 +76,12 @@ lint: $(BUILT)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
+# In site/; a warning is an error. Not --quiet, which would keep warnings from being counted.
+docs: $(BUILT)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.made-build-*
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.made-build-*
 	rm -f revkernels/*.so revkernels/*.so.*
 	rm -rf revkernels/include revkernels/cmake revkernels/pkgconfig
 	find revkernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

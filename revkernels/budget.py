@@ -29,7 +29,7 @@ class MemoryBudget:
 
     Raises:
         TypeError, ValueError: amount is none of these. In a step, a ValueError for bytes that not even reconstructing
-        keeps to; it names the least that would do.
+            keeps to; it names the least that would do.
     """
 
     __slots__ = ("__weakref__", "amount", "bytes", "offload", "planner", "share")

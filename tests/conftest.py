@@ -46,6 +46,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """List the blocks of the documentation that were not run, each with its reason."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if "test_pages.py" in report.nodeid]
+    if skipped:
+        terminalreporter.section(f"{len(skipped)} blocks of the documentation were not run")
+        for report in skipped:
+            block = report.nodeid.partition("[")[2].rstrip("]")
+            terminalreporter.line(f"{block:32} {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
 @pytest.fixture(scope="session")
 def available():
     """available(name) -> the name of a backend that can run here; else the test is skipped, or fails if it may not be.
