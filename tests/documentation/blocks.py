@@ -12,6 +12,8 @@ An HTML comment on the line before the fence says what is special about a block:
     <!-- from: PATH -->            it is a passage of that file of the repository
     <!-- needs: NAME, NAME -->     it is left out where one of these, packages or programs, is not installed
     <!-- slow -->                  it runs in the slow tests alone
+
+``<!-- page needs: NAME, NAME -->`` at a page's top, above its title, says the same as ``needs`` of every block of it.
 """
 
 import contextlib
@@ -40,6 +42,7 @@ LIMIT = 280  # seconds for a program, below pytest's own
 MARKERS = {"not run": True, "output": False, "from": True, "needs": True, "slow": False}
 SHOWN = {"not run", "output", "from"}  # with one of these nothing is executed
 _COMMENT = re.compile(r"^[ \t]*<!-- (?P<name>[a-z ]+?)(?::[ \t]*(?P<said>.*?))? -->[ \t]*$")
+_PAGE_NEEDS = re.compile(r"<!-- page needs: (.+) -->\n")
 _FENCES = RawFencedCodeBlockLexer(re.compile(r"[ \t]*(?P<info>[^\n]*)\n"))
 
 
@@ -91,7 +94,9 @@ def left_out(example: Example) -> str | None:
     """Return why a block is not executed here, or None if it is."""
     if "not run" in markers(example):
         return f"not run: {markers(example)['not run']}"
-    missing = [name for name in _list(markers(example).get("needs")) if not _is_installed(name)]
+    of_page = _PAGE_NEEDS.match(example.document.text)
+    wanted = _list(of_page and of_page[1]) + _list(markers(example).get("needs"))
+    missing = [name for name in wanted if not _is_installed(name)]
     return f"needs {', '.join(missing)}" if missing else None
 
 

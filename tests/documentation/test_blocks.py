@@ -115,3 +115,7 @@ def test_reasons(page_of):
     text = RIGHT["not run"] + RIGHT["needs"] + RIGHT["python shares a namespace"]
     reasons = [left_out(example) for example in page_of(text)]
     assert reasons == ["not run: nobody has a compiler", "needs nothing_of_this_name", None, None]
+    page = page_of("<!-- page needs: not_this_either, bash -->\n# Title\n\n" + text)
+    assert list(faults(page)) == []
+    reasons = [left_out(example) for example in page]
+    assert reasons[1:] == ["needs not_this_either, nothing_of_this_name"] + ["needs not_this_either"] * 2
