@@ -44,7 +44,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("kind", [nn.Sequential, FusedSequential])
 def test_bit_for_bit_as_kept(kind, backend, available):
-    """Row 4 and 6 too: dropout masks, and running statistics and num_batches_tracked updated once."""
+    """Dropout masks too, and running statistics and num_batches_tracked updated once."""
     module = layers(kind, drop=0.3)
     twin, x = copy.deepcopy(module), images(requires_grad=True)
     z = x.detach().clone().requires_grad_()
@@ -122,7 +122,7 @@ def test_inputs_without_gradient_and_frozen_parameters():
 
 
 def test_autocast():
-    """Row 8: the recompute runs under the autocast of the forward, the backward being outside."""
+    """The recompute runs under the autocast of the forward, the backward being outside."""
     module = layers(FusedSequential)
     twin, x = copy.deepcopy(module), images()
 
