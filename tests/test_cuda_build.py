@@ -30,7 +30,7 @@ NORMS = {
     "norm_gradient_teams": 12,
 }
 SIZES = {"double": 8, "float": 4, "bfloat16": 2, "float16": 2}
-ARCHS = ["80", "90", pytest.param("100", marks=pytest.mark.slow)]
+ARCHS = [pytest.param("80", marks=pytest.mark.slow), "90", pytest.param("100", marks=pytest.mark.slow)]
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 

@@ -312,6 +312,7 @@ def norm_findings(faultless, tmp_path_factory):
     return find(NORM_FAULTS, faultless, tmp_path_factory.mktemp("cuda_norm_faults"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["findings", "norm_findings"])
 def test_without_a_fault_the_same_tests_pass(which, request):
     """The control: what the faults are built with fails nothing by itself."""
@@ -319,6 +320,7 @@ def test_without_a_fault_the_same_tests_pass(which, request):
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [*FAULTS, *NORM_FAULTS], ids=lambda fault: fault.name)
 def test_planted_fault_is_found(fault, request):
     done = request.getfixturevalue("norm_findings" if fault in NORM_FAULTS else "findings")[fault]

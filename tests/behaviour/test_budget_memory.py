@@ -86,7 +86,11 @@ def peak_of(name, activations, warm=2):
     return peak_bytes(step), net
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = ("perceptron", "conv, channels last", "bfloat16")
+EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NETWORKS]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_the_peak(name, compiled):
     """Of the third step, by the allocator's events: never above the limit, and used where it helps."""
     least, most = peak_of(name, "reconstruct")[0], peak_of(name, "store")[0]
