@@ -15,7 +15,6 @@ their own code, and the recompute is this package's.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
@@ -91,9 +90,7 @@ class Encoder(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See ``ReformerEncoder``."""
-        forward = self.original.forward
-        theirs = forward.__globals__[_Plainly.name]
-        return _with(forward, _Plainly.name, _Plainly(theirs))(self, *args, **kwargs)
+        return _with(self.original.forward, _Plainly)(self, *args, **kwargs)
 
 
 class Layer(Swapped):
@@ -133,7 +130,7 @@ class Hashing(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See ``LSHSelfAttention``."""
-        return _with(self.original.forward, _ReverseSort.name, _ReverseSort)(self, *args, **kwargs)
+        return _with(self.original.forward, _ReverseSort)(self, *args, **kwargs)
 
     def _hash_vectors(self, *args: Any, **kwargs: Any) -> Any:
         buckets = super()._hash_vectors(*args, **kwargs)  # type: ignore[misc]
@@ -192,6 +189,11 @@ class _Plainly:
         nothing = SimpleNamespace(save_for_backward=lambda *tensors: None)
         return self.theirs.forward(nothing, *args)
 
+    @classmethod
+    def instead_of(cls, theirs: Any) -> Any:
+        """What stands in its place."""
+        return cls(theirs)
+
 
 class _ReverseSort(torch.autograd.Function):
     """``ReverseSort`` that leaves its index to autograd to keep, from where it can be rebuilt."""
@@ -202,6 +204,11 @@ class _ReverseSort(torch.autograd.Function):
     def forward(ctx: Any, out_vectors: Any, logits: Any, sorted_bucket_idx: Any, undo_sorted_bucket_idx: Any) -> Any:
         ctx.save_for_backward(sorted_bucket_idx)
         return _gather(out_vectors, undo_sorted_bucket_idx), _gather(logits, undo_sorted_bucket_idx)
+
+    @classmethod
+    def instead_of(cls, theirs: Any) -> Any:
+        """What stands in its place."""
+        return cls
 
     @staticmethod
     def backward(ctx: Any, d_out_vectors: Any, d_logits: Any) -> Any:
@@ -214,17 +221,20 @@ def _gather(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(2, index.reshape(*index.shape, *(1,) * (values.dim() - 3)).expand(values.shape))
 
 
-def _with(forward: Any, name: str, value: Any) -> Callable[..., Any]:
-    """``forward`` with another value for one of its globals."""
-    return functools.update_wrapper(
-        FunctionType(
-            forward.__code__,
-            {**forward.__globals__, name: value},
+def _with(forward: Any, stand_in: Any) -> Callable[..., Any]:
+    """``forward`` with another value for the global that ``stand_in`` stands in for."""
+    again = _made.get((forward, stand_in))
+    if again is None:
+        value = stand_in.instead_of(forward.__globals__[stand_in.name])
+        again = _made[forward, stand_in] = FunctionType(
+            forward.__code__.replace(),  # torch.compile tells functions apart by their code
+            {**forward.__globals__, stand_in.name: value},
             forward.__name__,
             forward.__defaults__,
             forward.__closure__,
-        ),
-        forward,
-        ("__kwdefaults__",),
-        (),
-    )
+        )
+        again.__kwdefaults__ = forward.__kwdefaults__
+    return again
+
+
+_made: dict[tuple[Any, Any], FunctionType] = {}

@@ -84,6 +84,16 @@ def peaks_by_depth(make, change, x, depths, **kwargs):
     return found
 
 
+def check_compiled(network, plain, x, *args):
+    """The whole network under torch.compile, which has a break at each chain, steps as it does in plain torch."""
+    torch._dynamo.reset()
+    got = step(torch.compile(network, backend="aot_eager"), x, *args)
+    for what in ("parameters", "buffers"):
+        setattr(got, what, {name.removeprefix("_orig_mod."): t for name, t in getattr(got, what).items()})
+    assert_same(got, step(plain, x, *args))
+    torch._dynamo.reset()
+
+
 def generator_state():
     """Bytes of the state of torch's generator, which a half-step that draws from it keeps."""
     return torch.get_rng_state().numel()

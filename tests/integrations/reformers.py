@@ -81,7 +81,10 @@ def plainly(network, before_attention=None, before_feed_forward=None):
         **options,
     ):
         attn_output, states, attentions = hidden_states, [], []
-        for layer in encoder.layers:
+        head_masks = options.pop("head_mask", None)  # of releases before 5
+        for index, layer in enumerate(encoder.layers):
+            if head_masks is not None:
+                options["head_mask"] = head_masks[index]
             states.append(hidden_states)
             before[0](layer)
             attended = layer.attention(hidden_states, **options)

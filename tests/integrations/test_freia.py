@@ -5,7 +5,7 @@ import pytest
 from behaviour.common import WIDE, assert_all_close, assert_close, assert_raises, check_step, rows, torch
 from torch import nn
 
-from integrations.common import check_copies, check_untouched, original, package, peaks_by_depth
+from integrations.common import check_compiled, check_copies, check_untouched, original, package, peaks_by_depth
 from revkernels.errors import ReconstructionError
 from revkernels.integrations import freia, restore
 from revkernels.measure import branch_calls
@@ -189,6 +189,11 @@ def test_each_subnetwork_runs_once_more():
     freia.replace(net)
     subnets = [module for module in net.modules() if isinstance(module, nn.Sequential)]
     assert branch_calls(subnets, lambda: net(x_of(), rows(9, CONDITION))[0].sum().backward()) == 12
+
+
+@pytest.mark.parametrize("make", [sequence, graph])
+def test_compiled(make):
+    check_compiled(*twins(make(2, without_dropout)), x_of(), rows(9, CONDITION))
 
 
 @pytest.mark.parametrize("make", [sequence, graph])

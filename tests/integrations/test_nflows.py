@@ -14,7 +14,7 @@ from behaviour.common import (
 )
 from torch import nn
 
-from integrations.common import check_copies, check_untouched, original, package, peaks_by_depth
+from integrations.common import check_compiled, check_copies, check_untouched, original, package, peaks_by_depth
 from revkernels.integrations import nflows, restore
 from revkernels.measure import branch_calls
 
@@ -197,6 +197,10 @@ def test_each_net_runs_once_more():
     nflows.replace(network)
     nets = [module for module in network.modules() if isinstance(module, ResidualNet)]
     assert branch_calls(nets, lambda: network.flow.log_prob(x_of()).sum().backward()) == 8
+
+
+def test_compiled():
+    check_compiled(*twins(couplings(2)), x_of())
 
 
 def test_parameters_names_and_copies():

@@ -19,7 +19,7 @@ from behaviour.common import (
 )
 from torch import nn
 
-from integrations.common import check_copies, check_untouched, original, package, peaks_by_depth
+from integrations.common import check_compiled, check_copies, check_untouched, original, package, peaks_by_depth
 from revkernels.integrations import pyg, restore
 from revkernels.measure import branch_calls
 
@@ -148,6 +148,13 @@ def test_each_conv_runs_once_more():
     theirs = branch_calls(convs, lambda: net(x).sum().backward())
     pyg.replace(net)
     assert (theirs, branch_calls(convs, lambda: net(x).sum().backward())) == (18, 12)
+
+
+def test_compiled():
+    net = RevGNN(2)
+    plain = stored(net)
+    pyg.replace(net)
+    check_compiled(net, plain, x_of())
 
 
 def test_the_inverse_and_its_gradients():

@@ -17,7 +17,7 @@ from behaviour.common import (
 )
 from torch import nn
 
-from integrations.common import check_copies, check_untouched, generator_state, peaks_by_depth
+from integrations.common import check_compiled, check_copies, check_untouched, generator_state, peaks_by_depth
 from integrations.torchvision import timm_or_skip
 from revkernels.errors import ReconstructionError
 from revkernels.integrations import restore, timm
@@ -221,6 +221,13 @@ def test_each_branch_runs_once_more():
     timm.make_reversible(model)
     halves = [half for block in model.blocks for half in (block.attn, block.mlp)]
     assert branch_calls(halves, lambda: model(images()).sum().backward()) == 12
+
+
+@pytest.mark.parametrize("make", [vit, resnet])
+def test_compiled(make):
+    model = make(2) if make is vit else make((3, 1, 1, 1))
+    timm.make_reversible(model)
+    check_compiled(model, plain_vit(model) if make is vit else plain_resnet(model, [("layer1", 1, 2)]), images())
 
 
 def test_autocast_and_frozen_blocks():

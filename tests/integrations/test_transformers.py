@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's Reformer on this driver: the results of its own layers called plainly, with stored activations."""
 
+import inspect
+
 import pytest
 from behaviour.common import (
     WIDE,
@@ -15,7 +17,15 @@ from behaviour.common import (
 )
 from torch import nn
 
-from integrations.common import check_copies, check_untouched, generator_state, original, package, peaks_by_depth
+from integrations.common import (
+    check_compiled,
+    check_copies,
+    check_untouched,
+    generator_state,
+    original,
+    package,
+    peaks_by_depth,
+)
 from revkernels.errors import ReconstructionError
 from revkernels.integrations import restore, transformers
 from revkernels.measure import branch_calls
@@ -68,6 +78,15 @@ def test_arguments():
     check_step(net, plain, x_of(), attention_mask=mask)
     check_step(net, plain, x_of(), num_hashes=1)
     check_step(net, plain, x_of(), output_hidden_states=True, output_attentions=True, attention_mask=mask)
+
+
+def test_head_masks_get_their_gradients():
+    """In releases that have them (4)."""
+    if "head_mask" not in inspect.signature(reformer.ReformerEncoder.forward).parameters:
+        pytest.skip(f"transformers {hf.__version__} has no head masks")
+    net, plain = twins(dropout=0.1)
+    mask = torch.rand(4, 2, dtype=WIDE, requires_grad=True)
+    check_step(net, plain, x_of(), head_mask=mask, sides=[mask])
 
 
 def test_outputs_and_gradients_are_the_packages_own_where_those_are_right():
@@ -188,6 +207,10 @@ def test_memory_is_flat_in_depth(kind):
     stored = peaks_by_depth(lambda depth: plainly(Reformer((kind,) * depth)), lambda net: None, x, (few, many))
     assert stored[many][1] - stored[few][1] > 5 * stream * (many - few)
     assert peaks[many][1] < 1.1 * peaks[many][0]  # no more than in the package
+
+
+def test_compiled():
+    check_compiled(*twins(("local", "lsh"), hash_seed=3), x_of())
 
 
 def test_a_cache_that_is_filled_in_training():
