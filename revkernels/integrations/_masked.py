@@ -46,10 +46,10 @@ class Masked:
 
 
 def through(
-    branches: Sequence[tuple[Masked, str, tuple[Any, ...]]], x: torch.Tensor, backend: str | None
+    branches: Sequence[tuple[Masked, str, tuple[Any, ...]]], x: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
     """Run branches, each with its name and further arguments, on the whole of x, going on with what x comes from."""
     half_steps = [HalfStep(branch, 0, (0,), args) for branch, _, args in branches]
     names = [name for _, name, _ in branches]
-    (y,) = linked.run(half_steps, (x,), 1, names.__getitem__, backend=backend)
+    (y,) = linked.run(half_steps, (x,), 1, names.__getitem__, **options)
     return y

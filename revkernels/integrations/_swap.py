@@ -13,6 +13,7 @@ from torch import nn
 
 from revkernels import backends
 from revkernels.integrations import MissingPackageError
+from revkernels.nn.streams import ACTIVATIONS
 
 _classes: dict[tuple[type, type], type] = {}
 
@@ -58,7 +59,7 @@ def _new(way: type, original: type, *args: Any) -> Any:
 
 def restore(model: Any) -> list[str]:
     """See `revkernels.integrations.restore`."""
-    check_model(model)
+    check(model)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Swapped)]
     if not found:
         raise ValueError("no module of model was changed by revkernels.integrations: there is nothing to restore")
@@ -115,20 +116,18 @@ Look = Callable[[nn.Module], tuple[type | None, str] | None]
 
 
 def replace(
-    model: Any, package: str, look: Look, wanted: str, needed: type, backend: str | None, notes: Iterable[str] = ()
+    model: Any, package: str, look: Look, wanted: str, needed: type, options: Any, notes: Iterable[str] = ()
 ) -> Replaced:
     """Swap every module of ``model`` that ``look`` finds a way for, and say so.
 
     Args:
         wanted: what is looked for, in words; ``needed`` is its way: where there is none of it, nothing is changed.
+        options: see `check`.
 
     Raises:
-        TypeError: model is not an nn.Module. BackendError: the backend cannot run here.
-        ValueError: nothing was found.
+        TypeError: model is not an nn.Module. ValueError: an option does not exist; nothing was found.
     """
-    check_model(model)
-    if backend is not None:
-        backends.require(backend)
+    check(model, **options)
     modules, left, ways = {}, {}, []
     for name, module in model.named_modules():
         found = (None, "changed before") if isinstance(module, Swapped) else look(module)
@@ -143,7 +142,7 @@ def replace(
     if all(way is not needed for _, way in ways):
         raise nothing_found(model, wanted, left)
     for module, way in ways:
-        swap(module, way, backend=backend)
+        swap(module, way, **options)
     return Replaced(package_and_version(package), modules, left, tuple(notes), model)
 
 
@@ -161,10 +160,14 @@ def package_and_version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def check_model(model: Any) -> None:
-    """``model`` is an nn.Module."""
+def check(model: Any, activations: Any = "reconstruct", backend: Any = None) -> None:
+    """``model`` is an nn.Module, and the options are those that modules called one by one can have."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be an nn.Module")
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}; it must be {' or '.join(map(repr, ACTIVATIONS))}")
+    if backend is not None:
+        backends.require(backend)
 
 
 def needs(module: str, package: str) -> Any:

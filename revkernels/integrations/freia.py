@@ -21,7 +21,7 @@ from revkernels.nn import linked
 __all__ = ["replace"]
 
 
-def replace(model: Any, *, backend: str | None = None) -> Replaced:
+def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every ``NICECouplingBlock`` in the model run on this package's driver, with what permutes in between.
 
         y1 = x1 + F(x2, c)        y2 = x2 + G(y1, c)        log |det dy/dx| = 0
@@ -37,6 +37,7 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
 
     Args:
         model: any nn.Module with such blocks inside.
+        activations: "reconstruct", or "store": plain activations, to compare with.
         backend: of the couplings; None takes the best that the tensors' device has.
 
     Raises:
@@ -63,7 +64,8 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
             return None, "not additive: stores its activations, and ends a chain"
         return None
 
-    return _replace(model, "FrEIA", look, "a FrEIA.modules.NICECouplingBlock", Coupling, backend)
+    options = {"activations": activations, "backend": backend}
+    return _replace(model, "FrEIA", look, "a FrEIA.modules.NICECouplingBlock", Coupling, options)
 
 
 class Coupling(Swapped):
@@ -83,7 +85,7 @@ class Coupling(Swapped):
             (Masked(_Conditioned(self.F), second, first, sign), "F", given),
             (Masked(_Conditioned(self.G), first, second, sign), "G", given),
         ]
-        y = through(branches[::-1] if rev else branches, x[0], self.revkernels_options["backend"])
+        y = through(branches[::-1] if rev else branches, x[0], self.revkernels_options)
         return (y,), 0.0
 
 

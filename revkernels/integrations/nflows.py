@@ -21,7 +21,7 @@ from revkernels.nn import linked
 __all__ = ["replace"]
 
 
-def replace(model: Any, *, backend: str | None = None) -> Replaced:
+def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every ``AdditiveCouplingTransform`` in the model run on this package's driver, with what permutes in between.
 
     The same function, inverse and log-determinant (0) of the same parameters. Couplings, ``Permutation``s and
@@ -32,6 +32,7 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
 
     Args:
         model: any nn.Module with such transforms inside, such as a ``Flow``.
+        activations: "reconstruct", or "store": plain activations, to compare with.
         backend: of the couplings; None takes the best that the tensors' device has.
 
     Raises:
@@ -63,7 +64,8 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
             return None, "not additive: stores its activations, and ends a chain"
         return None
 
-    return _replace(model, "nflows", look, "an nflows.transforms.AdditiveCouplingTransform", Coupling, backend)
+    options = {"activations": activations, "backend": backend}
+    return _replace(model, "nflows", look, "an nflows.transforms.AdditiveCouplingTransform", Coupling, options)
 
 
 class Coupling(Swapped):
@@ -88,7 +90,7 @@ class Coupling(Swapped):
         if inputs.shape[1] != self.features:
             raise ValueError(f"inputs has {inputs.shape[1]} features; it must have {self.features}")
         branch = Masked(self.transform_net, self.identity_features, self.transform_features, sign)
-        outputs = through([(branch, "transform_net", (context,))], inputs, self.revkernels_options["backend"])
+        outputs = through([(branch, "transform_net", (context,))], inputs, self.revkernels_options)
         return outputs, inputs.new_zeros(inputs.shape[0])
 
 

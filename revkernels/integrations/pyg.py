@@ -23,7 +23,7 @@ from revkernels.nn.chain import run_inverse
 __all__ = ["replace"]
 
 
-def replace(model: Any, *, backend: str | None = None) -> Replaced:
+def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every ``GroupAddRev`` in the model run on this package's driver.
 
     The same function of the same parameters: y_0 = x_0 + convs[0](x_1 + ... ), y_i = x_i + convs[i](y_{i-1}). Layers
@@ -34,6 +34,7 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
 
     Args:
         model: any nn.Module with such layers inside.
+        activations: "reconstruct", or "store": plain activations, to compare with.
         backend: of the couplings; None takes the best that the tensors' device has.
 
     Raises:
@@ -56,7 +57,8 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
             return None, "disable=True: it stores its activations"
         return Layer, "GroupAddRev on the driver of revkernels"
 
-    return _replace(model, "torch_geometric", look, "a torch_geometric.nn.GroupAddRev", Layer, backend)
+    options = {"activations": activations, "backend": backend}
+    return _replace(model, "torch_geometric", look, "a torch_geometric.nn.GroupAddRev", Layer, options)
 
 
 class Layer(Swapped):
@@ -74,7 +76,7 @@ class Layer(Swapped):
             len(self.convs),
             words.__getitem__,
             split_dim=self.split_dim,
-            backend=self.revkernels_options["backend"],
+            **self.revkernels_options,
         )
 
     def inverse(self, y: torch.Tensor, edge_index: Any, *args: Any) -> Any:
@@ -86,5 +88,5 @@ class Layer(Swapped):
             len(self.convs),
             words.__getitem__,
             split_dim=self.split_dim,
-            backend=self.revkernels_options["backend"],
+            **self.revkernels_options,
         )

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from revkernels import backends
 from revkernels.integrations._swap import (
     Replaced,
     Swapped,
-    check_model,
+    check,
     needs,
     nothing_found,
     own,
@@ -38,7 +37,7 @@ _NOTE = (
 )
 
 
-def make_reversible(model: Any, *, backend: str | None = None) -> Replaced:
+def make_reversible(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
     """Make chains of the model's blocks, of two streams: **a new architecture**, another function of the weights.
 
     A run of blocks, x -> y in the ordinary model, becomes
@@ -62,6 +61,7 @@ def make_reversible(model: Any, *, backend: str | None = None) -> Replaced:
 
     Args:
         model: a timm model, or any nn.Module with nn.Sequentials of such blocks.
+        activations: "reconstruct", or "store": plain activations, to compare with.
         backend: of the couplings; None takes the best that the tensors' device has.
 
     Raises:
@@ -76,9 +76,8 @@ def make_reversible(model: Any, *, backend: str | None = None) -> Replaced:
         resnet.Bottleneck: ResidualBlock,
     }
     alike = (vit.ResPostBlock, vit.ParallelScalingBlock, vit.DiffParallelScalingBlock, vit.ParallelThingsBlock)
-    check_model(model)
-    if backend is not None:
-        backends.require(backend)
+    options = {"activations": activations, "backend": backend}
+    check(model, **options)
     seen: set[int] = set()
 
     def look(name: str, block: nn.Module) -> _Found:
@@ -110,9 +109,8 @@ def make_reversible(model: Any, *, backend: str | None = None) -> Replaced:
     for run in runs:
         steps = 0
         for found in run:
-            swap(
-                found.block, found.way, backend=backend, first=found is run[0], last=found is run[-1], target=steps % 2
-            )
+            place = {"first": found is run[0], "last": found is run[-1], "target": steps % 2}
+            swap(found.block, found.way, **options, place=place)
             steps += found.way.steps
     modules = {found.name: found.way.what for run in runs for found in run}
     return Replaced(package_and_version("timm"), modules, left, (_NOTE,), model)
@@ -160,22 +158,17 @@ class Block(Swapped):
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The first of a run takes one stream and the last gives one; else both come in x and go, side by side."""
-        options, branches = self.revkernels_options, self.branches()
-        target = options["target"]
+        options, branches = dict(self.revkernels_options), self.branches()
+        place = options.pop("place")
+        target = place["target"]
         half_steps = [
             HalfStep(branch, (target + k) % 2, ((target + k + 1) % 2,), (), kwargs if branch.taking else {})
             for k, (_, branch) in enumerate(branches)
         ]
-        streams = torch.cat((x, x), self.dim) if options["first"] else x
-        y = linked.run(
-            half_steps,
-            streams,
-            2,
-            [name for name, _ in branches].__getitem__,
-            split_dim=self.dim,
-            backend=options["backend"],
-        )
-        return self.merged(*y.chunk(2, self.dim)) if options["last"] else y
+        names = [name for name, _ in branches].__getitem__
+        streams = torch.cat((x, x), self.dim) if place["first"] else x
+        y = linked.run(half_steps, streams, 2, names, split_dim=self.dim, **options)
+        return self.merged(*y.chunk(2, self.dim)) if place["last"] else y
 
 
 class InOrder:

@@ -26,7 +26,7 @@ from torch import nn
 from revkernels.integrations._swap import Replaced, Swapped, needs, own
 from revkernels.integrations._swap import replace as _replace
 from revkernels.nn import linked
-from revkernels.nn.chain import HalfStep, run
+from revkernels.nn.chain import HalfStep
 
 __all__ = ["replace"]
 
@@ -38,7 +38,7 @@ _CACHE_NOTE = (
 )
 
 
-def replace(model: Any, *, backend: str | None = None) -> Replaced:
+def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every Reformer in the model run on this package's driver.
 
     Outputs are those of the package's own layers; gradients those of its layers with stored activations, dropout, the
@@ -51,6 +51,7 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
 
     Args:
         model: any nn.Module with a ``ReformerModel`` or ``ReformerEncoder`` inside.
+        activations: "reconstruct", or "store": plain activations, to compare with.
         backend: of the couplings; None takes the best that the tensors' device has.
 
     Raises:
@@ -82,7 +83,8 @@ def replace(model: Any, *, backend: str | None = None) -> Replaced:
             )
     configs = [getattr(module, "config", None) for module in getattr(model, "modules", list)()]
     notes = [_CACHE_NOTE] if any(getattr(config, "use_cache", False) for config in configs) else []
-    return _replace(model, "transformers", look, "a ReformerEncoder with its ReformerLayers", Layer, backend, notes)
+    options = {"activations": activations, "backend": backend}
+    return _replace(model, "transformers", look, "a ReformerEncoder with its ReformerLayers", Layer, options, notes)
 
 
 class Encoder(Swapped):
@@ -106,13 +108,11 @@ class Layer(Swapped):
             HalfStep(self.feed_forward, 1, (0,)),
         ]
         streams, names = (prev_attn_output, hidden_states), ("attention", "feed_forward").__getitem__
-        backend = self.revkernels_options["backend"]
+        options = self.revkernels_options
         cache = kwargs.get("past_buckets_states")
-        if cache is not None and len(cache) > self.attention.layer_id and torch.is_grad_enabled():
-            # What the cache holds now is not there a second time. (Without gradients, as usual, nothing is run again.)
-            y, aux = run(half_steps, streams, 2, names, activations="store", backend=backend)
-        else:
-            y, aux = linked.run(half_steps, streams, 2, names, backend=backend)
+        if cache is not None and len(cache) > self.attention.layer_id:
+            options = {**options, "activations": "store"}  # what the cache holds now is not there a second time
+        y, aux = linked.run(half_steps, streams, 2, names, **options)
         return self._output(*y, *aux)
 
     def _output(self, attn_output: torch.Tensor, hidden_states: torch.Tensor, attended: Any) -> Any:

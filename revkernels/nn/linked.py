@@ -32,7 +32,14 @@ MASKED = (False, 1, 1)
 
 
 def run(
-    half_steps: Sequence[HalfStep], x: Any, groups: int, name: Name, *, split_dim: int = 1, backend: str | None = None
+    half_steps: Sequence[HalfStep],
+    x: Any,
+    groups: int,
+    name: Name,
+    *,
+    split_dim: int = 1,
+    activations: str = "reconstruct",
+    backend: str | None = None,
 ) -> Any:
     """Run the half-steps, going on with the linked call that x comes from.
 
@@ -40,11 +47,12 @@ def run(
         half_steps, x, groups, name, split_dim, backend: see `revkernels.nn.chain.run`. With ``groups=1`` x is a tuple
             of one tensor, and a half-step adds to what it reads: its branch must be zero wherever its input is read by
             it, a coupling under a mask.
+        activations: "reconstruct", or "store", which links nothing.
 
     Returns:
         y, or (y, [aux, ...]).
     """
-    owner = Options(split_dim, "reconstruct", "float", backend)
+    owner = Options(split_dim, activations, "float", backend)
     check_options(*owner)
     return forward(owner, x, groups, half_steps, name, linked=True)
 

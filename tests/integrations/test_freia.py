@@ -70,9 +70,9 @@ class Net(nn.Module):
         return [z, torch.as_tensor(jacobian, dtype=WIDE)]
 
 
-def twins(inn, backend=None, **options):
+def twins(inn, backend=None, activations="reconstruct", **options):
     net = Net(inn, **options)
-    freia.replace(net, backend=backend)
+    freia.replace(net, activations=activations, backend=backend)
     return net, original(net)
 
 
@@ -83,10 +83,11 @@ def x_of(n=9):
 @pytest.mark.parametrize("make", [sequence, graph])
 @pytest.mark.parametrize("rev", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
-def test_steps_as_in_the_package(make, rev, backend, available):
+@pytest.mark.parametrize("activations", ["reconstruct", "store"])
+def test_steps_as_in_the_package(make, rev, backend, activations, available):
     """Outputs, log-determinant and gradients, the condition's too; dropout; batch norms count a batch once."""
     condition = rows(9, CONDITION)
-    net, plain = twins(make(4), available(backend), rev=rev)
+    net, plain = twins(make(4), available(backend), activations, rev=rev)
     check_step(net, plain, x_of(), condition, sides=[condition], steps=2)
 
 

@@ -71,9 +71,9 @@ class LogProb(nn.Module):
         return [self.flow.log_prob(x, context)]
 
 
-def twins(transform, inverse=False, backend=None, **options):
+def twins(transform, inverse=False, backend=None, activations="reconstruct", **options):
     network = LogProb(transform, inverse, **options)
-    nflows.replace(network, backend=backend)
+    nflows.replace(network, activations=activations, backend=backend)
     return network, original(network)
 
 
@@ -83,9 +83,10 @@ def x_of(n=9, **options):
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
-def test_steps_as_in_the_package(inverse, backend, available):
+@pytest.mark.parametrize("activations", ["reconstruct", "store"])
+def test_steps_as_in_the_package(inverse, backend, activations, available):
     """Log-density or inverse, log-determinant, and all gradients; dropout; batch norms count a batch once."""
-    net, plain = twins(couplings(5, norm=True), inverse, available(backend))
+    net, plain = twins(couplings(5, norm=True), inverse, available(backend), activations)
     check_step(net, plain, x_of(), steps=2)
 
 

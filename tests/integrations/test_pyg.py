@@ -90,12 +90,13 @@ def x_of(width=5):
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
-def test_steps_as_with_stored_activations(groups, backend, available):
+@pytest.mark.parametrize("activations", ["reconstruct", "store"])
+def test_steps_as_with_stored_activations(groups, backend, activations, available):
     """Dropout masks shared and own, and batch norms that count a batch once: two steps, float64, to 1e-10."""
     options = {"norm": nn.BatchNorm1d, "p": 0.2, "dropout": 0.3}
     net = RevGNN(3, 12, groups, **options)
     plain = stored(net)
-    pyg.replace(net, backend=available(backend))
+    pyg.replace(net, activations=activations, backend=available(backend))
     check_step(net, plain, x_of(), steps=2)
     assert {m.num_batches_tracked.item() for m in net.modules() if isinstance(m, nn.BatchNorm1d)} == {2}
 

@@ -109,9 +109,10 @@ VITS = {
 
 @pytest.mark.parametrize("options", VITS.values(), ids=VITS)
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
-def test_vit_steps_as_plain_torch(options, backend, available):
+@pytest.mark.parametrize("activations", ["reconstruct", "store"])
+def test_vit_steps_as_plain_torch(options, backend, activations, available):
     model = vit(**options)
-    timm.make_reversible(model, backend=available(backend))
+    timm.make_reversible(model, activations=activations, backend=available(backend))
     check_step(model, plain_vit(model), images(), steps=2)
 
 

@@ -38,10 +38,10 @@ from integrations.reformers import LENGTH, VOCABULARY, WIDTH, Reformer, config, 
 LSH, LOCAL = ("lsh",) * 3, ("local",) * 3
 
 
-def twins(*args, backend=None, **options):
+def twins(*args, backend=None, activations="reconstruct", **options):
     net = Reformer(*args, **options)
     plain = plainly(net)
-    transformers.replace(net, backend=backend)
+    transformers.replace(net, activations=activations, backend=backend)
     return net, plain
 
 
@@ -52,6 +52,13 @@ def test_steps_as_with_stored_activations(layers, dropout, backend, available):
     """Masks of dropout and rotations of the hash are the forward's; so is the generator afterwards."""
     net, plain = twins(layers, dropout, backend=available(backend))
     check_step(net, plain, x_of(), steps=2)
+
+
+def test_stored_activations_too():
+    net, plain = twins(dropout=0.2, activations="store")
+    check_step(net, plain, x_of())
+    halves = [layer.attention for layer in net.model.reformer.encoder.layers]
+    assert branch_calls(halves, lambda: loss_of(net(x_of())).backward()) == len(halves)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def double(model, **options):
         changed = _swap.own(module, nn.Linear, "forward")
         return (None, changed) if changed else (Doubled, "doubled")
 
-    return _swap.replace(model, "torch", look, "an nn.Linear", Doubled, options.get("backend"), ["a note"])
+    return _swap.replace(model, "torch", look, "an nn.Linear", Doubled, options, ["a note"])
 
 
 def test_change_and_restore():
@@ -130,6 +130,8 @@ def test_nothing_to_change_is_an_error():
 def test_bad_arguments():
     assert_raises(TypeError, ["model is a str; it must be an nn.Module"], lambda: double("model"))
     assert_raises(ValueError, ["backend is 'none'"], lambda: double(nn.Linear(2, 2), backend="none"))
+    wanted = ["activations is 'keep'", "'reconstruct' or 'store'"]
+    assert_raises(ValueError, wanted, lambda: double(nn.Linear(2, 2), activations="keep"))
     assert_raises(TypeError, ["model is a int"], lambda: restore(3))
     assert_raises(ValueError, ["there is nothing to restore"], lambda: restore(nn.Linear(2, 2)))
 
