@@ -2,8 +2,8 @@
 """Train a deep reversible graph network of PyTorch Geometric, as it is and on the driver of revkernels.
 
     pip install revkernels[torch] torch_geometric
-    python examples/revgnn.py                           # 112 layers
-    python examples/revgnn.py --layers 16 --epochs 3
+    python examples/revgnn.py
+    python examples/revgnn.py --layers 112 --nodes 10000
 
 The network is that of PyTorch Geometric's own example (examples/rev_gnn.py): GroupAddRev layers in a loop, one dropout
 mask that they share (Li et al. 2021, "Training Graph Neural Networks with 1000 Layers"). The data are made here: nodes
@@ -111,9 +111,9 @@ def train(model: RevGNN, graph: Graph, epochs: int) -> tuple[list[float], float,
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], float, int, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=112)
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=64, help="features of a node")
-    parser.add_argument("--nodes", type=int, default=2000)
+    parser.add_argument("--nodes", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=20, help="2 or more")
     parser.add_argument("--dropout", type=float, default=0.2)
     options = parser.parse_args(arguments)

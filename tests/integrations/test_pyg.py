@@ -186,6 +186,15 @@ def test_parameters_names_and_copies():
     assert restore(net) == ["convs.0", "convs.1"]
 
 
+def test_batch_norms_count_a_batch_once():
+    """In the package three times."""
+    for change, count in ((lambda net: None, 3), (pyg.replace, 1)):
+        net = RevGNN(2, norm=nn.BatchNorm1d)
+        change(net)
+        net(x_of()).sum().backward()
+        assert {m.num_batches_tracked.item() for m in net.modules() if isinstance(m, nn.BatchNorm1d)} == {count}
+
+
 def test_what_the_package_gets_wrong_and_this_does_not():
     """Dropout in a conv: theirs draws other masks in the backward. The caller's x: theirs is emptied."""
     net = RevGNN(2, p=0.5)
