@@ -51,7 +51,7 @@ def mark(reversal: Reversal, outputs: Any, form: Any) -> None:
 
 
 def ending_in(inputs: Any, form: Any, streams: Sequence[torch.Tensor], kernels: Any) -> Reversal | None:
-    """The reversal that can go on with ``inputs``, whose streams these are; None if there is none.
+    """The reversal that goes on with ``inputs``, whose streams these are, claimed; None if there is none.
 
     They have to be just what it has returned last, unchanged.
     """
@@ -63,9 +63,9 @@ def ending_in(inputs: Any, form: Any, streams: Sequence[torch.Tensor], kernels: 
     if end is None or end.form != form or marks != [(end, index) for index in range(len(end.places))]:
         return None
     reversal = end.reversal()
-    if reversal is None or reversal.end is not end or [(x.output_nr, x._version) for x in inputs] != end.places:
+    if reversal is None or [(x.output_nr, x._version) for x in inputs] != end.places:
         return None
-    return reversal if reversal.goes_on(streams, kernels) else None
+    return reversal if reversal.claim(end, streams, kernels) else None
 
 
 def _as_tuple(tensors: Any) -> tuple[torch.Tensor, ...]:

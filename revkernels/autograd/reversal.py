@@ -89,6 +89,7 @@ class Reversal(Rebuilding):
         self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
         self.end: Any = None  # how its outputs are known again: `revkernels.autograd.links`
+        self._claimed: Any = None  # the end before, while it is reopened
         self._finished: tuple[Any, ...] = ()  # what a reopened call is put back to if it fails
         if self.recording:
             self._surroundings = Surroundings(streams[0].device, side_inputs)
@@ -289,24 +290,28 @@ class Reversal(Rebuilding):
         self._finished = ()
         self.release()
 
-    def goes_on(self, streams: Sequence[torch.Tensor], kernels: Any) -> bool:
-        """Whether ``streams``, the outputs of `finish`, can go through more half-steps of this same call, with these
-        kernels or, for a rearrangement, none.
+    def claim(self, end: Any, streams: Sequence[torch.Tensor], kernels: Any) -> bool:
+        """Whether ``streams``, the outputs of `finish` as ``end`` knows them, may go through more half-steps of this
+        same call, with these kernels or, for a rearrangement, none. Only the first to ask may.
 
         Then the backward begins from the later outputs, and these are rebuilt like all others.
         """
-        idle = self._hooks is None and self._kept is not None and self._task == -1
-        return (
-            idle
-            and self._grid is None
-            and self._keeping is None
-            and kernels in (None, self.kernels)
-            and [stream.stride() for stream in streams] == self._strides
-            and self._surroundings.autocast_is_same()
-        )
+        with self._lock:
+            may = (
+                self.end is end
+                and (self._hooks is None and self._kept is not None and self._task == -1)  # nothing is under way
+                and self._grid is None
+                and self._keeping is None
+                and kernels in (None, self.kernels)
+                and [stream.stride() for stream in streams] == self._strides
+                and self._surroundings.autocast_is_same()
+            )
+            if may:
+                self.end, self._claimed = None, end
+            return may
 
     def reopen(self, streams: Sequence[torch.Tensor], side_inputs: dict[str, Any], name: Callable[[int], str]) -> None:
-        """Take up the outputs where `finish` left them, for more half-steps and another `finish`; see `goes_on`.
+        """Take up the outputs where `finish` left them, for more half-steps and another `finish`, once claimed.
 
         ``name`` has the words for what is added, counting from 0.
         """
@@ -321,7 +326,7 @@ class Reversal(Rebuilding):
         """After a failure since `reopen`: be what `finish` had left."""
         self._count, self._kept, self._split, self._strides, self._first = self._finished
         del self._steps[self._count :]
-        self._finished = ()
+        self.end, self._finished = self._claimed, ()
         self.release()
 
     def release(self) -> None:

@@ -2,6 +2,9 @@
 """What a user does around modules that are called one by one and are one chain all the same."""
 
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 from torch import nn
@@ -18,6 +21,8 @@ from behaviour.common import (
     torch,
 )
 from behaviour.linked_cases import Layer, Stack, chains, flow, twins
+from revkernels.autograd.links import ending_in
+from revkernels.autograd.reversal import Reversal
 from revkernels.errors import ReconstructionError
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
@@ -183,6 +188,64 @@ def test_a_branch_goes_on_with_a_chain_from_outside(backend):
         module.plain = True
     net.plain = False
     check_step(net, plain, rows(), steps=2)
+
+
+def test_nothing_is_left_behind(backend):
+    """A forward without a backward, and one that failed, let go of everything without the garbage collector's help."""
+    net, _ = twins([Layer(backend=backend) for _ in range(3)])
+    alive = weakref.WeakSet()
+    original = Reversal.__init__
+
+    def noted(self, *args, **kwargs):
+        alive.add(self)
+        original(self, *args, **kwargs)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Reversal, "__init__", noted)
+            y = net(rows())
+            assert len(alive) == 1
+            del y
+            assert not alive
+            loss_of(net(rows())).backward()
+            assert not alive
+            y = net.layers[0](rows())
+            with pytest.raises(ValueError, match="must keep the shape"):
+                linked.run([HalfStep(lambda h: h[:1], 0, (1,))], y, 2, "F".__getitem__, backend=backend)
+            z = net.layers[1](y)  # still goes on with it
+            assert len(alive) == 1
+            del y, z
+            assert not alive
+    finally:
+        gc.enable()
+
+
+def test_two_threads_that_go_on_from_the_same_output(backend):
+    """One goes on with its chain, the other begins one; both are right."""
+    net, plain = twins([Layer(backend=backend) for _ in range(3)])
+    y = net.layers[0](rows())
+    asked = (y, (True, 2, 1), [half.clone() for half in y.chunk(2, 1)], None)
+    assert ending_in(*asked) is not None
+    assert ending_in(*asked) is None  # the first to ask has it
+    for _ in range(10):
+        x = rows()
+        y = net.layers[0](x)
+        barrier, results = threading.Barrier(2), {}
+
+        def go_on(which, y=y, barrier=barrier, results=results):
+            barrier.wait()
+            results[which] = net.layers[which](y)
+
+        threads = [threading.Thread(target=go_on, args=(which,)) for which in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        z = plain.layers[0](x)
+        expected = torch.autograd.grad(loss_of([plain.layers[1](z), plain.layers[2](z)]), x)
+        assert_all_close(torch.autograd.grad(loss_of([results[1], results[2]]), x), expected)
 
 
 def test_errors_name_the_half_step_of_their_own_call():
