@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 if not HAVE_TORCH:  # these import it first of all
-    collect_ignore_glob = [f"{folder}/test_*.py" for folder in ("behaviour", "compat", "distributed")]
+    collect_ignore_glob = [f"{folder}/test_*.py" for folder in ("behaviour", "compat", "distributed", "integrations")]
 
 
 def why_no_gpu() -> str | None:

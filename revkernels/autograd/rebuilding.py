@@ -19,7 +19,7 @@ from revkernels.autograd.grid import Grid
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
-from revkernels.autograd.recorded import Frame, Metadata, RecordedStep
+from revkernels.autograd.recorded import Frame, Metadata, RearrangedStep, RecordedStep
 from revkernels.autograd.snapshot import put_back, version_of
 from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
 from revkernels.errors import ReconstructionError
@@ -175,6 +175,10 @@ class Rebuilding:
         """Undo the last half-step that is not undone: by running it again, or with what it has kept."""
         k = self._cursor - 1
         step = self._steps[k]
+        if type(step) is RearrangedStep:
+            self._rebuilt, self._strides_now = step.undo(self._rebuilt), list(step.strides)
+            self._frame, self._ready, self._cursor = [], None, k
+            return
         if step.before is None:
             self._rebuild(k)
             return

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -73,6 +76,39 @@ class RecordedStep:
             f"saved tensor {index} is {now.dtype} of shape {tuple(now.shape)} in the recompute and was {dtype} of "
             f"shape {tuple(shape)} in the forward"
         )
+
+
+class Rearrangement(NamedTuple):
+    """Streams whose elements are put in other places, all of them: ``streams = there(*streams)``, undone by ``back``.
+
+    Neither may change a value, keep more than a fixed index for its gradient, or write to what it is given.
+    """
+
+    there: Callable[..., Sequence[torch.Tensor]]
+    back: Callable[..., Sequence[torch.Tensor]]
+
+
+class RearrangedStep:
+    """A rearrangement between half-steps: nothing of it is saved, and nothing has to be run again."""
+
+    __slots__ = ("rearrangement", "strides")
+    saved: Sequence[Metadata] = ()
+    before = entry = luggage = None
+
+    def __init__(self, rearrangement: Rearrangement, streams: Sequence[torch.Tensor]) -> None:
+        self.rearrangement = rearrangement
+        self.strides = [stream.stride() for stream in streams]  # before it
+
+    def undo(self, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The streams before it, in their strides of then."""
+        with torch.no_grad():
+            before = [stream.detach() for stream in self.rearrangement.back(*streams)]
+            return [
+                s
+                if s.stride() == strides
+                else torch.empty_strided(s.shape, strides, dtype=s.dtype, device=s.device).copy_(s)
+                for s, strides in zip(before, self.strides, strict=True)
+            ]
 
 
 def _like(now: tuple[torch.Tensor, int], then: Metadata) -> bool:

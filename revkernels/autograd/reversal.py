@@ -41,7 +41,7 @@ from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import PLAIN, both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import KeptTensor, Rebuilding, is_recomputing, within_a_branch
-from revkernels.autograd.recorded import RecordedStep
+from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep
 from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
 from revkernels.errors import ReconstructionError
@@ -88,6 +88,9 @@ class Reversal(Rebuilding):
         compiling = sys.modules.get("revkernels.autograd.compiling")  # imported where torch.compile meets a chain
         self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
+        self.end: Any = None  # how its outputs are known again: `revkernels.autograd.links`
+        self._claimed: Any = None  # the end before, while it is reopened
+        self._finished: tuple[Any, ...] = ()  # what a reopened call is put back to if it fails
         if self.recording:
             self._surroundings = Surroundings(streams[0].device, side_inputs)
             self._states = self._surroundings.states()
@@ -133,6 +136,14 @@ class Reversal(Rebuilding):
             streams[index], twin = couple(target, f, kernels, None)
         if read_next:
             self._twin = (index, twin)
+
+    def rearrange(self, rearrangement: Rearrangement) -> None:
+        """Put the elements of the streams in other places. Not for a grid, nor under a memory budget."""
+        before, self._twin = self.streams, None
+        self.streams = list(rearrangement.there(*before))
+        if self.recording:
+            self._steps.append(RearrangedStep(rearrangement, before))  # type: ignore[arg-type]
+        self._count += 1
 
     def _entry_of(self, step: HalfStep) -> Entry | None:
         # torch.compile fuses the branch by itself, and has to see all of it.
@@ -276,6 +287,46 @@ class Reversal(Rebuilding):
             Kept.apply(
                 torch.zeros((), requires_grad=True), *(output.new_zeros(()).expand_as(output) for output in outputs)
             )
+        self._finished = ()
+        self.release()
+
+    def claim(self, end: Any, streams: Sequence[torch.Tensor], kernels: Any) -> bool:
+        """Whether ``streams``, the outputs of `finish` as ``end`` knows them, may go through more half-steps of this
+        same call, with these kernels or, for a rearrangement, none. Only the first to ask may.
+
+        Then the backward begins from the later outputs, and these are rebuilt like all others.
+        """
+        with self._lock:
+            may = (
+                self.end is end
+                and (self._hooks is None and self._kept is not None and self._task == -1)  # nothing is under way
+                and self._grid is None
+                and self._keeping is None
+                and kernels in (None, self.kernels)
+                and [stream.stride() for stream in streams] == self._strides
+                and self._surroundings.autocast_is_same()
+            )
+            if may:
+                self.end, self._claimed = None, end
+            return may
+
+    def reopen(self, streams: Sequence[torch.Tensor], side_inputs: dict[str, Any], name: Callable[[int], str]) -> None:
+        """Take up the outputs where `finish` left them, for more half-steps and another `finish`, once claimed.
+
+        ``name`` has the words for what is added, counting from 0.
+        """
+        self.name.add(self._count, name)  # type: ignore[attr-defined]
+        self._finished = (len(self._steps), self._kept, self._split, self._strides, self._first)
+        self.streams, self._kept = list(streams), None
+        self._surroundings.extend(side_inputs)
+        self._states = self._surroundings.states()
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+
+    def shut(self) -> None:
+        """After a failure since `reopen`: be what `finish` had left."""
+        self._count, self._kept, self._split, self._strides, self._first = self._finished
+        del self._steps[self._count :]
+        self.end, self._finished = self._claimed, ()
         self.release()
 
     def release(self) -> None:

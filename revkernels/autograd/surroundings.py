@@ -52,6 +52,16 @@ class Surroundings:
         """The shared generators' states as they are now."""
         return states_of(self.shared)
 
+    def extend(self, side_inputs: dict[str, Any]) -> None:
+        """Watch these as well, as they are now."""
+        known = {id(t) for _, t, _ in self.side_inputs}
+        added = [(name, t, t._version) for name, t in tensors_in(side_inputs) if version_of(t) >= 0]
+        self.side_inputs += [item for item in added if id(item[1]) not in known]
+
+    def autocast_is_same(self) -> bool:
+        """Whether autocast is now what it was."""
+        return all(state == (state[0], *_autocast_state(state[0])) for state in self.autocast)
+
     def problem(self) -> str | None:
         """Return which side input is not as it was in the forward, or None."""
         for name, tensor, version in self.side_inputs:

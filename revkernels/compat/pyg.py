@@ -90,14 +90,6 @@ class GroupAddRev(nn.Module):
         """Return the x that `forward` maps to y with the same arguments, up to rounding."""
         return _through(run_inverse, [(0, self)], "y", y, edge_index, args)
 
-    def _parts(self, arg: Any, x: torch.Tensor) -> Any:
-        """What each group gets of an argument: its own part of a tensor that is cut as x is, or the whole."""
-        dim = self.split_dim
-        has_dim = isinstance(arg, torch.Tensor) and all(-t.dim() <= dim < t.dim() for t in (arg, x))
-        if not has_dim or arg.shape[dim] != x.shape[dim] or x.shape[dim] % self.num_groups:
-            return [arg] * self.num_groups
-        return arg.chunk(self.num_groups, dim)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.convs[0]}, num_groups={self.num_groups})"
 
@@ -143,20 +135,39 @@ def _through(
     args: tuple[Any, ...],
 ) -> Any:
     """Run layers of the same options as one chain, by `run` or `run_inverse`. ``name`` is what to call x."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
     first = layers[0][1]
     half_steps, words = [], []
-    parts = [first._parts(arg, x) for arg in args]
-    places = grouped(first.num_groups)
     for index, layer in layers:
-        for i, conv in enumerate(layer.convs):
-            half_steps.append(HalfStep(conv, *places[i], (edge_index, *(part[i] for part in parts))))
-            words.append(f"layer {index}, convs[{i}] ({type(conv).__name__})")
+        of_layer, names = half_steps_of(layer, name, x, edge_index, args)
+        half_steps += of_layer
+        words += [f"layer {index}, {word}" for word in names]
     activations = "store" if first.disable else "reconstruct"
     return direction(
         half_steps, x, first.num_groups, words.__getitem__, split_dim=first.split_dim, activations=activations
     )
+
+
+def half_steps_of(
+    layer: Any, name: str, x: Any, edge_index: Any, args: tuple[Any, ...]
+) -> tuple[list[HalfStep], list[str]]:
+    """The half-steps of a layer, this module's or the original, and the words for each. ``name`` is what to call x."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    parts = [_parts(layer, arg, x) for arg in args]
+    half_steps = [
+        HalfStep(conv, *place, (edge_index, *(part[i] for part in parts)))
+        for i, (conv, place) in enumerate(zip(layer.convs, grouped(len(layer.convs)), strict=True))
+    ]
+    return half_steps, [f"convs[{i}] ({type(conv).__name__})" for i, conv in enumerate(layer.convs)]
+
+
+def _parts(layer: Any, arg: Any, x: torch.Tensor) -> Any:
+    """What each group gets of an argument: its own part of a tensor that is cut as x is, or the whole."""
+    dim, groups = layer.split_dim, len(layer.convs)
+    has_dim = isinstance(arg, torch.Tensor) and all(-t.dim() <= dim < t.dim() for t in (arg, x))
+    if not has_dim or arg.shape[dim] != x.shape[dim] or x.shape[dim] % groups:
+        return [arg] * groups
+    return arg.chunk(groups, dim)
 
 
 def _copies(conv: nn.Module, num_groups: int | None) -> list[nn.Module]:

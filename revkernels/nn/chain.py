@@ -19,6 +19,7 @@ from revkernels.autograd.costs import bytes_of
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
+from revkernels.autograd.links import Names, ending_in, mark
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.planner import Keeping, planner_of
 from revkernels.autograd.rebuilding import is_within_a_branch
@@ -91,18 +92,19 @@ def forward(
     half_steps: Sequence[HalfStep],
     name: Name,
     through: Callable[[Reversal], None] | None = None,
+    linked: bool = False,
 ) -> Any:
     """`run` with the options of ``owner``, unchecked. ``through`` advances the reversal by the half-steps, if `advance`
-    would not do."""
+    would not do. ``linked``: goes on with the call that x comes from, if that was linked too: see `nn.linked`."""
     if torch.compiler.is_dynamo_compiling():
         if through is None and not rebuilds(owner) and owner.coupling == "float":
             return _traced(owner, x, groups, half_steps, name)
         from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
 
-        return untraced(forward, owner, x, groups, half_steps, name, through)
+        return untraced(forward, owner, x, groups, half_steps, name, through, linked)
     compiling = sys.modules.get("revkernels.autograd.compiling")
     if compiling is not None and compiling.active():  # dynamo was here, and has given up
-        return compiling.untraced(forward, owner, x, groups, half_steps, name, through)
+        return compiling.untraced(forward, owner, x, groups, half_steps, name, through, linked)
     streams, joined = streams_of(x, owner.split_dim, groups, "x")
     keep = is_store(owner.activations)
     if not half_steps:
@@ -115,7 +117,13 @@ def forward(
         streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
     side_inputs = _side_inputs(half_steps)
     keeping = _keeping(owner, x, half_steps, streams, side_inputs, name) if rebuilding else None
-    reversal = Reversal(streams, kernels, keep, side_inputs, name, grid, keeping)
+    form = (joined, groups, owner.split_dim) if linked and rebuilding and grid is None and keeping is None else None
+    earlier = None if form is None else ending_in(x, form, streams, kernels)
+    if earlier is None:
+        reversal = Reversal(streams, kernels, keep, side_inputs, name if form is None else Names(name), grid, keeping)
+    else:
+        reversal = earlier
+        reversal.reopen(streams, side_inputs, name)
     witness = getattr(owner, "witness", None)
     if witness is not None and rebuilding:
         reversal.witness = witness(streams if grid is None else grid.values(streams))
@@ -133,8 +141,10 @@ def forward(
             y = reversal.show()
             reversal.finish(y, lambda *streams: streams)
     except BaseException:
-        reversal.release()
+        reversal.release() if earlier is None else reversal.shut()
         raise
+    if form is not None:
+        mark(reversal, y, form)
     if exponents is not None:
         exponents.end(grid.largest)  # type: ignore[union-attr]
     return (y, aux) if aux else y

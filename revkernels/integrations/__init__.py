@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks built with other packages, on the driver of this one: changed where they stand, and changed back.
+
+    from revkernels.integrations import pyg          # or transformers, timm, freia, nflows
+    print(pyg.replace(model))                        # what was changed, what was left and why
+    ...                                              # train as before
+    restore(model)
+
+==============  =============================================  ================================
+module          function                                       changes
+==============  =============================================  ================================
+`transformers`  ``replace(model)``                             the layers of a Reformer
+`pyg`           ``replace(model)``                             ``GroupAddRev``
+`freia`         ``replace(model)``                             ``NICECouplingBlock``
+`nflows`        ``replace(model)``                             ``AdditiveCouplingTransform``
+`timm`          ``make_reversible(model)``: another function   the blocks of a ViT or a ResNet
+==============  =============================================  ================================
+
+The modules changed keep their parameters, buffers, hooks and names: only their class becomes a subclass, whose forward
+runs on this package's driver. A model can be copied and pickled in between. Nothing is done in silence: each function
+returns a `Replaced`, and raises a ValueError where nothing in the model is what it looks for.
+
+Importing this package imports none of the others, and no torch; a function imports its package when it is called, and
+raises `MissingPackageError` with the command that installs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from revkernels.integrations._swap import Replaced
+
+__all__ = ["MissingPackageError", "Replaced", "freia", "nflows", "pyg", "restore", "timm", "transformers"]
+
+
+class MissingPackageError(ImportError):
+    """The package whose models a function changes is not installed; the message has the command that installs it."""
+
+
+def restore(model: Any) -> list[str]:
+    """Give every module of ``model`` that was changed its own class back, and return their names.
+
+    Parameters and buffers stay as they are, trained. Also for a copy, and for a model that was pickled.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+        ValueError: no module of it was changed; or one was changed once more by something else (such as fully_shard).
+    """
+    from revkernels.integrations._swap import restore
+
+    return restore(model)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Replaced":
+        from revkernels.integrations._swap import Replaced
+
+        return Replaced
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reversible modules that a network calls one by one, and that are one chain all the same.
+
+    for layer in layers:            # each layer's forward is linked.run([HalfStep(...), ...], x, ...)
+        x = layer(x)
+
+`revkernels.nn.chain.run` would keep an output for every call. Here a call that is given exactly what the last linked
+call returned goes on with that one, and its output takes the place of the earlier one: memory does not grow with the
+number of layers. Whatever happens in between, an operation, a hook that puts another tensor in the output's place, a
+change in place, other options, makes the next call a chain of its own, and keeps one output more. Results are the same
+either way. As in one chain, the backward of an early output needs the parameters of the calls behind it unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.links import ending_in, mark
+from revkernels.autograd.recorded import Rearrangement
+from revkernels.autograd.reversal import Reversal
+from revkernels.nn.chain import Name, Options, forward
+from revkernels.nn.streams import check_options
+
+__all__ = ["MASKED", "HalfStep", "rearrange", "run"]
+
+#: The form of a single stream; see `run`.
+MASKED = (False, 1, 1)
+
+
+def run(
+    half_steps: Sequence[HalfStep],
+    x: Any,
+    groups: int,
+    name: Name,
+    *,
+    split_dim: int = 1,
+    activations: str = "reconstruct",
+    backend: str | None = None,
+) -> Any:
+    """Run the half-steps, going on with the linked call that x comes from.
+
+    Args:
+        half_steps, x, groups, name, split_dim, backend: see `revkernels.nn.chain.run`. With ``groups=1`` x is a tuple
+            of one tensor, and a half-step adds to what it reads: its branch must be zero wherever its input is read by
+            it, a coupling under a mask.
+        activations: "reconstruct", or "store", which links nothing.
+
+    Returns:
+        y, or (y, [aux, ...]).
+    """
+    owner = Options(split_dim, activations, "float", backend)
+    check_options(*owner)
+    return forward(owner, x, groups, half_steps, name, linked=True)
+
+
+def rearrange(
+    x: torch.Tensor, there: Callable[[torch.Tensor], torch.Tensor], back: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return ``there(x)``: the same elements in other places, such as a permutation of features or a reshape.
+
+    Where x is what a linked call of a single stream has returned, that call goes on with the result, and ``back`` will
+    make x of it. Neither function may keep more than a fixed index for its gradient.
+    """
+    reversal = _reversal_behind(x)
+    if reversal is None:
+        return there(x)
+    reversal.reopen((x,), {}, lambda k: "a rearrangement")
+    try:
+        reversal.rearrange(Rearrangement(lambda x: (there(x),), lambda y: (back(y),)))
+        y = reversal.show()
+        reversal.finish(y, lambda *streams: streams)
+    except BaseException:
+        reversal.shut()
+        raise
+    mark(reversal, y, MASKED)
+    return y[0]
+
+
+def _reversal_behind(x: torch.Tensor) -> Reversal | None:
+    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return None
+    return ending_in(x, MASKED, (x,), None)
