@@ -15,6 +15,7 @@ from dlpack_producer import CUDA, CUDA_MANAGED, Exporter, Producer
 
 import revkernels as rk
 from revkernels import ops
+from revkernels.adapters.numpy import ReversibleChain
 
 STREAM = 0xBEE0
 
@@ -305,6 +306,29 @@ def case_the_host_is_untouched_by_all_this():
     x = np.ones(3, "f4")
     ops.couple_(x, Exporter(x.copy()))
     assert x.tolist() == [2, 2, 2] and not journal()
+
+
+class Square:
+    """A residual function without NumPy's arithmetic on CuPy's arrays."""
+
+    def vjp(self, x):
+        values = x.array.copy()
+        return cupy(0.5 * values**2), lambda df: (cupy(values * df.array), None)
+
+    def __call__(self, x):
+        return self.vjp(x)[0]
+
+
+def case_the_adapter_runs_on_cupy():
+    chain = ReversibleChain([(Square(), Square())] * 3)
+    x1, x2 = cupy([0.5, 0.25]), cupy([0.25, -0.5])
+    y1, y2 = chain.forward(x1, x2)
+    before = y1.array.copy(), y2.array.copy()
+    (r1, r2), _, _ = chain.backward_(y1, y2, cupy([1, 1]), cupy([1, 1]))
+    assert r1 is y1 and r2 is y2 and not np.array_equal(before[0], r1.array)
+    np.testing.assert_allclose(r1.array, x1.array, atol=1e-6)
+    np.testing.assert_allclose(r2.array, x2.array, atol=1e-6)
+    assert {entry[1:3] for entry in journal()} == {(0, STREAM)}
 
 
 def main():
