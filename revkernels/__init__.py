@@ -13,6 +13,7 @@ from revkernels.errors import BackendError, ReconstructionError
 from revkernels.exact import Exact
 from revkernels.information import info
 from revkernels.norm import Norm, Statistics
+from revkernels.threads import get_num_threads, set_num_threads
 
 __all__ = [
     "BackendError",
@@ -23,7 +24,9 @@ __all__ = [
     "ReconstructionError",
     "Statistics",
     "__version__",
+    "get_num_threads",
     "info",
     "ops",
+    "set_num_threads",
     "use_backend",
 ]

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from revkernels.arrays import kind_of
+from revkernels.arrays import device_kind, kind_of, not_an_array
 from revkernels.errors import BackendError
 
 #: For each device, the backends in order of preference. A device that is not listed takes "eager".
@@ -35,7 +35,7 @@ class Backend:
         module: defines couple, uncouple, reverse_step, accumulate, norm_act, couple_norm_act, uncouple_norm_act,
             norm_act_backward, and ``missing(name)``, why it cannot run here or None.
         devices: the devices whose arrays it takes; None is all.
-        kinds: the array libraries it takes.
+        kinds: the kinds of arrays it takes, as in `revkernels.arrays`.
         about: one line for people.
     """
 
@@ -57,7 +57,7 @@ class Backend:
     def refuses(self, kind: str, device: str) -> str | None:
         """Return why this backend does not take such an array, or None if it does."""
         if kind not in self.kinds:
-            return f"it takes {' and '.join(self.kinds)} arrays, not {kind}"
+            return f"it takes {_words(self.kinds)} arrays, not {kind}"
         if self.devices is None or device in self.devices:
             return None
         extra = ""
@@ -65,7 +65,7 @@ class Backend:
             if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
                 return None
             extra = ", and CPU tensors under TRITON_INTERPRET=1"
-        return f"it takes arrays on {' and '.join(self.devices)}{extra}, not on {device}"
+        return f"it takes arrays on {_words(self.devices)}{extra}, not on {device}"
 
 
 BACKENDS = {
@@ -73,8 +73,14 @@ BACKENDS = {
     for backend in (
         Backend("reference", "revkernels.reference.backend", None, ("torch", "numpy"), "the NumPy oracle, slow"),
         Backend("eager", "revkernels.eager", None, ("torch",), "plain torch calls, the unfused baseline"),
-        Backend("cpu", "revkernels.native", ("cpu",), ("torch", "numpy"), "C++, OpenMP, AVX2 and AVX-512"),
-        Backend("cuda", "revkernels.native", ("cuda",), ("torch",), "CUDA C++"),
+        Backend(
+            "cpu",
+            "revkernels.native",
+            ("cpu",),
+            ("torch", "numpy", "dlpack", "buffer"),
+            "C++, OpenMP, AVX2 and AVX-512",
+        ),
+        Backend("cuda", "revkernels.native", ("cuda",), ("torch", "cupy", "dlpack"), "CUDA C++"),
         Backend("triton", "revkernels.triton_kernels.backend", ("cuda",), ("torch",), "Triton"),
     )
 }
@@ -118,8 +124,8 @@ def select(array: Any, name: str | None = None, argument: str = "x") -> Any:
     """
     kind = kind_of(array)
     if kind is None:
-        raise TypeError(f"{argument} is a {type(array).__name__}; it must be a torch.Tensor or a numpy.ndarray")
-    device = "cpu" if kind == "numpy" or array.is_cpu else array.device.type
+        raise not_an_array(argument, array)
+    device = "cpu" if kind == "numpy" else device_kind(argument, array)
     if name is None:
         name = _chosen.get()
     if name is not None and not isinstance(name, str):
@@ -156,6 +162,10 @@ def _choose(kind: str, device: str, name: str | None) -> Any:
             return BACKENDS[candidate].load()
         reasons.append(f"{candidate}: {reason}")
     raise BackendError(f"no backend for {kind} arrays on {device} ({'; '.join(reasons)}). Available: {_listing()}")
+
+
+def _words(names: tuple[str, ...]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def _listing() -> str:

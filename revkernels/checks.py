@@ -10,7 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from revkernels.arrays import FLOATS, INT16, compute_dtype, device_name, dtype_name, kind_of, strides_of
+from revkernels.arrays import (
+    FLOATS,
+    INT16,
+    Seen,
+    address_of,
+    compute_dtype,
+    device_name,
+    dtype_name,
+    family_of,
+    itemsize_of,
+    kind_of,
+    not_an_array,
+    strides_of,
+)
 from revkernels.coupling import Coupling
 from revkernels.norm import ACTIVATIONS, KINDS, Norm
 
@@ -18,14 +31,23 @@ _STREAMS = ("x", "y", "out")  # the arguments that are one in a coupling
 
 
 def check_arrays(**arrays: Any) -> None:
-    """Every argument is an array that the kernels know, all of the same library."""
-    kinds = {}
+    """Every argument is an array, and all are from libraries whose arrays go together."""
     for name, array in arrays.items():
-        kinds[name] = kind_of(array)
-        if kinds[name] is None:
-            raise TypeError(f"{name} is a {type(array).__name__}; it must be a torch.Tensor or a numpy.ndarray")
-    if len(set(kinds.values())) > 1:
-        raise TypeError(f"{_listing(kinds)}: all arrays of a call must come from one library")
+        if kind_of(array) is None:
+            raise not_an_array(name, array)
+    if len({family_of(array) for array in arrays.values()}) > 1:
+        listing = ", ".join(f"{name} is from {kind_of(array)}" for name, array in arrays.items())
+        raise TypeError(f"{listing}: all arrays of a call must come from one library")
+
+
+def check_plain(**arrays: Any) -> None:
+    """Every argument is a torch tensor or a NumPy array: what backends take that are not compiled."""
+    check_arrays(**arrays)
+    for name, array in arrays.items():
+        if kind_of(array) not in ("torch", "numpy"):
+            raise TypeError(
+                f"{name} is a {type(array).__name__}; for this backend it must be a torch.Tensor or a numpy.ndarray"
+            )
 
 
 def check_float(**arrays: Any) -> None:
@@ -59,8 +81,11 @@ def check_same_device(**arrays: Any) -> None:
 def check_writable(**arrays: Any) -> None:
     """No array is read-only, and none has two elements in one place."""
     for name, array in arrays.items():
+        frozen = array.frozen if isinstance(array, Seen) else None
         if kind_of(array) == "numpy" and not array.flags.writeable:
-            raise ValueError(f"{name} is read-only; it must be writable, for the result is written there")
+            frozen = " is read-only"
+        if frozen is not None:
+            raise ValueError(f"{name}{frozen}; it must be writable, for the result is written there")
         if _overlaps_itself(array):
             raise ValueError(
                 f"{name} has several elements in one place (an expanded view); it must have its own memory"
@@ -110,7 +135,7 @@ def check_operands(
     ``coupled``: this is a coupling, whose stream may be int16.
     """
     arrays = written | read
-    check_arrays(**arrays)
+    check_plain(**arrays, **arrays_of(coupling))
     if coupled:
         check_stream(coupling, **arrays)
     else:
@@ -119,6 +144,13 @@ def check_operands(
     check_same_device(**arrays)
     check_writable(**written)
     check_disjoint(written, read)
+
+
+def arrays_of(coupling: Coupling | None) -> dict[str, Any]:
+    """Return a coupling's own arrays by name."""
+    names = ("channel_scale", "sample_scale", "checksum", "amax", "value")
+    found = {name: getattr(coupling, name, None) for name in names}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def check_norm_options(norm: Any, x_name: str, x: Any) -> None:
@@ -183,7 +215,7 @@ def check_norm(
     if (own["mean"] is None) != (norm.kind == "rms"):
         raise TypeError(f"mean is a {type(own['mean']).__name__}; it must be {_needs_mean(norm)}")
     read = {name: a for name, a in (parameters | running | own | (sums or {})).items() if a is not None}
-    check_arrays(**{x_name: x}, **read)
+    check_plain(**{x_name: x}, **read)
     check_same_device(**{x_name: x}, **read)
     check_float(**read)
     channels = (x.shape[norm.channel_axis(len(x.shape))],)
@@ -303,13 +335,13 @@ class _Extent:
     """An array's memory as NumPy sees it: address, shape and strides, never read."""
 
     def __init__(self, array: Any) -> None:
-        size = array.element_size()
+        size = itemsize_of(array)
         self.__array_interface__ = {
             "version": 3,
             "typestr": f"|V{size}",
             "shape": tuple(array.shape),
-            "strides": tuple(s * size for s in array.stride()),
-            "data": (array.data_ptr(), True),
+            "strides": tuple(s * size for s in strides_of(array)),
+            "data": (address_of(array), True),
         }
 
 
@@ -318,10 +350,7 @@ def _as_extent(array: Any) -> np.ndarray:
 
 
 def _byte_bounds(array: Any) -> tuple[int, int]:
-    if kind_of(array) == "torch":
-        begin, size = array.data_ptr(), array.element_size()
-    else:
-        begin, size = array.__array_interface__["data"][0], array.itemsize
+    begin, size = address_of(array), itemsize_of(array)
     steps = [(n - 1) * stride * size for n, stride in zip(array.shape, strides_of(array), strict=True)]
     return begin + sum(step for step in steps if step < 0), begin + sum(step for step in steps if step > 0) + size
 
@@ -343,14 +372,10 @@ def _share_memory(a: Any, b: Any) -> bool:
 def _overlaps_itself(array: Any) -> bool:
     if 0 in array.shape:
         return False
-    strides = array.stride() if kind_of(array) == "torch" else array.strides
-    reach = 1 if kind_of(array) == "torch" else array.itemsize
+    in_bytes = kind_of(array) == "numpy"  # a field of records has a stride that is no number of elements
+    strides, reach = (array.strides, array.itemsize) if in_bytes else (strides_of(array), 1)
     for stride, size in sorted((abs(s), n) for s, n in zip(strides, array.shape, strict=True) if n > 1):
         if stride < reach:
             return True
         reach = stride * size
     return False
-
-
-def _listing(kinds: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} is from {kind}" for name, kind in kinds.items())

@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from revkernels.arrays import INT16, compute_dtype, dtype_name, strides_of
+from revkernels.arrays import INT16, compute_dtype, dtype_name, seen, strides_of
 from revkernels.checks import (
+    arrays_of,
     check_arrays,
     check_byte_order,
     check_disjoint,
@@ -30,13 +31,14 @@ def check_coupling(coupling: Coupling | None, written: dict[str, Any], read: dic
         return
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling is a {type(coupling).__name__}; it must be a revkernels.Coupling or None")
+    written = {name: seen(name, array) for name, array in written.items()}
+    read = {name: seen(name, array) for name, array in read.items()}
     operands = written | read
     check_arrays(**operands)
-    scales = {"channel_scale": coupling.channel_scale, "sample_scale": coupling.sample_scale}
-    scales = {name: scale for name, scale in scales.items() if scale is not None}
-    cells = {"checksum": coupling.checksum, "amax": coupling.amax}
-    cells = {name: cell for name, cell in cells.items() if cell is not None}
-    values = {} if coupling.value is None else {"value": coupling.value}
+    own = {name: seen(name, array) for name, array in arrays_of(coupling).items()}
+    scales = {name: array for name, array in own.items() if name in ("channel_scale", "sample_scale")}
+    cells = {name: array for name, array in own.items() if name in ("checksum", "amax")}
+    values = {name: array for name, array in own.items() if name == "value"}
     name, stream = next(iter(operands.items()))
     check_arrays(**{name: stream}, **scales, **cells, **values)
     check_same_device(**{name: stream}, **scales, **cells, **values)

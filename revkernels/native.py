@@ -116,7 +116,29 @@ def _torch_stream(device: int) -> int:
     return int(raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream)
 
 
+def _cupy_stream(device: int) -> int:
+    """Return the handle of CuPy's current stream on a device."""
+    cupy = sys.modules["cupy"]
+    with cupy.cuda.Device(device):  # a stream is current of a device, and only new versions take its index
+        return int(cupy.cuda.get_current_stream().ptr)
+
+
 def _torch_workspace(size: int, device: int) -> Any:
     """Return a tensor of that many bytes on a CUDA device, for a norm's partial results."""
     torch = sys.modules["torch"]
     return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+def _workspace(name: str, array: Any, size: int, device: int) -> Any:
+    """Return an array of that many bytes on a CUDA device, of the library that ``array`` comes from."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        with cupy.cuda.Device(device):
+            return cupy.empty(size, cupy.uint8)
+    if not hasattr(array, "__array_namespace__"):
+        raise ValueError(
+            f"{name} is a {type(array).__name__}; for a norm on a CUDA device it must have an array namespace "
+            f"(__array_namespace__), whose empty() makes memory for partial results"
+        )
+    library = array.__array_namespace__()
+    return library.empty(size, dtype=library.uint8, device=array.device)

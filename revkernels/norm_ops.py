@@ -6,10 +6,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
-
 from revkernels import checks, tracking
-from revkernels.arrays import compute_dtype, kind_of
+from revkernels.allocation import empty, empty_like
+from revkernels.arrays import compute_dtype, kind_of, seen
 from revkernels.backends import select
 from revkernels.norm import SUMS_COMPUTED, SUMS_GIVEN, SUMS_ONLY, Norm, Statistics
 
@@ -30,7 +29,7 @@ def norm_act(
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().norm_act(x, norm, statistics, dtype, backend)
     kernels = select(x, backend, "x")
-    checks.check_norm_options(norm, "x", x)
+    checks.check_norm_options(norm, "x", seen("x", x))
     if _differentiable(x, norm.weight, norm.bias):
         _check_new(kernels, {"x": x}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_norm_act
@@ -57,7 +56,7 @@ def couple_norm_act(
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple_norm_act(x, f, norm, statistics, dtype, backend)
     kernels = select(x, backend, "x")
-    checks.check_norm_options(norm, "x", x)
+    checks.check_norm_options(norm, "x", seen("x", x))
     if _differentiable(x, f, norm.weight, norm.bias):
         _check_new(kernels, {"x": x, "f": f}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_couple_norm_act
@@ -65,7 +64,7 @@ def couple_norm_act(
         result = differentiable_couple_norm_act(kernels, x, f, norm, statistics, dtype)
     else:
         h, (mean, rstd) = _outputs({"x": x, "f": f}, norm, statistics, dtype)
-        y = _new(x, None)
+        y = empty_like("x", x)
         if not kernels.CHECKS_OPERANDS:
             _check(norm, {"y": y, "h": h}, {"x": x, "f": f}, (mean, rstd), statistics is not None)
         kernels.couple_norm_act(h, y, x, f, norm, mean, rstd, statistics is not None)
@@ -86,7 +85,7 @@ def uncouple_norm_act_(
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple_norm_act_(y, f, norm, statistics, dtype, backend)
     kernels = select(y, backend, "y")
-    checks.check_norm_options(norm, "y", y)
+    checks.check_norm_options(norm, "y", seen("y", y))
     tracked = tracking.tracks_versions("y f weight bias", (y, f, norm.weight, norm.bias))
     h, (mean, rstd) = _outputs({"y": y, "f": f}, norm, statistics, dtype)
     if not kernels.CHECKS_OPERANDS:
@@ -126,13 +125,14 @@ def norm_act_backward_(
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().norm_act_backward_(dx, dh, x, norm, statistics, sums, count, constant, backend)
     kernels = select(x, backend, "x")
-    checks.check_norm_options(norm, "x", x)
+    look = seen("x", x)
+    checks.check_norm_options(norm, "x", look)
     checks.check_sums(norm, dx, sums, count, constant)
     mean, rstd = checks.statistics_pair(statistics)
     tracked = tracking.tracks_versions("x dx dh weight bias", (x, dx, dh, norm.weight, norm.bias))
     if sums is None:
-        shape = (x.shape[norm.channel_axis(x.ndim)],)
-        dweight, dbias = _empty(shape, x, compute_dtype(x)), _empty(shape, x, compute_dtype(x))
+        channels, wide = (look.shape[norm.channel_axis(len(look.shape))],), compute_dtype(look)
+        dweight, dbias = empty(channels, "x", x, wide), empty(channels, "x", x, wide)
         mode = SUMS_ONLY if dx is None else SUMS_COMPUTED
     else:
         (dweight, dbias), mode = sums, SUMS_GIVEN
@@ -155,33 +155,18 @@ def _outputs(
     operands: dict[str, Any], norm: Norm, statistics: Statistics | None, dtype: Any
 ) -> tuple[Any, tuple[Any, Any]]:
     """Memory for h, and the statistics that are given or memory for new ones."""
-    x = next(iter(operands.values()))
-    h = _new(x, dtype)
+    name, x = next(iter(operands.items()))
+    h = empty_like(name, x, dtype)
     if statistics is not None:
         return h, checks.statistics_pair(statistics)
     try:
-        wide = compute_dtype(*operands.values())
+        looks = [seen(other, array) for other, array in operands.items()]
+        wide = compute_dtype(*looks)
     except AttributeError:
         checks.check_arrays(**operands)  # says which is no array
         raise
-    shape = norm.statistics_shape(tuple(x.shape))
-    return h, (None if norm.kind == "rms" else _empty(shape, x, wide), _empty(shape, x, wide))
-
-
-def _new(x: Any, dtype: Any) -> Any:
-    if kind_of(x) == "numpy":
-        return np.empty_like(x, dtype, subok=False)
-    torch = sys.modules["torch"]
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype or None")
-    return torch.empty_like(x, dtype=dtype)
-
-
-def _empty(shape: tuple[int, ...], x: Any, dtype: str) -> Any:
-    if kind_of(x) == "numpy":
-        return np.empty(shape, dtype)
-    torch = sys.modules["torch"]
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=x.device)
+    shape = norm.statistics_shape(tuple(looks[0].shape))
+    return h, (None if norm.kind == "rms" else empty(shape, name, x, wide), empty(shape, name, x, wide))
 
 
 def _check(

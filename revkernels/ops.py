@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as functions on arrays: torch tensors and NumPy arrays, in place where the name ends in ``_``.
+"""The kernels as functions on arrays, in place where the name ends in ``_``.
+
+Arrays are torch tensors, NumPy and CuPy arrays, and whatever exports DLPack or a buffer, in host memory or on a CUDA
+device. Nothing is copied. Torch tensors and CuPy arrays stand among themselves in a call, and the work goes on their
+library's current stream; NumPy arrays and the exporters may be mixed on one device. Exporters on a CUDA device are used
+on the legacy default stream, and the call returns when it is done. A result that is a new array is of the library of
+the first operand, asked by ``__array_namespace__`` if it is an exporter; beside an exporter without one it is a NumPy
+array.
 
 Shapes of a call are equal; dtypes (float64, float32, bfloat16, float16) and strides may differ. The arithmetic is made
 in float64 if either operand of a sum is float64, else in float32, and rounded once to the written array's dtype. The
@@ -7,9 +14,11 @@ stream of a coupling may be int16, in fixed point, if its `Coupling` has a grid_
 `Norm`, with its parameters, and hands out `Statistics`; it is defined in `revkernels.norm_ops`. Every function raises
 before it writes anything:
 
-    TypeError       not an array, an integer dtype other than such a stream's, a byte-swapped array
-    ValueError      unequal shapes, read-only or overlapping memory, arrays on several devices, a tensor that requires
-                    grad in a call in place outside no_grad, or beside an int16 stream
+    TypeError       not an array, an integer dtype other than such a stream's, a byte-swapped array, libraries that do
+                    not go together
+    ValueError      unequal shapes, read-only, immutable or overlapping memory, negative strides, arrays on several
+                    devices, an export that fails, a tensor that requires grad in a call in place outside no_grad, or
+                    beside an int16 stream
     BackendError    (a ValueError) the backend does not exist, cannot run here, or does not take such an array
 """
 
@@ -22,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from revkernels import checks, tracking
+from revkernels.allocation import empty_like
 from revkernels.arrays import INT16, dtype_name, kind_of
 from revkernels.backends import select
 from revkernels.checks_coupling import check_coupling
@@ -161,7 +171,8 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
     kernels = select(x, backend, argument)
     if not kernels.CHECKS_OPERANDS or coupling is not None:
         _check(kernels, {}, {argument: x, "f": f}, coupling)
-    if kind_of(x) == "torch":
+    kind = kind_of(x)
+    if kind == "torch":
         torch = sys.modules["torch"]
         if torch.is_grad_enabled() and any(
             getattr(array, "requires_grad", False) for array in (x, f, *_scales(coupling))
@@ -172,10 +183,12 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
 
             return differentiable(kernels, name, x, f, coupling)
         out = torch.empty_like(x)
-    else:
+    elif kind == "numpy":
         out = np.empty_like(x, subok=False)
+    else:
+        out = empty_like(argument, x)
     getattr(kernels, name)(out, x, f, coupling)
-    if coupling is not None and kind_of(x) == "torch":
+    if coupling is not None and kind == "torch":
         _wrote_value(coupling)
     return out
 

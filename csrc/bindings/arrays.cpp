@@ -1,49 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/arrays.h"
 
+#include <algorithm>
+
+#include "bindings/buffer.h"
+#include "bindings/dlpack.h"
+#include "bindings/python.h"
+
 namespace revk::python {
 namespace {
 
 constexpr int kAligned = 0x0100, kWriteable = 0x0400;  // NumPy's array flags, part of its ABI
 
-PyObject* intern(const char* text) {
-  PyObject* const name = PyUnicode_InternFromString(text);
-  if (name == nullptr) throw py::error_already_set();
-  return name;
-}
-
-py::object attribute(py::handle object, PyObject* name) {
-  PyObject* const value = PyObject_GetAttr(object.ptr(), name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-py::object call(py::handle object, PyObject* method) {
-  PyObject* const value = PyObject_CallMethodNoArgs(object.ptr(), method);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-// An attribute for the life of the process.
-PyObject* keep(const py::object& module, const char* name) {
-  return py::object(module.attr(name)).release().ptr();
-}
-
 bool truth(py::handle object, PyObject* name) { return attribute(object, name).ptr() == Py_True; }
 
-std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
-
-[[noreturn]] void wrong_dtype(const Array& array, py::handle dtype, Takes takes) {
-  type_error(
-      std::string(array.name) + " is " + py::str(dtype).cast<std::string>() + "; it must be " +
-      (takes == Takes::kWords ? "int64 or uint64" : "float64, float32, bfloat16 or float16"));
-}
+std::string text_of(py::handle object) { return py::str(object).cast<std::string>(); }
 
 // torch
 
 // The objects of an imported torch. They live as long as the process, so nothing is released.
 struct Torch {
   PyObject *tensor = nullptr, *strided, *dtypes[5], *int64, *uint64, *threads, *stream;
+  PyObject* const torch = intern("torch");
   PyObject* const dtype = intern("dtype");
   PyObject* const layout = intern("layout");
   PyObject* const is_cpu = intern("is_cpu");
@@ -57,14 +35,9 @@ struct Torch {
   // False as long as nobody has imported torch.
   bool found() {
     if (tensor != nullptr) return true;
-    const auto module =
-        py::reinterpret_steal<py::object>(PyImport_GetModule(py::str("torch").ptr()));
-    if (!module) {
-      if (PyErr_Occurred()) throw py::error_already_set();
-      return false;
-    }
-    if (!py::hasattr(module, "Tensor") || !py::hasattr(module, "get_num_threads"))
-      return false;  // torch is in the middle of its own import
+    const py::object module = imported(torch);
+    if (!module || !py::hasattr(module, "Tensor") || !py::hasattr(module, "get_num_threads"))
+      return false;  // not imported, or in the middle of its own import
     const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16"};
     for (int i = 0; i < 5; ++i) dtypes[i] = keep(module, names[i]);
     int64 = keep(module, "int64");
@@ -85,25 +58,10 @@ Torch& torch() {
   return *state;
 }
 
-// A tuple of integers into `to`; returns its length.
-int read_tuple(const Array& array, py::handle tuple, int64_t* to) {
-  if (!PyTuple_Check(tuple.ptr()))
-    type_error(std::string(array.name) + " has no plain shape and strides");
-  const Py_ssize_t rank = PyTuple_GET_SIZE(tuple.ptr());
-  if (rank > kMaxRank)
-    value_error(std::string(array.name) + " has " + std::to_string(rank) +
-                " dimensions; it must have at most 64");
-  for (Py_ssize_t k = 0; k < rank; ++k) {
-    to[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), k));
-    if (to[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
-  return int(rank);
-}
-
 void read_tensor(Array& array, py::handle tensor, Takes takes) {
   Torch& names = torch();
   array.library = Library::kTorch;
-  array.writable = true;
+  array.frozen = nullptr;
 
   const py::object dtype = attribute(tensor, names.dtype);
   array.dtype = -1;
@@ -115,19 +73,18 @@ void read_tensor(Array& array, py::handle tensor, Takes takes) {
       if (dtype.ptr() == names.dtypes[i])
         array.dtype = i;  // the codes of revk_dtype, in their order
   }
-  if (array.dtype < 0) wrong_dtype(array, dtype, takes);
+  if (array.dtype < 0) wrong_dtype(array, text_of(dtype), takes);
 
   const py::object layout = attribute(tensor, names.layout);
   if (layout.ptr() != names.strided)
-    type_error(std::string(array.name) + " has layout " + py::str(layout).cast<std::string>() +
+    type_error(std::string(array.name) + " has layout " + text_of(layout) +
                "; it must be a dense (strided) tensor");
   if (truth(tensor, names.is_cpu)) {
     array.device = -1;
   } else if (truth(tensor, names.is_cuda)) {
     array.device = call(tensor, names.get_device).cast<int32_t>();
   } else {
-    value_error(std::string(array.name) + " is on " +
-                py::str(tensor.attr("device")).cast<std::string>() +
+    value_error(std::string(array.name) + " is on " + text_of(tensor.attr("device")) +
                 "; it must be on the CPU or a CUDA device");
   }
   if (call(tensor, names.is_neg).ptr() == Py_True)
@@ -143,6 +100,106 @@ void read_tensor(Array& array, py::handle tensor, Takes takes) {
 
 // NumPy
 
+void read_ndarray(Array& array, py::handle object, Takes takes) {
+  const auto* const proxy = py::detail::array_proxy(object.ptr());
+  array.library = Library::kNumpy;
+  array.device = -1;
+  array.frozen = (proxy->flags & kWriteable) != 0 ? nullptr : kReadOnly;
+  array.dtype = numpy_dtype(array, proxy->descr, takes);
+  array.data = proxy->data;
+  check_rank(array, proxy->nd);
+  array.rank = proxy->nd;
+  if ((proxy->flags & kAligned) == 0)
+    value_error(std::string(array.name) + " is not aligned to its dtype; it must be");
+  std::copy(proxy->dimensions, proxy->dimensions + array.rank, array.sizes);
+  std::copy(proxy->strides, proxy->strides + array.rank, array.strides);
+  strides_from_bytes(array);
+}
+
+// CuPy
+
+struct Cupy {
+  PyObject *ndarray = nullptr, *stream = nullptr;
+  PyObject* const cupy = intern("cupy");
+  PyObject* const dtype = intern("dtype");
+  PyObject* const shape = intern("shape");
+  PyObject* const strides = intern("strides");
+  PyObject* const data = intern("data");
+  PyObject* const ptr = intern("ptr");
+  PyObject* const device = intern("device");
+  PyObject* const id = intern("id");
+
+  // False as long as nobody has imported CuPy.
+  bool owns(py::handle object) {
+    if (ndarray == nullptr) {
+      const py::object module = imported(cupy);
+      if (!module || !py::hasattr(module, "ndarray")) return false;
+      stream = keep(py::module_::import("revkernels.native"), "_cupy_stream");
+      ndarray = keep(module, "ndarray");
+    }
+    return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(ndarray));
+  }
+};
+
+Cupy& cupy() {
+  static Cupy* const state = new Cupy;
+  return *state;
+}
+
+// Memory on a CUDA device, in the order of CuPy's current stream, on which the kernels go too.
+void read_cupy(Array& array, py::handle object, Takes takes) {
+  const Cupy& names = cupy();
+  array.library = Library::kCupy;
+  array.frozen = nullptr;
+  array.dtype = numpy_dtype(array, attribute(object, names.dtype), takes);
+  array.device = attribute(attribute(object, names.device), names.id).cast<int32_t>();
+  const py::object address = attribute(attribute(object, names.data), names.ptr);
+  array.data = PyLong_AsVoidPtr(address.ptr());
+  if (array.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  array.rank = read_tuple(array, attribute(object, names.shape), array.sizes);
+  if (read_tuple(array, attribute(object, names.strides), array.strides) != array.rank)
+    type_error(std::string(array.name) + " has no plain shape and strides");
+  strides_from_bytes(array);
+}
+
+// A foreign array's sizes may be anything: with stride 0 even ones whose product overflows.
+bool is_addressable(const Array& array) {
+  const int64_t most = INT64_MAX / 16;
+  int64_t elements = 1;
+  for (int k = 0; k < array.rank; ++k) {
+    const int64_t size = array.sizes[k] > 0 ? array.sizes[k] : 1;
+    if (size > most / elements) return false;
+    elements *= size;
+  }
+  const Layout layout = array.layout();
+  return layout.address + uintptr_t(layout.span()) >= layout.address;
+}
+
+}  // namespace
+
+bool takes_dtype(Takes takes, int32_t dtype) {
+  switch (takes) {
+    case Takes::kFloats:
+      return dtype <= REVK_FLOAT16;
+    case Takes::kStream:
+      return dtype <= REVK_INT16;
+    case Takes::kWords:
+      return dtype == kWordDtype;
+    case Takes::kKnown:
+      return dtype <= REVK_INT16 || dtype == kWordDtype;
+    case Takes::kBytes:
+      return dtype == kByteDtype;
+  }
+  return false;
+}
+
+void wrong_dtype(const Array& array, const std::string& dtype, Takes takes) {
+  type_error(std::string(array.name) + " is " + dtype + "; it must be " +
+             (takes == Takes::kWords   ? "int64 or uint64"
+              : takes == Takes::kBytes ? "uint8"
+                                       : "float64, float32, bfloat16 or float16"));
+}
+
 int32_t numpy_dtype(const Array& array, py::handle descr, Takes takes) {
   struct Known {
     PyObject *float64, *float32, *float16;
@@ -150,46 +207,55 @@ int32_t numpy_dtype(const Array& array, py::handle descr, Takes takes) {
   static const Known* const known =
       new Known{py::dtype("float64").release().ptr(), py::dtype("float32").release().ptr(),
                 py::dtype("float16").release().ptr()};
-  if (takes != Takes::kWords) {  // the usual case is one of three objects
+  if (takes == Takes::kFloats || takes == Takes::kStream) {  // usually it is one of three objects
     if (descr.ptr() == known->float32) return REVK_FLOAT32;
     if (descr.ptr() == known->float64) return REVK_FLOAT64;
     if (descr.ptr() == known->float16) return REVK_FLOAT16;
   }
   if (!descr.attr("isnative").cast<bool>())
-    type_error(std::string(array.name) + " is byte-swapped (" + py::str(descr).cast<std::string>() +
+    type_error(std::string(array.name) + " is byte-swapped (" + text_of(descr) +
                "); it must be in the machine's byte order");
   const auto name = descr.attr("name").cast<std::string>();
-  if (takes == Takes::kWords) {
-    if (name == "int64" || name == "uint64") return kWordDtype;
-  } else {
-    const int32_t last = takes == Takes::kStream ? REVK_INT16 : REVK_FLOAT16;
-    for (int32_t code = REVK_FLOAT64; code <= last; ++code)
-      if (name == dtype_name(code)) return code;  // bfloat16 is ml_dtypes', known by its name
-  }
-  wrong_dtype(array, descr, takes);
+  int32_t dtype = -1;
+  if (name == "int64" || name == "uint64") dtype = kWordDtype;
+  if (name == "uint8") dtype = kByteDtype;
+  for (int32_t code = REVK_FLOAT64; code <= REVK_INT16; ++code)
+    if (name == dtype_name(code)) dtype = code;  // bfloat16 is ml_dtypes', known by its name
+  if (dtype < 0 || !takes_dtype(takes, dtype)) wrong_dtype(array, text_of(descr), takes);
+  return dtype;
 }
 
-void read_ndarray(Array& array, py::handle object, Takes takes) {
-  const auto* const proxy = py::detail::array_proxy(object.ptr());
-  array.library = Library::kNumpy;
-  array.device = -1;
-  array.writable = (proxy->flags & kWriteable) != 0;
-  array.dtype = numpy_dtype(array, proxy->descr, takes);
-  array.data = proxy->data;
-  array.rank = proxy->nd;
-  if (array.rank > kMaxRank)
-    value_error(std::string(array.name) + " has " + std::to_string(array.rank) +
+void check_rank(const Array& array, int64_t rank) {
+  if (rank > kMaxRank)
+    value_error(std::string(array.name) + " has " + std::to_string(rank) +
                 " dimensions; it must have at most 64");
-  const int64_t item = array.layout().item;
-  if ((proxy->flags & kAligned) == 0)
+}
+
+void check_aligned(const Array& array) {
+  const Layout layout = array.layout();
+  if (!layout.empty() && layout.address % uintptr_t(layout.item) != 0)
     value_error(std::string(array.name) + " is not aligned to its dtype; it must be");
+}
+
+// A tuple of integers into `to`; returns its length.
+int read_tuple(const Array& array, py::handle tuple, int64_t* to) {
+  if (!PyTuple_Check(tuple.ptr()))
+    type_error(std::string(array.name) + " has no plain shape and strides");
+  const Py_ssize_t rank = PyTuple_GET_SIZE(tuple.ptr());
+  check_rank(array, rank);
+  for (Py_ssize_t k = 0; k < rank; ++k) {
+    to[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), k));
+    if (to[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return int(rank);
+}
+
+void strides_from_bytes(Array& array) {
+  const int64_t item = array.item();
   for (int k = 0; k < array.rank; ++k) {
-    array.sizes[k] = proxy->dimensions[k];
     // The stride of a dimension of size 1 is free to be anything.
-    const int64_t stride = array.sizes[k] > 1 ? proxy->strides[k] : item;
-    if (stride < 0)
-      value_error(std::string(array.name) + " has a negative stride in dimension " +
-                  std::to_string(k) + "; it must be copied first");
+    const int64_t stride = array.sizes[k] > 1 ? array.strides[k] : item;
+    if (stride < 0) refuse_negative_stride(array, k);
     if (stride % item != 0)
       value_error(std::string(array.name) + " has a stride of " + std::to_string(stride) +
                   " bytes in dimension " + std::to_string(k) +
@@ -198,7 +264,10 @@ void read_ndarray(Array& array, py::handle object, Takes takes) {
   }
 }
 
-}  // namespace
+void refuse_negative_stride(const Array& array, int dimension) {
+  value_error(std::string(array.name) + " has a negative stride in dimension " +
+              std::to_string(dimension) + "; it must be copied first");
+}
 
 std::string Array::shape() const {
   std::string text = "(";
@@ -212,10 +281,20 @@ void read_array(Array& array, const char* name, py::handle object, Takes takes) 
     read_tensor(array, object, takes);
   else if (py::isinstance<py::array>(object))
     read_ndarray(array, object, takes);
+  else if (cupy().owns(object))
+    read_cupy(array, object, takes);
+  else if (exports_dlpack(object))
+    read_dlpack(array, object, takes);
+  else if (PyObject_CheckBuffer(object.ptr()))
+    read_buffer(array, object, takes);
   else
     type_error(std::string(name) + " is a " + type_name(object) +
-               "; it must be a torch.Tensor or a numpy.ndarray");
-  if (array.layout().span() < 0)
+               "; it must be a torch.Tensor or a numpy.ndarray, or export DLPack or a buffer" +
+               (PyCapsule_CheckExact(object.ptr())
+                    ? ": a capsule serves once, so pass the array that makes it"
+                    : ""));
+  const bool foreign = array.library == Library::kDlpack || array.library == Library::kBuffer;
+  if (array.layout().span() < 0 || (foreign && !is_addressable(array)))
     value_error(std::string(name) + " with shape " + array.shape() +
                 " reaches past the end of the address space");
 }
@@ -229,6 +308,24 @@ void* torch_stream(int32_t device) {
   void* const handle = PyLong_AsVoidPtr(stream.ptr());
   if (handle == nullptr && PyErr_Occurred()) throw py::error_already_set();
   return handle;
+}
+
+void* cupy_stream(int32_t device) {
+  const py::object stream = py::reinterpret_borrow<py::object>(cupy().stream)(device);
+  void* const handle = PyLong_AsVoidPtr(stream.ptr());
+  if (handle == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return handle;
+}
+
+void rethrow(const Array& array, py::handle object, const char* what,
+             const py::error_already_set& error) {
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
+  const std::string text = std::string(array.name) + " is a " + type_name(object) + " whose " +
+                           what + " failed: " + type_name(error.value()) + ": " +
+                           text_of(error.value());
+  py::error_already_set cause = error;
+  py::raise_from(cause, PyExc_ValueError, text.c_str());
+  throw py::error_already_set();
 }
 
 std::string device_text(int32_t device) {

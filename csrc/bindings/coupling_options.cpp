@@ -48,7 +48,7 @@ CouplingOptions::CouplingOptions(py::handle object, std::initializer_list<const 
   read_value(object.attr("value"), operands);
 }
 
-void* CouplingOptions::scale(const char* name, py::handle object, int dim, int32_t dtype) const {
+void* CouplingOptions::scale(const char* name, py::handle object, int dim, int32_t dtype) {
   Array array;
   read_array(array, name, object);
   check_together(written_, array);
@@ -62,10 +62,11 @@ void* CouplingOptions::scale(const char* name, py::handle object, int dim, int32
   if (array.sizes[0] > 1 && array.strides[0] != 1)
     value_error(std::string(name) + " has stride " + std::to_string(array.strides[0]) +
                 "; it must be dense");
+  if (array.owner) owners_.push_back(array.owner);
   return array.data;
 }
 
-void* CouplingOptions::cell(const char* name, py::handle object, int32_t dtype) const {
+void* CouplingOptions::cell(const char* name, py::handle object, int32_t dtype) {
   if (object.is_none()) return nullptr;
   Array array;
   read_array(array, name, object, dtype == kWordDtype ? Takes::kWords : Takes::kFloats);
@@ -75,8 +76,8 @@ void* CouplingOptions::cell(const char* name, py::handle object, int32_t dtype) 
     type_error(std::string(name) + " is " + dtype_name(array.dtype) + "; it must be float32");
   if (array.count() != 1)
     value_error(std::string(name) + " has shape " + array.shape() + "; it must hold one element");
-  if (!array.writable)
-    value_error(std::string(name) + " is read-only; it must be writable, for it is added to");
+  check_writable(array);
+  if (array.owner) owners_.push_back(array.owner);
   return array.data;
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <initializer_list>
+#include <memory>
+#include <vector>
 
 #include "bindings/arrays.h"
 #include "bindings/geometry.h"
@@ -29,13 +31,14 @@ class CouplingOptions {
   }
 
  private:
-  void* scale(const char* name, py::handle object, int dim, int32_t dtype) const;
-  void* cell(const char* name, py::handle object, int32_t dtype) const;
+  void* scale(const char* name, py::handle object, int dim, int32_t dtype);
+  void* cell(const char* name, py::handle object, int32_t dtype);
   void read_value(py::handle object, std::initializer_list<const Array*> operands);
 
   const Array& written_;
   Array value_;
   revk_coupling coupling_{};
+  std::vector<std::shared_ptr<void>> owners_;  // of what is borrowed for the call
   Roles roles_;
   bool given_ = false, has_value_ = false;
 };

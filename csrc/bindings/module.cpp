@@ -49,7 +49,7 @@ void couple_with(Couple kernel, const char* x_name, py::handle out, py::handle x
         status = kernel(&views[0], &views[1], &views[2], coupling.get(&views[3]), &where);
     });
   }
-  raise_on_error(status);
+  finish(status, written, where);
 }
 
 void reverse_step(py::handle y, py::handle f, py::handle dy, py::handle df, py::handle options) {
@@ -82,7 +82,7 @@ void reverse_step(py::handle y, py::handle f, py::handle dy, py::handle df, py::
         status = revk_reverse_step(&v[0], &v[1], &v[2], &v[3], coupling.get(&v[4]), &where);
     });
   }
-  raise_on_error(status);
+  finish(status, stream, where);
 }
 
 void accumulate(const py::sequence& totals, const py::sequence& parts) {
@@ -91,6 +91,7 @@ void accumulate(const py::sequence& totals, const py::sequence& parts) {
     value_error("part has " + std::to_string(parts.size()) + " arrays, total has " +
                 std::to_string(count) + ": they must be equal");
   std::vector<revk_view> written, read;
+  std::vector<std::shared_ptr<void>> owners;  // of what is borrowed for the call
   revk_where where{};
   int64_t elements = 0;
   Array total, part, leader{};
@@ -107,6 +108,8 @@ void accumulate(const py::sequence& totals, const py::sequence& parts) {
       leader.name = "total[0]";
     }
     check_together(leader, total);
+    for (const Array* array : {&total, &part})
+      if (array->owner) owners.push_back(array->owner);
     if (total.count() == 0) continue;
     elements += total.count();
     const Array* const arrays[] = {&total, &part};
@@ -122,7 +125,22 @@ void accumulate(const py::sequence& totals, const py::sequence& parts) {
     const Unlocked unlocked(is_long(leader, elements));
     status = revk_accumulate(written.data(), read.data(), int64_t(written.size()), &where);
   }
-  raise_on_error(status);
+  finish(status, leader, where);
+}
+
+// What a call sees of an array of a foreign library: (address, shape, strides, dtype, device, why
+// it must not be written or None). The array is read as a call reads it.
+py::tuple describe(const char* name, py::handle object) {
+  Array array;
+  read_array(array, name, object, Takes::kKnown);
+  py::tuple shape(array.rank), strides(array.rank);
+  for (int k = 0; k < array.rank; ++k) {
+    shape[k] = array.sizes[k];
+    strides[k] = array.strides[k];
+  }
+  return py::make_tuple(reinterpret_cast<uintptr_t>(array.data), shape, strides,
+                        array.dtype == kWordDtype ? "int64" : dtype_name(array.dtype),
+                        device_text(array.device), array.frozen);
 }
 
 }  // namespace
@@ -147,6 +165,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("coupling") = py::none());
   m.def("accumulate", &accumulate, py::arg("totals"), py::arg("parts"));
   bind_norm_act(m);
+  m.def("describe", &describe, py::arg("name"), py::arg("array"));
+  m.def("set_threads", &set_threads, py::arg("threads"));
+  m.def("threads", &threads);
   m.def("version", &revk_version);
   m.def("cpu_isa", &revk_cpu_isa);
   m.def("cuda_archs", &revk_cuda_archs);

@@ -6,34 +6,50 @@
 #include "bindings/checks.h"
 #include "bindings/norm_geometry.h"
 #include "bindings/norm_options.h"
+#include "bindings/python.h"
 
 namespace revk::python {
 namespace {
 
-// Partial results on a CUDA device live in a tensor of torch's own allocator, for the call's length
-// on the caller's stream.
+// Partial results on a CUDA device live in memory of the arrays' own library, which hands it out in
+// the order of the stream that the kernels go on. It is given back at the end of the call.
 struct Workspace {
   py::object owner;
+  Array memory;
 
-  Workspace(revk_norm& norm, const revk_view& x, const Array& leader, const revk_where& where) {
-    if (leader.device < 0) return;
+  // `written` is an array of the call, and `object` the Python object behind it.
+  Workspace(revk_norm& norm, const revk_view& x, const Array& written, py::handle object,
+            const revk_where& where) {
+    if (written.device < 0) return;
     const int64_t bytes = revk_norm_workspace(&x, &norm, &where);
     if (bytes < 0) raise_on_error(REVK_INVALID_ARGUMENT);
     if (bytes == 0) return;
-    static PyObject* const allocate = py::module_::import("revkernels.native")
-                                          .attr("_torch_workspace")
-                                          .cast<py::object>()
-                                          .release()
-                                          .ptr();
-    owner = py::reinterpret_borrow<py::object>(allocate)(bytes, leader.device);
-    norm.workspace = PyLong_AsVoidPtr(py::object(owner.attr("data_ptr")()).ptr());
     norm.workspace_bytes = bytes;
+    const bool torch = written.library == Library::kTorch;
+    static PyObject* const of_torch =
+        keep(py::module_::import("revkernels.native"), "_torch_workspace");
+    static PyObject* const of_others = keep(py::module_::import("revkernels.native"), "_workspace");
+    owner = torch ? py::reinterpret_borrow<py::object>(of_torch)(bytes, written.device)
+                  : py::reinterpret_borrow<py::object>(of_others)(written.name, object, bytes,
+                                                                  written.device);
+    if (torch) {
+      norm.workspace = PyLong_AsVoidPtr(py::object(owner.attr("data_ptr")()).ptr());
+      return;
+    }
+    read_array(memory, "workspace", owner, Takes::kBytes);
+    check_together(written, memory);
+    check_writable(memory);
+    norm.workspace = memory.data;
   }
 };
 
 // A device's statistics or sums of an empty array: the library writes to no device's memory itself.
-void fill_on_device(py::handle tensor, double value) {
-  if (!tensor.is_none()) tensor.attr("fill_")(value);
+void fill_on_device(py::handle array, double value) {
+  if (array.is_none()) return;
+  if (py::hasattr(array, "fill_"))
+    array.attr("fill_")(value);  // torch
+  else
+    array[py::ellipsis()] = py::float_(value);
 }
 
 // Kernels
@@ -95,7 +111,7 @@ void forward(Kind kind, py::handle h_object, py::handle s_object, py::handle fro
   revk_view views[4];
   norm_geometry(arrays, coupled ? 4 : 2, options.axis, norm, views);
   const revk_where where = where_of(s, elements);
-  const Workspace workspace(norm, views[0], s, where);
+  const Workspace workspace(norm, views[0], h, h_object, where);
   revk_status status;
   {
     const Unlocked unlocked(is_long(s, elements));
@@ -105,7 +121,7 @@ void forward(Kind kind, py::handle h_object, py::handle s_object, py::handle fro
       status = (kind == Kind::kCouple ? revk_couple_norm_act : revk_uncouple_norm_act)(
           &views[1], &views[0], &views[2], &views[3], &norm, &where);
   }
-  raise_on_error(status);
+  finish(status, s, where);
 }
 
 void norm_act_backward(py::handle dx_object, py::handle base_object, py::handle dh_object,
@@ -190,14 +206,15 @@ void norm_act_backward(py::handle dx_object, py::handle base_object, py::handle 
   revk_view views[4];
   norm_geometry(arrays, operands, options.axis, options.norm, views);
   const revk_where where = where_of(x, elements);
-  const Workspace workspace(options.norm, views[0], x, where);
+  const Workspace workspace(options.norm, views[0], writes_dx ? dx : x,
+                            writes_dx ? dx_object : x_object, where);
   revk_status status;
   {
     const Unlocked unlocked(is_long(x, elements));
     status = revk_norm_act_backward(writes_dx ? &views[2] : nullptr, has_base ? &views[3] : nullptr,
                                     &views[1], &views[0], &options.norm, &gradient, &where);
   }
-  raise_on_error(status);
+  finish(status, x, where);
 }
 
 }  // namespace

@@ -113,9 +113,7 @@ const Array* NormArrays::add(const char* name, py::handle object, const Array& x
                   " in dimension " + std::to_string(k) + "; it must be dense");
     expected *= sizes[k];
   }
-  if (written && !array.writable)
-    value_error(std::string(name) +
-                " is read-only; it must be writable, for the result is written there");
+  if (written) check_writable(array);
   written_[count_++] = written;
   return &array;
 }

@@ -239,6 +239,13 @@ revk_status revk_accumulate(const revk_view* totals, const revk_view* parts, int
   });
 }
 
+revk_status revk_synchronize(const revk_where* where) {
+  return guard(last_error(), [&] {
+    const revk_where place = read_where(where);
+    if (place.device >= 0) cuda::synchronize(place);
+  });
+}
+
 const char* revk_last_error(void) { return last_error().c_str(); }
 int32_t revk_abi_version(void) { return REVK_ABI_VERSION; }
 const char* revk_version(void) { return REVK_VERSION; }

@@ -75,6 +75,7 @@ void accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
 void norm_act(const NormActCall& call, const revk_where& where);
 void norm_act_backward(const NormActBackwardCall& call, const revk_where& where);
 int64_t norm_workspace(const revk_view& x, const revk_norm& norm, const revk_where& where);
+void synchronize(const revk_where& where);
 // nullptr if kernels can run here; otherwise why not. The text lives as long as the library.
 const char* missing();
 const char* archs();  // "80;90;100;ptx100" as compiled; "" in a build without CUDA

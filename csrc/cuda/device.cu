@@ -70,6 +70,11 @@ DeviceGuard::~DeviceGuard() {
   if (before_ >= 0) cudaSetDevice(before_);
 }
 
+void synchronize(const revk_where& where) {
+  const DeviceGuard guard(where.device);
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(where.stream)), "waiting for the stream");
+}
+
 int multiprocessors(int device) {
   constexpr int kRemembered = 64;
   static std::atomic<int> known[kRemembered];

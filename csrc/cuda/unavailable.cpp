@@ -32,6 +32,7 @@ void norm_act(const NormActCall&, const revk_where&) { throw unsupported(kReason
 void norm_act_backward(const NormActBackwardCall&, const revk_where&) {
   throw unsupported(kReason);
 }
+void synchronize(const revk_where&) { throw unsupported(kReason); }
 int64_t norm_workspace(const revk_view&, const revk_norm&, const revk_where&) {
   throw unsupported(kReason);
 }

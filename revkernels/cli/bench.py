@@ -12,6 +12,7 @@ from revkernels.cli import bench_budget, bench_network
 from revkernels.cli.bench_tables import GOAL, MIB, command_of, depth, goal_cells, how, positive, rounds, rows_of, timing
 from revkernels.cli.output import Table, add_json_option, progress, report
 from revkernels.cli.stamp import environment
+from revkernels.threads import set_num_threads
 
 RESULTS = Path("benchmarks/results")
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     for name, about, measure, times in (
         ("coupling", "the kernels against the torch calls they replace", _coupling, 15),
+        ("numpy", "the kernels on NumPy arrays against the expressions they replace; needs no torch", _numpy, 15),
         ("passes", "the fused norm kernels against the torch calls they replace", _passes, 15),
         ("block", "a step of a chain of blocks, stored, checkpointed and rebuilt", _block, 7),
         ("network", "a training step of whole networks in every way there is", bench_network.network, 5),
@@ -31,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         subject = subjects.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         subject.set_defaults(measure=measure)
-        subject.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: cpu)")
-        subject.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+        if name == "numpy":
+            subject.set_defaults(device="cpu")
+        else:
+            subject.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: cpu)")
+        whose = "OpenMP's" if name == "numpy" else "torch's"
+        subject.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {whose})")
         subject.add_argument(
             "--save",
             metavar="FOLDER",
@@ -44,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_json_option(subject)
         if times is not None:
             subject.add_argument("--rounds", type=rounds, default=times, help=f"timed rounds (default: {times})")
-        if name in ("coupling", "passes"):
+        if name in ("coupling", "numpy", "passes"):
             subject.add_argument(
                 "--megabytes", type=positive, default=64, help="size of a stream (default: 64, past most caches)"
             )
-        if name == "passes":
+        if name in ("numpy", "passes"):
             subject.add_argument(
                 "--matching", nargs="+", metavar="WORD", default=[], help="only cases with these in their name"
             )
@@ -71,15 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure one subject."""
-    import torch
+    if args.subject == "numpy":
+        set_num_threads(args.threads)
+    else:
+        import torch
 
-    kind = args.device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
-        return _refuse(f"--device {args.device}: {why}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+        kind = args.device.partition(":")[0]
+        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+            why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
+            return _refuse(f"--device {args.device}: {why}")
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
     try:
         rows, tables = args.measure(args)
     except bench_network.OptionError as error:
@@ -91,6 +100,13 @@ def run(args: argparse.Namespace) -> int:
         tables[-1].notes.append(f"{len(rows)} lines appended to {path}")
     report(f"bench {args.subject}", tables, args.json, args.device)
     return 0
+
+
+def _chosen(suite: Any, words: list[str]) -> Any:
+    try:
+        return suite.matching(words)
+    except ValueError as error:
+        raise bench_network.OptionError(f"--matching: {error}") from error
 
 
 def _refuse(why: str) -> int:
@@ -117,16 +133,35 @@ def _coupling(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Tabl
     return rows, [large, small]
 
 
+def _numpy(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
+    from revkernels.bench.clocks import clock_for, memory_kept
+    from revkernels.bench.numpy import SUITE, Setup
+    from revkernels.cli.stamp import threads
+
+    suite, setup = _chosen(SUITE, args.matching), Setup(args.megabytes, args.threads or threads())
+    # Freed memory is kept, for NumPy's temporaries: the page faults of new ones would be most of their time.
+    with progress("bench numpy", len(suite)) as begin, memory_kept():
+        rows = rows_of(list(suite.run(setup, clock_for("cpu"), args.rounds, begin)))
+    tables = []
+    for title, own, unit, scale in (
+        (f"{args.megabytes} MiB a stream", [r for r in rows if r["benchmark"] != "call"], "ms", 1e3),
+        ("cost of a call, 1,000 float32 elements", [r for r in rows if r["benchmark"] == "call"], "us", 1e6),
+    ):
+        if own:
+            table = timing(f"kernels against NumPy, {title}", own, unit, scale)
+            table.columns |= {"gbps": "GB/s"} | GOAL
+            table.notes = [how(args)]
+            tables.append(table)
+    return rows, tables
+
+
 def _passes(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     from revkernels.bench.clocks import clock_for, memory_kept
     from revkernels.bench.harness import measure
     from revkernels.bench.passes import SUITE, PassSetup, copying
 
     setup = PassSetup(args.device, args.megabytes)
-    try:
-        suite = SUITE.matching(args.matching)
-    except ValueError as error:
-        raise bench_network.OptionError(f"--matching: {error}") from error
+    suite = _chosen(SUITE, args.matching)
     clock, size = clock_for(args.device), f"{args.megabytes} MiB"
     with progress("bench passes", 1 + len(suite)) as begin, memory_kept():
         begin("copy")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,11 @@ def how(args: argparse.Namespace) -> str:
 
 
 def where(device: str) -> str:
-    """Return the device, its threads and torch."""
+    """Return the device, its threads, and torch where it is in use."""
     stamp = environment(device)
     threads = f", {stamp['threads']} thread{'s' * (stamp['threads'] != 1)}" if device == "cpu" else ""
-    return f"{stamp['device']}{threads}, torch {stamp['torch']}"
+    library = "torch" if "torch" in sys.modules else "numpy"
+    return f"{stamp['device']}{threads}, {library} {stamp[library]}"
 
 
 def command_of(args: argparse.Namespace) -> str:

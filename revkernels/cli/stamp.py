@@ -12,7 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from revkernels import native
 from revkernels._version import __version__
+from revkernels.threads import get_num_threads
 
 __all__ = ["cpu_model", "device_model", "environment"]
 
@@ -57,10 +59,19 @@ def cpu_model() -> str:
 
 
 def threads() -> int:
-    """Return how many threads the CPU kernels use: torch's number where torch is loaded, else the cores allowed."""
+    """Return how many threads the CPU kernels use: torch's number where torch is loaded, else what they were told.
+
+    Told by `revkernels.set_num_threads`, by ``OMP_NUM_THREADS``, or else by the cores allowed.
+    """
     torch = sys.modules.get("torch")
     if torch is not None:
         return torch.get_num_threads()
+    told = get_num_threads() if native.missing() is None else None
+    if told is not None:
+        return told
+    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # further numbers are of nested regions
+    if variable.isdigit() and int(variable) > 0:
+        return int(variable)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -151,6 +151,12 @@ const test::Register kDevice("device and stream", [] {
   const int questions = machine.attribute_questions;
   small.couple(1, stream);
   test::expect(machine.attribute_questions == questions, "the device's size is asked once");
+  machine.waits.clear();
+  revk::cuda::synchronize({int32_t(sizeof(revk_where)), 1, stream, 0});
+  test::expect(
+      machine.waits.size() == 1 && machine.waits[0].first == 1 && machine.waits[0].second == stream,
+      "waits for the caller's stream of the caller's device");
+  test::expect(machine.current_device == 0, "the current device is as before the wait");
 });
 
 // The text of the error that a launch ends in.
@@ -173,6 +179,14 @@ const test::Register kErrors("errors", [] {
   shim::machine.launch_says = cudaErrorInvalidValue;
   const std::string refused = failure(1, REVK_CUDA_ERROR);
   test::expect(refused == "couple: invalid argument (cudaErrorInvalidValue)", refused);
+  try {
+    revk::cuda::synchronize({int32_t(sizeof(revk_where)), 1, nullptr, 0});
+    test::expect(false, "a wait that failed says so");
+  } catch (const revk::Error& error) {
+    const std::string text = error.what();
+    test::expect(text == "waiting for the stream: invalid argument (cudaErrorInvalidValue)", text);
+    test::expect(error.status == REVK_CUDA_ERROR, "the status of the wait");
+  }
   shim::machine.launch_says = cudaSuccess;
 });
 

@@ -82,7 +82,10 @@ void test_refusals() {
     elsewhere.device = 0;
     CHECK(revk_couple(&good, &good, &branch, nullptr, &elsewhere) == REVK_UNSUPPORTED &&
           says("CUDA cannot run"));
+    CHECK(revk_synchronize(&elsewhere) == REVK_UNSUPPORTED && says("CUDA cannot run"));
   }
+  CHECK(revk_synchronize(&where) == REVK_OK);
+  CHECK(revk_synchronize(nullptr) == REVK_INVALID_ARGUMENT && says("where is NULL"));
   CHECK(revk_accumulate(&good, nullptr, 1, &where) == REVK_INVALID_ARGUMENT &&
         says("parts is NULL"));
   CHECK(revk_accumulate(nullptr, nullptr, 0, &where) == REVK_OK);

@@ -234,6 +234,11 @@ REVK_API revk_status revk_norm_act_backward(const revk_view* dx, const revk_view
 REVK_API int64_t revk_norm_workspace(const revk_view* x, const revk_norm* norm,
                                      const revk_where* where);
 
+/* Returns when all work on where's stream is done; at once for the host, whose calls have done
+ * theirs. For callers that have nothing to order their own work with. Not while the stream is being
+ * captured into a graph. */
+REVK_API revk_status revk_synchronize(const revk_where* where);
+
 /* This thread's last failure, in words; "" if there was none. Never NULL. */
 REVK_API const char* revk_last_error(void);
 

@@ -59,6 +59,7 @@ struct Machine {
     cudaStream_t stream;
   };
   std::vector<Launch> launches;
+  std::vector<std::pair<int, cudaStream_t>> waits;  // for a stream of a device
 
   cudaError_t say(cudaError_t status) {
     if (status != cudaSuccess) last_error = status;
@@ -96,6 +97,11 @@ inline cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= shim::machine.devices)
     return shim::machine.say(cudaErrorInvalidDevice);
   shim::machine.current_device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (shim::machine.launch_says != cudaSuccess) return shim::machine.say(shim::machine.launch_says);
+  shim::machine.waits.emplace_back(shim::machine.current_device, stream);
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attributes and methods by interned names: what pybind11 would look up by text at every call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace revk::python {
+
+namespace py = pybind11;
+
+inline PyObject* intern(const char* text) {
+  PyObject* const name = PyUnicode_InternFromString(text);
+  if (name == nullptr) throw py::error_already_set();
+  return name;
+}
+
+// A new reference, or the Python error that is set.
+inline py::object checked(PyObject* value) {
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+inline py::object attribute(py::handle object, PyObject* name) {
+  return checked(PyObject_GetAttr(object.ptr(), name));
+}
+
+inline py::object call(py::handle object, PyObject* method) {
+  return checked(PyObject_CallMethodNoArgs(object.ptr(), method));
+}
+
+// An attribute for the life of the process.
+inline PyObject* keep(const py::object& module, const char* name) {
+  return py::object(module.attr(name)).release().ptr();
+}
+
+// A module that is imported already; none otherwise.
+inline py::object imported(PyObject* name) {
+  PyObject* const module = PyImport_GetModule(name);
+  if (module == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(module);
+}
+
+inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+}  // namespace revk::python

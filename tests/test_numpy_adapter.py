@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""revkernels.adapters.numpy: Algorithm 1 in place, against the oracle, central differences and itself."""
+
+import array
+
+import numpy as np
+import pytest
+from dlpack_producer import Exporter
+
+import revkernels as rk
+from revkernels import native, reference
+from revkernels.adapters.numpy import Checksums, ReversibleChain
+
+if native.missing() is not None:
+    pytest.skip(str(native.missing()), allow_module_level=True)
+
+
+class Tanh:
+    """f = tanh(x W + b): its derivative, and how often its forward was made."""
+
+    def __init__(self, width, seed, dtype="f8"):
+        rng = np.random.default_rng(seed)
+        self.W, self.b = (0.4 * rng.standard_normal(shape).astype(dtype) for shape in ((width, width), (width,)))
+        self.forwards = 0
+
+    def __call__(self, x):
+        self.forwards += 1
+        return np.tanh(x @ self.W + self.b)
+
+    def vjp(self, x):
+        f = self(x)
+
+        def pullback(df):
+            dz = df * (1 - f * f)
+            return dz @ self.W.T, (x.T @ dz, dz.sum(0))
+
+        return f, pullback
+
+
+class ForOracle:
+    """The same function as the oracle wants it."""
+
+    def __init__(self, branch):
+        self.branch = branch
+
+    def __call__(self, x):
+        return self.branch(x)
+
+    def vjp(self, x, df):
+        return self.branch.vjp(x)[1](df)
+
+
+def blocks_of(count, width=4, dtype="f8"):
+    return [(Tanh(width, 2 * k, dtype), Tanh(width, 2 * k + 1, dtype)) for k in range(count)]
+
+
+def streams(number, rows=5, width=4, dtype="f8", seed=7):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((rows, width)).astype(dtype) for _ in range(number)]
+
+
+def test_against_the_oracle():
+    """Streams, gradients and parameter gradients of three blocks, in float64."""
+    blocks = blocks_of(3)
+    oracle = [(ForOracle(F), ForOracle(G)) for F, G in blocks]
+    x1, x2, dy1, dy2 = streams(4)
+    chain = ReversibleChain(blocks)
+    y1, y2 = chain.forward(x1, x2)
+    right = reference.chain_forward(x1, x2, oracle)
+    np.testing.assert_array_equal([y1, y2], right)
+    expected = reference.chain_backward(*right, dy1, dy2, oracle)
+    (r1, r2), (dx1, dx2), gradients = chain.backward_(y1, y2, dy1, dy2)
+    np.testing.assert_array_equal([r1, r2], expected[0])
+    np.testing.assert_array_equal([dx1, dx2], expected[1])
+    for mine, theirs in zip(gradients, expected[2], strict=True):
+        for (dW, db), (right_dW, right_db) in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(dW, right_dW)
+            np.testing.assert_array_equal(db, right_db)
+
+
+def test_against_central_differences():
+    """The derivative of a loss along random directions, by every parameter and input."""
+    blocks, (x1, x2, w1, w2) = blocks_of(2), streams(4, seed=3)
+    chain = ReversibleChain(blocks)
+
+    def loss():
+        y1, y2 = chain.forward(x1, x2)
+        return float((w1 * y1).sum() + (w2 * y2**2).sum())
+
+    y1, y2 = chain.forward(x1, x2)
+    _, (dx1, dx2), gradients = chain.backward_(y1, y2, w1.copy(), 2 * w2 * y2)
+    pairs = [(x1, dx1), (x2, dx2)]
+    for branches, found in zip(blocks, gradients, strict=True):
+        for branch, (dW, db) in zip(branches, found, strict=True):
+            pairs += [(branch.W, dW), (branch.b, db)]
+    rng, step = np.random.default_rng(1), 1e-5
+    for value, gradient in pairs:
+        direction = rng.standard_normal(value.shape)
+        value += step * direction
+        above = loss()
+        value -= 2 * step * direction
+        below = loss()
+        value += step * direction
+        # The truncation error is step^2 times a third derivative of order 10, the rounding error 1e-16 / step.
+        assert abs((above - below) / (2 * step) - float((gradient * direction).sum())) < 1e-8
+
+
+def test_one_more_forward_a_branch():
+    """Once forward, and once in the backward, shared by the inverse and the derivative."""
+    blocks = blocks_of(3)
+    chain = ReversibleChain(blocks)
+    y = chain.forward(*streams(2))
+    assert [branch.forwards for pair in blocks for branch in pair] == [1] * 6
+    chain.backward_(*y, *streams(2))
+    assert [branch.forwards for pair in blocks for branch in pair] == [2] * 6
+
+
+def test_in_place_and_the_inputs_untouched():
+    chain = ReversibleChain(blocks_of(2))
+    x1, x2, dy1, dy2 = streams(4)
+    kept = x1.copy(), x2.copy()
+    y1, y2 = chain.forward(x1, x2)
+    assert not np.shares_memory(y1, x1) and not np.shares_memory(y2, x2)
+    np.testing.assert_array_equal([x1, x2], kept)
+    addresses = [a.ctypes.data for a in (y1, y2, dy1, dy2)]
+    (r1, r2), (dx1, dx2), _ = chain.backward_(y1, y2, dy1, dy2)
+    assert all(a is b for a, b in zip((r1, r2, dx1, dx2), (y1, y2, dy1, dy2), strict=True))
+    assert [a.ctypes.data for a in (r1, r2, dx1, dx2)] == addresses
+    np.testing.assert_allclose([r1, r2], kept, atol=1e-14)
+    y1, y2 = chain.forward(*kept)
+    assert chain.inverse_(y1, y2)[0] is y1
+    np.testing.assert_allclose([y1, y2], kept, atol=1e-14)
+
+
+class Identity:
+    """Returns what it was given, here and back: memory that is read twice is written never."""
+
+    def __call__(self, x):
+        return x
+
+    def vjp(self, x):
+        return x, lambda df: (df, None)
+
+
+def test_branches_that_return_what_they_were_given():
+    chain = ReversibleChain([(Identity(), Identity())])
+    (x1, x2), (dy1, dy2) = (np.array([[1.0], [2.0]]), np.array([[3.0], [5.0]]))
+    y1, y2 = chain.forward(x1[None], x2[None])
+    assert (y1.item(), y2.item()) == (3, 5)
+    (r1, r2), (dx1, dx2), gradients = chain.backward_(y1, y2, dy1[None].copy(), dy2[None].copy())
+    assert (r1.item(), r2.item()) == (1, 2)
+    assert (dx1.item(), dx2.item()) == (3 + 5, 5 + 8) and gradients == [(None, None)]
+
+
+def test_exporters_and_buffers():
+    """Anything that rk.ops takes: results of the first operand's library, or NumPy's."""
+
+    class Half:
+        def __call__(self, x):
+            return array.array("f", [v / 2 for v in memoryview(x)])
+
+        def vjp(self, x):
+            return self(x), lambda df: (array.array("f", [v / 2 for v in memoryview(df)]), None)
+
+    chain = ReversibleChain([(Half(), Half())])
+    y1, y2 = chain.forward(array.array("f", [2, 4]), array.array("f", [4, 8]))
+    assert type(y1) is np.ndarray and y1.tolist() == [4, 8] and y2.tolist() == [6, 12]
+    dy = array.array("f", [1, 1]), memoryview(np.array([2, 2], "f4"))
+    (x1, x2), (dx1, dx2), _ = chain.backward_(y1, y2, *dy)
+    assert x1.tolist() == [2, 4] and x2.tolist() == [4, 8]
+    assert dx1.tolist() == [2, 2] and dx2.tolist() == [3, 3]
+
+
+# ---- the grid
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_a_grid_rebuilds_every_bit(dtype):
+    """50 blocks: the float chain drifts, the other does not; gradients are those of the stored streams."""
+    blocks = blocks_of(50, dtype=dtype)
+    x1, x2, dy1, dy2 = streams(4, dtype=dtype)
+    exact = ReversibleChain(blocks, coupling=rk.Coupling(grid_exponent=12))
+    checksums = Checksums()
+    y1, y2 = exact.forward(x1, x2, checksums=checksums)
+    (r1, r2), _, _ = exact.backward_(y1, y2, dy1, dy2, checksums=checksums)
+    on_grid = [np.rint(x * 2**12) / 2**12 for x in (x1, x2)]
+    np.testing.assert_array_equal([r1, r2], on_grid)
+    plain = ReversibleChain(blocks)
+    y1, y2 = plain.forward(x1, x2)
+    r1, _ = plain.inverse_(y1, y2)
+    assert not np.array_equal(r1, x1)
+
+
+def test_a_branch_that_does_not_repeat_is_found():
+    """By the checksums, and named; the last such branch that ran is the first that the backward meets."""
+    blocks = blocks_of(3, dtype="f4")
+    chain = ReversibleChain(blocks, coupling=rk.Coupling(grid_exponent=12))
+    checksums = Checksums()
+    y = chain.forward(*streams(2, dtype="f4"), checksums=checksums)
+    blocks[1][0].b += 0.5
+    with pytest.raises(rk.ReconstructionError, match="F of block 1 did not return what it returned in the forward"):
+        chain.backward_(*y, *streams(2, dtype="f4"), checksums=checksums)
+
+
+def test_a_stream_too_large_for_the_grid_is_found():
+    chain = ReversibleChain(blocks_of(2, dtype="f4"), coupling=rk.Coupling(grid_exponent=14))
+    x1, x2 = streams(2, dtype="f4")
+    with pytest.raises(rk.ReconstructionError, match=r"x2 reaches 2e\+03; on a grid of 2\^-14 a float32 stream"):
+        chain.forward(x1, np.full_like(x2, 2000), checksums=Checksums())
+    with pytest.raises(rk.ReconstructionError, match="the stream that F of block 0 is added to reaches"):
+        chain.forward(np.full_like(x1, 1023.5), x2, checksums=Checksums())
+
+
+# ---- what is refused
+
+
+def test_bad_chains():
+    good = Tanh(4, 0)
+    for bad, error, words in (
+        ([], ValueError, "blocks is empty"),
+        ([good], TypeError, r"blocks\[0\] is a Tanh; it must be a pair"),
+        ([(good, good), (good, good, good)], TypeError, r"blocks\[1\] is a tuple"),
+        ([(good, np.tanh)], TypeError, "G of block 0 is a ufunc; it must be callable and have a method vjp"),
+    ):
+        with pytest.raises(error, match=words):
+            ReversibleChain(bad)
+    for coupling, error, words in (
+        (12, TypeError, "coupling is a int"),
+        (rk.Coupling(), TypeError, "grid_exponent is a NoneType"),
+        (rk.Coupling(grid_exponent=200), ValueError, "grid_exponent is 200"),
+        (rk.Coupling(grid_exponent=2, amax=np.zeros(1, "f4")), ValueError, "amax is given"),
+    ):
+        with pytest.raises(error, match=words):
+            ReversibleChain([(good, good)], coupling=coupling)
+    with pytest.raises(rk.BackendError, match="'gpu'"):
+        ReversibleChain([(good, good)], backend="gpu")
+    with pytest.raises(TypeError, match="x2 is float16; it must be float32 or float64"):
+        ReversibleChain([(good, good)], coupling=rk.Coupling(grid_exponent=2)).forward(np.ones(2), np.ones(2, "f2"))
+    with pytest.raises(ValueError, match="checksums is given; it must be None for a chain without"):
+        ReversibleChain([(good, good)]).forward(np.ones(2), np.ones(2), checksums=Checksums())
+    with pytest.raises(ValueError, match="checksums is empty"):
+        ReversibleChain([(good, good)]).backward_(*streams(4), checksums=Checksums())
+
+
+class Bad(Tanh):
+    """A branch with one thing wrong, from some call on."""
+
+    def __init__(self, call=None, vjp=None):
+        super().__init__(4, 0)
+        self.call, self.make = call, vjp
+
+    def __call__(self, x):
+        return super().__call__(x) if self.call is None else self.call(x)
+
+    def vjp(self, x):
+        return super().vjp(x) if self.make is None else self.make(x)
+
+
+OUTPUTS = {
+    "shape": (ValueError, r"G of block 1 returned shape \(5, 3\); it must return \(5, 4\)", lambda x: x[:, :3]),
+    "dtype": (TypeError, "G of block 1 returned int64; it must return one of", lambda x: np.ones(x.shape, int)),
+    "nothing": (TypeError, "G of block 1 returned a NoneType; it must return an array", lambda x: None),
+    "list": (TypeError, "G of block 1 returned a list", lambda x: x.tolist()),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_bad_outputs_of_a_branch(case):
+    """A bad argument in the forward; in the backward, where it once was right, a ReconstructionError."""
+    error, words, call = OUTPUTS[case]
+    blocks = blocks_of(2)
+    y = ReversibleChain(blocks).forward(*streams(2))
+    blocks[1] = (blocks[1][0], Bad(call=call))
+    chain = ReversibleChain(blocks)
+    with pytest.raises(error, match=words):
+        chain.forward(*streams(2))
+    with pytest.raises(rk.ReconstructionError, match=words):
+        chain.inverse_(*(a.copy() for a in y))
+    blocks[1] = (blocks[1][0], Bad(vjp=lambda x: (call(x), lambda df: (df, None))))
+    with pytest.raises(rk.ReconstructionError, match=words):
+        ReversibleChain(blocks).backward_(*y, *streams(2))
+
+
+PULLBACKS = {
+    "no pair": ("the vjp of F of block 0 returned a ndarray; it must return a tuple", lambda x: x),
+    "no function": (r"the vjp of F of block 0 returned a tuple of 2; .* the latter callable", lambda x: (x, x)),
+    "no tuple": ("the pullback of F of block 0 returned a ndarray", lambda x: (x, lambda df: df)),
+    "shape": (r"the pullback of F of block 0 returned shape \(4,\)", lambda x: (x, lambda df: (df[0], None))),
+    "dtype": ("the pullback of F of block 0 returned bool", lambda x: (x, lambda df: (df > 0, None))),
+}
+
+
+@pytest.mark.parametrize("case", PULLBACKS)
+def test_bad_pullbacks(case):
+    words, vjp = PULLBACKS[case]
+    with pytest.raises(rk.ReconstructionError, match=words):
+        ReversibleChain([(Bad(vjp=vjp), Tanh(4, 1))]).backward_(*streams(4))
+
+
+def test_a_branch_cannot_write_to_what_it_is_given():
+    """NumPy's own error, where the branch does it; and a note that names the branch."""
+
+    def in_place(x):
+        x += 1
+        return x
+
+    chain = ReversibleChain([(Tanh(4, 0), Bad(call=in_place))])
+    with pytest.raises(ValueError, match="read-only") as raised:
+        chain.forward(*streams(2))
+    assert getattr(raised.value, "__notes__", ["raised in G of block 0"]) == ["raised in G of block 0"]
+    chain = ReversibleChain([(Tanh(4, 0), Bad(vjp=lambda x: (x, lambda df: (in_place(df), None))))])
+    with pytest.raises(ValueError, match="read-only"):
+        chain.backward_(*streams(4))
+
+
+def test_the_four_arrays_are_checked_before_anything_is_written():
+    chain = ReversibleChain(blocks_of(1))
+    y1, y2, dy1, dy2 = streams(4)
+    kept = [a.copy() for a in (y1, y2, dy1, dy2)]
+    frozen = dy2.view()
+    frozen.flags.writeable = False
+    for arrays, error, words in (
+        ((y1, y2, dy1, frozen), ValueError, "dy2 is read-only"),
+        ((y1, y2, dy1, dy1), ValueError, "dy1 and dy2 overlap"),
+        ((y1, y1[:], dy1, dy2), ValueError, "y1 and y2 overlap"),
+        ((y1, y2, dy1, None), TypeError, "dy2 is a NoneType"),
+        ((y1, y2, dy1, dy2.astype(int)), TypeError, "dy2 is int64"),
+        ((y1, y2, dy1, Exporter(frozen)), ValueError, "dy2 is read-only"),
+    ):
+        with pytest.raises(error, match=words):
+            chain.backward_(*arrays)
+    with pytest.raises(ValueError, match="y2 is read-only"):
+        chain.inverse_(y1, Exporter(frozen))
+    np.testing.assert_array_equal([y1, y2, dy1, dy2], kept)
