@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The custom calls themselves: shapes and attributes for XLA, arrays in the order of handlers.cpp. Nothing is checked.
+
+XLA is told which result lies in which operand's memory. Where that operand is needed afterwards, or belongs to the
+caller and is not donated, XLA puts a copy in front by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from revkernels.adapters.jax import build, manual_axes
+
+__all__ = ["Reports", "accumulate", "couple", "reverse_step"]
+
+_NO_GRID = np.int64(np.iinfo(np.int32).min)
+
+
+class Reports(NamedTuple):
+    """What a coupling tells of the stream that it wrote.
+
+    Attributes:
+        amax: float32, the largest |stream|, NaN if there is a NaN; of an int16 stream, before it wrapped.
+        checksum: ``[2]`` uint32, equal for equal bits.
+    """
+
+    amax: Array
+    checksum: Array
+
+
+def couple(x: Any, f: Any, *, subtract: bool, k: int | None, in_place: bool, reports: bool = False) -> Any:
+    """x + f, or x - f, of x's dtype; with ``reports`` the pair of that and its `Reports`."""
+    attributes = {"subtract": np.int64(subtract), "grid_exponent": _grid(k)}
+    aliases = {0: 0} if in_place else {}
+    if not reports:
+        (result,) = call("couple", [x, f], [x], aliases, **attributes)
+        return result
+    zeros = _no_reports()
+    result, *found = call("couple", [x, f, *zeros], [x, *zeros], aliases | {2: 1, 3: 2}, **attributes)
+    return result, Reports(*found)
+
+
+def reverse_step(
+    y: Any, f: Any, dy: Any, df: Any, *, k: int | None, reports: bool = False, after: Sequence[Any] = ()
+) -> Any:
+    """(y - f, dy + df), each in its first operand's memory; with ``reports`` also those of y - f.
+
+    ``after`` are arrays that have to be there before: what reads y or dy to make them is then done when these are
+    written over, and XLA needs no copies. To the compiler they are operands, to the kernel they are nothing.
+    """
+    zeros = _no_reports() if reports else ()
+    x, dx, *found = call(
+        "reverse_step",
+        [y, f, dy, df, *zeros, *after],
+        [y, dy, *zeros],
+        {0: 0, 2: 1} | ({4: 2, 5: 3} if reports else {}),
+        grid_exponent=_grid(k),
+    )
+    return (x, dx, Reports(*found)) if reports else (x, dx)
+
+
+def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+    """totals + parts, in the totals' memory."""
+    return call("accumulate", [*totals, *parts], totals, {index: index for index in range(len(totals))})
+
+
+def call(kernel: str, operands: Sequence[Any], results: Sequence[Any], aliases: dict[int, int], **given: Any) -> Any:
+    """Make the custom call of that name; ``results`` have its results' shapes and dtypes, ``given`` are attributes."""
+    build.load()
+    operands = manual_axes.together(operands)
+    described = [manual_axes.result(operands[0], result.shape, result.dtype) for result in results]
+    return jax.ffi.ffi_call(
+        f"revkernels_{kernel}", described, vmap_method="broadcast_all", input_output_aliases=aliases
+    )(*operands, **given)
+
+
+def _grid(k: int | None) -> np.int64:
+    return _NO_GRID if k is None else np.int64(k)
+
+
+def _no_reports() -> Reports:
+    return Reports(jnp.zeros((), jnp.float32), jnp.zeros(2, jnp.uint32))
