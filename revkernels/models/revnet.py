@@ -156,6 +156,8 @@ class RevNet(nn.Module):
                 coupling=coupling,
                 backend=backend,
             )
+            if isinstance(first, ReversibleBlock):
+                first.linked = chain.linked = True  # one chain, whose state dict has the names of two
             stages.append(nn.Sequential(first, chain))
         self.stages = nn.Sequential(*stages)
         self.head = build_head(2 * half, num_classes)

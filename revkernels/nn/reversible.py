@@ -83,6 +83,9 @@ class ReversibleBlock(KeepsGrid):
         self.coupling = coupling
         self.backend = backend
 
+    #: A call that is given exactly what another linked module returned goes on with its chain: see `revkernels.nn.linked`.
+    linked = False
+
     @property
     def branches(self) -> tuple[Callable[..., Any], ...]:
         """F, G and those after them: as many as there are streams."""
@@ -174,6 +177,8 @@ class ReversibleSequential(KeepsGrid):
         self.coupling = coupling
         self.backend = backend
 
+    linked = False  # as in `ReversibleBlock`
+
     def __len__(self) -> int:
         return len(self._modules)
 
@@ -254,7 +259,8 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
         advance(reversal, pending)
 
     flat = [half_step for of_block in half_steps for half_step in of_block]
-    return forward(owner, x, _groups(blocks, x), flat, _half_step_name(owner, blocks), through if any(hooks) else None)
+    name, linked = _half_step_name(owner, blocks), owner.linked
+    return forward(owner, x, _groups(blocks, x), flat, name, through if any(hooks) else None, linked)
 
 
 def _run_inverse(
