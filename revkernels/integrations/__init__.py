@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks built with other packages, on the driver of this one: changed where they stand, and changed back.
 
-    from revkernels.integrations import pyg          # or transformers, timm, freia, nflows
-    print(pyg.replace(model))                        # what was changed, what was left and why
-    ...                                              # train as before
+    from revkernels.integrations import pyg, restore
+    print(pyg.replace(model))           # what was changed, what was left and why
+    ...                                 # train as before
     restore(model)
 
-==============  =============================================  ================================
-module          function                                       changes
-==============  =============================================  ================================
-`transformers`  ``replace(model)``                             the layers of a Reformer
-`pyg`           ``replace(model)``                             ``GroupAddRev``
-`freia`         ``replace(model)``                             ``NICECouplingBlock``
-`nflows`        ``replace(model)``                             ``AdditiveCouplingTransform``
-`timm`          ``make_reversible(model)``: another function   the blocks of a ViT or a ResNet
-==============  =============================================  ================================
+What there is, and what it changes:
+
+    transformers.replace(model)         the layers of a Reformer
+    pyg.replace(model)                  PyTorch Geometric's GroupAddRev
+    freia.replace(model)                FrEIA's NICECouplingBlock
+    nflows.replace(model)               nflows' AdditiveCouplingTransform
+    timm.make_reversible(model)         the blocks of a ViT or a ResNet, into another function
 
 The modules changed keep their parameters, buffers, hooks and names: only their class becomes a subclass, whose forward
 runs on this package's driver. A model can be copied and pickled in between. Nothing is done in silence: each function

@@ -26,11 +26,16 @@ __all__ = ["replace"]
 def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every ``GroupAddRev`` in the model run on this package's driver.
 
-    The same function of the same parameters: y_0 = x_0 + convs[0](x_1 + ... ), y_i = x_i + convs[i](y_{i-1}). Layers
-    that are called one after the other, ``for conv in self.convs: x = conv(x, edge_index)``, are one chain: only the
-    last output is kept, whatever the depth. Unlike there, the caller's x keeps its memory; dropout masks are those of
-    the forward; running statistics count a batch once; each conv runs once more in the backward, not twice; arguments
-    that another network computed may be given to every layer; a second backward needs no ``num_bwd_passes``.
+    The same function of the same parameters:
+
+        y_0 = x_0 + convs[0](x_1 + ... + x_{C-1}, edge_index, ...)
+        y_i = x_i + convs[i](y_{i-1}, edge_index, ...)               i = 1 .. C-1
+
+    Layers that are called one after the other, ``for conv in self.convs: x = conv(x, edge_index)``, are one chain: only
+    the last output is kept, whatever the depth. Unlike there, the caller's x keeps its memory; dropout masks are those
+    of the forward; running statistics count a batch once; each conv runs once more in the backward, not twice;
+    arguments that another network computed may be given to every layer; a second backward needs no
+    ``num_bwd_passes``.
 
     Args:
         model: any nn.Module with such layers inside.
