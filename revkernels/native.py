@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from revkernels.errors import BackendError
+
 __all__ = [
+    "ABI_VERSION",
     "accumulate",
     "cmake_dir",
     "couple",
@@ -22,9 +25,11 @@ __all__ = [
     "cpu_isa",
     "cuda_architectures",
     "include_dir",
+    "library",
     "missing",
     "norm_act",
     "norm_act_backward",
+    "pkgconfig_dir",
     "reverse_step",
     "uncouple",
     "uncouple_norm_act",
@@ -32,6 +37,9 @@ __all__ = [
 ]
 
 CHECKS_OPERANDS = True
+
+#: REVK_ABI_VERSION of the C library that this package is built with; the library's file name ends in it.
+ABI_VERSION = 1
 
 _broken: str | None = None
 try:
@@ -100,13 +108,36 @@ def cuda_architectures() -> list[str]:
 
 
 def include_dir() -> str:
-    """Return the folder of ``revkernels/revkernels.h``, for C and C++ hosts."""
-    return str(Path(__file__).parent / "include")
+    """Return the folder of ``revkernels/revkernels.h``, as an absolute path. Raises BackendError if it is not built."""
+    return _built("include")
 
 
 def cmake_dir() -> str:
-    """Return what ``-Drevkernels_DIR=`` takes, so that CMake's ``find_package(revkernels)`` finds this installation."""
-    return str(Path(__file__).parent / "cmake")
+    """Return what ``-Drevkernels_DIR=`` takes, so that CMake's ``find_package(revkernels CONFIG)`` finds this package.
+
+    An absolute path. Raises BackendError if it is not built.
+    """
+    return _built("cmake")
+
+
+def pkgconfig_dir() -> str:
+    """Return what ``PKG_CONFIG_PATH`` takes, as an absolute path. Raises BackendError if it is not built."""
+    return _built("pkgconfig")
+
+
+def library() -> str:
+    """Return the C library's file, for linkers, ctypes and dlopen; an absolute path.
+
+    Raises BackendError if it is not built. That it loads is not checked: `missing` tells.
+    """
+    return _built(f"librevkernels.so.{ABI_VERSION}")
+
+
+def _built(name: str) -> str:
+    path = Path(__file__).absolute().parent / name
+    if not path.exists():
+        raise BackendError(f"there is no {path}: the compiled extension is not built; `pip install .` builds it")
+    return str(path)
 
 
 def _torch_stream(device: int) -> int:

@@ -1,42 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build: the header in C99 and C++, C hosts by CMake and pkg-config, the C++ tests, and what failures say."""
+"""The build: the header in C99 and C++, the C++ tests, what the files need, and what failures say."""
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import HEADER, ROOT, STRICT, need, need_extension, run
 
 from revkernels import native
-
-ROOT = Path(__file__).resolve().parent.parent
-HEADER = ROOT / "csrc" / "include"
-STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-
-
-def need(*tools):
-    for tool in tools:
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-
-
-def need_extension():
-    if native.missing() is not None:
-        pytest.skip(str(native.missing()))
-
-
-def run(*command, **options):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def library():
-    (found,) = Path(native.__file__).parent.glob("librevkernels.so.*")
-    return found
 
 
 @pytest.mark.parametrize(
@@ -45,25 +18,6 @@ def library():
 def test_header_stands_alone(command):
     need(command[0])
     run(*command, *STRICT, "-fsyntax-only", HEADER / "revkernels" / "revkernels.h")
-
-
-def test_c_host_by_cmake(tmp_path):
-    need("cmake", "gcc")
-    need_extension()
-    run("cmake", "-S", ROOT / "tests" / "consumer", "-B", tmp_path, f"-Drevkernels_DIR={native.cmake_dir()}")
-    run("cmake", "--build", tmp_path)
-    said = run(tmp_path / "consumer")
-    assert said.startswith(f"revkernels {native.version()}, {native.cpu_isa()}: y: is written and overlaps f")
-
-
-def test_c_host_by_pkg_config(tmp_path):
-    need("pkg-config", "gcc")
-    need_extension()
-    folder = Path(native.cmake_dir()).parent / "pkgconfig"
-    flags = run("pkg-config", "--cflags", "--libs", "revkernels", env={**os.environ, "PKG_CONFIG_PATH": str(folder)})
-    program = tmp_path / "consumer"
-    run("gcc", "-std=c99", ROOT / "tests" / "consumer" / "main.c", "-o", program, *flags.split())
-    assert run(program).startswith("revkernels ")
 
 
 @pytest.mark.parametrize("name", ["core", "norm_act"])
@@ -77,27 +31,18 @@ def test_host_side_in_cpp(tmp_path, name):
         "g++",
         *flags,
         ROOT / "tests" / "csrc" / f"test_{name}.cpp",
-        library(),
-        f"-Wl,-rpath,{library().parent}",
+        native.library(),
+        f"-Wl,-rpath,{Path(native.library()).parent}",
         "-o",
         program,
     )
     assert run(program) == "all passed\n"
 
 
-def test_only_the_c_interface_is_exported():
-    need("nm")
-    need_extension()
-    defined = {line.split()[-1] for line in run("nm", "-D", "--defined-only", library()).splitlines()}
-    header = (HEADER / "revkernels" / "revkernels.h").read_text()
-    declared = set(re.findall(r"^REVK_API .*?\b(revk_\w+)\(", header, re.MULTILINE))
-    assert defined == declared | {"revktest_set_isa"}
-
-
 def test_the_module_needs_no_torch_and_no_driver():
     need("readelf")
     need_extension()
-    for file in (library(), *Path(native.__file__).parent.glob("_native*.so")):
+    for file in (native.library(), *Path(native.__file__).parent.glob("_native*.so")):
         needed = [line for line in run("readelf", "-d", file).splitlines() if "NEEDED" in line]
         assert needed and not any(word in line for line in needed for word in ("torch", "c10", "libcuda", "cudart"))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distributions: what is in them, and that a wheel runs where there is neither a compiler nor torch."""
+"""The distributions: what is in them, that a wheel runs where there is neither a compiler nor torch, and C hosts on it."""
 
 import os
 import re
@@ -10,17 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from programs import ROOT, need, run
+from test_c_host import build_by_cmake, build_by_pkg_config
 
 from revkernels import native
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(native.__file__).parent
-
-
-def run(*command, **options):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +26,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")
     run(
         *(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT),
-        env={**os.environ, "REVK_CUDA": "OFF"},
+        env={"REVK_CUDA": "OFF"},
     )
     (found,) = out.glob("revkernels-*.whl")
     return found
@@ -46,7 +41,7 @@ def portable(wheel, tmp_path_factory):
     out = tmp_path_factory.mktemp("portable")
     run(
         *(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", out, wheel),
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
     (found,) = out.glob("revkernels-*.whl")
     return found
@@ -73,7 +68,8 @@ def test_what_the_wheel_holds(wheel):
     assert wheel.stat().st_size < 2e6
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    for part in ("librevkernels.so.0", "include/revkernels/revkernels.h", "cmake/revkernelsConfig.cmake", "py.typed"):
+    parts = ["librevkernels.so.1", "include/revkernels/revkernels.h", "cmake/revkernelsConfig.cmake"]
+    for part in (*parts, "pkgconfig/revkernels.pc", "py.typed"):
         assert f"revkernels/{part}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc", "docs", "examples"))]
 
@@ -83,7 +79,7 @@ def test_the_wheel_is_manylinux_and_brings_no_second_libgomp(portable):
     assert "manylinux" in portable.name
     with zipfile.ZipFile(portable) as archive:
         names = archive.namelist()
-    assert "revkernels/librevkernels.so.0" in names
+    assert "revkernels/librevkernels.so.1" in names
     assert not [name for name in names if "gomp" in name or ".libs/" in name]
 
 
@@ -94,6 +90,58 @@ def test_check_without_torch_and_compiler(elsewhere):
     said = elsewhere("revkernels", "check")
     assert re.search(r"^cpu +(ok \(\d+ calls\) +){8}-$", said, re.MULTILINE) and "torch is not installed" in said
     assert native.version() in elsewhere("revkernels", "info")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder that pip installs the wheel into, away from where it was made."""
+    folder = tmp_path_factory.mktemp("site")
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", folder, wheel)
+    return folder
+
+
+def ask(installed, option):
+    """What the installed package says of itself on the command line."""
+    said = run(sys.executable, "-m", "revkernels", option, env={"PYTHONPATH": str(installed)}, cwd=installed)
+    path = Path(said.removesuffix("\n"))
+    assert path.is_relative_to(installed) and path.exists()
+    return path
+
+
+@pytest.mark.slow
+def test_a_c_host_by_cmake(installed, tmp_path):
+    need("cmake", "gcc")
+    build_by_cmake("cmake", tmp_path, f"-Drevkernels_DIR={ask(installed, '--cmake-dir')}")
+
+
+@pytest.mark.slow
+def test_a_c_host_by_the_oldest_cmake(installed, tmp_path, tmp_path_factory):
+    """3.22, the version that the example asks for, from PyPI."""
+    need("gcc", "make")
+    folder = tmp_path_factory.mktemp("cmake")
+    try:
+        run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, "cmake==3.22.6")
+    except AssertionError as error:
+        pytest.skip(f"CMake 3.22.6 cannot be installed: {str(error)[-300:]}")
+    program = folder / "cmake" / "data" / "bin" / "cmake"
+    assert run(program, "--version").startswith("cmake version 3.22.6")
+    build_by_cmake(program, tmp_path, f"-Drevkernels_DIR={ask(installed, '--cmake-dir')}")
+
+
+@pytest.mark.slow
+def test_a_c_host_by_pkg_config(installed, tmp_path):
+    need("pkg-config", "gcc")
+    build_by_pkg_config(tmp_path, ask(installed, "--pkgconfig-dir"))
+
+
+@pytest.mark.slow
+def test_a_c_host_by_hand(installed, tmp_path):
+    need("gcc")
+    library = ask(installed, "--library")
+    program = tmp_path / "c_host"
+    flags = [f"-I{ask(installed, '--include-dir')}", library, f"-Wl,-rpath,{library.parent}", "-lm"]
+    run("gcc", "-std=c99", ROOT / "examples" / "c_host" / "main.c", *flags, "-o", program)
+    assert run(program).endswith("all as it should be\n")
 
 
 ORDERS = {

@@ -46,10 +46,15 @@ class CheckedCoupling {
     if (options_.value != nullptr) check_value(fixed);
     const int64_t samples = out_.sizes[0] / options_.rows_per_sample;
     const int64_t scale = item_size(scale_dtype);
-    check_array("channel_scale", options_.channel_scale, out_.sizes[1], scale);
-    check_array("sample_scale", options_.sample_scale, samples, scale);
-    check_array("checksum", options_.checksum, 1, 8);
-    check_array("amax", options_.amax, 1, 4);
+    const Array scales[] = {{"channel_scale", options_.channel_scale, scale, out_.sizes[1]},
+                            {"sample_scale", options_.sample_scale, scale, samples}};
+    const Array checksum("checksum", options_.checksum, 8, 1), amax("amax", options_.amax, 4, 1);
+    for (const Array* array : {&scales[0], &scales[1], &checksum, &amax}) check_array(*array);
+    for (const Array* report : {&checksum, &amax}) {  // written too, behind everything else
+      for (const NamedView* view : read_) check_apart(*report, view->layout, view->name);
+      for (const Array& array : scales) check_apart(*report, array.layout, array.name);
+    }
+    check_apart(checksum, amax.layout, amax.name);
     plain_ = options_.channel_scale == nullptr && options_.sample_scale == nullptr &&
              options_.checksum == nullptr && options_.amax == nullptr && k == REVK_NO_GRID;
   }
@@ -70,19 +75,32 @@ class CheckedCoupling {
       for (const NamedView* view : views) value_->apart_from(*view);
     options_.value = &value_->view;
   }
-  void check_array(const char* name, const void* data, int64_t count, int64_t item) const {
-    if (data == nullptr) return;
-    if (reinterpret_cast<uintptr_t>(data) % uintptr_t(item) != 0)
-      throw invalid(std::string("coupling: ") + name + " is not aligned to its element");
-    const int64_t stride = 1;
-    const Layout layout{reinterpret_cast<uintptr_t>(data), item, 1, &count, &stride};
-    for (const NamedView* view : written_) written_apart(name, layout, *view);
-    if (value_) written_apart(name, layout, *value_);
+  // A plain array that the struct points to; NULL: of no elements.
+  struct Array {
+    Array(const char* name, const void* data, int64_t item, int64_t elements)
+        : name(name),
+          count(data == nullptr ? 0 : elements),
+          layout{reinterpret_cast<uintptr_t>(data), item, 1, &count, &stride} {}
+    Array(const Array&) = delete;  // layout points into the object
+    const char* const name;
+    const int64_t count, stride = 1;
+    const Layout layout;
+  };
+  void check_array(const Array& array) const {
+    if (array.layout.address % uintptr_t(array.layout.item) != 0)
+      throw invalid(std::string("coupling: ") + array.name + " is not aligned to its element");
+    for (const NamedView* view : written_) written_apart(array, *view);
+    if (value_) written_apart(array, *value_);
   }
-  static void written_apart(const char* name, const Layout& layout, const NamedView& written) {
-    if (overlaps(written.layout, layout))
-      throw invalid("coupling: " + std::string(name) + " overlaps " + written.name +
+  static void written_apart(const Array& array, const NamedView& written) {
+    if (overlaps(written.layout, array.layout))
+      throw invalid("coupling: " + std::string(array.name) + " overlaps " + written.name +
                     ", which is written; they need separate memory");
+  }
+  static void check_apart(const Array& written, const Layout& other, const std::string& name) {
+    if (overlaps(written.layout, other))
+      throw invalid("coupling: " + std::string(written.name) + " is written and overlaps " + name +
+                    "; they need separate memory");
   }
 
   const NamedView& out_;

@@ -136,8 +136,10 @@ struct CheckedNorm {
         throw invalid("norm: a statistics stride is negative; 0 or more is needed");
       rstd.rank = 2;
       rstd.sizes[0] = x.sizes[0], rstd.sizes[1] = x.sizes[2];
-      rstd.strides[0] = value.statistics_outer_stride;
-      rstd.strides[1] = value.statistics_inner_stride;
+      value.statistics_outer_stride = rstd.strides[0] =
+          usable_stride(x.sizes[0], value.statistics_outer_stride);
+      value.statistics_inner_stride = rstd.strides[1] =
+          usable_stride(x.sizes[2], value.statistics_inner_stride);
     }
     Plain mean = rstd;
     mean.name = "mean";
@@ -195,6 +197,7 @@ void fill_statistics(const revk_norm& norm, const NamedView& x) {
     fill(norm.rstd, count, rstd);
     return;
   }
+  if (x.sizes[2] == 0) return;  // there is no end of empty rows
   for (int64_t o = 0; o < x.sizes[0]; ++o)
     for (int64_t i = 0; i < x.sizes[2]; ++i) {
       const int64_t place = o * norm.statistics_outer_stride + i * norm.statistics_inner_stride;
@@ -268,7 +271,7 @@ revk_norm_gradient read_gradient(const revk_norm_gradient* given, const revk_nor
     throw invalid(std::string("gradient: constant must be 0 for ") + kKindNames[norm.kind]);
   if (gradient.count < 0)
     throw invalid("gradient: count is " + std::to_string(gradient.count) + ", 0 or more is needed");
-  if (gradient.count == 0) gradient.count = std::max<int64_t>(x.sizes[0] * x.sizes[2], 1);
+  if (gradient.count == 0) gradient.count = x.layout.empty() ? 1 : x.sizes[0] * x.sizes[2];
   for (const Plain& array : {dense("dweight", gradient.dweight, item, x.sizes[1]),
                              dense("dbias", gradient.dbias, item, x.sizes[1])})
     check_plain("gradient", array, batch ? kKindNames[REVK_BATCH_NORM] : nullptr);

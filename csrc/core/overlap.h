@@ -30,9 +30,9 @@ struct Layout {
   }
   // Bytes from the first element's start to the last one's end; -1 if that is no address range.
   int64_t span() const {
+    if (empty()) return 0;
     int64_t last = 0;
     for (int k = 0; k < rank; ++k) {
-      if (sizes[k] == 0) return 0;
       int64_t reach;
       if (__builtin_mul_overflow(sizes[k] - 1, strides[k], &reach) ||
           __builtin_add_overflow(last, reach, &last))
@@ -56,6 +56,12 @@ class Sum {
  public:
   void add(int64_t step, int64_t most) {
     if (step > 0 && most > 0) terms_.push_back({step, most});
+  }
+  // The dimensions of an array, in bytes. The stride of a single index is never taken: it may be
+  // any number, and its bytes beyond all numbers.
+  void add(const Layout& layout) {
+    for (int k = 0; k < layout.rank; ++k)
+      if (layout.sizes[k] > 1) add(layout.strides[k] * layout.item, layout.sizes[k] - 1);
   }
 
   // Whether some choice lands in [low, high].
@@ -131,8 +137,8 @@ inline bool overlaps(const Layout& a, const Layout& b) {
   // downwards, so that every step is positive.
   const int64_t base = int64_t(a.address - b.address) - (b_span - b.item);
   overlap_detail::Sum sum;
-  for (int k = 0; k < a.rank; ++k) sum.add(a.strides[k] * a.item, a.sizes[k] - 1);
-  for (int k = 0; k < b.rank; ++k) sum.add(b.strides[k] * b.item, b.sizes[k] - 1);
+  sum.add(a);
+  sum.add(b);
   return sum.reaches(-base - (a.item - 1), -base + (b.item - 1));
 }
 

@@ -57,8 +57,12 @@ Struct read_struct(const std::string& name, const void* given) {
       throw unsupported(name + ": sets a field that revkernels " + revk_version() +
                         " does not know (byte " + std::to_string(at) + " of " +
                         std::to_string(size) + "); a newer library is needed");
+  // A size between those of two versions ends within a field, and that field is not there: sizes of
+  // versions are multiples of the alignment.
+  const size_t whole =
+      std::max(kFirstSize<Struct>, size_t(size) / alignof(Struct) * alignof(Struct));
   Struct own{};
-  std::memcpy(&own, given, std::min(size_t(size), sizeof(Struct)));
+  std::memcpy(&own, given, std::min(whole, sizeof(Struct)));
   own.struct_size = int32_t(sizeof(Struct));
   return own;
 }

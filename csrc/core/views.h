@@ -24,8 +24,14 @@ inline const char* dtype_name(int32_t dtype) {
 inline int32_t compute_dtype(int32_t a, int32_t b) {
   return a == REVK_FLOAT64 || b == REVK_FLOAT64 ? REVK_FLOAT64 : REVK_FLOAT32;
 }
-inline int64_t element_count(const revk_view& view) {
-  return view.outer * view.channels * view.inner;
+inline bool is_empty(
+    const revk_view& view) {  // the product of the others may be beyond all numbers
+  return view.outer == 0 || view.channels == 0 || view.inner == 0;
+}
+// The stride of a single index is never taken. One that no memory could have is dropped, so that
+// no arithmetic on it overflows.
+inline int64_t usable_stride(int64_t size, int64_t stride) {
+  return size == 1 && stride > INT64_MAX / 64 ? 0 : stride;
 }
 
 // A view under its argument's name, in this library's version of the struct, with its dimensions
@@ -40,10 +46,12 @@ class NamedView {
     if (kind == kFloats && view.dtype == REVK_INT16)
       fail("dtype is int16, a floating-point revk_dtype (0..3) is needed");
     if (view.dtype < REVK_FLOAT64 || view.dtype > REVK_INT16)
-      fail("dtype is " + std::to_string(view.dtype) + ", a revk_dtype (0..3) is needed");
+      fail("dtype is " + std::to_string(view.dtype) + ", a revk_dtype (0.." +
+           (kind == kFloats ? "3" : "4") + ") is needed");
     sizes[0] = view.outer, sizes[1] = view.channels, sizes[2] = view.inner;
-    strides[0] = view.outer_stride, strides[1] = view.channel_stride;
-    strides[2] = view.inner_stride;
+    view.outer_stride = strides[0] = usable_stride(view.outer, view.outer_stride);
+    view.channel_stride = strides[1] = usable_stride(view.channels, view.channel_stride);
+    view.inner_stride = strides[2] = usable_stride(view.inner, view.inner_stride);
     for (int k = 0; k < 3; ++k) {
       if (sizes[k] < 0) fail("size " + shape() + " is negative");
       if (strides[k] < 0)

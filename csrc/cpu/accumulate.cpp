@@ -14,7 +14,7 @@ void accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
   jobs.reserve(size_t(count));
   Extras none;
   for (int64_t i = 0; i < count; ++i)
-    if (element_count(totals[i]) > 0)
+    if (!is_empty(totals[i]))
       jobs.push_back(make_job(totals[i], totals[i], parts[i], false, nullptr, none));
   run_jobs(jobs.data(), int64_t(jobs.size()), where.threads);
 }

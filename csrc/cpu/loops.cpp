@@ -140,6 +140,14 @@ bool set_isa(const char* name) {
   return false;
 }
 
+// Where threads cannot be created, libgomp ends the process. Many more than there are processors
+// gain nothing, and results do not depend on them.
+int team_size(int32_t threads, int64_t shares) {
+  const int usual = omp_get_max_threads();
+  if (threads > usual) threads = std::min(threads, std::max(usual, 8 * omp_get_num_procs()));
+  return int(std::clamp<int64_t>(threads > 0 ? threads : usual, 1, std::max<int64_t>(shares, 1)));
+}
+
 Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool subtract,
              const revk_coupling* coupling, Extras& extras) {
   const revk_view* const views[3] = {&out, &x, &f};
@@ -214,8 +222,8 @@ Report run_jobs(const Job* jobs, int64_t count, int32_t threads) {
     elements += jobs[j].size[0] * jobs[j].size[1] * jobs[j].size[2];
     tiles += jobs[j].tiles;
   }
-  const int team = threads > 0 ? threads : elements < kSerial ? 1 : omp_get_max_threads();
-  if (team == 1 || elements < kSerial) {
+  const int team = elements < kSerial ? 1 : team_size(threads, tiles);
+  if (team == 1) {
     for (int64_t j = 0; j < count; ++j) run_tiles(jobs[j], 0, jobs[j].tiles, report);
     return report;
   }

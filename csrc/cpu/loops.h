@@ -8,6 +8,9 @@
 
 namespace revk::cpu {
 
+// Threads for work in so many shares; `threads` as in revk_where.
+int team_size(int32_t threads, int64_t shares);
+
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kSerial = 32 * 1024;
 

@@ -38,8 +38,7 @@ class Team {
       : each_((std::max(scratch_bytes(first), scratch_bytes(second)) + 63) / 64 * 64) {
     const int64_t elements = first.instances * first.size[0] * first.size[1] * first.size[2];
     if (elements < kSerial) return;
-    size_ = int(std::min<int64_t>(threads > 0 ? threads : omp_get_max_threads(),
-                                  first.instances * first.splits * first.units));
+    size_ = team_size(threads, first.instances * first.splits * first.units);
   }
 
   class Member {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``revkernels info | check | demo | drift | exact | bench``.
+"""The command line: ``revkernels info | check | demo | drift | exact | bench``, and where the C interface is installed.
 
 Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command asked
 for is imported, so that `info` starts without torch and a missing extra breaks no other command.
@@ -11,6 +11,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from revkernels._version import __version__
 from revkernels.errors import BackendError
@@ -24,6 +25,14 @@ COMMANDS = {
     "drift": "measure how far rebuilt activations and gradients are from the stored ones, by depth or in a training",
     "exact": "what the grid of an exact coupling costs a training on real digits, and the drift that it spares",
     "bench": "measure the kernels, a chain of blocks, or its memory",
+}
+
+#: Options that print one absolute path, a function of `revkernels.native` each.
+PATHS = {
+    "--cmake-dir": ("cmake_dir", "what -Drevkernels_DIR= takes, for find_package(revkernels CONFIG)"),
+    "--pkgconfig-dir": ("pkgconfig_dir", "what PKG_CONFIG_PATH takes"),
+    "--include-dir": ("include_dir", "the folder of revkernels/revkernels.h"),
+    "--library": ("library", "the C library's file"),
 }
 
 #: What a command needs beyond NumPy, and the extra that brings it.
@@ -52,6 +61,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         prog="revkernels", description="Fused kernels for reversible residual networks (RevNet)."
     )
     parser.add_argument("--version", action="version", version=f"revkernels {__version__}")
+    for option, (function, about) in PATHS.items():
+        parser.add_argument(option, action=_PrintPath, const=function, nargs=0, help=f"print {about}, and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
@@ -62,6 +73,16 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+class _PrintPath(argparse.Action):
+    """Print what the function of `revkernels.native` named by ``const`` returns, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from revkernels import native
+
+        print(getattr(native, str(self.const))())
+        parser.exit()
+
+
 def _refuse(command: str | None, why: str) -> int:
-    print(f"revkernels {command}: {why}", file=sys.stderr)
+    print(f"{'revkernels' if command is None else f'revkernels {command}'}: {why}", file=sys.stderr)
     return 2

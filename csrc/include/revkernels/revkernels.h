@@ -12,8 +12,10 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
+#if defined(_WIN32) && defined(revkernels_EXPORTS) /* CMake sets it where the library is built */
 #define REVK_API __declspec(dllexport)
+#elif defined(_WIN32)
+#define REVK_API __declspec(dllimport)
 #else
 #define REVK_API __attribute__((visibility("default")))
 #endif
@@ -22,6 +24,9 @@
 extern "C" {
 #endif
 
+/* Grows with a change after which programs must be compiled again. The library's file name carries
+ * it (librevkernels.so.1), and so do its symbols' versions (REVK_1). Added functions, fields and
+ * values of an enum are no such change. */
 #define REVK_ABI_VERSION 1
 
 typedef enum revk_status {
@@ -239,7 +244,8 @@ REVK_API int64_t revk_norm_workspace(const revk_view* x, const revk_norm* norm,
  * captured into a graph. */
 REVK_API revk_status revk_synchronize(const revk_where* where);
 
-/* This thread's last failure, in words; "" if there was none. Never NULL. */
+/* This thread's last failure, in words; "" if there was none. Never NULL. A success leaves it as it
+ * is; it lives until the thread's next failure, or the thread's end. */
 REVK_API const char* revk_last_error(void);
 
 /* REVK_ABI_VERSION of the library. */

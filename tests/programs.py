@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that tests call: compilers and the like, and what to do where one is missing."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from revkernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ROOT / "csrc" / "include"
+STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+
+
+def need(*tools):
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+
+
+def need_extension():
+    if native.missing() is not None:
+        pytest.skip(str(native.missing()))
+
+
+def run(*command, env=None, **options):
+    """Run a program that must succeed, with ``env`` on top of the environment; return its standard output."""
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
+    assert done.returncode == 0, f"{command[0]}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
