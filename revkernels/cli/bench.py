@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from revkernels.cli import bench_budget, bench_network
+from revkernels.cli import bench_budget, bench_jax, bench_network
 from revkernels.cli.bench_tables import GOAL, MIB, command_of, depth, goal_cells, how, positive, rounds, rows_of, timing
 from revkernels.cli.output import Table, add_json_option, progress, report
 from revkernels.cli.stamp import environment
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("peers", "a stage of reversible blocks run by other libraries", bench_network.peers, 7),
         ("memory", "peak activation bytes against depth", _memory, None),
         ("overhead", "what the driver itself costs a half-step", _overhead, 100),
+        ("jax", "a training step under JAX, stored, checkpointed and rebuilt", bench_jax.chain, 7),
     ):
         subject = subjects.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         subject.set_defaults(measure=measure)
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             subject.set_defaults(device="cpu")
         else:
             subject.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: cpu)")
-        whose = "OpenMP's" if name == "numpy" else "torch's"
-        subject.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {whose})")
+        if name != "jax":  # which takes the processors that the process may run on
+            whose = "OpenMP's" if name == "numpy" else "torch's"
+            subject.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {whose})")
         subject.add_argument(
             "--save",
             metavar="FOLDER",
@@ -73,23 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             bench_network.add_arguments(subject, name)
         if name == "budget":
             bench_budget.add_arguments(subject)
+        if name == "jax":
+            bench_jax.add_arguments(subject)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure one subject."""
-    if args.subject == "numpy":
-        set_num_threads(args.threads)
-    else:
-        import torch
-
-        kind = args.device.partition(":")[0]
-        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-            why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
-            return _refuse(f"--device {args.device}: {why}")
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        torch.manual_seed(0)
     try:
+        if args.subject == "numpy":
+            set_num_threads(args.threads)
+        elif args.subject != "jax":
+            _prepare_torch(args)
         rows, tables = args.measure(args)
     except bench_network.OptionError as error:
         return _refuse(str(error))
@@ -107,6 +103,18 @@ def _chosen(suite: Any, words: list[str]) -> Any:
         return suite.matching(words)
     except ValueError as error:
         raise bench_network.OptionError(f"--matching: {error}") from error
+
+
+def _prepare_torch(args: argparse.Namespace) -> None:
+    import torch
+
+    kind = args.device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
+        raise bench_network.OptionError(f"--device {args.device}: {why}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
 
 
 def _refuse(why: str) -> int:

@@ -40,9 +40,11 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def device_model(device: str) -> str:
-    """Return the model of "cpu" or "cuda[:n]". The latter needs torch imported, as whoever used the device has."""
+    """Return the model of "cpu" or "cuda[:n]". The latter needs torch or JAX to be imported already."""
     if device.partition(":")[0] != "cuda":
         return cpu_model()
+    if "torch" not in sys.modules:
+        return sys.modules["jax"].devices("cuda")[0].device_kind
     return sys.modules["torch"].cuda.get_device_name(device)
 
 

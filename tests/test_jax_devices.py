@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two devices: data-parallel steps by `jax.shard_map`, and what `jax.jit` alone makes of sharded arrays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jax_cases import jax
+
+CODE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import revkernels as rk
+from revkernels.adapters import jax as rj
+from jax_cases import chain_params, furthest, loss_of, mlp, mlp_params, stacked, stream_pair
+
+mesh = Mesh(np.array(jax.devices()), ("batch",))
+assert len(mesh.devices) == 2
+
+def branch(p, x):
+    h, _ = rj.norm_act(x, rk.Norm("layer", p["b"], p["b"], activation="gelu"))
+    return mlp(p, h)
+
+params, streams = chain_params(mlp_params, 2, 8), stream_pair((16, 8))
+stacks = [stacked(p) for p in params]
+for coupling in ("float", rk.Exact(k=14), rk.Exact(storage="int16", k=9)):
+    for apply, own in (
+        (rj.reversible([branch] * 2, [branch] * 2, coupling=coupling), params),
+        (rj.reversible_scan(branch, branch, coupling=coupling), stacks),
+    ):
+        spread = jax.shard_map(apply, mesh=mesh, in_specs=(P(), P(), P("batch"), P("batch")), out_specs=P("batch"))
+        step = jax.jit(jax.value_and_grad(loss_of(spread), (0, 1, 2, 3)))
+        text = step.lower(*own, *streams).compile().as_text()
+        assert "all-gather" not in text and "all-reduce" in text
+        expected = jax.jit(jax.value_and_grad(loss_of(apply), (0, 1, 2, 3)))(*own, *streams)
+        assert furthest(step(*own, *streams), expected) < 1e-6, coupling
+
+# NaN on one device alone, in whose part of the batch a stream leaves the range
+apply = rj.reversible([branch] * 2, [branch] * 2, coupling=rk.Exact(k=14))
+spread = jax.shard_map(apply, mesh=mesh, in_specs=(P(), P(), P("batch"), P("batch")), out_specs=P("batch"))
+y1, _ = jax.jit(spread)(*params, streams[0].at[15].set(2000.0), streams[1])
+assert np.isfinite(y1[:8]).all() and np.isnan(y1[8:]).all()
+
+# jit alone: right, though XLA gathers the streams for a call that it does not know
+rows = NamedSharding(mesh, P("batch"))
+apart = [jax.device_put(x, rows) for x in streams]
+for backend, gathers in ((None, True), ("xla", False)):
+    apply = rj.reversible([mlp] * 2, [mlp] * 2, backend=backend)
+    step = jax.jit(jax.grad(loss_of(apply), (0, 1, 2, 3)), in_shardings=(None, None, rows, rows))
+    assert ("all-gather" in step.lower(*params, *apart).compile().as_text()) == gathers
+    assert furthest(step(*params, *apart), jax.jit(jax.grad(loss_of(apply), (0, 1, 2, 3)))(*params, *streams)) < 1e-6
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_two_devices():
+    if not hasattr(jax, "shard_map"):
+        pytest.skip("this JAX has no jax.shard_map yet")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent,  # where jax_cases lies
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("done\n")
