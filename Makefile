@@ -63,13 +63,13 @@ test-all: $(BUILT) $(PEERS)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 # Other reversible libraries, for the tests that set ours beside them, and the packages whose models the integrations
-# change. PyTorch Geometric and transformers ask for the third line. timm wants torchvision, whose build on PyPI is for
+# change. PyTorch Geometric and transformers ask for the third line, which ends with networks for JAX. timm wants torchvision, whose build on PyPI is for
 # CUDA: it goes into a folder of its own, where only timm's tests look (tests/integrations/torchvision.py).
 $(PEERS): $(TOOLS) tests/compat/peers.txt tests/integrations/packages.txt
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --no-deps \
 	    -r tests/compat/peers.txt -r tests/integrations/packages.txt
 	$(PIP) install --quiet --constraint constraints.txt \
-	    aiohttp click fsspec httpx2 jinja2 psutil pyparsing pyyaml requests tqdm typer xxhash
+	    aiohttp click fsspec httpx2 jinja2 psutil pyparsing pyyaml requests tqdm typer xxhash equinox flax
 	@rm -rf $(VENV)/beside
 	$(PIP) install --quiet --no-deps --target $(VENV)/beside torchvision==0.28.0 || \
 	    echo "make: there is no torchvision 0.28.0 for this Python and machine: the tests of timm are skipped"

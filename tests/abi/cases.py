@@ -218,6 +218,10 @@ def _norm_workspace(b, _):
     return {"x": b.view(b.draw(_floats)), "norm": b.norm("float32", False)}
 
 
+def _synchronize(b, _):
+    return {}
+
+
 ENTRIES = {
     "revk_couple": _couple,
     "revk_uncouple": _couple,
@@ -228,6 +232,7 @@ ENTRIES = {
     "revk_uncouple_norm_act": _coupled_norm_act,
     "revk_norm_act_backward": _norm_act_backward,
     "revk_norm_workspace": _norm_workspace,
+    "revk_synchronize": _synchronize,
 }
 
 

@@ -132,6 +132,7 @@ FUNCTIONS = {
         {"dx": _VIEW, "base": _VIEW, "dh": _VIEW, "x": _VIEW, "norm": _NORM, "gradient": _GRADIENT, "where": _WHERE},
     ),
     "revk_norm_workspace": (c_int64, {"x": _VIEW, "norm": _NORM, "where": _WHERE}),
+    "revk_synchronize": (c_int32, {"where": _WHERE}),
     "revk_last_error": (c_char_p, {}),
     "revk_abi_version": (c_int32, {}),
     "revk_version": (c_char_p, {}),

@@ -61,6 +61,10 @@ def _norm_workspace(call, judge):
     return {}
 
 
+def _synchronize(call, judge):
+    return {}
+
+
 _ENTRIES = {
     "revk_couple": _couple,
     "revk_uncouple": _couple,
@@ -71,4 +75,5 @@ _ENTRIES = {
     "revk_uncouple_norm_act": _coupled_norm_act,
     "revk_norm_act_backward": _norm_act_backward,
     "revk_norm_workspace": _norm_workspace,
+    "revk_synchronize": _synchronize,
 }
