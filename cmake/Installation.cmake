@@ -13,7 +13,8 @@ configure_package_config_file(cmake/revkernelsConfig.cmake.in revkernelsConfig.c
 write_basic_package_version_file(revkernelsConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/revkernelsConfig.cmake"
               "${CMAKE_CURRENT_BINARY_DIR}/revkernelsConfigVersion.cmake" DESTINATION "${package_dir}/cmake")
-configure_file(cmake/revkernels.pc.in revkernels.pc @ONLY)
+configure_file(cmake/revkernels.pc.in revkernels.pc.in @ONLY)
+file(GENERATE OUTPUT revkernels.pc INPUT "${CMAKE_CURRENT_BINARY_DIR}/revkernels.pc.in")
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/revkernels.pc" DESTINATION "${package_dir}/pkgconfig")
 if(REVK_PYTHON)
   install(TARGETS _native LIBRARY DESTINATION "${package_dir}")

@@ -130,7 +130,8 @@ def library() -> str:
 
     Raises BackendError if it is not built. That it loads is not checked: `missing` tells.
     """
-    return _built(f"librevkernels.so.{ABI_VERSION}")
+    suffix = f"{ABI_VERSION}.dylib" if sys.platform == "darwin" else f"so.{ABI_VERSION}"
+    return _built(f"librevkernels.{suffix}")
 
 
 def _built(name: str) -> str:

@@ -26,9 +26,10 @@ def need_extension():
         pytest.skip(str(native.missing()))
 
 
-def run(*command, env=None, **options):
-    """Run a program that must succeed, with ``env`` on top of the environment; return its standard output."""
-    environment = {**os.environ, **(env or {})}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
+def run(*command, variables=None, **options):
+    """Run a program that must succeed, with ``variables`` on top of the environment; return its standard output."""
+    if variables is not None:
+        options["env"] = {**os.environ, **variables}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{command[0]}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -249,5 +249,5 @@ h = np.empty_like(x)
 to = structs.View(data=h.ctypes.data, outer_stride=1 << 11, channel_stride=1, **shape)
 print(library.revk_norm_act(to, y, norm, where), mean.min(), abs(h).max())
 """
-    said = run(sys.executable, "-c", code, env={"PYTHONPATH": str(__file__).rpartition("/")[0]})
+    said = run(sys.executable, "-c", code, variables={"PYTHONPATH": str(__file__).rpartition("/")[0]})
     assert said == "0 1.0 1.0\n0 1.0 0.0\n"

@@ -29,7 +29,7 @@ OPTIONS = {
 def build_by_cmake(cmake, folder, *options):
     """Build the example and run it. There is no C++ compiler: a project in C alone must not need one."""
     no_cxx = {"CXX": "/nowhere/g++", "CC": "gcc", "CMAKE_GENERATOR": "Unix Makefiles"}
-    run(cmake, "-S", EXAMPLE, "-B", folder, *options, env=no_cxx)
+    run(cmake, "-S", EXAMPLE, "-B", folder, *options, variables=no_cxx)
     assert "CMAKE_CXX_COMPILER" not in (folder / "CMakeCache.txt").read_text()
     run(cmake, "--build", folder)
     assert run(folder / "c_host").endswith("all as it should be\n")
@@ -39,8 +39,8 @@ def build_by_pkg_config(folder, where):
     """Build the example and run it, with a line for the shell."""
     line = 'gcc $STRICT -std=c99 "$1" -o "$2" $(pkg-config --cflags --libs revkernels) -lm'
     program = folder / "c_host"
-    env = {"PKG_CONFIG_PATH": str(where), "STRICT": " ".join(STRICT)}
-    run("sh", "-ec", line, "sh", EXAMPLE / "main.c", program, env=env)
+    variables = {"PKG_CONFIG_PATH": str(where), "STRICT": " ".join(STRICT)}
+    run("sh", "-ec", line, "sh", EXAMPLE / "main.c", program, variables=variables)
     assert run(program).endswith("all as it should be\n")
     return program
 
@@ -83,8 +83,8 @@ def test_by_pkg_config(elsewhere, tmp_path):
     folder = tmp_path / "package"  # no space: pkg-config and pkgconf do not agree on how to write one
     shutil.copytree(elsewhere, folder)
     build_by_pkg_config(tmp_path, folder / "pkgconfig")
-    version = run("pkg-config", "--modversion", "revkernels", env={"PKG_CONFIG_PATH": str(folder / "pkgconfig")})
-    assert version.strip() == native.version()
+    variables = {"PKG_CONFIG_PATH": str(folder / "pkgconfig")}
+    assert run("pkg-config", "--modversion", "revkernels", variables=variables).strip() == native.version()
 
 
 def test_the_example_fails_where_it_should(tmp_path):

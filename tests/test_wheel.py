@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distributions: what is in them, that a wheel runs where there is neither a compiler nor torch, and C hosts on it."""
+"""The distributions: what is in them, that a wheel runs without a compiler and torch, and C hosts on a wheel."""
 
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -26,7 +25,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")
     run(
         *(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT),
-        env={"REVK_CUDA": "OFF"},
+        variables={"REVK_CUDA": "OFF"},
     )
     (found,) = out.glob("revkernels-*.whl")
     return found
@@ -41,7 +40,7 @@ def portable(wheel, tmp_path_factory):
     out = tmp_path_factory.mktemp("portable")
     run(
         *(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", out, wheel),
-        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        variables={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
     (found,) = out.glob("revkernels-*.whl")
     return found
@@ -102,7 +101,7 @@ def installed(wheel, tmp_path_factory):
 
 def ask(installed, option):
     """What the installed package says of itself on the command line."""
-    said = run(sys.executable, "-m", "revkernels", option, env={"PYTHONPATH": str(installed)}, cwd=installed)
+    said = run(sys.executable, "-m", "revkernels", option, variables={"PYTHONPATH": str(installed)}, cwd=installed)
     path = Path(said.removesuffix("\n"))
     assert path.is_relative_to(installed) and path.exists()
     return path

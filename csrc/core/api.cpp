@@ -199,16 +199,18 @@ extern "C" {
 revk_status revk_couple(const revk_view* y, const revk_view* x, const revk_view* f,
                         const revk_coupling* coupling, const revk_where* where) {
   return guard(last_error(), [&] {
-    couple_with(cpu::couple, cuda::couple, NamedView("y", y, NamedView::kStream),
-                NamedView("x", x, NamedView::kStream), NamedView("f", f), coupling, where);
+    const NamedView to("y", y, NamedView::kStream), from("x", x, NamedView::kStream),
+        branch("f", f);
+    couple_with(cpu::couple, cuda::couple, to, from, branch, coupling, where);
   });
 }
 
 revk_status revk_uncouple(const revk_view* x, const revk_view* y, const revk_view* f,
                           const revk_coupling* coupling, const revk_where* where) {
   return guard(last_error(), [&] {
-    couple_with(cpu::uncouple, cuda::uncouple, NamedView("x", x, NamedView::kStream),
-                NamedView("y", y, NamedView::kStream), NamedView("f", f), coupling, where);
+    const NamedView to("x", x, NamedView::kStream), from("y", y, NamedView::kStream),
+        branch("f", f);
+    couple_with(cpu::uncouple, cuda::uncouple, to, from, branch, coupling, where);
   });
 }
 

@@ -288,8 +288,8 @@ extern "C" {
 revk_status revk_norm_act(const revk_view* h, const revk_view* x, const revk_norm* norm,
                           const revk_where* where) {
   return guard(last_error(), [&] {
-    normalise(NamedView("h", h), NamedView("x", x), nullptr, nullptr, NormActCall::kNone, norm,
-              where);
+    const NamedView to("h", h), from("x", x);
+    normalise(to, from, nullptr, nullptr, NormActCall::kNone, norm, where);
   });
 }
 
@@ -297,9 +297,8 @@ revk_status revk_couple_norm_act(const revk_view* h, const revk_view* y, const r
                                  const revk_view* f, const revk_norm* norm,
                                  const revk_where* where) {
   return guard(last_error(), [&] {
-    const NamedView from("x", x), branch("f", f);
-    normalise(NamedView("h", h), NamedView("y", y), &from, &branch, NormActCall::kCouple, norm,
-              where);
+    const NamedView to("h", h), stream("y", y), from("x", x), branch("f", f);
+    normalise(to, stream, &from, &branch, NormActCall::kCouple, norm, where);
   });
 }
 
@@ -307,9 +306,8 @@ revk_status revk_uncouple_norm_act(const revk_view* h, const revk_view* x, const
                                    const revk_view* f, const revk_norm* norm,
                                    const revk_where* where) {
   return guard(last_error(), [&] {
-    const NamedView from("y", y), branch("f", f);
-    normalise(NamedView("h", h), NamedView("x", x), &from, &branch, NormActCall::kUncouple, norm,
-              where);
+    const NamedView to("h", h), stream("x", x), from("y", y), branch("f", f);
+    normalise(to, stream, &from, &branch, NormActCall::kUncouple, norm, where);
   });
 }
 

@@ -209,11 +209,10 @@ def _c(example: Example) -> None:
         pytest.skip("gcc is not installed")
     if native.missing() is not None:
         pytest.skip(str(native.missing()))
-    package = Path(native.__file__).parent
-    (library,) = package.glob("librevkernels.so.*")
+    library = Path(native.library())
     (example.document.folder / "block.c").write_text(example.parsed)
-    flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{package / 'include'}"]
-    _program(example, ["gcc", *flags, "block.c", str(library), f"-Wl,-rpath,{package}", "-lm", "-o", "block"])
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{native.include_dir()}"]
+    _program(example, ["gcc", *flags, "block.c", str(library), f"-Wl,-rpath,{library.parent}", "-lm", "-o", "block"])
     _program(example, ["./block"])
 
 

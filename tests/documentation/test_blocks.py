@@ -40,7 +40,7 @@ RIGHT = {
     "what a program prints": block("sh", "echo c > d") + block("bash", "cat d") + block("", "c", above=["output"]),
     "bash finds this python": block("bash", "python -c 'import revkernels'"),
     "c": block("c", *PROGRAM, '  return printf("%d\\n", REVK_OK) < 0;', "}") + block("text", "0", above=["output"]),
-    "from a file": block("c", "enum { kRows = 3, kCols = 4 };", above=["from: tests/consumer/main.c"]),
+    "from a file": block("c", "static int failures = 0;", above=["from: examples/c_host/main.c"]),
     "not run": block("fortran", "oh no", above=["not run: nobody has a compiler"]),
     "needs": block("python", "import nothing_of_this_name", above=["needs: torch, nothing_of_this_name"]),
     "in a list": "- An item:\n\n  ```python\n  a = [\n      1]\n  ```\n",
@@ -64,7 +64,11 @@ FAILING = {
     "c that fails": (block("c", *PROGRAM, "  return 3;", "}"), AssertionError, "exit status 3"),
     "other output": (block("python", "print('b')") + block("text", "c", above=["output"]), AssertionError, None),
     "no output": (block("text", "c", above=["output"]), AssertionError, None),
-    "another text": (block("c", "int none;", above=["from: tests/consumer/main.c"]), AssertionError, "no such passage"),
+    "another text": (
+        block("c", "int none;", above=["from: examples/c_host/main.c"]),
+        AssertionError,
+        "no such passage",
+    ),
     "a file that is gone": (block("c", "int a;", above=["from: gone.c"]), FileNotFoundError, "gone.c"),
     "a language": (block("fortran", "oh no"), AssertionError, "nothing runs 'fortran'"),
 }
