@@ -83,7 +83,7 @@ class ReversibleBlock(KeepsGrid):
         self.coupling = coupling
         self.backend = backend
 
-    #: A call that is given exactly what another linked module returned goes on with its chain: see `revkernels.nn.linked`.
+    #: A call that is given exactly what a linked module returned goes on with its chain: see `revkernels.nn.linked`.
     linked = False
 
     @property
