@@ -16,9 +16,9 @@ class Coupling:
         f'     = rint(channel_scale[c] * sample_scale[n] * f * 2^k) * 2^-k
         result = x + f'    or    y - f'
 
-    Every array is of the operands' library and on their device. Scales are dense, and float64 if either operand is
-    float64, else float32. What is written (the result, ``checksum``, ``amax``, ``value``) shares no memory with
-    anything else. Options that do not fit are refused before anything is written.
+    Every array goes together with the operands (`revkernels.ops`) and is on their device. Scales are dense, and
+    float64 if either operand is float64, else float32. What is written (the result, ``checksum``, ``amax``, ``value``)
+    shares no memory with anything else. Options that do not fit are refused before anything is written.
 
     With a ``grid_exponent`` the stream may be int16, in fixed point: a stored q stands for the number q * 2^-k. x (or
     y) and the result are then int16 both; f, and the dy and df of a reverse step, are of the float types as always.

@@ -6,6 +6,7 @@ import gc
 import numpy as np
 import pytest
 from dlpack_producer import (
+    CODES,
     COPIED,
     CUDA_HOST,
     READ_ONLY,
@@ -18,7 +19,7 @@ from dlpack_producer import (
 
 import revkernels as rk
 from revkernels import native, ops
-from revkernels.arrays import kind_of
+from revkernels.arrays import dtype_name, itemsize_of, kind_of, seen
 
 if native.missing() is not None:
     pytest.skip(str(native.missing()), allow_module_level=True)
@@ -210,6 +211,23 @@ def test_real_capsules_leak_nothing(versioned):
     del x
     gc.collect()
     assert sys.getrefcount(array) == before
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_what_python_sees_of_an_export(dtype):
+    """The description that checks in Python are made with."""
+    size = CODES[dtype][1] // 8
+    if dtype == "uint8":
+        with pytest.raises(TypeError, match="x is uint8; it must be"):
+            seen("x", Producer(np.zeros(4, "u1")))
+        return
+    memory = np.zeros(64, "u1")
+    x = Producer(memory, dtype, shape=(2, 3), strides=(1, 2), byte_offset=8, flags=READ_ONLY)
+    look = seen("x", x)
+    assert look.address == memory.ctypes.data + 8 and (look.shape, look.strides) == ((2, 3), (1, 2))
+    assert dtype_name(look) == dtype.removeprefix("u") and itemsize_of(look) == size
+    assert (look.device, look.frozen) == ("cpu", " is read-only")
+    x.assert_protocol()
 
 
 def test_kinds():

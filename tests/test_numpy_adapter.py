@@ -209,6 +209,7 @@ def test_a_stream_too_large_for_the_grid_is_found():
         chain.forward(x1, np.full_like(x2, 2000), checksums=Checksums())
     with pytest.raises(rk.ReconstructionError, match="the stream that F of block 0 is added to reaches"):
         chain.forward(np.full_like(x1, 1023.5), x2, checksums=Checksums())
+    chain.forward(x1.astype("f8"), np.full(x2.shape, 2000.0), checksums=Checksums())  # 2^39 in float64
 
 
 # ---- what is refused
