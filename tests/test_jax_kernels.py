@@ -89,6 +89,46 @@ def test_large():
     assert np.array_equal(total, y + f)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int16"])
+def test_reports(dtype):
+    """amax and checksum of what was written are the oracle's, example by example under vmap, NaN included."""
+    from revkernels.adapters.jax import calls
+
+    x, f = values((3, 40), dtype, 0), np.nan_to_num(values((3, 40), "float32", 1), posinf=9, neginf=9)
+    x[1:] = np.nan_to_num(x[1:], posinf=5, neginf=5)
+
+    def couple(x, f):
+        return calls.couple(x, f, subtract=False, k=8, in_place=True, reports=True)
+
+    y, found = jax.jit(jax.vmap(couple))(to_jax(x, dtype), f.astype("float32"))
+    for row in range(3):
+        if dtype == "int16":
+            largest = reference.amax_before_wrapping(x[row], f[row], False, "float32", grid_exponent=8)
+        else:
+            largest = reference.amax_of(np.asarray(y[row], np.float64))
+        same_bits(found.amax[row], np.float64(largest), "amax")
+        if not np.isnan(np.asarray(y[row], np.float64)).any():
+            low, high = map(int, found.checksum[row])
+            assert low + high * 2**32 == reference.checksum_of(np.asarray(y[row], np.float64), dtype)
+
+
+def test_reports_of_many_slices():
+    """The same whichever thread made which; another if one bit is another, or two elements change places."""
+    from revkernels.adapters.jax import calls
+
+    couple = jax.jit(lambda x: calls.couple(x, x * 0, subtract=False, k=10, in_place=False, reports=True)[1])
+    x = np.random.default_rng(0).integers(-999, 999, 300_007).astype("float32")
+    first, *again = (couple(x) for _ in range(4))
+    assert float(first.amax) == np.abs(x).max()
+    assert all(np.array_equal(first.checksum, other.checksum) for other in again)
+    assert x[3] != x[65_539]
+    flipped, swapped = x.copy(), x.copy()
+    flipped[200_000] += 2.0**-10
+    swapped[[3, 65_539]] = x[[65_539, 3]]  # of equal places in their slices
+    for other in (flipped, swapped):
+        assert not np.array_equal(first.checksum, couple(other).checksum)
+
+
 def test_outside_jit():
     """Operation by operation, from NumPy too; an operand that is not given away stays as it was."""
     x, f = np.arange(6.0, dtype="float32").reshape(2, 3), np.ones((2, 3), "float32")

@@ -118,11 +118,12 @@ def test_derivatives(case, backend):
     def ours(x, f, w, b):
         y, h, _ = rj.couple_norm_act(x, f, norm_of(case, w, b, activation), backend=backend)
         alone, _ = rj.norm_act(x, norm_of(case, w, b, activation), backend=backend)
-        return jnp.vdot(y, t) + (h**2).sum() + jnp.vdot(alone, t)
+        z, other, _ = rj.uncouple_norm_act_(x, f, norm_of(case, w, b, activation), backend=backend)
+        return jnp.vdot(y, t) + (h**2).sum() + jnp.vdot(alone, t) + (z**3).sum() + (other**2).sum()
 
     def plain(x, f, w, b):
-        h, alone = (formula(case, v, w, b, activation) for v in (x + f, x))
-        return jnp.vdot(x + f, t) + (h**2).sum() + jnp.vdot(alone, t)
+        h, alone, other = (formula(case, v, w, b, activation) for v in (x + f, x, x - f))
+        return jnp.vdot(x + f, t) + (h**2).sum() + jnp.vdot(alone, t) + ((x - f) ** 3).sum() + (other**2).sum()
 
     def both(function):
         first = jax.grad(function, (0, 1, 2, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from contextlib import nullcontext
 from typing import Any
 
 from revkernels.cli.bench_network import OptionError
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=32, help="images (default: 32)")
     parser.add_argument("--side", type=positive, default=16, help="rows and columns (default: 16)")
     parser.add_argument("--width", type=positive, default=32, help="channels of a stream (default: 32)")
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory stays in the process: no page faults")
     parser.add_argument("--scan", action="store_true", help="blocks in a jax.lax.scan instead of one after the other")
 
 
@@ -34,6 +36,7 @@ def chain(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     import jax
 
     from revkernels.bench import jax_chain
+    from revkernels.bench.clocks import memory_kept
     from revkernels.bench.results import as_row
 
     try:
@@ -41,7 +44,8 @@ def chain(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     except RuntimeError as error:
         raise OptionError(f"--device {args.device}: {error}") from error
     case = jax_chain.Case(args.branch, args.depth, args.batch, args.side, args.width, args.scan, device.platform)
-    with progress("bench jax", args.rounds + 1 + len(jax_chain.WAYS)) as begin:
+    kept = memory_kept() if args.keep_memory else nullcontext()
+    with progress("bench jax", args.rounds + 1 + len(jax_chain.WAYS)) as begin, kept:
         rows = [as_row(found) for found in jax_chain.run(case, args.rounds, begin)]
     table = timing(f"one training step under JAX, float32, {case}", rows, "ms", 1e3)
     del table.columns["benchmark"], table.columns["case"]
@@ -54,4 +58,6 @@ def chain(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
         f"rounds; ratios round by round; {where}, jax {jax.__version__}",
         "temporary memory: what XLA plans for a step beside arguments and results",
     ]
+    if args.keep_memory:
+        table.notes.append("freed memory stayed in the process (--keep-memory)")
     return rows, [table]

@@ -16,10 +16,11 @@ namespace {
 
 using Run = std::function<void(int64_t begin, int64_t end, const revk_coupling*)>;
 
-// Runs over all elements with the coupling of the call. If it has results beyond the first `plain`,
-// these are its reports, amax and checksum, which come zeroed. The host makes both from slices of
-// one size, however many threads there are; its checksum is that of the slices' checksums.
-void with_coupling(Call& call, size_t plain, const Run& run) {
+// Runs over all elements with the coupling of the call, which has `operands` and `plain` results.
+// Any beyond these are its reports, amax and checksum, in the memory of operands that are zero. The
+// host makes both from slices of one size, however many threads there are: its checksum is that of
+// the slices' checksums.
+void with_coupling(Call& call, size_t operands, size_t plain, const Run& run) {
   revk_coupling coupling = {};
   coupling.struct_size = sizeof coupling;
   coupling.grid_exponent = int32_t(call.integer("grid_exponent"));
@@ -29,6 +30,7 @@ void with_coupling(Call& call, size_t plain, const Run& run) {
     for_slices(call.place, count, [&](int64_t begin, int64_t end) { run(begin, end, given); });
     return;
   }
+  for (size_t k = 0; k < 2; ++k) call.expect_in_place(operands + k, plain + k);
   const int64_t batches = call.out[plain].count, length = batches == 0 ? 0 : count / batches;
   for (int64_t batch = 0; batch < batches; ++batch) {
     float* const amax = static_cast<float*>(call.out[plain].at(batch));
@@ -58,7 +60,7 @@ void with_coupling(Call& call, size_t plain, const Run& run) {
 // in: x, f [, amax, checksum]; out: x + f, or x - f [, amax, checksum]
 void couple(Call& call) {
   const auto function = call.integer("subtract") != 0 ? revk_uncouple : revk_couple;
-  with_coupling(call, 1, [&](int64_t begin, int64_t end, const revk_coupling* coupling) {
+  with_coupling(call, 2, 1, [&](int64_t begin, int64_t end, const revk_coupling* coupling) {
     const revk_view result = call.out[0].row(begin, end), x = call.in[0].row(begin, end),
                     f = call.in[1].row(begin, end);
     check(function(&result, &x, &f, coupling, &call.place.where));
@@ -70,7 +72,7 @@ void couple(Call& call) {
 void reverse_step(Call& call) {
   call.expect_in_place(0, 0);
   call.expect_in_place(2, 1);
-  with_coupling(call, 2, [&](int64_t begin, int64_t end, const revk_coupling* coupling) {
+  with_coupling(call, 4, 2, [&](int64_t begin, int64_t end, const revk_coupling* coupling) {
     const revk_view y = call.out[0].row(begin, end), f = call.in[1].row(begin, end),
                     dy = call.out[1].row(begin, end), df = call.in[3].row(begin, end);
     check(revk_reverse_step(&y, &f, &dy, &df, coupling, &call.place.where));

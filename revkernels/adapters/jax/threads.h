@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -39,6 +40,8 @@ inline void share_out(int64_t count, ffi::ThreadPool& pool, const Slice& run) {
         (*task)(slice* kSlice, std::min(count, (slice + 1) * kSlice));
       } catch (const Failure& caught) {
         failure = std::make_unique<Failure>(caught);
+      } catch (const std::exception& error) {
+        failure = std::make_unique<Failure>(Failure{ffi::ErrorCode::kInternal, error.what()});
       }
       const std::lock_guard<std::mutex> lock(shared->mutex);
       if (failure) shared->failure = std::move(failure);
