@@ -155,7 +155,7 @@ def mlp_of_what_a_host_counts(step):
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["chain", "scan"])
-@pytest.mark.parametrize("coupling", [EXACT, FIXED], ids=["float32", "int16"])
+@pytest.mark.parametrize("coupling", [EXACT, pytest.param(FIXED, marks=pytest.mark.slow)], ids=["float32", "int16"])
 def test_a_branch_that_is_not_the_same_twice(coupling, scan):
     """It asks its host, who counts: streams are rebuilt with other bits, and every gradient is NaN. Else none is."""
     params = [stacked(p) for p in PARAMS] if scan else PARAMS

@@ -175,7 +175,7 @@ def test_plain_memory_of_convolutions():
     assert growth > 10, found
 
 
-@pytest.mark.parametrize("way", WITH_SLOW)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if way != "exact" else ()) for way in WAYS])
 def test_memory_of_a_scan(way):
     """A loop's is that of one block, and what it keeps for a block are two checksums."""
     apply, streams, found = rj.reversible_scan(mlp, mlp, **WAYS[way]), stream_pair((1024, 16)), []

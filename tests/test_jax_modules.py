@@ -61,7 +61,9 @@ def test_flax_nnx():
     assert furthest(got, expected) < 2e-6
 
 
-@pytest.mark.parametrize("coupling", ["float", rk.Exact(k=16)], ids=["float", "exact"])
+@pytest.mark.parametrize(
+    "coupling", ["float", pytest.param(rk.Exact(k=16), marks=pytest.mark.slow)], ids=["float", "exact"]
+)
 def test_equinox(coupling):
     """Modules themselves are the parameters, functions and flags among their fields; `filter_grad` finds its arrays."""
     eqx = pytest.importorskip("equinox", reason="equinox is not installed")

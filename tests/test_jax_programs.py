@@ -19,7 +19,7 @@ SMALL = ["bench", "jax", "--depth", "4", "--batch", "2", "--side", "4", "--width
 def test_example():
     """It learns; four times the blocks need the same memory but for gradients, where stored ones need four times."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    command = [sys.executable, str(ROOT / "examples" / "jax_train.py"), "--blocks", "3", "--epochs", "15"]
+    command = [sys.executable, str(ROOT / "examples" / "jax_train.py"), "--blocks", "2", "--epochs", "12"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     shallow, deep, result = done.stdout.splitlines()
@@ -33,7 +33,7 @@ def test_example():
 
 @pytest.mark.parametrize(
     "options",
-    [[], pytest.param(["--branch", "mlp", "--scan"], marks=pytest.mark.slow)],
+    [pytest.param([], marks=pytest.mark.slow), ["--branch", "mlp", "--scan"]],
     ids=["conv", "mlp in a scan"],
 )
 def test_benchmark(options, tmp_path, capsys):
