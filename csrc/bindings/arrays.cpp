@@ -303,15 +303,9 @@ int32_t torch_threads() {
   return py::reinterpret_borrow<py::object>(torch().threads)().cast<int32_t>();
 }
 
-void* torch_stream(int32_t device) {
-  const py::object stream = py::reinterpret_borrow<py::object>(torch().stream)(device);
-  void* const handle = PyLong_AsVoidPtr(stream.ptr());
-  if (handle == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return handle;
-}
-
-void* cupy_stream(int32_t device) {
-  const py::object stream = py::reinterpret_borrow<py::object>(cupy().stream)(device);
+void* current_stream(Library library, int32_t device) {
+  PyObject* const ask = library == Library::kTorch ? torch().stream : cupy().stream;
+  const py::object stream = py::reinterpret_borrow<py::object>(ask)(device);
   void* const handle = PyLong_AsVoidPtr(stream.ptr());
   if (handle == nullptr && PyErr_Occurred()) throw py::error_already_set();
   return handle;

@@ -81,8 +81,7 @@ int read_tuple(const Array& array, py::handle tuple, int64_t* to);
 
 // What a library says about the call's surroundings.
 int32_t torch_threads();
-void* torch_stream(int32_t device);
-void* cupy_stream(int32_t device);
+void* current_stream(Library library, int32_t device);  // of torch or CuPy
 
 std::string device_text(int32_t device);
 [[noreturn]] void value_error(const std::string& text);

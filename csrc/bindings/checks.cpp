@@ -73,11 +73,9 @@ revk_where where_of(const Array& written, int64_t elements) {
       where.threads = threads();
     else if (elements >= kKeepLock)
       where.threads = torch_threads();
-  } else if (torch) {
-    where.stream = torch_stream(written.device);
-  } else if (written.library == Library::kCupy) {
-    where.stream = cupy_stream(written.device);
-  }  // DLPack: the legacy default stream, which its producer was told
+  } else if (is_alone(written.library)) {
+    where.stream = current_stream(written.library, written.device);
+  }  // others: the legacy default stream, which their producers were told
   return where;
 }
 
