@@ -111,7 +111,10 @@ def _checks() -> list[Stage]:
 
 
 #: Tests of what is above the kernels.
-_ANY_BACKEND = ("behaviour/test_gpu.py", "behaviour/test_exact_gpu.py", "test_measure.py", "test_diagnostics_memory.py")
+_ANY_BACKEND = (
+    *("behaviour/test_gpu.py", "behaviour/test_exact_gpu.py", "test_measure.py", "test_diagnostics_memory.py"),
+    *("test_cupy.py", "test_jax_kernels.py"),  # skipped where CuPy, or a JAX for CUDA, is missing
+)
 
 
 def _tests() -> list[Stage]:

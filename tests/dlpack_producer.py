@@ -50,10 +50,11 @@ class ManagedVersioned(ctypes.Structure):
     )
 
 
-new_capsule = ctypes.pythonapi.PyCapsule_New
-new_capsule.restype, new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-capsule_name = ctypes.pythonapi.PyCapsule_GetName
-capsule_name.restype, capsule_name.argtypes = ctypes.c_char_p, (ctypes.py_object,)
+# Functions of our own: those that are attributes of pythonapi are everybody's, and JAX gives them other arguments.
+new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
 
 
 class Producer:

@@ -57,8 +57,8 @@ def test_tests_each_backend_by_itself(tmp_path):
         assert stage.env["REVKERNELS_BACKEND"] == backend
         files = {Path(word) for word in stage.command if word.endswith(".py")}
         own, chains, exact = f"test_{backend}_gpu.py", "behaviour/test_gpu.py", "behaviour/test_exact_gpu.py"
-        meters = ("test_measure.py", "test_diagnostics_memory.py")
-        assert files == {ROOT / "tests" / name for name in (own, norms, chains, exact, *meters)}
+        meters, others = ("test_measure.py", "test_diagnostics_memory.py"), ("test_cupy.py", "test_jax_kernels.py")
+        assert files == {ROOT / "tests" / name for name in (own, norms, chains, exact, *meters, *others)}
         assert all(file.exists() for file in files)
 
 

@@ -30,8 +30,12 @@ static void note(const char* name, const revk_where* where, const void* workspac
            where->device, (uintptr_t)where->stream, (uintptr_t)workspace);
 }
 
+#define TEXT_OF(number) #number
+#define TEXT(number) TEXT_OF(number)
+
 static void* own(const char* name) {
-  void* const library = dlopen("librevkernels.so.0", RTLD_NOLOAD | RTLD_NOW);
+  static const char file[] = "librevkernels.so." TEXT(REVK_ABI_VERSION);
+  void* const library = dlopen(file, RTLD_NOLOAD | RTLD_NOW);
   void* const function = library != NULL ? dlsym(library, name) : NULL;
   if (function == NULL) abort();
   return function;
