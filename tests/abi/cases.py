@@ -149,7 +149,7 @@ class Builder:
             made["statistics_outer_stride"], made["statistics_inner_stride"] = inner, 1
         for name in ("mean", "rstd") if kind != "rms" else ("rstd",):
             made[name] = self.array(count, wide)
-        if kind == "batch" and self.draw(_seldom):
+        if kind == "batch" and self.draw(st.booleans()):
             made["running_mean"], made["running_var"] = self.array(channels, running), self.array(channels, running)
         return made
 
