@@ -75,7 +75,7 @@ $(PEERS): $(TOOLS) tests/compat/peers.txt tests/integrations/packages.txt
 	    echo "make: there is no torchvision 0.28.0 for this Python and machine: the tests of timm are skipped"
 	@touch $@
 
-CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests examples revkernels/adapters -name '*.h' -o -name '*.cpp' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
