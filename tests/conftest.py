@@ -87,3 +87,10 @@ def seeds():
         import torch
 
         torch.manual_seed(0)
+
+
+@pytest.fixture(params=[False, True], ids=["one call a half-step", "two"])
+def half_step_calls(request, monkeypatch):
+    """Both ways to undo a half-step under JAX, in how many calls; a machine takes one of them."""
+    monkeypatch.setattr("revkernels.adapters.jax.streams._runs_calls_side_by_side", lambda: request.param)
+    return 1 + request.param

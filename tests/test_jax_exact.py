@@ -56,6 +56,7 @@ def test_outputs_and_inputs_to_the_bit(backend):
         assert equal(jax.jit(stack)(*stacks, *STREAMS), jax.jit(chain(storage, backend=backend))(*PARAMS, *STREAMS))
 
 
+@pytest.mark.usefixtures("half_step_calls")
 def test_gradients_to_the_bit():
     """Those of the stored chain, operation by operation, where XLA has no choice how to compile either."""
     x1, x2 = map(jnp.asarray, GRID)
@@ -92,6 +93,7 @@ def test_bfloat16_convolutions_at_depth_24(scan):
     assert errors[0] < 1e-6 < 0.1 < errors[1]
 
 
+@pytest.mark.usefixtures("half_step_calls")
 def test_int16_streams():
     """Gradients in the precision of the grid, from half the bytes; float16 inputs come back widened."""
     y, got = jax.jit(chain(FIXED))(*PARAMS, *STREAMS), gradients(chain(FIXED), *PARAMS, *STREAMS)

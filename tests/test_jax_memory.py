@@ -71,8 +71,11 @@ def test_a_chain_of_couplings_needs_one_stream():
     assert copies(compiled(chain, X, donate=(0,)).as_text(), X) == 0
 
 
-def test_a_step_copies_what_it_must_not_lose_alone():
-    """The inputs, which are the caller's, and the outputs, which are returned: four copies, however deep."""
+def test_a_step_copies_what_it_must_not_lose_alone(half_step_calls):
+    """The inputs, which are the caller's, and the outputs, which are returned: four copies, however deep.
+
+    Where a half-step is two calls, it may also copy a stream that its branch's backward still reads.
+    """
     found = []
     for depth in (2, 6):
         params = [mlp_params(n, 6) for n in range(2 * depth)]
@@ -84,7 +87,9 @@ def test_a_step_copies_what_it_must_not_lose_alone():
 
         streams = stream_pair((64, 6))
         found.append(copies(compiled(step, params[::2], params[1::2], *streams).as_text(), streams[0]))
-    assert found[0] == found[1] <= 6
+    more = 2 * (half_step_calls - 1)  # a block
+    assert found[0] <= 6 + 2 * more
+    assert found[1] - found[0] <= 4 * more
 
 
 def test_results_may_be_read_after_their_place_is_used_again():

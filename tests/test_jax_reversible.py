@@ -71,6 +71,7 @@ def test_convolutions():
     assert furthest(gradients(ours, *params, *streams), gradients(plain, *params, *streams)) < 16 * FLOAT32
 
 
+@pytest.mark.usefixtures("half_step_calls")
 def test_operation_by_operation():
     """Without jit."""
     params, streams = chain_params(mlp_params, 1, WIDTH), stream_pair(SHAPE)
@@ -244,5 +245,6 @@ def test_one_more_call_of_every_branch():
     assert calls == [2] * 2 * DEPTH
     forward = 2 * 2 * 256 * 64 * 128 * 2 * DEPTH  # two products a branch, two operations a multiply-add
     extra = (ours - flops(plain_chain([mlp] * DEPTH, [mlp] * DEPTH))) / forward
-    # The last branch's recompute is what the forward did just before on the same input: XLA does it once.
-    assert (2 * DEPTH - 1) / (2 * DEPTH) * 0.95 < extra < 1.05
+    # The last branch's recompute is what the forward did just before on the same input: XLA does it once. And nobody
+    # reads the inputs that come back in the end: it may leave out the second product of the branch that they lack.
+    assert (2 * DEPTH - 1.5) / (2 * DEPTH) * 0.95 < extra < 1.05

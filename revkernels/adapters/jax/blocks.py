@@ -60,9 +60,10 @@ class Undone(NamedTuple):
 
 
 def backward(keep: Streams, block: Block, s1: Array, s2: Array, d1: Array, d2: Array, args: Any) -> Undone:
-    """Algorithm 1: one call of each branch gives its value and its pullback, one kernel uses both.
+    """Algorithm 1: one call of each branch gives its value and its pullback, one step uses both.
 
-    The two lines that Algorithm 1 has for a stream and the one for its gradient are a `reverse_step_`.
+    The two lines that Algorithm 1 has for a stream and the one for its gradient are a `reverse_step_`, or two calls
+    where XLA can make use of their being two.
     """
     s2, d1, dg, dargs_g, r2 = _undo(keep, block.g_name, block.g, block.g_params, args, s1, s2, d1, d2)
     s1, d2, df, dargs_f, r1 = _undo(keep, block.f_name, block.f, block.f_params, args, s2, s1, d2, d1)

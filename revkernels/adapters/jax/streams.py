@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from revkernels.adapters.jax import plain
 from revkernels.adapters.jax.calls import Reports
 from revkernels.adapters.jax.ops import couple_arrays, reverse_step_arrays
 from revkernels.adapters.jax.trees import split
@@ -52,6 +53,9 @@ class Floating:
         self, stream: Array, f: Array, d: Array, df: Array, after: list[Array]
     ) -> tuple[Array, Array, Report]:
         """stream - f and d + df, in their memory, once the arrays ``after`` are there."""
+        if _runs_calls_side_by_side():
+            stream, f, total = _apart(stream, f, d, df, after)
+            return *lax.optimization_barrier((self.uncouple(stream, f), total)), None
         return *reverse_step_arrays(stream, f, d, df, None, self.kernels, after=after), None
 
     def value(self, stream: Array) -> Array:
@@ -98,6 +102,10 @@ class Exactly:
         self, stream: Array, f: Array, d: Array, df: Array, after: list[Array]
     ) -> tuple[Array, Array, Report]:
         """stream - f' and d + df, in their memory, once the arrays ``after`` are there."""
+        if _runs_calls_side_by_side():
+            stream, f, total = _apart(stream, f, d, df, after)
+            x, report = couple_arrays(stream, f, True, self.k, True, self.kernels, reports=True)
+            return *lax.optimization_barrier((x, total)), report
         x, dx, report = reverse_step_arrays(stream, f, d, df, self.k, self.kernels, reports=True, after=after)
         return x, dx, report
 
@@ -129,6 +137,23 @@ def kept_as(coupling: Any, kernels: bool) -> Floating | Exactly:
             "function is traced: float32 streams stay exact below 2^(24 - k), so Exact(k=14) serves up to 1024"
         )
     return Exactly(kernels, coupling.storage, coupling.k)
+
+
+def _runs_calls_side_by_side() -> bool:
+    """Whether XLA runs at one time, on threads, what does not depend on each other, as it does on a CPU.
+
+    One call for a stream and its gradient would then hold up what needs but the stream. Elsewhere one call is one pass.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def _apart(stream: Array, f: Array, d: Array, df: Array, after: list[Array]) -> tuple[Array, Array, Array]:
+    """(stream, f, d + df), to be used once the arrays ``after`` are there. XLA makes the sum in the pass that makes df.
+
+    Not before: a stream that is rebuilt long before its gradient is there would have to be kept until then.
+    """
+    stream, f, d, df, *_ = lax.optimization_barrier((stream, f, d, df, *after))
+    return stream, f, plain.accumulate(d, df)
 
 
 @jax.custom_jvp
