@@ -37,7 +37,8 @@ def empty_like(name: str, x: Any, dtype: Any = None) -> Any:
             raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype or None")
         return torch.empty_like(x, dtype=dtype)
     if kind == "cupy":
-        return sys.modules["cupy"].empty_like(x, dtype)
+        with x.device:  # not the current one
+            return sys.modules["cupy"].empty_like(x, dtype)
     if hasattr(x, "__array_namespace__"):
         return _writable(name, x, x.__array_namespace__().empty_like(x, dtype=dtype))
     look = _on_host(name, x)
@@ -67,7 +68,7 @@ def empty(shape: tuple[int, ...], name: str, like: Any, dtype: str) -> Any:
 
 def _writable(name: str, x: Any, new: Any) -> Any:
     look = seen(name, new)
-    if look.frozen is not None:
+    if isinstance(look, Seen) and look.frozen is not None:
         raise TypeError(
             f"{name}{look.frozen}, so that no result can be written into a new one; it must be of a library whose "
             f"arrays can be written, as numpy.asarray({name}) is"

@@ -92,6 +92,23 @@ def check_writable(**arrays: Any) -> None:
             )
 
 
+def check_layout(**arrays: Any) -> None:
+    """Every array lies as the kernels read it: aligned to its dtype, its strides not negative and whole elements."""
+    for name, array in arrays.items():
+        size = itemsize_of(array)
+        in_bytes = array.strides if kind_of(array) == "numpy" else [s * size for s in strides_of(array)]
+        for dimension, (stride, count) in enumerate(zip(in_bytes, array.shape, strict=True)):
+            if count > 1 and stride < 0:
+                raise ValueError(f"{name} has a negative stride in dimension {dimension}; it must be copied first")
+            if count > 1 and stride % size:
+                raise ValueError(
+                    f"{name} has a stride of {stride} bytes in dimension {dimension}; it must be a multiple of the "
+                    f"element's size"
+                )
+        if 0 not in array.shape and address_of(array) % size:
+            raise ValueError(f"{name} is not aligned to its dtype; it must be")
+
+
 def check_disjoint(written: dict[str, Any], read: dict[str, Any]) -> None:
     """No written array shares an element with another one. (Interleaved halves of one buffer share none.)"""
     if not written:
@@ -105,7 +122,7 @@ def check_disjoint(written: dict[str, Any], read: dict[str, Any]) -> None:
         reaching = [other for other in reaching if other[1] > current[0]]
         for other in reaching:
             (order, name, array), (_, other_name, other_array) = sorted((current[2:], other[2:]), key=lambda e: e[0])
-            if order < len(written) and _share_memory(array, other_array):
+            if order < len(written) and share_memory(array, other_array):
                 raise ValueError(f"{name} and {other_name} overlap in memory: {name} is written, so it must not")
         reaching.append(current)
 
@@ -355,7 +372,8 @@ def _byte_bounds(array: Any) -> tuple[int, int]:
     return begin + sum(step for step in steps if step < 0), begin + sum(step for step in steps if step > 0) + size
 
 
-def _share_memory(a: Any, b: Any) -> bool:
+def share_memory(a: Any, b: Any) -> bool:
+    """Whether the arrays have an element in common; True where that is too hard to tell."""
     if 0 in a.shape or 0 in b.shape:
         return False
     if kind_of(a) == "torch" and a.device != b.device:

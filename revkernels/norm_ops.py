@@ -30,7 +30,7 @@ def norm_act(
         return _operators().norm_act(x, norm, statistics, dtype, backend)
     kernels = select(x, backend, "x")
     checks.check_norm_options(norm, "x", seen("x", x))
-    if _differentiable(x, norm.weight, norm.bias):
+    if _differentiable("x weight bias", (x, norm.weight, norm.bias)):
         _check_new(kernels, {"x": x}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_norm_act
 
@@ -57,7 +57,7 @@ def couple_norm_act(
         return _operators().couple_norm_act(x, f, norm, statistics, dtype, backend)
     kernels = select(x, backend, "x")
     checks.check_norm_options(norm, "x", seen("x", x))
-    if _differentiable(x, f, norm.weight, norm.bias):
+    if _differentiable("x f weight bias", (x, f, norm.weight, norm.bias)):
         _check_new(kernels, {"x": x, "f": f}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_couple_norm_act
 
@@ -145,10 +145,14 @@ def norm_act_backward_(
     return dx, dweight, dbias
 
 
-def _differentiable(*arrays: Any) -> bool:
-    if kind_of(arrays[0]) != "torch" or not sys.modules["torch"].is_grad_enabled():
+def _differentiable(names: str, arrays: tuple[Any, ...]) -> bool:
+    """Whether autograd is to record the call. What it would lose is refused."""
+    if kind_of(arrays[0]) != "torch":
         return False
-    return any(getattr(array, "requires_grad", False) for array in arrays)
+    if sys.modules["torch"].is_grad_enabled() and any(getattr(array, "requires_grad", False) for array in arrays):
+        return True
+    tracking.refuse_tangents(names, arrays)
+    return False
 
 
 def _outputs(

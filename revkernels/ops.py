@@ -149,6 +149,8 @@ def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str 
         raise ValueError(f"part has {len(parts)} arrays, total has {len(totals)}: they must be equal")
     if not totals:
         return totals
+    given = totals
+    totals, parts = tuple(totals), tuple(parts)  # held until the kernel is done, whatever becomes of the lists
     kernels = select(totals[0], backend, "total[0]")
     named = {f"total[{i}]": total for i, total in enumerate(totals)}
     named_parts = {f"part[{i}]": part for i, part in enumerate(parts)}
@@ -163,7 +165,7 @@ def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str 
     if tracked:
         for total in totals:
             tracking.wrote(total)
-    return totals
+    return given
 
 
 def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend: str | None) -> Any:
@@ -182,6 +184,7 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
             from revkernels.autograd.coupling import differentiable
 
             return differentiable(kernels, name, x, f, coupling)
+        tracking.refuse_tangents(argument + " f channel_scale sample_scale", (x, f, *_scales(coupling)))
         out = torch.empty_like(x)
     elif kind == "numpy":
         out = np.empty_like(x, subok=False)

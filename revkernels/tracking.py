@@ -16,6 +16,7 @@ def tracks_versions(names: str, arrays: tuple[Any, ...]) -> bool:
     """
     if kind_of(arrays[0]) != "torch":
         return False
+    refuse_tangents(names, arrays)
     if sys.modules["torch"].is_grad_enabled():
         for position, array in enumerate(arrays):
             if getattr(array, "requires_grad", False):
@@ -33,6 +34,23 @@ def refuse_grad(names: str, arrays: tuple[Any, ...]) -> None:
             raise ValueError(
                 f"{names.split()[position]} requires grad, and an int16 stream carries no gradient: call it under "
                 f"torch.no_grad(), or detach it"
+            )
+
+
+def refuse_tangents(names: str, arrays: tuple[Any, ...]) -> None:
+    """Refuse forward-mode derivatives, which a kernel would lose without a word. Names and arrays as above.
+
+    Raises:
+        NotImplementedError: as torch has it of what knows no forward mode.
+    """
+    forward_ad = sys.modules["torch"].autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return
+    for position, array in enumerate(arrays):
+        if kind_of(array) == "torch" and forward_ad.unpack_dual(array).tangent is not None:
+            raise NotImplementedError(
+                f"{names.split()[position]} has a tangent, and the kernels have no forward-mode derivative: "
+                f"differentiate backward, or write it in torch"
             )
 
 

@@ -63,7 +63,7 @@ def like_cupy():
     made = types.ModuleType("cupy")
     made.ndarray, made.uint8 = Ndarray, np.uint8
     made.empty = lambda shape, dtype: Ndarray(np.empty(shape, dtype), Device.current)
-    made.empty_like = lambda x, dtype=None: Ndarray(np.empty_like(x.array, dtype), x.device.id)
+    made.empty_like = lambda x, dtype=None: Ndarray(np.empty_like(x.array, dtype), Device.current)  # as CuPy does
     made.cuda = types.SimpleNamespace(
         Device=Device,
         get_current_stream=lambda: types.SimpleNamespace(ptr=STREAM + Device.current),
@@ -168,6 +168,9 @@ def case_cupy_results_are_cupys():
     assert type(y) is Ndarray and y.dtype == "f2" and y.strides == x.strides
     np.testing.assert_array_equal(y.array, x.array + 1)
     assert [entry[:3] for entry in journal()] == [("couple", 0, STREAM)]
+    y = ops.couple(cupy([1, 2], device=1), cupy([1, 1], device=1))  # beside x, whichever device is current
+    assert y.device.id == 1 and y.array.tolist() == [2, 3]
+    assert [entry[:3] for entry in journal()] == [("couple", 1, STREAM + 1)]
 
 
 def case_coupling_options_on_cupy():

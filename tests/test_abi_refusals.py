@@ -73,6 +73,10 @@ REFUSED = {
     "f: shape is (2, 3, 2147483648), but y has (2, 3, 4)": ("revk_couple", {"f.inner": 2**31, "f.inner_stride": 0}),
     "y: shape (2, 4611686018427387904, 4) with its strides reaches past": ("revk_couple", {"y.channels": 2**62}),
     "y: shape (9223372036854775807, 3, 4) with its strides reaches past": ("revk_couple", {"y.outer": 2**63 - 1}),
+    "f: shape (4294967296, 3, 4294967296) has more elements than can be counted": (
+        "revk_couple",
+        {"f.outer": 2**32, "f.outer_stride": 0, "f.inner": 2**32, "f.inner_stride": 0},
+    ),
     "x: dtype is 5, a revk_dtype (0..4) is needed": ("revk_couple", {"x.dtype": 5}),
     "f: dtype is 7, a revk_dtype (0..3) is needed": ("revk_couple", {"f.dtype": 7}),
     "f: dtype is int16, a floating-point revk_dtype (0..3) is needed": ("revk_couple", {"f.dtype": 4}),

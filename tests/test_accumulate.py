@@ -72,6 +72,18 @@ def test_the_empty_list(backend):
     assert ops.accumulate_([], [], backend=backend) == []
 
 
+def test_lists_that_make_their_items(backend):
+    """Of a list that is asked for an item, nobody else may hold that; the kernel's are those that were checked."""
+
+    class Making(list):
+        def __getitem__(self, place):
+            return torch.full((2**18,), -1.0)
+
+    totals = [torch.zeros(2**18) for _ in range(3)]
+    ops.accumulate_(totals, Making(torch.full((2**18,), n + 1.0) for n in range(3)), backend=backend)
+    assert [float(total.sum()) / 2**18 for total in totals] == [1, 2, 3]
+
+
 def test_many_arrays(backend):
     """More arrays than any launch takes at once; one part given twice."""
     totals, part = [torch.full((n % 7,), float(n)) for n in range(300)], torch.ones(6)

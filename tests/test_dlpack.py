@@ -154,6 +154,15 @@ def test_results_are_of_the_exporters_library_if_it_has_a_namespace():
     assert statistics.mean.array.tolist() == [1, 4]
 
 
+def test_a_namespace_may_be_numpys():
+    """NumPy's scalars have it, and so may any exporter."""
+    assert ops.couple(np.float32(1), np.float32(2)) == 3
+    methods = {"__array_namespace__": lambda self: np, "__array__": lambda self, *_, **__: self.array}
+    borrowing = type("Borrowing", (Own,), methods)(np.ones(3, "f4"))
+    y = ops.couple(borrowing, borrowing)
+    assert type(y) is np.ndarray and y.tolist() == [2, 2, 2]
+
+
 def test_a_library_of_the_array_api():
     """A real namespace."""
     library = pytest.importorskip("array_api_strict", reason="array_api_strict is not installed")

@@ -2,6 +2,7 @@
 """revkernels.adapters.numpy: Algorithm 1 in place, against the oracle, central differences and itself."""
 
 import array
+import collections
 
 import numpy as np
 import pytest
@@ -115,6 +116,105 @@ def test_one_more_forward_a_branch():
     assert [branch.forwards for pair in blocks for branch in pair] == [2] * 6
 
 
+class Linear:
+    """f = x / 2 + b, whose gradient of b is df itself, and what stands for x in dw a part of x."""
+
+    def __init__(self, wrap):
+        self.b, self.wrap = 0.1, wrap
+
+    def __call__(self, x):
+        return 0.5 * x + self.b
+
+    def vjp(self, x):
+        return self(x), lambda df: (0.5 * df, self.wrap(df, x))
+
+
+Named = collections.namedtuple("Named", "bias seen")
+DW = {
+    "itself": (lambda df, x: df, lambda dw: (dw, None)),
+    "a view of it": (lambda df, x: df.T, lambda dw: (dw.T, None)),
+    "a tuple": (lambda df, x: (df, x[:1]), lambda dw: dw),
+    "a named tuple": (lambda df, x: Named(df, x[:1]), lambda dw: (dw.bias, dw.seen)),
+    "a dictionary in a list": (lambda df, x: [{"b": df, "name": "b"}, x[:1]], lambda dw: (dw[0]["b"], dw[1])),
+    "an exporter": (lambda df, x: Exporter(df), lambda dw: (np.asarray(dw), None)),
+}
+
+
+@pytest.mark.parametrize("case", DW)
+def test_gradients_of_parameters_may_be_the_gradient_of_the_output(case):
+    """They are not written over by what the chain does next."""
+    wrap, unwrap = DW[case]
+    blocks = [(Linear(wrap), Linear(wrap)) for _ in range(3)]
+    chain = ReversibleChain(blocks)
+    x, loss = streams(2), streams(2, seed=8)
+    y = chain.forward(*x)
+    _, _, found = chain.backward_(*(a.copy() for a in (*y, *loss)))
+
+    def total():
+        return sum((a * b).sum() for a, b in zip(chain.forward(*x), loss, strict=True))
+
+    rows: list[np.ndarray] = []
+    for block, of_block in zip(blocks, found, strict=True):
+        for branch, dw in zip(block, of_block, strict=True):
+            bias, seen = unwrap(dw)
+            branch.b += 1e-3
+            above = total()
+            branch.b -= 2e-3
+            below = total()
+            branch.b += 1e-3
+            assert bias.sum() == pytest.approx((above - below) / 2e-3, rel=1e-9)
+            if seen is not None:
+                f, b = branch(x[0]), branch.b
+                assert f.shape == x[0].shape and np.isfinite(seen).all() and b == pytest.approx(0.1)
+    if rows:
+        np.testing.assert_allclose(rows[0], x[1][:1], rtol=1e-12)  # F of block 0 reads x2
+    if case != "an exporter":
+        assert type(found[0][0]) is type(wrap(loss[0], x[0]))
+
+
+class Wider:
+    """From four columns to six, or back: streams of two shapes."""
+
+    def __init__(self, rows, columns, seed):
+        self.W = np.random.default_rng(seed).standard_normal((rows, columns))
+
+    def __call__(self, x):
+        return np.tanh(x @ self.W)
+
+    def vjp(self, x):
+        f = self(x)
+
+        def pullback(df):
+            dz = df * (1 - f * f)
+            return dz @ self.W.T, x.T @ dz
+
+        return f, pullback
+
+
+def test_streams_of_two_shapes():
+    chain = ReversibleChain([(Wider(6, 4, 2 * k), Wider(4, 6, 2 * k + 1)) for k in range(2)])
+    (x1,), (x2,) = streams(1), streams(1, width=6)
+    (loss1,), (loss2,) = streams(1, seed=8), streams(1, width=6, seed=8)
+    y = chain.forward(x1, x2)
+    back, (dx1, dx2), gradients = chain.backward_(*(a.copy() for a in (*y, loss1, loss2)))
+    np.testing.assert_allclose(back[0], x1, rtol=1e-12)
+    np.testing.assert_allclose(back[1], x2, rtol=1e-12)
+
+    def change(array, place):
+        values = []
+        for step in (1e-6, -2e-6):
+            array[place] += step
+            y1, y2 = chain.forward(x1, x2)
+            values.append((y1 * loss1).sum() + (y2 * loss2).sum())
+        array[place] += 1e-6
+        return (values[0] - values[1]) / 2e-6
+
+    assert dx1[1, 2] == pytest.approx(change(x1, (1, 2)), rel=1e-6)
+    assert dx2[2, 5] == pytest.approx(change(x2, (2, 5)), rel=1e-6)
+    assert gradients[0][0][3, 1] == pytest.approx(change(chain.blocks[0][0].W, (3, 1)), rel=1e-6)
+    assert gradients[1][1][1, 4] == pytest.approx(change(chain.blocks[1][1].W, (1, 4)), rel=1e-6)
+
+
 def test_in_place_and_the_inputs_untouched():
     chain = ReversibleChain(blocks_of(2))
     x1, x2, dy1, dy2 = streams(4)
@@ -210,6 +310,9 @@ def test_a_stream_too_large_for_the_grid_is_found():
     with pytest.raises(rk.ReconstructionError, match="the stream that F of block 0 is added to reaches"):
         chain.forward(np.full_like(x1, 1023.5), x2, checksums=Checksums())
     chain.forward(x1.astype("f8"), np.full(x2.shape, 2000.0), checksums=Checksums())  # 2^39 in float64
+    chain.forward(x1, np.full(x2.shape, 2000.0), checksums=Checksums())  # either stream has its own limit
+    with pytest.raises(rk.ReconstructionError, match=r"x2 reaches .* a float32 stream"):
+        chain.forward(x1.astype("f8"), np.full_like(x2, 2000), checksums=Checksums())
 
 
 # ---- what is refused
@@ -262,6 +365,11 @@ OUTPUTS = {
     "dtype": (TypeError, "G of block 1 returned int64; it must return one of", lambda x: np.ones(x.shape, int)),
     "nothing": (TypeError, "G of block 1 returned a NoneType; it must return an array", lambda x: None),
     "list": (TypeError, "G of block 1 returned a list", lambda x: x.tolist()),
+    "strides": (
+        ValueError,
+        "G of block 1 returned an array that .* negative stride in dimension 1",
+        lambda x: x[:, ::-1],
+    ),
 }
 
 
@@ -327,9 +435,19 @@ def test_the_four_arrays_are_checked_before_anything_is_written():
         ((y1, y2, dy1, None), TypeError, "dy2 is a NoneType"),
         ((y1, y2, dy1, dy2.astype(int)), TypeError, "dy2 is int64"),
         ((y1, y2, dy1, Exporter(frozen)), ValueError, "dy2 is read-only"),
+        ((y1, y2, dy1, dy2[0]), ValueError, r"dy2 has shape \(4,\), y2 has \(5, 4\)"),
+        ((y1, y2, dy1, dy2[:, ::-1]), ValueError, "dy2 has a negative stride in dimension 1"),
+        ((y1, y2, np.zeros(161, "u1")[1:].view("f8").reshape(5, 4), dy2), ValueError, "dy1 is not aligned"),
+        ((y1, y2, np.zeros((5, 4), "f8, u1")["f0"], dy2), ValueError, "dy1 has a stride of 36 bytes in dimension 0"),
     ):
         with pytest.raises(error, match=words):
             chain.backward_(*arrays)
+    with pytest.raises(ValueError, match="y1 has a negative stride"):
+        chain.inverse_(y1[::-1], y2)
+    checksums, grid = Checksums(), rk.Coupling(grid_exponent=20)
+    ReversibleChain(blocks_of(2), coupling=grid).forward(y1, y2, checksums=checksums)
+    with pytest.raises(ValueError, match="checksums is of a chain of another length"):
+        ReversibleChain(blocks_of(1), coupling=grid).backward_(y1, y2, dy1, dy2, checksums=checksums)
     with pytest.raises(ValueError, match="y2 is read-only"):
         chain.inverse_(y1, Exporter(frozen))
     np.testing.assert_array_equal([y1, y2, dy1, dy2], kept)

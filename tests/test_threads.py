@@ -38,6 +38,43 @@ def test_threads_that_a_call_starts(variable, number, started):
     assert int(done.stdout) == started
 
 
+FORK = """
+import os, signal, sys
+import numpy as np
+import revkernels as rk
+if sys.argv[1] == "torch":
+    import torch
+    torch.ones(2_000_000).add_(1)
+x, f = np.ones((1000, 2000), "f4"), np.ones((1000, 2000), "f4")
+h, statistics = rk.ops.norm_act(x, rk.Norm("layer"))
+if sys.argv[1] == "kernels":
+    rk.ops.couple_(x, f)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    rk.ops.couple_(x, f)
+    again, _ = rk.ops.norm_act(x, rk.Norm("layer"))
+    rk.set_num_threads(4)
+    rk.ops.uncouple_(x, f)
+    os._exit(not (x == (2 if sys.argv[1] == "kernels" else 1)).all())
+status = os.waitpid(child, 0)[1]
+rk.ops.couple_(x, f)  # the parent has its threads as before
+assert len(os.listdir("/proc/self/task")) > 1
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+@pytest.mark.parametrize("first", ["kernels", "torch"])
+def test_a_forked_child_does_not_wait_for_threads_that_it_does_not_have(first):
+    """Whoever made them, torch or this library; the child works alone."""
+    if first == "torch":
+        pytest.importorskip("torch")
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", FORK, first], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
 def test_the_setting_is_kept_and_checked():
     assert rk.get_num_threads() is None
     try:

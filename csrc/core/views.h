@@ -63,6 +63,9 @@ class NamedView {
     if (span < 0 || layout.address + uintptr_t(span) < layout.address)
       fail("shape " + shape() + " with its strides reaches past the end of the address space");
     if (span == 0) return;
+    // With strides of 0, less memory may stand for more elements than can be counted.
+    if (sizes[0] > INT64_MAX / 64 / sizes[1] || sizes[0] * sizes[1] > INT64_MAX / 64 / sizes[2])
+      fail("shape " + shape() + " has more elements than can be counted");
     if (view.data == nullptr) fail("data is NULL, but shape " + shape() + " has elements");
     if (layout.address % uintptr_t(layout.item) != 0)
       fail("data is not aligned to its dtype, " + std::string(dtype_name(view.dtype)));

@@ -5,6 +5,10 @@
 #if defined(REVK_X86_ISAS)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <pthread.h>
+#include <sys/stat.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -140,9 +144,34 @@ bool set_isa(const char* name) {
   return false;
 }
 
+namespace {
+
+// A child that fork has made has none of its parent's threads, but libgomp waits there for those of
+// its team, for ever. Whose threads they were nobody tells: where there were any, the child works
+// alone.
+std::atomic<bool> alone{false};
+
+#if defined(__linux__)
+bool had_threads = false;  // written by the thread that forks, read by the child
+
+struct AtFork {
+  AtFork() {
+    const auto before = [] {
+      struct stat tasks;  // a link each, and two
+      had_threads = stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink > 3;
+    };
+    const auto in_child = [] { alone.store(alone.load() || had_threads); };
+    pthread_atfork(before, nullptr, in_child);
+  }
+} const at_fork;
+#endif
+
+}  // namespace
+
 // Where threads cannot be created, libgomp ends the process. Many more than there are processors
 // gain nothing, and results do not depend on them.
 int team_size(int32_t threads, int64_t shares) {
+  if (alone.load(std::memory_order_relaxed)) return 1;
   const int usual = omp_get_max_threads();
   if (threads > usual) threads = std::min(threads, std::max(usual, 8 * omp_get_num_procs()));
   return int(std::clamp<int64_t>(threads > 0 ? threads : usual, 1, std::max<int64_t>(shares, 1)));

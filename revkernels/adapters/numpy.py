@@ -44,7 +44,9 @@ class Residual(Protocol):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Pair]]:
         """Return f and its pullback, which maps df to (dx, dw): the gradients of x and of the parameters.
 
-        dx has x's shape; dw is whatever the caller wants to find in the list of gradients.
+        dx has x's shape; dw is whatever the caller wants to find in the list of gradients. An array in it, or in the
+        tuples, lists and dictionaries that it is made of, is copied if it lies in memory that the chain goes on writing
+        (df itself as the gradient of a bias, or a part of x); whatever else holds arrays must hold its own.
         """
 
 
@@ -116,7 +118,9 @@ class ReversibleChain:
             else:
                 ops.couple_(streams[target], f, coupling=self._options(record, k + 2), backend=self.backend)
         if checksums is not None:
-            self._check_sizes(checksums, dtype_name(streams[0]))
+            self._check_sizes(
+                checksums, [dtype_name(seen(name, y)) for name, y in zip(("x1", "x2"), streams, strict=True)]
+            )
         return streams[0], streams[1]
 
     def inverse_(self, y1: Any, y2: Any) -> Pair:
@@ -149,8 +153,13 @@ class ReversibleChain:
                 stream was not rebuilt bit for bit. What the four arrays hold then is of no use.
         """
         _check_written(y1=y1, y2=y2, dy1=dy1, dy2=dy2)
-        if checksums is not None and checksums.sums is None:
-            raise ValueError("checksums is empty; it must come from this chain's forward")
+        checks.check_same_shape(y1=seen("y1", y1), dy1=seen("dy1", dy1))
+        checks.check_same_shape(y2=seen("y2", y2), dy2=seen("dy2", dy2))
+        if isinstance(checksums, Checksums) and (
+            checksums.sums is None or tuple(seen("checksums", checksums.sums).shape) != (2 * len(self.blocks) + 2,)
+        ):
+            what = "empty" if checksums.sums is None else "of a chain of another length"
+            raise ValueError(f"checksums is {what}; it must come from this chain's forward")
         record = self._record(None if checksums is None else Checksums(), y1)
         streams, gradients = [y1, y2], [dy1, dy2]
         parameters: list[Any] = []
@@ -161,20 +170,21 @@ class ReversibleChain:
             dx, dw = _pull(name, pullback, _lent(gradients[target]))
             _check_output(f"the pullback of {name}", dx, gradients[source])
             # f is added to the target, whose gradient df is; dx belongs to the source.
-            ops.reverse_step_(
-                streams[target],
-                f,
-                gradients[source],
-                dx,
-                coupling=self._options(record, k),
-                backend=self.backend,
-            )
+            dw = _own(dw, (y1, y2, dy1, dy2))
+            self._reverse_step(streams[target], f, gradients[source], dx, self._options(record, k))
             parameters.append(dw)
             del f, pullback, dx, dw
         if checksums is not None and record is not None:
             self._check_sums(checksums, record)
         parameters.reverse()
         return (y1, y2), (dy1, dy2), list(zip(parameters[::2], parameters[1::2], strict=True))
+
+    def _reverse_step(self, y: Any, f: Any, dx: Any, part: Any, coupling: Coupling | None) -> None:
+        if tuple(seen("y", y).shape) == tuple(seen("dx", dx).shape):
+            ops.reverse_step_(y, f, dx, part, coupling=coupling, backend=self.backend)
+        else:  # streams of two shapes
+            ops.uncouple_(y, f, coupling=coupling, backend=self.backend)
+            ops.accumulate_(dx, part, backend=self.backend)
 
     def _half_steps(self) -> list[tuple[str, Residual]]:
         steps = []
@@ -210,10 +220,11 @@ class ReversibleChain:
         new[...] = 0
         return ops.couple_(new, x, coupling=self._options(record, k), backend=self.backend)
 
-    def _check_sizes(self, record: Checksums, dtype: str) -> None:
+    def _check_sizes(self, record: Checksums, dtypes: Sequence[str]) -> None:
         exponent = self.coupling.grid_exponent if self.coupling is not None else None
-        limit = 2.0 ** ((53 if dtype == "float64" else 24) - (exponent or 0))
         for k in range(2 * len(self.blocks) + 2):
+            dtype = dtypes[k % 2]
+            limit = 2.0 ** ((53 if dtype == "float64" else 24) - (exponent or 0))
             size = float(record.sizes[k])
             if not size < limit:
                 raise ReconstructionError(
@@ -277,6 +288,7 @@ def _check_written(**arrays: Any) -> None:
     looks = {name: seen(name, array) for name, array in arrays.items()}
     checks.check_float(**looks)
     checks.check_same_device(**looks)
+    checks.check_layout(**looks)
     checks.check_writable(**looks)
     checks.check_disjoint(looks, {})
 
@@ -299,6 +311,10 @@ def _check_output(
         raise wrong_shape(
             f"{name} returned an array on {device_name(look)}; it must return one on {device_name(stream)}"
         )
+    try:
+        checks.check_layout(array=look)
+    except ValueError as error:
+        raise wrong_shape(f"{name} returned an array that cannot be read in place: {error}") from None
 
 
 # ---- branches
@@ -336,6 +352,31 @@ def _pull(name: str, pullback: Callable[[Any], Pair], df: Any) -> Pair:
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise ReconstructionError(f"the pullback of {name} returned {_words(answer)}; it must return a tuple (dx, dw)")
     return answer
+
+
+def _own(tree: Any, written: Sequence[Any]) -> Any:
+    """The same, with copies of the arrays that lie in memory of those that are written."""
+    if isinstance(tree, tuple | list | dict):
+        items = tree.values() if isinstance(tree, dict) else tree
+        owned = [_own(item, written) for item in items]
+        if all(new is item for new, item in zip(owned, items, strict=True)):
+            return tree
+        if isinstance(tree, dict):
+            return dict(zip(tree, owned, strict=True))
+        return tree._make(owned) if hasattr(tree, "_make") else type(tree)(owned)
+    kind = kind_of(tree)
+    if kind is None or family_of(tree) != family_of(written[0]):
+        return tree
+    look = seen("dw", tree)
+    if not any(checks.share_memory(look, seen("an array", array)) for array in written):
+        return tree
+    if kind == "torch":
+        return tree.clone()
+    if kind in ("numpy", "cupy"):
+        return tree.copy()
+    own = empty_like("dw", tree)
+    own[...] = 0
+    return ops.couple_(own, tree)
 
 
 def _words(answer: Any) -> str:

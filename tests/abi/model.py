@@ -122,6 +122,7 @@ class Judge:
         sizes = [fields[key] for key in ("outer", "channels", "inner")]
         strides = [fields[key] for key in ("outer_stride", "channel_stride", "inner_stride")]
         require(min(sizes + strides) >= 0, f"{name} has a negative size or stride")
+        require(math.prod(sizes) < 2**57, f"{name} has more elements than can be counted")
         require(0 in sizes or fields["data"] is not None, f"data of {name} is NULL")
         return self.array(name, fields["data"], structs.DTYPES[dtype], sizes, strides)
 

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward-mode derivatives: kernels and chains have none, and say so where they would lose a tangent."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+
+import revkernels as rk  # noqa: E402
+from revkernels import ops  # noqa: E402
+from revkernels.nn import NormAct, ReversibleBlock, ReversibleSequential  # noqa: E402
+
+
+def ones():
+    return torch.ones(2, 3)
+
+
+LAYER = rk.Norm("layer")
+STATISTICS = rk.Statistics(torch.zeros(2), torch.ones(2))
+CALLS = {
+    "couple": (2, lambda *a, **k: ops.couple(*a, **k)),
+    "couple of a scale": (1, lambda s, **k: ops.couple(ones(), ones(), coupling=rk.Coupling(channel_scale=s[0]), **k)),
+    "uncouple": (2, lambda *a, **k: ops.uncouple(*a, **k)),
+    "couple_": (2, lambda *a, **k: ops.couple_(*a, **k)),
+    "uncouple_": (2, lambda *a, **k: ops.uncouple_(*a, **k)),
+    "reverse_step_": (4, lambda *a, **k: ops.reverse_step_(*a, **k)),
+    "accumulate_": (2, lambda *a, **k: ops.accumulate_(*a, **k)),
+    "accumulate_ of lists": (2, lambda a, b, **k: ops.accumulate_([a], [b], **k)),
+    "norm_act": (1, lambda x, **k: ops.norm_act(x, LAYER, **k)),
+    "norm_act of a weight": (1, lambda w, **k: ops.norm_act(ones(), rk.Norm("layer", w[0].contiguous()), **k)),
+    "couple_norm_act": (2, lambda *a, **k: ops.couple_norm_act(*a, LAYER, **k)),
+    "uncouple_norm_act_": (2, lambda *a, **k: ops.uncouple_norm_act_(*a, LAYER, **k)),
+    "norm_act_backward_": (3, lambda *a, **k: ops.norm_act_backward_(*a, LAYER, STATISTICS, **k)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad mode", "no_grad"])
+def test_a_tangent_is_refused(name, backend, grad, available):
+    """In any argument, by name; nothing is written. Without one, a call under dual_level is a call."""
+    count, call = CALLS[name]
+    backend = available(backend)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        for place in range(count):
+            operands = [ones() for _ in range(count)]
+            operands[place] = forward_ad.make_dual(operands[place], ones())
+            with pytest.raises(NotImplementedError, match="has a tangent, and the kernels have no forward-mode"):
+                call(*operands, backend=backend)
+            assert all(torch.equal(forward_ad.unpack_dual(operand).primal, ones()) for operand in operands)
+        call(*(ones() for _ in range(count)), backend=backend)
+
+
+MODULES = {
+    "reconstruct": lambda: ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3))),
+    "store": lambda: ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3)), activations="store"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad mode", "no_grad"])
+def test_modules(name, grad):
+    """Torch's own error where autograd records the call, ours elsewhere."""
+    module = MODULES[name]()
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(2, 6), torch.ones(2, 6))
+        with pytest.raises(NotImplementedError, match="forward"):
+            module(x)
+
+
+def test_a_norm_alone_is_torchs():
+    """`NormAct` steps aside: the tangent is plain torch's."""
+    norm, x, dx = nn.LayerNorm(6), torch.randn(2, 6), torch.randn(2, 6)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, dx)
+        got, expected = NormAct(norm, nn.ReLU())(dual), torch.relu(norm(dual))
+        assert torch.equal(forward_ad.unpack_dual(got).tangent, forward_ad.unpack_dual(expected).tangent)
