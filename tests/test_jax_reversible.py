@@ -63,6 +63,22 @@ def test_a_scan_is_the_chain():
     assert furthest(gradients(stack, *stacks, *streams), (stacked(f), stacked(g), *d)) < FLOAT32
 
 
+def test_numbers_of_python_among_the_parameters():
+    """They have gradients as in plain JAX, without jit too."""
+
+    def scaled(p, x):
+        return mlp(p["p"], x) * p["scale"]
+
+    params = chain_params(mlp_params, 1, WIDTH)
+    f, g = ([{"p": p, "scale": 0.5} for p in each] for each in params)
+    streams = stream_pair(SHAPE)
+    got, expected = (
+        jax.grad(loss_of(apply), (0, 1, 2, 3))(f, g, *streams)
+        for apply in (rj.reversible([scaled], [scaled]), plain_chain([scaled], [scaled]))
+    )
+    assert furthest(got, expected) < FLOAT32
+
+
 @pytest.mark.slow
 def test_convolutions():
     params, streams = chain_params(conv_params, 2, 4), stream_pair((2, 8, 8, 4))

@@ -38,8 +38,17 @@ class Checkpoint(Rebuilding):
         super().__init__(None, None)
         self._function = function
         leaves, self._structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self._others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+        tensors: list[torch.Tensor] = []
+        places: dict[int, int] = {}  # of each tensor once: what is one tensor in several places is one again
+        self._leaves: list[tuple[int, Any]] = []
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                self._leaves.append((-1, leaf))
+                continue
+            if id(leaf) not in places:
+                places[id(leaf)] = len(tensors)
+                tensors.append(leaf)
+            self._leaves.append((places[id(leaf)], None))
         self._wanted = [tensor.requires_grad for tensor in tensors]
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         self._surroundings = Surroundings(device, {})
@@ -53,7 +62,8 @@ class Checkpoint(Rebuilding):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function, and note all that running it again will need."""
-        step = RecordedStep(HalfStep(self._function, 0, (0,)))
+        others = tuple(other for place, other in self._leaves if place < 0)
+        step = RecordedStep(HalfStep(self._function, 0, (0,), others))
         self._steps.append(step)
         self._saved = step.saved
         snapshot, surroundings = step.snapshot, self._surroundings
@@ -98,8 +108,7 @@ class Checkpoint(Rebuilding):
         self._cursor = k
 
     def _again(self, step: RecordedStep, inputs: Sequence[torch.Tensor]) -> Any:
-        tensors = iter(inputs)
-        leaves = [next(tensors) if other is None else other[0] for other in self._others]
+        leaves = [other if place < 0 else inputs[place] for place, other in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
         with fusion.Within(self.kernels, step.tape(True)):
             return self._function(*args, **kwargs)

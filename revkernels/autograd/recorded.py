@@ -43,7 +43,7 @@ class RecordedStep:
         self.needs_grad = False
         self.entry: Entry | None = None
         self.statistics: list[tuple[nn.Module, Statistics]] = []
-        self.snapshot = Snapshot(half_step.branch)
+        self.snapshot = Snapshot(half_step.branch, (*half_step.args, *half_step.kwargs.values()))
         self.saved: list[Metadata] = []
         self.drawn: Drawn = []
         self.strides: tuple[int, ...] = ()  # of the target, before it was added to

@@ -2,21 +2,21 @@
 """What a branch saw when it ran, so that it can be run again and come out the same, or be refused.
 
 Saved-tensor hooks switch off autograd's own version check, so everything that a branch reads besides its input is
-recorded here: parameters, buffers and train/eval flags. `surroundings` has the rest.
+recorded here: parameters, buffers and train/eval flags, and other tensors that it holds. `surroundings` has the rest.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from revkernels.autograd.behind import behind, modules_in
 from revkernels.autograd.ownership import PLAIN
 from revkernels.errors import ReconstructionError
 
@@ -31,14 +31,16 @@ _STATISTICS_ONLY = {
     nn.modules.instancenorm._InstanceNorm.forward,
 }
 
-#: For each module seen, the names of those buffers that its forward was found to write, statistics aside.
-_written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+#: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,
+#: statistics aside.
+_written: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def will_write(module: nn.Module, name: str) -> None:
     """Tell beforehand that the module's forward writes this buffer, in some calls if not in all."""
-    _written.setdefault(module, set()).add(name)
+    for training in (False, True):
+        _written.setdefault(module, {}).setdefault(training, set()).add(name)
 
 
 class Turn:
@@ -65,17 +67,32 @@ class Turn:
 class Snapshot:
     """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute.
 
-    Each of these belongs inside ``with snapshot.turn``, together with the run of the branch.
+    Each of these belongs inside ``with snapshot.turn``, together with the run of the branch. ``given``: its arguments,
+    for the modules among them.
     """
 
-    __slots__ = ("branch", "fixed", "flags", "modules", "rewound", "statistics", "turn")
+    __slots__ = (
+        *("branch", "fixed", "flags", "late", "modules", "others", "rewound", "statistics", "trained", "turn"),
+        "_held",
+    )
 
-    def __init__(self, branch: Any) -> None:
+    def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
         self.branch = branch
         self.fixed: list[Slot] = []
+        self.late: set[int] = set()  # of the fixed, by id, buffers that turned out to be written
+        self.trained: list[tuple[str, torch.Tensor, bool]] = []  # parameters, and whether they required grad
+        #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
+        #: over. Not kept alive.
+        self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
-        self.modules = _tree(branch) if isinstance(branch, nn.Module) else modules_behind(branch)
+        self._held: list[tuple[str, torch.Tensor]] = []
+        if isinstance(branch, nn.Module):
+            self.modules = _tree(branch)
+        else:
+            self.modules, self._held = behind(branch)
+        if given:
+            self.modules += [m for m in modules_in(given) if m not in self.modules]
         stateful = [module for module in self.modules if module._buffers]
         self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
 
@@ -86,12 +103,18 @@ class Snapshot:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self.fixed.append((module._parameters, name, parameter, version_of(parameter)))
+                    self.trained.append((name, parameter, parameter.requires_grad))
             if module._buffers:
                 self._take_buffers(module)
+            for name, value in module.__dict__.items():
+                if isinstance(value, torch.Tensor):
+                    self._held.append((name, value))
+        self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
+        self._held = []
 
     def _take_buffers(self, module: nn.Module) -> None:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
-        written = _written.get(module)
+        written = _written.get(module, {}).get(module.training)
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
@@ -114,8 +137,8 @@ class Snapshot:
         if self.rewound:
             changed = []
             for module, slot, value in self.rewound:
-                found = _written.setdefault(module, set())
-                if _changed(slot):
+                found = _written.setdefault(module, {}).setdefault(module.training, set())
+                if _changed(slot) or _differs(value, slot[2]):
                     found.add(slot[1])
                 if slot[1] in found:  # by this branch, or by another one that shares the module
                     changed.append((module, slot, value))
@@ -123,9 +146,13 @@ class Snapshot:
                     self.fixed.append(slot)
             self.rewound = changed
         for module in self.modules:
-            known = _written.get(module) if module._buffers else None
+            known = _written.get(module, {}).get(module.training) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
-                known.update(slot[1] for slot in self.fixed if slot[0] is module._buffers and _changed(slot))
+                late = [slot for slot in self.fixed if slot[0] is module._buffers and _changed(slot)]
+                known.update(slot[1] for slot in late)
+                self.late.update(id(slot[2]) for slot in late)
+        # What the forward itself writes there is not rewound, nor is it found fault with.
+        self.others = [(name, ref, version) for name, ref, version in self.others if _version_behind(ref) == version]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -146,10 +173,29 @@ class Snapshot:
         """Return what the branch reads and is not as it was in the forward, or None."""
         for _, name, tensor, version in self.fixed:
             if version >= 0 and tensor._version != version:
+                if id(tensor) in self.late:
+                    return (
+                        f"{self._tensor_name(tensor, name)} was written by the branch's own forward, which it had not "
+                        f"been before, so that what it held is lost for this step; from the next one on it is rewound"
+                    )
                 return (
                     f"{self._tensor_name(tensor, name)} was changed in place between the forward and the backward "
                     f"(version {version}, now {tensor._version}), so the branch cannot be run again as it was; step "
                     f"the optimizer, or write to it, after the backward"
+                )
+        for name, tensor, wanted in self.trained:
+            if tensor.requires_grad is not wanted:
+                return (
+                    f"{self._tensor_name(tensor, name)} {'required' if wanted else 'did not require'} grad in the "
+                    f"forward and {'does not' if wanted else 'does'} now; change requires_grad after the backward"
+                )
+        for name, ref, version in self.others:
+            now = _version_behind(ref)
+            if version >= 0 and now is not None and now != version:
+                return (
+                    f"the tensor {name}, which is no parameter or buffer, was changed in place between the forward and "
+                    f"the backward (version {version}, now {now}), so the branch cannot be run again as it was; write "
+                    f"to it after the backward"
                 )
         return None
 
@@ -224,34 +270,21 @@ def version_of(tensor: torch.Tensor) -> int:
         return -1
 
 
-def modules_behind(function: Callable[..., Any]) -> list[nn.Module]:
-    """The modules that a plain callable reaches through what it is bound to, closes over, defaults to or holds."""
-    found: dict[nn.Module, None] = {}
-    waiting, seen = [function], {id(function)}
-    while waiting:
-        for held in _held_by(waiting.pop()):
-            for item in held if isinstance(held, list | tuple) else (held,):
-                if isinstance(item, nn.Module):
-                    found.update(dict.fromkeys(item.modules()))
-                elif callable(item) and not isinstance(item, type) and id(item) not in seen:
-                    seen.add(id(item))
-                    waiting.append(item)
-    return list(found)
+def _version_behind(ref: weakref.ref[torch.Tensor]) -> int | None:
+    tensor = ref()
+    return None if tensor is None else version_of(tensor)
 
 
-def _held_by(function: Any) -> Iterator[Any]:
-    if isinstance(function, functools.partial):
-        yield from (function.func, *function.args, *function.keywords.values())
-        return
-    yield getattr(function, "__self__", None)
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # a variable not assigned yet
-            continue
-    yield from getattr(function, "__defaults__", None) or ()
-    if not hasattr(function, "__code__"):
-        yield from getattr(function, "__dict__", {}).values()
+def _differs(before: torch.Tensor, now: torch.Tensor) -> bool:
+    """Whether the values are others: `torch.batch_norm` writes running statistics and does not count it as a write.
+
+    Asked once for each buffer, of a branch's first run: a device is waited for.
+    """
+    if now.is_meta or before.shape != now.shape:
+        return False
+    if now.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return not torch.equal(before, now)
 
 
 def _changed(slot: Slot) -> bool:

@@ -219,7 +219,8 @@ def input_on_grid(owner: Any, x: Any, groups: int) -> Any:
 
 def _kernels(owner: Any, x: torch.Tensor) -> Any:
     # Tensor subclasses, and tensors inside torch.func, have no memory that a kernel could be given.
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    # The transform may be of the parameters alone, x plain.
+    if torch._C._are_functorch_transforms_active():
         if owner.coupling != "float":
             raise ReconstructionError(
                 "torch.func transforms cannot look through an exact coupling: set coupling='float'"

@@ -245,7 +245,8 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
         return untraced(_run, owner, named, x, args, kwargs)
     blocks = list(named.values())
     half_steps = _half_steps(blocks, args, kwargs)
-    hooks = have_hooks(blocks)
+    # A block called alone has been called through its hooks already.
+    hooks = [has and block is not owner for has, block in zip(have_hooks(blocks), blocks, strict=True)]
 
     def through(reversal: Reversal) -> None:
         pending: list[HalfStep] = []

@@ -168,6 +168,7 @@ def without_activations(
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         floating, others, s1, s2, expected = residuals
+        floating = [jnp.asarray(leaf) for leaf in floating]  # outside of jit one may be a number of Python's again
         d1, d2, gradients, found = undo(leaves.tree(floating, others), s1, s2, *cotangents)
         gradients = gradients, d1.astype(x1.dtype), d2.astype(x2.dtype)
         gradients, d1, d2 = _nan_unless(keep.unchanged(found, expected), gradients)
