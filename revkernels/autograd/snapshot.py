@@ -23,6 +23,7 @@ from revkernels.errors import ReconstructionError
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
 Undo = list[tuple[dict[str, Any], str, Any]]
 
+_PLAIN = frozenset(PLAIN)
 _batchnorm = nn.modules.batchnorm
 #: In training these forwards write running statistics that their output does not depend on.
 _STATISTICS_ONLY = {
@@ -106,11 +107,11 @@ class Snapshot:
                     self.trained.append((name, parameter, parameter.requires_grad))
             if module._buffers:
                 self._take_buffers(module)
-            for name, value in module.__dict__.items():
-                if isinstance(value, torch.Tensor):
-                    self._held.append((name, value))
-        self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
-        self._held = []
+            if not _PLAIN.isdisjoint(map(type, module.__dict__.values())):
+                self._held += [(name, value) for name, value in module.__dict__.items() if type(value) in PLAIN]
+        if self._held:
+            self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
+            self._held = []
 
     def _take_buffers(self, module: nn.Module) -> None:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
@@ -152,7 +153,8 @@ class Snapshot:
                 known.update(slot[1] for slot in late)
                 self.late.update(id(slot[2]) for slot in late)
         # What the forward itself writes there is not rewound, nor is it found fault with.
-        self.others = [(name, ref, version) for name, ref, version in self.others if _version_behind(ref) == version]
+        if self.others:
+            self.others = [held for held in self.others if _version_behind(held[1]) == held[2]]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
