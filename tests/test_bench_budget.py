@@ -85,6 +85,7 @@ def test_the_process_is_warm_and_the_plan_made_before_anything_counts(monkeypatc
     assert len({row["variant"] for row in rows}) == len(rows)
 
 
+@pytest.mark.slow
 def test_all_start_from_the_same_weights(monkeypatch):
     made = []
     real = Contender.settle
@@ -98,6 +99,7 @@ def test_all_start_from_the_same_weights(monkeypatch):
     assert all(torch.equal(a, b) for other in made[1:] for a, b in zip(made[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_progress_is_as_long_as_announced():
     begun = []
     list(budget.run(sweep(), Clock(), begun.append))
@@ -113,7 +115,7 @@ def test_budgets_grow_whatever_the_order_asked_for():
     ]
 
 
-@pytest.mark.parametrize("option", ["--plot", "--png"])
+@pytest.mark.parametrize("option", ["--plot", pytest.param("--png", marks=pytest.mark.slow)])
 def test_the_command(tmp_path, monkeypatch, option, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(networks.NETWORKS, "tiny", TINY)

@@ -39,8 +39,15 @@ def rows(ways, workload=TINY, **options):
     return {row["variant"]: row for row in network.run(job, Clock())}
 
 
-@pytest.mark.parametrize("workload", [STAGE, TINY], ids=["stage", "network"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("workload", "dtype"),
+    [
+        pytest.param(STAGE, "float32", marks=pytest.mark.slow, id="stage, float32"),
+        pytest.param(TINY, "float32", id="network, float32"),
+        pytest.param(STAGE, "bfloat16", id="stage, bfloat16"),
+        pytest.param(TINY, "bfloat16", marks=pytest.mark.slow, id="network, bfloat16"),
+    ],
+)
 def test_rows(workload, dtype):
     found = rows(COMPARED, workload, dtype=dtype)
     assert list(found) == [way.name for way in COMPARED]

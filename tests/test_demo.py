@@ -133,6 +133,7 @@ def run_demo(folder, *words):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quick_demo(tmp_path):
     rows, by_depth = run_demo(tmp_path, "--quick")
     assert [row["mode"] for row in rows] == list(demo.MODES)

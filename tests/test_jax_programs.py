@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["bench", "jax", "--depth", "4", "--batch", "2", "--side", "4", "--width", "4", "--rounds", "2"]
 
 
+@pytest.mark.slow
 def test_example():
     """It learns; four times the blocks need the same memory but for gradients, where stored ones need four times."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")

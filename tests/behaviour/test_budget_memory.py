@@ -86,7 +86,7 @@ def peak_of(name, activations, warm=2):
     return peak_bytes(step), net
 
 
-QUICK = ("perceptron", "conv, channels last", "bfloat16")
+QUICK = ("conv, channels last", "bfloat16")
 EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NETWORKS]
 
 
