@@ -13,13 +13,16 @@ from torch import nn
 
 __all__ = ["behind", "modules_in"]
 
+_DEPTH = 3  # containers in containers that are looked into: one may hold itself
+_MANY = 1024  # items of one: a function is looked through in every forward, and what is longer is data
+
 
 def behind(function: Callable[..., Any]) -> tuple[list[nn.Module], list[tuple[str, torch.Tensor]]]:
     """Return the modules and the named tensors that a callable is bound to, closes over, defaults to, holds or names.
 
-    Looked through are partials, other callables met on the way, lists, tuples and dictionaries, and of the globals that
-    its code names modules, tensors and functions of the same file; of other objects, such as the one that a method is
-    bound to, modules among their attributes.
+    Looked through are partials, other callables met on the way, lists, tuples and dictionaries that are not long, and,
+    of the globals that its code names, modules, tensors and functions of the same file; of other objects, such as the
+    one that a method is bound to, modules among their attributes.
     """
     modules: dict[nn.Module, None] = {}
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
@@ -51,15 +54,12 @@ def modules_in(values: Iterable[Any]) -> list[nn.Module]:
     return list(found)
 
 
-def _items(held: Any) -> Iterator[Any]:
-    if isinstance(held, list | tuple):
-        for item in held:
-            yield from _items(item)
-    elif isinstance(held, dict):
-        for item in held.values():
-            yield from _items(item)
-    else:
+def _items(held: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    if not isinstance(held, list | tuple | dict):
         yield held
+    elif depth and len(held) <= _MANY:
+        for item in held.values() if isinstance(held, dict) else held:
+            yield from _items(item, depth - 1)
 
 
 def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
@@ -83,7 +83,7 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
     yield from (function.__kwdefaults__ or {}).items()
     for name in _names(code):
         value = function.__globals__.get(name)
-        if isinstance(value, nn.Module | torch.Tensor | list | tuple | dict) or (
+        if isinstance(value, nn.Module | torch.Tensor) or (
             isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
         ):
             yield name, value

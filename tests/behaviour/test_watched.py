@@ -166,6 +166,17 @@ def test_a_checkpointed_functions_modules_are_found(way):
         norm.weight.fill_(1)
 
 
+def test_containers_that_hold_themselves_or_are_long():
+    """Looked into no further than that makes sense."""
+    norm = nn.BatchNorm1d(6).double()
+    ring = {"norm": norm}
+    ring["ring"] = [ring]
+    data = [object()] * 2**20
+    x = torch.randn(5, 6, dtype=WIDE, requires_grad=True)
+    checkpoint(lambda x: ring["norm"](x) + len(data), x).sum().backward()
+    assert norm.num_batches_tracked == 1
+
+
 def test_modules_among_the_arguments_of_a_branch():
     class Calls(nn.Module):
         def forward(self, x, norm):
