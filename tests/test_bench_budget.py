@@ -65,6 +65,7 @@ def test_a_gap_that_is_none_has_no_shares(monkeypatch):
     assert {(row["memory_share"], row["time_share"]) for row in rows} == {(None, None)}
 
 
+@pytest.mark.slow
 def test_the_process_is_warm_and_the_plan_made_before_anything_counts(monkeypatch):
     stepped, kept, real = [], [], budget.peak_bytes
     step = Contender.step

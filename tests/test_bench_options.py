@@ -79,6 +79,7 @@ def test_rows(workload, dtype):
         json.dumps(plan)
 
 
+@pytest.mark.slow
 def test_the_plan_holds_before_anything_is_measured(monkeypatch):
     kept, real = [], network.peak_bytes
 
