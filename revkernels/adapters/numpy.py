@@ -153,8 +153,10 @@ class ReversibleChain:
                 stream was not rebuilt bit for bit. What the four arrays hold then is of no use.
         """
         _check_written(y1=y1, y2=y2, dy1=dy1, dy2=dy2)
-        checks.check_same_shape(y1=seen("y1", y1), dy1=seen("dy1", dy1))
-        checks.check_same_shape(y2=seen("y2", y2), dy2=seen("dy2", dy2))
+        written = [seen(name, a) for name, a in (("y1", y1), ("y2", y2), ("dy1", dy1), ("dy2", dy2))]
+        checks.check_same_shape(y1=written[0], dy1=written[2])
+        checks.check_same_shape(y2=written[1], dy2=written[3])
+        alike = tuple(written[0].shape) == tuple(written[1].shape)
         if isinstance(checksums, Checksums) and (
             checksums.sums is None or tuple(seen("checksums", checksums.sums).shape) != (2 * len(self.blocks) + 2,)
         ):
@@ -170,21 +172,18 @@ class ReversibleChain:
             dx, dw = _pull(name, pullback, _lent(gradients[target]))
             _check_output(f"the pullback of {name}", dx, gradients[source])
             # f is added to the target, whose gradient df is; dx belongs to the source.
-            dw = _own(dw, (y1, y2, dy1, dy2))
-            self._reverse_step(streams[target], f, gradients[source], dx, self._options(record, k))
+            dw, coupling = _own(dw, written), self._options(record, k)
+            if alike:
+                ops.reverse_step_(streams[target], f, gradients[source], dx, coupling=coupling, backend=self.backend)
+            else:  # streams of two shapes
+                ops.uncouple_(streams[target], f, coupling=coupling, backend=self.backend)
+                ops.accumulate_(gradients[source], dx, backend=self.backend)
             parameters.append(dw)
             del f, pullback, dx, dw
         if checksums is not None and record is not None:
             self._check_sums(checksums, record)
         parameters.reverse()
         return (y1, y2), (dy1, dy2), list(zip(parameters[::2], parameters[1::2], strict=True))
-
-    def _reverse_step(self, y: Any, f: Any, dx: Any, part: Any, coupling: Coupling | None) -> None:
-        if tuple(seen("y", y).shape) == tuple(seen("dx", dx).shape):
-            ops.reverse_step_(y, f, dx, part, coupling=coupling, backend=self.backend)
-        else:  # streams of two shapes
-            ops.uncouple_(y, f, coupling=coupling, backend=self.backend)
-            ops.accumulate_(dx, part, backend=self.backend)
 
     def _half_steps(self) -> list[tuple[str, Residual]]:
         steps = []
@@ -355,7 +354,7 @@ def _pull(name: str, pullback: Callable[[Any], Pair], df: Any) -> Pair:
 
 
 def _own(tree: Any, written: Sequence[Any]) -> Any:
-    """The same, with copies of the arrays that lie in memory of those that are written."""
+    """The same, with copies of the arrays that lie in memory of those that are written, as `seen` shows them."""
     if isinstance(tree, tuple | list | dict):
         items = tree.values() if isinstance(tree, dict) else tree
         owned = [_own(item, written) for item in items]
@@ -368,7 +367,7 @@ def _own(tree: Any, written: Sequence[Any]) -> Any:
     if kind is None or family_of(tree) != family_of(written[0]):
         return tree
     look = seen("dw", tree)
-    if not any(checks.share_memory(look, seen("an array", array)) for array in written):
+    if not any(checks.share_memory(look, array) for array in written):
         return tree
     if kind == "torch":
         return tree.clone()

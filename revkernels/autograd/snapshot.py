@@ -139,7 +139,7 @@ class Snapshot:
             changed = []
             for module, slot, value in self.rewound:
                 found = _written.setdefault(module, {}).setdefault(module.training, set())
-                if _changed(slot) or _differs(value, slot[2]):
+                if slot[1] not in found and (_changed(slot) or _differs(value, slot[2])):
                     found.add(slot[1])
                 if slot[1] in found:  # by this branch, or by another one that shares the module
                     changed.append((module, slot, value))
@@ -280,7 +280,7 @@ def _version_behind(ref: weakref.ref[torch.Tensor]) -> int | None:
 def _differs(before: torch.Tensor, now: torch.Tensor) -> bool:
     """Whether the values are others: `torch.batch_norm` writes running statistics and does not count it as a write.
 
-    Asked once for each buffer, of a branch's first run: a device is waited for.
+    Asked in a module's first run in train or eval mode, not of buffers known to be written: a device is waited for.
     """
     if now.is_meta or before.shape != now.shape:
         return False

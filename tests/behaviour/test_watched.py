@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 import revkernels as rk
 from behaviour.common import torch
+from revkernels.autograd import snapshot
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
 
 WIDE = torch.float64
@@ -88,6 +89,20 @@ def test_buffers_are_written_once(kind, first):
             found.append([z.grad, *(p.grad for p in each.parameters()), *(b.clone() for b in each.buffers())])
         for expected, got in zip(*found, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_values_are_compared_in_the_first_step_alone(monkeypatch):
+    """That waits for a device: it belongs in no step but the first."""
+    asked = []
+    monkeypatch.setattr(snapshot, "_differs", lambda before, now: asked.append(now) or not torch.equal(before, now))
+    net = ReversibleSequential(ReversibleBlock(Functional(3), Subclass(3)))
+    x = torch.randn(5, 6, requires_grad=True)
+    net(x).sum().backward()
+    assert asked
+    asked.clear()
+    for _ in range(2):
+        net(x).sum().backward()
+    assert not asked
 
 
 def test_a_buffer_first_written_later_fails_once_and_says_so():
