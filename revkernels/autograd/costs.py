@@ -37,6 +37,8 @@ class StepCost:
         live: bytes that were allocated where its backward was looked at, at most, above what there was when the call
             began; None if nobody tells. forward: likewise where its forward was.
         covers: the stream it reads is saved, and is the one that the next half-step adds to.
+        made_again: bytes of ``own`` that are outputs of norms and activations, which can be made again. making: seconds
+            that this takes.
     """
 
     branch: str
@@ -50,12 +52,14 @@ class StepCost:
     live: int | None = None
     forward: int | None = None
     covers: bool = False
+    made_again: int = 0
+    making: float = 0.0
 
     @property
     def kind(self) -> Any:
         """Equal for half-steps that do the same on tensors of the same sizes."""
         ops = tuple((op.name, op.bytes, op.print) for op in self.ops)
-        return ops, self.own, self.source, self.target, self.parameter
+        return ops, self.own, self.source, self.target, self.parameter, self.made_again
 
     def working(self, base: int, earlier: int) -> int:
         """Bytes at the peak of its backward. ``earlier``: those there were when the call began; ``base``: these and all
@@ -76,7 +80,7 @@ class StepCost:
 
     def choices(self, way: tuple[float, float] | None = None) -> list[Choice]:
         """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), all of it in
-        host memory, or all of it here.
+        host memory, all of it but what norms and activations can make again, or all of it.
 
         ``way``: seconds a byte to host memory and back; None: not at all.
         """
@@ -94,18 +98,22 @@ class StepCost:
             waits = max(0.0, size * way[0] - self.rebuild), max(0.0, size * way[1] - self.backward)
             if self.rebuild > sum(waits):  # beside the forward, which takes as long as the rebuild, and the backward
                 found.append(Choice(Option(0, self.rebuild - sum(waits), True), {}, away=True))
-        whole = Option(self.own + self.source, self.rebuild, True, self.target, self.covers)
-        found.append(Choice(whole, {}))
+        size, saved = self.own + self.source, self.rebuild
+        if self.made_again and self.making < saved:
+            most = Option(size - self.made_again, saved - self.making, True, self.target, self.covers)
+            found.append(Choice(most, {}, makes_again=True))
+        found.append(Choice(Option(size, saved, True, self.target, self.covers), {}))
         return found
 
 
 class Choice(NamedTuple):
     """An `Option`, the numbers of the operators whose outputs it keeps, with their prints, and whether it keeps all in
-    host memory."""
+    host memory, or all but what norms and activations can make again."""
 
     option: Option
     ops: dict[int, int]
     away: bool = False
+    makes_again: bool = False
 
     @staticmethod
     def nothing() -> Choice:
@@ -167,7 +175,8 @@ def _typical(alike: Sequence[StepCost]) -> StepCost:
         for place, op in enumerate(alike[0].ops)
     )
     rebuild, backward = middle(step.rebuild for step in alike), middle(step.backward for step in alike)
-    return replace(alike[0], ops=ops, rebuild=rebuild, backward=backward)
+    making = middle(step.making for step in alike)
+    return replace(alike[0], ops=ops, rebuild=rebuild, backward=backward, making=making)
 
 
 def _all_keep(alike: Sequence[StepCost], place: int) -> bool:
@@ -180,6 +189,7 @@ class _Reading:
     start: Any
     end: Any = None
     sizes: dict[str, int] = field(default_factory=dict)
+    making: list[tuple[Any, Any]] = field(default_factory=list)
     live: int | None = None
     reads: int | None = None  # the stream that it reads, if that is saved
     target: int = -1
@@ -305,19 +315,26 @@ class Meter:
             "source": sum(size for at, size in of_streams.items() if at in saved),
             "target": target,
             "parameter": max((_own(module) for module in step.snapshot.modules), default=0),
+            "made_again": sum(output.bytes for output in step.outputs.saved) if step.outputs else 0,
         }
         if len(streams) == 1 and reading.sizes["source"]:
             reading.reads = half_step.sources[0]
+        for output in step.outputs.saved if step.outputs else ():
+            start = self.watch.read()
+            output.make()
+            reading.making.append((start, self.watch.read()))
 
     def costs(self, names: Sequence[str]) -> CallCost:
         """What was read; waits for a device. ``names``: of the half-steps."""
-        between, cost = self.watch.between, overhead()
+        between, cost, beside = self.watch.between, overhead(), 0.0
         found: list[StepCost | None] = [None] * len(names)
         for k, reading in self._readings.items():
             if reading.end is None:
                 continue
             behind, ahead = self._readings.get(k - 1), self._readings.get(k + 1)
-            backward = 0.0 if behind is None else between(reading.end, behind.start)
+            making = sum(between(*pair) for pair in reading.making)
+            backward = 0.0 if behind is None else between(reading.end, behind.start) - making
+            beside += making
             ops = tuple(reading.mode.costs(between))
             rebuild = max(0.0, between(reading.start, reading.end) - cost * len(ops))
             found[k] = StepCost(
@@ -329,9 +346,10 @@ class Meter:
                 live=reading.live,
                 forward=self._forward.get(k),
                 covers=reading.reads is not None and ahead is not None and ahead.target == reading.reads,
+                making=making,
             )
         forward = 0.0 if self._left is None else between(self._entered, self._left)
-        took = forward + sum(step.rebuild + step.backward for step in found if step is not None)
+        took = forward + beside + sum(step.rebuild + step.backward for step in found if step is not None)
         return CallCost(self.streams, smoothed(found), took, self._turn, self._entry)
 
 

@@ -54,7 +54,11 @@ class Entry:
         found = fusion.kernels_for(x)
         call = None if found is None else fusion.call_of(self.fusable, x, kernels, self.narrow)
         graph = torch.is_grad_enabled()
-        if waiting is not None and (call is None or (graph and not (x.requires_grad or waiting[2].requires_grad))):
+        if waiting is not None and (
+            call is None
+            or not may_be_one(x, waiting[2])
+            or (graph and not (x.requires_grad or waiting[2].requires_grad))
+        ):
             streams[source] = x = couple(x, waiting[2], kernels, None)[0]
             waiting = None
         if call is None:
@@ -66,6 +70,7 @@ class Entry:
             streams[source], h = enter_norm_act(x, weight, bias, call)
         else:
             h = norm_act(x, weight, bias, call)
+        fusion.note(call, streams[source], h)
         self.call = call
         if call.norm.kind == "batch":
             self.given = call.statistics
@@ -79,7 +84,9 @@ class Entry:
         call = Call(before.kernels, before.norm, before.dtype, self.given, before.constant)
         if ready is not None:
             call.ready, call.given = ready
+            call.statistics = call.given
         h: torch.Tensor = enter_norm_act(s, before.norm.weight, before.norm.bias, call)[1]
+        fusion.note(call, s, h)
         return h
 
     def uncouple(self, x: torch.Tensor, y: torch.Tensor, f: torch.Tensor) -> Ready:
@@ -89,6 +96,12 @@ class Entry:
         h, mean, rstd, given = call.outputs(x)
         before.kernels.uncouple_norm_act(h, x, y, f, before.norm, mean, rstd, given)
         return h, Statistics(mean, rstd)
+
+
+def may_be_one(stream: torch.Tensor, f: torch.Tensor) -> bool:
+    """Whether coupling and norm may be one pass: it would compute a norm of float32 streams in float64 behind a float64
+    branch, and its statistics with it, where the norm by itself does not."""
+    return f.dtype != torch.float64 or stream.dtype == torch.float64
 
 
 #: h, made ahead of the branch's turn, and the statistics behind it.

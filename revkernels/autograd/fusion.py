@@ -22,7 +22,8 @@ from torch.nn.modules import module as _torch_module
 from revkernels import backends, eager
 from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.norm_act import Call, norm_act
+from revkernels.autograd.made_again import Outputs
+from revkernels.autograd.norm_act import ACTIVATIONS, Call, making_again, norm_act
 from revkernels.autograd.ownership import PLAIN
 from revkernels.norm import Norm, Statistics
 
@@ -47,13 +48,16 @@ ambient = Ambient()
 class Tape:
     """The batch statistics of one run of a branch: noted in the forward, used again in the recompute.
 
-    So the recompute needs no pass for statistics, gives the forward's bits, and counts no batch twice.
+    So the recompute needs no pass for statistics, gives the forward's bits, and counts no batch twice. ``outputs``:
+    where to note what can be made again; None if nobody asks.
     """
 
-    __slots__ = ("at", "entries", "replaying")
+    __slots__ = ("at", "entries", "outputs", "replaying")
 
-    def __init__(self, entries: list[tuple[nn.Module, Statistics]], replaying: bool) -> None:
-        self.entries, self.replaying, self.at = entries, replaying, 0
+    def __init__(
+        self, entries: list[tuple[nn.Module, Statistics]], replaying: bool, outputs: Outputs | None = None
+    ) -> None:
+        self.entries, self.replaying, self.outputs, self.at = entries, replaying, outputs, 0
 
     def next(self, norm: nn.Module) -> Statistics | None:
         """The statistics that ``norm`` had at this place of the forward; None if it ran otherwise then."""
@@ -89,6 +93,9 @@ def _silu(layer: Any) -> str:
 #: Exact types: a subclass, which may do anything, is called as it is. (A parametrised module is a subclass.)
 ACTIVATION_LAYERS: dict[type, Callable[[Any], str]] = {nn.ReLU: _relu, nn.GELU: _gelu, nn.SiLU: _silu}
 
+
+#: Of these, the ones whose gradient is made of their input.
+_READ_THEIR_INPUT = (nn.GELU, nn.SiLU)
 
 #: The norms that the kernels know, by exact type too, and the dimension of their channels. `nn.branches` adds its own.
 NORM_LAYERS: dict[type, tuple[str, int]] = {
@@ -270,6 +277,26 @@ def record(fusable: Fusable, call: Call) -> None:
         tape.entries.append((fusable.norm, call.statistics))  # type: ignore[arg-type]
 
 
+def note(call: Call, s: torch.Tensor, h: torch.Tensor) -> None:
+    """After the norm has run: note how h can be made again, if somebody wants to know."""
+    tape = ambient.tape
+    if tape is not None and tape.outputs is not None:
+        make, of = making_again(call, s, h)
+        tape.outputs.note(h, make, *of)
+
+
+def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)`` of an activation whose gradient reads x, so that its output can be made again."""
+    h: torch.Tensor = layer(x)
+    tape = ambient.tape
+    if tape is None or tape.outputs is None or type(x) not in PLAIN:
+        return h
+    if not hooked(layer) and untouchable(layer) is None and not getattr(layer, "inplace", False):
+        make = functools.partial(ACTIVATIONS[ACTIVATION_LAYERS[type(layer)](layer)], x.detach())
+        tape.outputs.note(h, make, x)
+    return h
+
+
 # ---- running a branch
 
 
@@ -294,6 +321,8 @@ def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping
                     continue
         if kwargs:
             x = layer(x, **{name: value for name, value in kwargs.items() if name in keywords_of(layer)})
+        elif type(layer) in _READ_THEIR_INPUT:
+            x = _activated(layer, x)
         elif is_sequential(layer) and not hooked(layer):
             x = run(list(layer._modules.values()), x)  # type: ignore[arg-type]
         else:
@@ -310,6 +339,7 @@ def fused(fusable: Fusable, x: Any, narrow: bool) -> torch.Tensor | None:
         return None
     h: torch.Tensor = norm_act(x, call.norm.weight, call.norm.bias, call)
     record(fusable, call)
+    note(call, x, h)
     return h
 
 

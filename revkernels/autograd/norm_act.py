@@ -12,6 +12,7 @@ but x (or s) and the statistics is kept: the activation's mask is made again fro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,20 @@ class CoupleNormAct(torch.autograd.Function):
         into = ds if ds is not None and dh is not None and owned(ds) else None
         total, dweight, dbias = _gradients(ctx, ds, dh, into, into is None and _over(ctx, dh) and owned(dh))
         return total, total, dweight, dbias, None
+
+
+def making_again(call: Call, s: torch.Tensor, h: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Any]:
+    """How to make h once more from s and the statistics that were used, and the tensors that this reads."""
+    own, (mean, rstd), kernels = call.norm, call.statistics, call.kernels  # type: ignore[misc]
+    norm = Norm(own.kind, own.weight, own.bias, own.eps, own.activation, own.groups, own.channel_dim)
+    s, dtype = s.detach(), h.dtype
+
+    def make() -> torch.Tensor:
+        made = torch.empty_like(s, dtype=dtype)
+        kernels.norm_act(made, s, norm, mean, rstd, True)
+        return made
+
+    return make, (s, own.weight, own.bias, mean, rstd)
 
 
 #: `Function.apply` without what it does for torch.func, whose tensors never come here: a microsecond a call.

@@ -295,6 +295,10 @@ class Keeping:
         """Whether half-step k keeps it in host memory."""
         return self.choices[k].away
 
+    def makes_again(self, k: int) -> bool:
+        """Whether half-step k keeps everything but what norms and activations can make again."""
+        return self.choices[k].makes_again
+
     def steps_over(self, k: int) -> bool:
         """Whether half-step k is not rebuilt, and a stream from before it is needed, for an earlier one that is."""
         return k > self._rebuilt and self.choices[k].option.whole

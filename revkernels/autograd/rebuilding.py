@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from revkernels.autograd.entry import Ready
+from revkernels.autograd.entry import Ready, may_be_one
 from revkernels.autograd.grid import Grid
+from revkernels.autograd.made_again import MadeAgain, Outputs, SavedView
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
@@ -52,10 +53,11 @@ def is_within_a_branch() -> bool:
 
 
 class KeptTensor(NamedTuple):
-    """A saved tensor that is kept under a memory budget: its half-step, the tensor, and its version then."""
+    """A saved tensor that is kept under a memory budget: its half-step, the tensor or what it is had from, and its
+    version then."""
 
     step: int
-    tensor: torch.Tensor | Away
+    tensor: torch.Tensor | Away | SavedView
     version: int
 
 
@@ -78,6 +80,7 @@ class Rebuilding:
         self._whole = False  # the half-step under way keeps what it saves
         self._mode: Any = None  # to run the next branch in
         self._luggage: Luggage | None = None  # that is back from host memory
+        self._making: set[MadeAgain] = set()  # outputs that were made again in this backward
         # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
         self._strides: list[tuple[int, ...]] = []
         self._strides_now: list[tuple[int, ...]] = []
@@ -138,11 +141,15 @@ class Rebuilding:
 
     def _unpack_kept(self, token: KeptTensor) -> torch.Tensor:
         k, kept, version = token
-        tensor = self._arrived(k, kept) if isinstance(kept, Away) else kept
-        if tensor is kept and version_of(tensor) != version:
+        if isinstance(kept, torch.Tensor):
+            changed = version_of(kept) != version
+        else:
+            changed = isinstance(kept, SavedView) and kept.output.changed()
+        if changed:
             problem = self._steps[k].snapshot.problem() or self._surroundings.problem()
             problem = problem or "a tensor needed for its gradient was changed in place"
             raise ReconstructionError(f"{self.name(k)}: {problem}")
+        tensor = self._at_hand(k, kept)
         task = torch._C._current_graph_task_id()
         if task != -1:
             self._keeping.watch(task, self._unload)  # type: ignore[union-attr]
@@ -150,6 +157,16 @@ class Rebuilding:
                 if task == self._task and self._cursor == k + 1 and self._steps[k].before is not None:
                     self._step_back()
         return tensor
+
+    def _at_hand(self, k: int, kept: torch.Tensor | Away | SavedView) -> torch.Tensor:
+        """A saved tensor of half-step k: as it is, back from host memory, or made again."""
+        if isinstance(kept, Away):
+            return self._arrived(k, kept)
+        if isinstance(kept, SavedView):
+            with self._lock:
+                self._making.add(kept.output)
+                return kept.here()
+        return kept
 
     def _arrived(self, k: int, away: Away) -> torch.Tensor:
         """A tensor from host memory; those of the half-step before follow while this one's are used."""
@@ -170,6 +187,9 @@ class Rebuilding:
             if self._luggage is not None:
                 self._luggage.let_go()
                 self._luggage = None
+            for output in self._making:
+                output.let_go()
+            self._making.clear()
 
     def _step_back(self) -> None:
         """Undo the last half-step that is not undone: by running it again, or with what it has kept."""
@@ -251,7 +271,7 @@ class Rebuilding:
         higher_order = torch.is_grad_enabled()
         meter = None if self._keeping is None else self._keeping.meter
         if meter is not None:
-            self._mode = meter.begin(k)
+            self._mode, step.outputs = meter.begin(k), Outputs()
         elif step.kept:
             self._mode, step.kept = Replaying(step.kept), {}
         h = self._read(sources)
@@ -271,6 +291,7 @@ class Rebuilding:
             self._uncouple(k, index, target, f)
         if meter is not None:
             meter.end(k, step, self._frame, read, target.numel() * target.element_size())
+            step.outputs = None
         if k == self._first:
             self._unread = set(range(len(self._frame)))
         self._cursor = k
@@ -313,7 +334,12 @@ class Rebuilding:
         out, before, grid = self._rebuilt[index], self._steps[k - 1] if k else None, self._grid
         if grid is not None:
             grid.uncouple(k, out, target, f)
-        elif before is not None and before.entry is not None and before.half_step.sources == (index,):
+        elif (
+            before is not None
+            and before.entry is not None
+            and before.half_step.sources == (index,)
+            and may_be_one(out, f)
+        ):
             self._ready = before.entry.uncouple(out, target, f)
         else:
             self.kernels.uncouple(out, target, f, None)
@@ -336,7 +362,9 @@ class Rebuilding:
         return h
 
     def _keep(self, tensor: torch.Tensor) -> int:
-        frame = self._frame
+        frame, outputs = self._frame, self._steps[self._cursor - 1].outputs
+        if outputs is not None:
+            outputs.find(tensor)
         frame.append((tensor.detach(), version_of(tensor)))
         return len(frame) - 1
 

@@ -13,6 +13,7 @@ from revkernels.autograd.entry import Entry
 from revkernels.autograd.fusion import Tape
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept_ops import KeptOp
+from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.autograd.surroundings import Drawn
@@ -31,11 +32,12 @@ class RecordedStep:
         kept: outputs of operators that the recompute need not run again, by the operator's number; let go once used.
         before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
         luggage: what it has sent to host memory; None if nothing goes there.
+        outputs: while it runs, what it makes that can be made again; None if nobody asks.
     """
 
     __slots__ = (
-        *("before", "drawn", "entry", "half_step", "kept", "luggage", "needs_grad", "saved", "snapshot", "statistics"),
-        "strides",
+        *("before", "drawn", "entry", "half_step", "kept", "luggage", "needs_grad", "outputs", "saved", "snapshot"),
+        *("statistics", "strides"),
     )
 
     def __init__(self, half_step: HalfStep) -> None:
@@ -50,10 +52,11 @@ class RecordedStep:
         self.kept: dict[int, KeptOp] = {}
         self.before: torch.Tensor | Away | None = None
         self.luggage: Luggage | None = None
+        self.outputs: Outputs | None = None
 
     def tape(self, replaying: bool) -> Tape:
         """The branch's batch statistics, to be noted or to be used again."""
-        return Tape(self.statistics, replaying)
+        return Tape(self.statistics, replaying, self.outputs)
 
     def counted(self) -> list[nn.Module]:
         """The batch norms whose statistics were noted, once for each call."""

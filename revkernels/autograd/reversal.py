@@ -37,6 +37,7 @@ from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.kept import Kept
 from revkernels.autograd.kept_ops import Noting
+from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import PLAIN, both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
@@ -205,6 +206,8 @@ class Reversal(Rebuilding):
         if keeping is not None:
             self._whole = keeping.whole(self._count)
             self._mode = noting = None if self._compiler is not None else keeping.mode(self._count)
+            if keeping.makes_again(self._count):
+                step.outputs = Outputs()
         with snapshot.turn:
             snapshot.take()
             if keeping is not None and keeping.away(self._count):
@@ -213,6 +216,7 @@ class Reversal(Rebuilding):
             with self._hooks, self._surroundings.guard, within_a_branch():
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
+        step.outputs = None
         if isinstance(noting, Noting):
             step.kept = noting.settle()
         self._open = []
@@ -340,5 +344,9 @@ class Reversal(Rebuilding):
         if not self._whole:
             return super()._pack(tensor)
         self._saved.append((tensor.dtype, tensor.shape))
-        luggage, kept = self._steps[-1].luggage, tensor.detach()  # a node that held its own output would never be freed
-        return KeptTensor(len(self._steps) - 1, kept if luggage is None else luggage.send(kept), version_of(tensor))
+        step, k = self._steps[-1], len(self._steps) - 1
+        again = None if step.outputs is None else step.outputs.find(tensor)
+        if again is not None:
+            return KeptTensor(k, again, 0)
+        luggage, kept = step.luggage, tensor.detach()  # a node that held its own output would never be freed
+        return KeptTensor(k, kept if luggage is None else luggage.send(kept), version_of(tensor))

@@ -158,11 +158,16 @@ def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kw
 def _report(budget: MemoryBudget, planner: Planner, made: Made, peak: int | None) -> Plan:
     steps = []
     for number, (call, choices) in enumerate(zip(made.calls, made.choices, strict=True)):
-        for cost, (option, ops, away) in zip(call.steps, choices, strict=True):
+        for cost, choice in zip(call.steps, choices, strict=True):
             if cost is not None:
                 names = [f"{op.name.removeprefix('aten.').partition('.')[0]} {op.number}" for op in cost.ops]
-                some = ", ".join(name for op, name in zip(cost.ops, names, strict=True) if op.number in ops)
-                everything = "everything, in host memory" if away else "everything"
+                some = ", ".join(name for op, name in zip(cost.ops, names, strict=True) if op.number in choice.ops)
+                everything = "everything"
+                if choice.away:
+                    everything += ", in host memory"
+                elif choice.makes_again:
+                    everything += " but norms' outputs"
+                option = choice.option
                 kept = everything if option.whole else some or "nothing"
                 steps.append(KeptStep(number, cost.branch, kept, option.kept, option.saved))
     return Plan(

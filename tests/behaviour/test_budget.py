@@ -170,13 +170,14 @@ def test_bit_for_bit(name, budget, autocast, compiled):
         check(net, stored, x, same=assert_same_bits)
 
 
-def wanted_of(net, *, whole=(), some=(), count=99):
-    """Have the plan keep all of some half-steps and the operators of others."""
+def wanted_of(net, kinds):
+    """Have the plan keep of every half-step: 0 nothing, 1 everything, 2 its operators, 3 all but norms' outputs."""
     made = net.activations.planner.latest
-    for k, cost in enumerate(made.calls[0].steps):
+    for k, (cost, kind) in enumerate(zip(made.calls[0].steps, kinds, strict=True)):
         ops = {op.number: op.print for op in cost.ops if op.keepable}
-        menu = cost.choices()
-        made.choices[0][k] = menu[-1] if k in whole else menu[0]._replace(ops=ops if k in some else {})
+        nothing, *_, most, everything = cost.choices()
+        made.choices[0][k] = (nothing, everything, nothing._replace(ops=ops), most)[kind]
+        assert kind != 3 or most.makes_again, "nothing to make again"
     return made
 
 
@@ -191,10 +192,9 @@ def test_any_plan(name, groups, autocast, compiled):
     count, random = 3 * groups, torch.Generator().manual_seed(groups)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         check(net, stored, x, steps=1, same=assert_same_bits)
-        for number in range(6):
-            kinds = [number if number < 3 else int(torch.randint(3, (), generator=random)) for _ in range(count)]
+        for number in range(8):
             wanted_of(
-                net, whole=[k for k in range(count) if kinds[k] == 1], some=[k for k in range(count) if kinds[k] == 2]
+                net, [number if number < 4 else int(torch.randint(4, (), generator=random)) for _ in range(count)]
             )
             check(net, stored, x, steps=1, same=assert_same_bits)
 
@@ -217,9 +217,9 @@ def test_kept_operators_are_not_run_again(compiled):
 
         net = ReversibleSequential(ReversibleBlock(Branch(), Branch()), activations=rk.MemoryBudget(0.5))
         x = rows()
-        for some, whole, expected in ((), (), 4), ((0, 1), (), 2), ((0,), (1,), 2), ((1,), (), 3), ((), (0,), 3):
+        for kinds, expected in ((0, 0), 4), ((2, 2), 2), ((2, 1), 2), ((0, 2), 3), ((1, 0), 3):
             if net.activations.planner is not None:
-                wanted_of(net, some=some, whole=whole)
+                wanted_of(net, kinds)
             calls.clear()
             step(net, x)
             assert len(calls) == expected

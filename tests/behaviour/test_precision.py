@@ -119,8 +119,14 @@ def test_stream_of_half_precision(dtype, options):
     assert_same(got, expected, tolerance=0.05 if dtype == torch.bfloat16 else 0.01)
 
 
-def test_narrow_stream_with_wide_branches(options):
-    """Row 8: nor does a branch of higher precision widen it, as torch's promotion would."""
+NORMS = [nn.Identity, *(lambda norm=norm: norm(16) for norm in (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d))]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["bare", "layer norm", "RMS norm", "batch norm"])
+@pytest.mark.parametrize("training", [True, False])
+def test_narrow_stream_with_wide_branches(norm, training, options):
+    """Row 8: nor does a branch of higher precision widen it, as torch's promotion would; a norm in front of it, which
+    the stream enters, is the stream's."""
 
     class Wide(nn.Module):
         def __init__(self):
@@ -134,8 +140,9 @@ def test_narrow_stream_with_wide_branches(options):
         def forward(self, x):
             return super().forward(x).to(x.dtype)
 
-    net, _ = twins(pairs_of(Wide, 3), **options)
-    _, plain = twins(pairs_of(Narrowed, 3))
+    net, _ = twins(pairs_of(lambda: nn.Sequential(norm(), Wide()), 3), **options)
+    _, plain = twins(pairs_of(lambda: nn.Sequential(norm(), Narrowed()), 3))
+    net.train(training), plain.train(training)
     plain.load_state_dict(net.state_dict())
     x = rows(6, 32, dtype=torch.float32)
     got, expected = (train_under(n, x, contextlib.nullcontext) for n in (net, plain))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs of norms and activations that need not be kept, since what they are made of is.
+
+The convolution behind a norm saves the norm's output h; the norm saves its input and statistics, and one pass makes h
+again from these. A half-step that keeps everything but such outputs is not run again either, and in a convolutional
+network takes half of the memory. GELU and SiLU, whose backward reads their input, are likewise. (ReLU alone saves its
+output, and nothing would be won.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.snapshot import version_of
+
+
+class MadeAgain:
+    """One output: made when the backward first asks for it, and let go when all that saved it have had it."""
+
+    __slots__ = ("_left", "_make", "_now", "_of", "bytes", "saved")
+
+    def __init__(self, make: Callable[[], torch.Tensor], of: Sequence[torch.Tensor], size: int) -> None:
+        self._make, self.bytes = make, size
+        self._of = [(tensor, version_of(tensor)) for tensor in of]
+        self.saved = self._left = 0  # by how many it was saved, and how many of them are still to have it
+        self._now: torch.Tensor | None = None
+
+    def make(self) -> torch.Tensor:
+        """The output, new memory."""
+        with torch.no_grad():
+            return self._make()
+
+    def changed(self) -> bool:
+        """Whether something that it is made of was written to since."""
+        return any(version_of(tensor) != version for tensor, version in self._of)
+
+    def here(self) -> torch.Tensor:
+        """The output, the same for all that saved it."""
+        if self._now is None:
+            self._now, self._left = self.make(), self.saved
+        made, self._left = self._now, self._left - 1
+        if self._left <= 0:
+            self._now = None
+        return made
+
+    def let_go(self) -> None:
+        """Nobody else will ask."""
+        self._now = None
+
+
+class SavedView:
+    """A saved tensor on the memory of an output that is made again: the output itself, or a view of it."""
+
+    __slots__ = ("layout", "output")
+
+    def __init__(self, output: MadeAgain, tensor: torch.Tensor) -> None:
+        self.output = output
+        self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def here(self) -> torch.Tensor:
+        """The tensor."""
+        made = self.output.here()
+        shape, stride, offset = self.layout
+        return made if made.shape == shape and made.stride() == stride else made.as_strided(shape, stride, offset)
+
+
+class Outputs:
+    """The outputs that can be made again, of one run of a branch."""
+
+    __slots__ = ("_noted", "saved")
+
+    def __init__(self) -> None:
+        self._noted: dict[int, tuple[weakref.ref[torch.Tensor], int, MadeAgain]] = {}
+        self.saved: list[MadeAgain] = []  # those that somebody saved
+
+    def note(self, h: torch.Tensor, make: Callable[[], torch.Tensor], *of: torch.Tensor | None) -> None:
+        """h has just been made of ``of``, which the backward needs anyway, and ``make()`` makes it again, on memory of
+        the same layout."""
+        storage = h.untyped_storage()
+        if h.requires_grad and not h.storage_offset():  # else nothing of it is saved for sure
+            output = MadeAgain(make, [tensor for tensor in of if tensor is not None], storage.nbytes())
+            self._noted[storage.data_ptr()] = weakref.ref(h), version_of(h), output
+
+    def find(self, tensor: torch.Tensor) -> SavedView | None:
+        """What stands for ``tensor``, which somebody saves; None if it has to be kept."""
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+            return None
+        ref, version, output = self._noted.get(tensor.untyped_storage().data_ptr(), _NOTHING)
+        h = ref()
+        # Its address means h only as long as h is there, and its values are h's if nobody has written to it.
+        if h is None or output is None or h.dtype != tensor.dtype or version_of(tensor) != version:
+            return None
+        if not output.saved:
+            self.saved.append(output)
+        output.saved += 1
+        return SavedView(output, tensor)
+
+
+_NOTHING: tuple[Callable[[], None], int, None] = (lambda: None, -1, None)
