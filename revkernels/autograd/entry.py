@@ -47,9 +47,12 @@ class Entry:
         return self.given is not None and not self.call.constant  # type: ignore[union-attr]
 
     def apply(
-        self, streams: list[torch.Tensor], source: int, waiting: Waiting | None, kernels: Any
+        self, streams: list[torch.Tensor], source: int, waiting: Waiting | None, kernels: Any, seen: bool
     ) -> torch.Tensor | None:
-        """Settle what is ``waiting`` and return h for the branch; None if the branch's own layers have to make it."""
+        """Settle what is ``waiting`` and return h for the branch; None if the branch's own layers have to make it.
+
+        ``seen``: somebody sees the stream as it is now, and its gradient is to have the branch's part.
+        """
         x = streams[source] if waiting is None else waiting[1]
         found = fusion.kernels_for(x)
         call = None if found is None else fusion.call_of(self.fusable, x, kernels, self.narrow)
@@ -66,7 +69,7 @@ class Entry:
         weight, bias = call.norm.weight, call.norm.bias
         if waiting is not None:
             streams[source], h = couple_norm_act(x, waiting[2], weight, bias, call)
-        elif graph and x.requires_grad:
+        elif graph and x.requires_grad and not seen:
             streams[source], h = enter_norm_act(x, weight, bias, call)
         else:
             h = norm_act(x, weight, bias, call)

@@ -27,6 +27,7 @@ class FixedGrid(Grid):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.integers: dict[int, torch.Tensor] = {}  # the streams as they are now
+        self._seen: dict[int, torch.Tensor] = {}
         self._value: tuple[torch.Tensor, torch.Tensor] | None = None  # a rebuilt stream, and its value
 
     # ---- forward
@@ -41,13 +42,19 @@ class FixedGrid(Grid):
         self.written()
         return coupled
 
-    def read(self, carrier: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The carrier again, and the value for a branch to read; their gradients are accumulated."""
+    def read(self, carrier: torch.Tensor, index: int, seen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The carrier again, and the value for a branch to read; their gradients are accumulated.
+
+        ``seen``: that same value is to be among the next `values`.
+        """
         both: tuple[torch.Tensor, torch.Tensor] = _read(carrier, self, index)
+        if seen:
+            self._seen[index] = both[1]
         return both
 
     def values(self, carriers: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [self.read(carrier, index)[1] for index, carrier in enumerate(carriers)]
+        seen, self._seen = self._seen, {}
+        return [seen[k] if k in seen else self.read(carrier, k)[1] for k, carrier in enumerate(carriers)]
 
     def adopt(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
         return [_carry(value) for value in values]

@@ -89,6 +89,8 @@ class Reversal(Rebuilding):
         compiling = sys.modules.get("revkernels.autograd.compiling")  # imported where torch.compile meets a chain
         self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
+        #: The half-step that writes a stream last before somebody sees it; None if nobody does.
+        self.last_written: dict[int, int] | None = None
         self.end: Any = None  # how its outputs are known again: `revkernels.autograd.links`
         self._claimed: Any = None  # the end before, while it is reopened
         self._finished: tuple[Any, ...] = ()  # what a reopened call is put back to if it fails
@@ -98,6 +100,16 @@ class Reversal(Rebuilding):
             self._hooks = saved_tensors_hooks(self._pack, self._unpack)
 
     # ---- forward
+
+    @property
+    def count(self) -> int:
+        """The half-steps, and rearrangements, so far."""
+        return self._count
+
+    def _is_seen(self, index: int) -> bool:
+        """Whether the stream is as somebody will see it. What a branch sends back to it then goes through that very
+        tensor: to its hooks and `retain_grad`, as in plain torch, and the engine adds it up."""
+        return self.last_written is not None and self.last_written.get(index, -1) < self._count
 
     def advance(self, step: HalfStep, following: HalfStep | None = None) -> None:
         """Run the next half-step. ``following``: the one that comes directly after it."""
@@ -123,7 +135,7 @@ class Reversal(Rebuilding):
         if kernels is eager and grid is None:
             streams[index] = (target + f).to(target.dtype)
             return
-        read_next = following is not None and following.sources == (index,)
+        read_next = following is not None and following.sources == (index,) and not self._is_seen(index)
         if grid is not None:
             streams[index], twin = grid.couple(target, f, index)
             own = grid.fixed or kernels is not eager  # else the engine adds, as in plain torch
@@ -159,7 +171,8 @@ class Reversal(Rebuilding):
         waiting, self._waiting = self._waiting, None
         entry, self._entry = (self._entry_of(step) if waiting is None else self._entry), None
         with fusion.Within(self.kernels, None if recorded is None else recorded.tape(False)):
-            normed = None if entry is None else entry.apply(streams, sources[0], waiting, self.kernels)
+            seen = self._is_seen(sources[0])
+            normed = None if entry is None else entry.apply(streams, sources[0], waiting, self.kernels, seen)
             if normed is None:
                 h = self._entered(sources[0])
                 watched = h if self._grid is not None and self._grid.fixed else streams[sources[0]]
@@ -186,11 +199,12 @@ class Reversal(Rebuilding):
         twin, self._twin = self._twin, None
         if twin is not None and twin[0] == index:
             return twin[1]
+        seen = self._is_seen(index)
         if isinstance(self._grid, FixedGrid):
-            self.streams[index], h = self._grid.read(self.streams[index], index)
+            self.streams[index], h = self._grid.read(self.streams[index], index, seen)
             return h
         s = h = self.streams[index]
-        if self.kernels is not eager and s.requires_grad and torch.is_grad_enabled():
+        if not seen and self.kernels is not eager and s.requires_grad and torch.is_grad_enabled():
             self.streams[index], h = enter(s, self.kernels)
         return h
 

@@ -130,7 +130,7 @@ def forward(
     del streams
     try:
         if through is None:
-            advance(reversal, half_steps)
+            advance(reversal, half_steps, shown=not joined)
         else:
             through(reversal)
         aux, dim = reversal.aux, owner.split_dim
@@ -182,8 +182,9 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
     return (y, aux) if aux else y
 
 
-def advance(reversal: Reversal, half_steps: Sequence[HalfStep]) -> None:
-    """Run half-steps that follow each other directly."""
+def advance(reversal: Reversal, half_steps: Sequence[HalfStep], shown: bool) -> None:
+    """Run half-steps that follow each other directly. ``shown``: somebody sees the streams one by one behind them."""
+    reversal.last_written = {step.target: k for k, step in enumerate(half_steps, reversal.count)} if shown else None
     for step, following in zip_longest(half_steps, half_steps[1:]):
         reversal.advance(step, following)
 

@@ -98,7 +98,7 @@ class ReversibleBlock(KeepsGrid):
         if reversal is None:
             return _run(self, {"": self}, x, args, kwargs)
         reversal.adopt((x, *args), "a block")
-        advance(reversal, half_steps)
+        advance(reversal, half_steps, shown=True)
         return reversal.show()
 
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
@@ -252,12 +252,12 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
         pending: list[HalfStep] = []
         for index, block in enumerate(blocks):
             if hooks[index]:
-                advance(reversal, pending)
+                advance(reversal, pending, shown=True)
                 pending = []
                 _call_through_hooks(reversal, block, half_steps[index], index)
             else:
                 pending += half_steps[index]
-        advance(reversal, pending)
+        advance(reversal, pending, shown=True)
 
     flat = [half_step for of_block in half_steps for half_step in of_block]
     name, linked = _half_step_name(owner, blocks), owner.linked

@@ -28,6 +28,7 @@ from behaviour.exact_chains import NARROW, assert_same_bits
 from behaviour.random_cases import SCENARIOS, cases
 from behaviour.random_networks import networks_of
 from behaviour.random_scenarios import outcome_of
+from revkernels.autograd.costs import Choice
 from revkernels.nn import AttentionBranch, MLPBranch, ReversibleBlock, ReversibleSequential, is_recomputing
 from revkernels.nn.exact import KeepsGrid
 
@@ -175,9 +176,10 @@ def wanted_of(net, kinds):
     made = net.activations.planner.latest
     for k, (cost, kind) in enumerate(zip(made.calls[0].steps, kinds, strict=True)):
         ops = {op.number: op.print for op in cost.ops if op.keepable}
-        nothing, *_, most, everything = cost.choices()
+        nothing, everything = Choice.nothing(), cost.choices()[-1]
+        most = everything._replace(makes_again=True)  # whatever was measured here
         made.choices[0][k] = (nothing, everything, nothing._replace(ops=ops), most)[kind]
-        assert kind != 3 or most.makes_again, "nothing to make again"
+        assert kind != 3 or cost.made_again, "nothing to make again"
     return made
 
 
