@@ -303,7 +303,11 @@ def test_resnet_refuses_to_reconstruct(name, activations):
         ({"num_classes": 0}, ValueError, "num_classes is 0"),
         ({"in_channels": True}, TypeError, "in_channels is True, a bool"),
         ({"activations": "recompute"}, ValueError, "activations"),
-        ({"transitions": "keep"}, ValueError, "transitions is 'keep'; it must be one of 'store', 'recompute'"),
+        (
+            {"transitions": "keep"},
+            ValueError,
+            "transitions is 'keep'; it must be one of 'store', 'selective', 'recompute'",
+        ),
         ({"backend": "metal"}, ValueError, "metal"),
     ],
 )

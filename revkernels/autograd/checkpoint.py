@@ -104,7 +104,7 @@ class Checkpoint(Rebuilding):
         inputs = [t.detach().requires_grad_(wanted) for t, wanted in zip(self._rebuilt, self._wanted, strict=True)]
         self._run_again(k, inputs)
         self._rebuilt = []
-        self._unread = set(range(len(self._frame)))
+        self._rebuilt_all()
         self._cursor = k
 
     def _again(self, step: RecordedStep, inputs: Sequence[torch.Tensor]) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from revkernels.autograd.allotment import Option
 from revkernels.autograd.kept_ops import Looking, Measuring, Noting, OpCost, Stopwatch
 from revkernels.autograd.live_bytes import live_bytes
+from revkernels.autograd.made_again import MadeAgain, SavedView
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recorded import Frame, RecordedStep
 
@@ -200,6 +201,7 @@ class Level:
 
     def __init__(self, device: torch.device, entered: int) -> None:
         self.device, self.clock = device, Stopwatch(device)
+        overhead()  # torch imports for the first mode of a process what takes tens of megabytes of the host
         start = live_bytes(device)
         self.start = None if start is None else start - entered  # its input counts
         self._others = 0
@@ -315,14 +317,24 @@ class Meter:
             "source": sum(size for at, size in of_streams.items() if at in saved),
             "target": target,
             "parameter": max((_own(module) for module in step.snapshot.modules), default=0),
-            "made_again": sum(output.bytes for output in step.outputs.saved) if step.outputs else 0,
+            "made_again": self._make_again(reading, step, frame),
         }
         if len(streams) == 1 and reading.sizes["source"]:
             reading.reads = half_step.sources[0]
-        for output in step.outputs.saved if step.outputs else ():
+
+    def _make_again(self, reading: _Reading, step: RecordedStep, frame: Frame) -> int:
+        """Make again what can be, and time it. Returns its bytes; 0 if it comes out otherwise than it was saved."""
+        outputs: dict[MadeAgain, list[tuple[SavedView, int]]] = {}
+        for view, index in step.outputs.views if step.outputs else ():
+            outputs.setdefault(view.output, []).append((view, index))
+        for output, views in outputs.items():
             start = self.watch.read()
-            output.make()
+            made = output.make()
             reading.making.append((start, self.watch.read()))
+            # The branch may have written to it where no version tells, through .data or NumPy.
+            if not all(torch.equal(view.on(made), frame[index][0]) for view, index in views):
+                return 0
+        return sum(output.bytes for output in outputs)
 
     def costs(self, names: Sequence[str]) -> CallCost:
         """What was read; waits for a device. ``names``: of the half-steps."""

@@ -67,6 +67,12 @@ class Tape:
         return None
 
 
+def outputs_alone() -> Tape | None:
+    """A tape for what stores its activations: what can be made again, if somebody around it wants to know."""
+    tape = ambient.tape
+    return None if tape is None or tape.outputs is None else Tape([], False, tape.outputs)
+
+
 class Fusable(NamedTuple):
     """A norm, the activation behind it ("none" if there is none), and how many layers these are."""
 
@@ -222,7 +228,9 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             rstd = (layer.running_var.to(wide) + layer.eps).rsqrt_()
-            given, constant = Statistics(running_mean.to(wide), rstd), True
+            # A copy for the backward: a forward in training may write the buffer before that.
+            mean = running_mean.to(wide, copy=torch.is_grad_enabled())
+            given, constant = Statistics(mean, rstd), True
     elif eps is None:  # torch's default for an RMS norm
         eps = torch.finfo(x.dtype).eps
     bias = None if kind == "rms" else _held(parameters, "bias", layer)

@@ -135,8 +135,11 @@ class Grid:
             return
         what = "the input" if cell < self._streams else self.name(cell - self._streams)
         if not top <= torch.finfo(torch.float32).max:
+            become = f"infinite, or too large for k={self.k}" if top > 0 else "NaN"
+            raise ReconstructionError(f"{what}: the stream has become {become}, which an exact coupling cannot undo")
+        if exponent_for(self.storage, top, 1) >= self.k:
             raise ReconstructionError(
-                f"{what}: the stream has become {'infinite' if top > 0 else 'NaN'}, which an exact coupling cannot undo"
+                f"{what}: the stream has reached {top:g}, which no grid of {self.storage} streams can hold"
             )
         raise ReconstructionError(
             f"{what}: the stream has reached {top:g}; with k={self.k} it must stay below {self.limit:g} to be rebuilt "

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chain keeps of its forward: its outputs, in the custody of torch's engine."""
+"""What is kept of a forward: a chain's outputs, in the custody of torch's engine, and saved tensors that are."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+from revkernels.autograd.made_again import SavedView
+from revkernels.autograd.offload import Away
+from revkernels.autograd.snapshot import version_of
 
 
 class Kept(torch.autograd.Function):
@@ -19,3 +23,23 @@ class Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         raise RuntimeError("this node only holds tensors")  # nothing ever depends on its output
+
+
+class KeptTensor:
+    """What autograd holds for a saved tensor that is kept: the tensor, or what it is had from.
+
+    Attributes:
+        tensor: detached, for a node that held its own output would never be freed.
+        step: the half-step that saved it, in a chain.
+    """
+
+    __slots__ = ("__weakref__", "_version", "step", "tensor")
+
+    def __init__(self, tensor: torch.Tensor | Away | SavedView, version: int = 0, step: int = -1) -> None:
+        self.tensor, self._version, self.step = tensor, version, step
+
+    def changed(self) -> bool:
+        """Whether it, or what it is made of, was written to since. (Not noticed of what has gone to host memory.)"""
+        if isinstance(self.tensor, SavedView):
+            return self.tensor.output.changed()
+        return isinstance(self.tensor, torch.Tensor) and version_of(self.tensor) != self._version

@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd.coupling import CHANNELS_LAST
+from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.surroundings import draws
 
 #: Kept outputs of an operator: its print, what it returned, and the versions of the tensors in that.
@@ -139,6 +141,9 @@ class Measuring(_Counting):
         super().__init__()
         self.clock, self.level = clock, level
         self._seen: list[tuple[OpCost, Any, Any, list[tuple[Any, int]]]] = []
+        # Outputs by their memory, held weakly so that an address stays theirs: an alias without the version writes too.
+        self._memory: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._written: set[int] = set()
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = self.level.raw()
@@ -150,16 +155,23 @@ class Measuring(_Counting):
         versions = [(weakref.ref(t), t._version) for t in _tensors(out)]  # not held: the step's peak must not rise
         keepable = number >= 0 and _is_plain(out)
         cost = OpCost(number, str(func), 0.0, size, keepable, _passing(func, out, size), self._print)
+        for tensor in _tensors(out) if keepable else ():
+            storage = tensor.untyped_storage()
+            self._memory[storage._cdata] = StorageWeakRef(storage), len(self._seen)
         self._seen.append((cost, start, end, versions))
         return out
 
     def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for tensor in written_by(func, args, kwargs):
+            if (place := self._memory.get(tensor.untyped_storage()._cdata)) is not None:
+                self._written.add(place[1])
         return self.run(-1, func, args, kwargs) if _makes(func) else func(*args, **kwargs)
 
     def settle(self) -> None:
         """After the branch: see which outputs it wrote over, as far as they are still there. (`Noting` sees to it.)"""
         for index, (cost, start, end, versions) in enumerate(self._seen):
-            written = any(t is not None and t._version != version for t, version in ((r(), v) for r, v in versions))
+            now = ((ref(), version) for ref, version in versions)
+            written = index in self._written or any(t is not None and t._version != version for t, version in now)
             self._seen[index] = replace(cost, keepable=cost.keepable and not written), start, end, []
 
     def costs(self, between: Callable[[Any, Any], float]) -> list[OpCost]:
@@ -200,6 +212,17 @@ def _makes(func: Any) -> bool:
         known = reads and makes and not aliases and not name.startswith(_FACTORIES) and "c10d" not in schema.name
         _KNOWN[func] = known  # (what talks to other processes has to be said again)
     return known
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that the operator writes to."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (t for t in _tensors(value) if type(t) in PLAIN and t.layout is torch.strided)
 
 
 def _passing(func: Any, out: Any, size: int) -> int:

@@ -26,7 +26,7 @@ class MadeAgain:
     def __init__(self, make: Callable[[], torch.Tensor], of: Sequence[torch.Tensor], size: int) -> None:
         self._make, self.bytes = make, size
         self._of = [(tensor, version_of(tensor)) for tensor in of]
-        self.saved = self._left = 0  # by how many it was saved, and how many of them are still to have it
+        self.saved = self._left = 0  # by how many it is saved, and how many of them are still to have it
         self._now: torch.Tensor | None = None
 
     def make(self) -> torch.Tensor:
@@ -42,40 +42,85 @@ class MadeAgain:
         """The output, the same for all that saved it."""
         if self._now is None:
             self._now, self._left = self.make(), self.saved
-        made, self._left = self._now, self._left - 1
-        if self._left <= 0:
-            self._now = None
+        made = self._now
+        self._served()
         return made
 
+    def forgo(self) -> None:
+        """One that saved it is gone, and has not asked."""
+        self.saved -= 1
+        self._served()
+
+    def _served(self) -> None:
+        self._left -= 1
+        if self._left <= 0:
+            self._now = None
+
     def let_go(self) -> None:
-        """Nobody else will ask."""
+        """Nobody is expected to ask. (Who does has it made once more.)"""
         self._now = None
 
 
 class SavedView:
     """A saved tensor on the memory of an output that is made again: the output itself, or a view of it."""
 
-    __slots__ = ("layout", "output")
+    __slots__ = ("_asked", "layout", "output")
 
     def __init__(self, output: MadeAgain, tensor: torch.Tensor) -> None:
-        self.output = output
+        self.output, self._asked = output, False
         self.layout = tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def here(self) -> torch.Tensor:
         """The tensor."""
-        made = self.output.here()
+        self._asked = True
+        return self.on(self.output.here())
+
+    def on(self, made: torch.Tensor) -> torch.Tensor:
+        """The tensor, given the output."""
         shape, stride, offset = self.layout
         return made if made.shape == shape and made.stride() == stride else made.as_strided(shape, stride, offset)
+
+    def __del__(self) -> None:
+        if not self._asked:
+            self.output.forgo()
+
+
+class AtHand:
+    """The outputs that were made again in a backward and are awaited by more that saved them: few at a time, for some
+    of these may never ask."""
+
+    def __init__(self) -> None:
+        self._made: dict[MadeAgain, None] = {}  # in the order of their making
+        self._group = -1
+
+    def get(self, view: SavedView, group: int = -1) -> torch.Tensor:
+        """The saved tensor. With one of another ``group`` those of the last are let go."""
+        if group != self._group:
+            self.clear()
+            self._group = group
+        self._made.pop(view.output, None)
+        self._made[view.output] = None
+        if len(self._made) > _AWAITED:
+            oldest = next(iter(self._made))
+            oldest.let_go()
+            del self._made[oldest]
+        return view.here()
+
+    def clear(self) -> None:
+        """The backward is over, or with this group."""
+        for output in self._made:
+            output.let_go()
+        self._made.clear()
 
 
 class Outputs:
     """The outputs that can be made again, of one run of a branch."""
 
-    __slots__ = ("_noted", "saved")
+    __slots__ = ("_noted", "views")
 
     def __init__(self) -> None:
         self._noted: dict[int, tuple[weakref.ref[torch.Tensor], int, MadeAgain]] = {}
-        self.saved: list[MadeAgain] = []  # those that somebody saved
+        self.views: list[tuple[SavedView, int]] = []  # for who measures: what was found, and a number of its own
 
     def note(self, h: torch.Tensor, make: Callable[[], torch.Tensor], *of: torch.Tensor | None) -> None:
         """h has just been made of ``of``, which the backward needs anyway, and ``make()`` makes it again, on memory of
@@ -87,17 +132,16 @@ class Outputs:
 
     def find(self, tensor: torch.Tensor) -> SavedView | None:
         """What stands for ``tensor``, which somebody saves; None if it has to be kept."""
-        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
             return None
         ref, version, output = self._noted.get(tensor.untyped_storage().data_ptr(), _NOTHING)
         h = ref()
         # Its address means h only as long as h is there, and its values are h's if nobody has written to it.
         if h is None or output is None or h.dtype != tensor.dtype or version_of(tensor) != version:
             return None
-        if not output.saved:
-            self.saved.append(output)
         output.saved += 1
         return SavedView(output, tensor)
 
 
+_AWAITED = 8
 _NOTHING: tuple[Callable[[], None], int, None] = (lambda: None, -1, None)

@@ -81,6 +81,8 @@ class Luggage:
         """Send the tensor away, unless it stays."""
         if type(tensor) is not torch.Tensor or tensor.untyped_storage().data_ptr() in self.at_home:
             return tensor
+        if tensor.numel() > tensor.untyped_storage().nbytes() // tensor.element_size():  # expanded: there is less of it
+            return tensor
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if key not in self._sent:
             self._sent[key] = Away(tensor)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from revkernels.autograd.allotment import Stop, allot
-from revkernels.autograd.costs import CallCost, Choice, Level, Meter, StepCost
+from revkernels.autograd.costs import CallCost, Choice, Level, Meter, StepCost, bytes_of
 from revkernels.autograd.kept_ops import Looking, Noting, Replaying, Stopwatch
 from revkernels.autograd.offload import way_of
 from revkernels.budget import MemoryBudget, words
@@ -44,7 +44,7 @@ class Made:
     """A plan for one kind of step.
 
     Attributes:
-        calls: the costs of the calls of chains, in order.
+        calls: the costs of the calls of chains, in order. known: whether all of them were measured.
         choices: for every call, what its half-steps keep. kept: the bytes of that, by call.
         limit, reconstructing, storing: bytes at the peak: allowed, without keeping anything, keeping everything.
         peak, saved: what the plan is expected to have there, and the seconds that it saves.
@@ -54,7 +54,7 @@ class Made:
     def __init__(
         self, budget: MemoryBudget, calls: Sequence[CallCost], first: float, way: tuple[float, float] | None = None
     ) -> None:
-        self.calls, self.first = list(calls), first
+        self.calls, self.first, self.known = list(calls), first, True
         menus = [[[NOTHING] if step is None else step.choices(way) for step in call.steps] for call in calls]
         workings, self.turn = _workings(calls)
         if way is not None:  # on their way are the tensors of two half-steps at most
@@ -136,6 +136,7 @@ class Planner:
         self._lock = threading.RLock()
         self._costs: OrderedDict[Hashable, tuple[CallCost, tuple[Hashable, ...]]] = OrderedDict()
         self._plans: OrderedDict[tuple[Hashable, ...], Made | ValueError] = OrderedDict()
+        self._waiting: tuple[Hashable, ...] = ()  # a step that lacked the backward of a call
         self._calls: list[weakref.ref[Keeping]] = []  # of the step under way, those whose graph is still there
         self._over = True  # a backward has ended it
         self._start: Any = None
@@ -176,12 +177,14 @@ class Planner:
             made = self._plan_for(order)
             if made is not None:
                 keeping = Keeping(self, order, names, made.choices[len(alive)], None, made.kept[len(alive)])
+                keeping.unknown = frozenset(k for k, step in enumerate(made.calls[len(alive)].steps) if step is None)
             else:
                 self._kept = False
                 held = sum(call.bytes for call in alive)
                 known = kind in self._costs or self._captured
                 meter = None if known else Meter(streams, branches, self._level, entered, held)
                 keeping = Keeping(self, order, names, [NOTHING] * len(names), meter)
+            keeping.streams = sum(map(bytes_of, streams))
             self._calls.append(weakref.ref(keeping))
             return keeping
 
@@ -214,6 +217,11 @@ class Planner:
             made = self._plans.get(order)
             if made is not None:
                 self._plans.move_to_end(order)  # what is not seen any more is forgotten first
+            if keeping.missed:  # the step that was measured had a backward of a part alone
+                self._forget(keeping.kind)
+                return
+            if isinstance(made, Made) and not made.known and all(kind in self._costs for kind in order):
+                made = None  # its backward has come after all
             if isinstance(made, Made):
                 if self._kept:
                     self.latest = made
@@ -221,16 +229,38 @@ class Planner:
                         made.times.append((self._start, end))
                     else:
                         made.times[-1] = self._start, end
-            elif made is None and all(kind in self._costs for kind in order):
-                calls = [self._cost_in(order[: place + 1]) for place in range(len(order))]
-                try:
-                    self._plans[order] = self.latest = Made(self.budget, calls, self._first(calls, end), self._way())
-                except ValueError as error:
-                    self._plans[order] = error
+            elif made is None:
+                self._plan(order, end)
             while len(self._plans) > _KINDS:
                 self._plans.popitem(last=False)
             while len(self._costs) > 4 * _KINDS:
                 self._costs.popitem(last=False)
+
+    def _plan(self, order: tuple[Hashable, ...], end: Any) -> None:
+        """Make the plan of a step of these calls, once all have been measured, or their backward did not come again."""
+        known = all(kind in self._costs for kind in order)
+        if not known and self._waiting != order:
+            self._waiting = order  # it may be part of this very backward
+            return
+        now = self._calls_now()
+        calls = [
+            self._cost_in(order[: place + 1])
+            if kind in self._costs
+            else CallCost(now[place].streams, [None] * len(now[place].names), 0.0)
+            for place, kind in enumerate(order)
+        ]
+        try:
+            made = Made(self.budget, calls, self._first(calls, end), self._way())
+            made.known = known
+            self._plans[order] = self.latest = made
+        except ValueError as error:
+            self._plans[order] = error
+
+    def _forget(self, kind: Hashable) -> None:
+        """Measure such calls anew."""
+        self._costs.pop(kind, None)
+        for order in [order for order in self._plans if kind in order]:
+            del self._plans[order]
 
     def _way(self) -> tuple[float, float] | None:
         """Seconds a byte to host memory and back, if tensors may be sent there."""
@@ -262,6 +292,10 @@ class Planner:
         return statistics.median(times) if times else None
 
 
+def _nothing() -> None:
+    """What is left to do for a call whose graph is gone."""
+
+
 class Keeping:
     """What one call of a chain keeps, and what is read off it."""
 
@@ -277,6 +311,9 @@ class Keeping:
         self.planner, self.order, self.names, self.meter = planner, order, names, meter
         self.kind, self.bytes, self.over = order[-1], kept, False
         self.choices = choices
+        self.streams = 0  # bytes of them
+        self.unknown: frozenset[int] = frozenset()  # half-steps that were not measured, and are planned as if not there
+        self.missed = False  # one of these is
         self._task = -1
         self._rebuilt = next((k for k, choice in enumerate(choices) if not choice.option.whole), len(choices))
 
@@ -303,13 +340,18 @@ class Keeping:
         """Whether half-step k is not rebuilt, and a stream from before it is needed, for an earlier one that is."""
         return k > self._rebuilt and self.choices[k].option.whole
 
-    def watch(self, task: int, end: Callable[[], None]) -> None:
-        """The backward ``task`` is at work on the call: hear of its end, and call ``end`` then."""
+    def rebuilds(self, k: int) -> None:
+        """Half-step k is about to be rebuilt."""
+        self.missed = self.missed or k in self.unknown
+
+    def watch(self, task: int, end: Callable[[], Callable[[], None] | None]) -> None:
+        """The backward ``task`` is at work on the call: hear of its end, and call what ``end`` refers to then, if it is
+        still there."""
         if task != self._task:
             self._task = task
 
             def over() -> None:
-                end()
+                (end() or _nothing)()
                 self.planner.ended(self)
 
             torch.autograd.Variable._execution_engine.queue_callback(over)

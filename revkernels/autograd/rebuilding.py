@@ -6,17 +6,19 @@ See `revkernels.autograd.reversal`, which is the forward half.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels.autograd.entry import Ready, may_be_one
 from revkernels.autograd.grid import Grid
-from revkernels.autograd.made_again import MadeAgain, Outputs, SavedView
+from revkernels.autograd.kept import KeptTensor
+from revkernels.autograd.made_again import AtHand, Outputs, SavedView
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
@@ -52,15 +54,6 @@ def is_within_a_branch() -> bool:
     return getattr(_local, "within", False) or is_recomputing()
 
 
-class KeptTensor(NamedTuple):
-    """A saved tensor that is kept under a memory budget: its half-step, the tensor or what it is had from, and its
-    version then."""
-
-    step: int
-    tensor: torch.Tensor | Away | SavedView
-    version: int
-
-
 class Rebuilding:
     """What all backwards through one call of a chain have in common. `Reversal` adds the forward."""
 
@@ -80,7 +73,7 @@ class Rebuilding:
         self._whole = False  # the half-step under way keeps what it saves
         self._mode: Any = None  # to run the next branch in
         self._luggage: Luggage | None = None  # that is back from host memory
-        self._making: set[MadeAgain] = set()  # outputs that were made again in this backward
+        self._made = AtHand()  # outputs that were made again in this backward
         # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
         self._strides: list[tuple[int, ...]] = []
         self._strides_now: list[tuple[int, ...]] = []
@@ -140,19 +133,15 @@ class Rebuilding:
         )
 
     def _unpack_kept(self, token: KeptTensor) -> torch.Tensor:
-        k, kept, version = token
-        if isinstance(kept, torch.Tensor):
-            changed = version_of(kept) != version
-        else:
-            changed = isinstance(kept, SavedView) and kept.output.changed()
-        if changed:
+        k, kept = token.step, token.tensor
+        if token.changed():
             problem = self._steps[k].snapshot.problem() or self._surroundings.problem()
             problem = problem or "a tensor needed for its gradient was changed in place"
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         tensor = self._at_hand(k, kept)
         task = torch._C._current_graph_task_id()
-        if task != -1:
-            self._keeping.watch(task, self._unload)  # type: ignore[union-attr]
+        if task != -1 and not (self._hooks is not None and self._kept is None):  # the forward is over
+            self._keeping.watch(task, weakref.WeakMethod(self._unload))  # type: ignore[union-attr]
             with self._lock:
                 if task == self._task and self._cursor == k + 1 and self._steps[k].before is not None:
                     self._step_back()
@@ -164,8 +153,7 @@ class Rebuilding:
             return self._arrived(k, kept)
         if isinstance(kept, SavedView):
             with self._lock:
-                self._making.add(kept.output)
-                return kept.here()
+                return self._made.get(kept, k)
         return kept
 
     def _arrived(self, k: int, away: Away) -> torch.Tensor:
@@ -187,9 +175,7 @@ class Rebuilding:
             if self._luggage is not None:
                 self._luggage.let_go()
                 self._luggage = None
-            for output in self._making:
-                output.let_go()
-            self._making.clear()
+            self._made.clear()
 
     def _step_back(self) -> None:
         """Undo the last half-step that is not undone: by running it again, or with what it has kept."""
@@ -215,13 +201,15 @@ class Rebuilding:
             other._let_go(task)
         self._fetch()
         if self._keeping is not None:
-            self._keeping.watch(task, self._unload)
+            self._keeping.watch(task, weakref.WeakMethod(self._unload))
             if self._keeping.meter is not None:
                 self._keeping.meter.backward_begins()
         self._task, self._cursor, self._frame, self._ready = task, len(self._steps), [], None
         self._unread = {-1}  # of a frame that is still to come
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
+        # Not held until the backward is over: with the last of its nodes the engine lets go of it, and of the outputs.
+        over = functools.partial(_over, weakref.ref(self), self._grid, task)
+        torch.autograd.Variable._execution_engine.queue_callback(over)
 
     def _fetch(self) -> None:
         """Read the kept outputs: the streams that a backward starts from."""
@@ -270,6 +258,8 @@ class Rebuilding:
         index, sources = step.half_step.target, step.half_step.sources
         higher_order = torch.is_grad_enabled()
         meter = None if self._keeping is None else self._keeping.meter
+        if self._keeping is not None:
+            self._keeping.rebuilds(k)
         if meter is not None:
             self._mode, step.outputs = meter.begin(k), Outputs()
         elif step.kept:
@@ -293,8 +283,12 @@ class Rebuilding:
             meter.end(k, step, self._frame, read, target.numel() * target.element_size())
             step.outputs = None
         if k == self._first:
-            self._unread = set(range(len(self._frame)))
+            self._rebuilt_all()
         self._cursor = k
+
+    def _rebuilt_all(self) -> None:
+        """The frame is that of the first half-step that saved something: there is nothing more to run."""
+        self._unread, self._hooks = set(range(len(self._frame))), None  # hooks hold us, and we them
 
     def _run_again(self, k: int, h: Any) -> Any:
         """Run branch k as it ran in the forward: what it saves is the frame. Returns what it returns."""
@@ -363,14 +357,23 @@ class Rebuilding:
 
     def _keep(self, tensor: torch.Tensor) -> int:
         frame, outputs = self._frame, self._steps[self._cursor - 1].outputs
-        if outputs is not None:
-            outputs.find(tensor)
+        if outputs is not None and (view := outputs.find(tensor)) is not None:
+            outputs.views.append((view, len(frame)))
         frame.append((tensor.detach(), version_of(tensor)))
         return len(frame) - 1
 
     def _kept_now(self, index: int) -> torch.Tensor:
         """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
         return self._frame[index][0]
+
+
+def _over(ref: weakref.ref[Rebuilding], grid: Grid | None, task: int) -> None:
+    """A backward is over, whether the call of the chain is still there or not."""
+    reversal = ref()
+    if reversal is not None:
+        reversal._end(task)
+    elif grid is not None:
+        grid.end()
 
 
 def _empty(like: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

@@ -35,13 +35,13 @@ from revkernels.autograd.entry import Entry, Waiting, entry_of
 from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
-from revkernels.autograd.kept import Kept
+from revkernels.autograd.kept import Kept, KeptTensor
 from revkernels.autograd.kept_ops import Noting
 from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import PLAIN, both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
-from revkernels.autograd.rebuilding import KeptTensor, Rebuilding, is_recomputing, within_a_branch
+from revkernels.autograd.rebuilding import Rebuilding, is_recomputing, within_a_branch
 from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep
 from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
@@ -170,7 +170,7 @@ class Reversal(Rebuilding):
         sources, streams = step.sources, self.streams
         waiting, self._waiting = self._waiting, None
         entry, self._entry = (self._entry_of(step) if waiting is None else self._entry), None
-        with fusion.Within(self.kernels, None if recorded is None else recorded.tape(False)):
+        with fusion.Within(self.kernels, fusion.outputs_alone() if recorded is None else recorded.tape(False)):
             seen = self._is_seen(sources[0])
             normed = None if entry is None else entry.apply(streams, sources[0], waiting, self.kernels, seen)
             if normed is None:
@@ -361,6 +361,6 @@ class Reversal(Rebuilding):
         step, k = self._steps[-1], len(self._steps) - 1
         again = None if step.outputs is None else step.outputs.find(tensor)
         if again is not None:
-            return KeptTensor(k, again, 0)
-        luggage, kept = step.luggage, tensor.detach()  # a node that held its own output would never be freed
-        return KeptTensor(k, kept if luggage is None else luggage.send(kept), version_of(tensor))
+            return KeptTensor(again, step=k)
+        luggage, kept = step.luggage, tensor.detach()
+        return KeptTensor(kept if luggage is None else luggage.send(kept), version_of(tensor), k)

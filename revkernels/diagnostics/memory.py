@@ -232,6 +232,8 @@ def _between(
             kind = OUTPUT
         elif place in kept or (place in noted and not made.saved):
             kind, holder = CHAIN, "its outputs" if place in kept else "statistics, random states, arguments"
+        elif made.saved and made.budget:
+            kind, holder = CHAIN, "its memory budget"
         elif made.saved:
             kind, holder = SAVED, whose.get(place)  # would stay, if it were rebuilt
         else:

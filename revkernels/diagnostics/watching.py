@@ -8,6 +8,7 @@ a measurement; new memory is seen by a dispatch mode, below autograd, and rememb
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd import fusion
+from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.reversal import Reversal, is_recomputing
+from revkernels.autograd.selective import Selective
 from revkernels.diagnostics.untouched import tensors_in
 
 _LOSS = "(loss)"
@@ -36,6 +39,7 @@ class Made:
     module: str
     operator: str | None
     packed: Any = None  # a weak reference to what autograd holds for it
+    budget: bool = False  # of a chain that keeps it under a memory budget
 
     @property
     def saved(self) -> bool:
@@ -134,9 +138,10 @@ class Watch(TorchDispatchMode):
         originals = [
             (nn.Module, "__call__", nn.Module.__call__),
             (fusion, "fused", fusion.fused),
-            *((Reversal, name, getattr(Reversal, name)) for name in ("_run", "finish", "_rebuild")),
+            *((Reversal, name, getattr(Reversal, name)) for name in ("_run", "finish", "_rebuild", "_pack")),
+            (Selective, "_pack", Selective._pack),
         ]
-        call, fused, run, finish, rebuild = (original for _, _, original in originals)
+        call, fused, run, finish, rebuild, *packs = (original for _, _, original in originals)
 
         def watched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._within(module, call, module, *args, **kwargs)
@@ -168,8 +173,19 @@ class Watch(TorchDispatchMode):
                 if chain.reversal() is reversal:
                     chain.frames[k] = max(size, chain.frames.get(k, 0))
 
+        def watched_pack(pack: Callable[..., Any], holder: Any, tensor: torch.Tensor) -> Any:
+            packed = pack(holder, tensor)
+            if isinstance(packed, KeptTensor) and isinstance(packed.tensor, torch.Tensor):
+                known = self.note(tensor)
+                if known is not None and not known.saved:
+                    known.packed, known.budget = weakref.ref(packed), isinstance(holder, Reversal)
+            return packed
+
         theirs = [name not in vars(owner) for owner, name, _ in originals]  # of a base class
-        replacements = (watched_call, watched_fused, watched_run, watched_finish, watched_rebuild)
+        replacements = (
+            *(watched_call, watched_fused, watched_run, watched_finish, watched_rebuild),
+            *(functools.partialmethod(functools.partial(watched_pack, pack)) for pack in packs),
+        )
         try:
             for (owner, name, _), replacement in zip(originals, replacements, strict=True):
                 setattr(owner, name, replacement)

@@ -21,7 +21,7 @@ from revkernels.models.layers import (
     initialise,
 )
 from revkernels.models.plan import Plan, check_positive
-from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential, checkpoint
+from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential, checkpoint, selective_checkpoint
 from revkernels.nn.fusion import norms_by
 from revkernels.nn.plan import Plan as NetPlan
 from revkernels.nn.plan import plan_of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["RevNet", "Transition", "revnet38", "revnet56", "revnet104", "revnet110", "revnet164"]
 
 Pair = tuple[Tensor, Tensor]
-TRANSITIONS = ("store", "recompute")
+TRANSITIONS = ("store", "selective", "recompute")
 
 
 class RevNetOptions(ModelOptions, total=False):
@@ -109,9 +109,10 @@ class RevNet(nn.Module):
         coupling: "float" or "exact", as in ReversibleSequential.
         backend: where couplings, norms and activations run; None picks the fused one of the tensors' device, "eager" is
             plain torch.
-        transitions: "store" keeps what the stem and the transitions save, as the paper does; "recompute" keeps their
-            inputs alone and runs them again in the backward (`revkernels.nn.checkpoint`). They hold most of what a
-            RevNet of few units keeps.
+        transitions: "store" keeps what the stem and the transitions save, as the paper does, "selective" all of that
+            but outputs of norms (`revkernels.nn.selective_checkpoint`, which takes in chains that store), "recompute"
+            their inputs alone, and runs them again in the backward (`revkernels.nn.checkpoint`). They hold most of what
+            a RevNet of few units keeps.
 
     Raises:
         ValueError, TypeError: a size, kind or name that does not fit, before any parameter is allocated.
@@ -165,6 +166,9 @@ class RevNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels)
+        return selective_checkpoint(self._run, x) if self.transitions == "selective" else self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         with norms_by(self.backend, x):
             run = checkpoint if self.transitions == "recompute" else _call
             x1, x2 = run(self.stem, x).chunk(2, dim=1)

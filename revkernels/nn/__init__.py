@@ -4,7 +4,7 @@
 from revkernels.autograd.reversal import is_recomputing
 from revkernels.nn.arguments import PerBlock
 from revkernels.nn.branches import AttentionBranch, BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch
-from revkernels.nn.checkpoint import checkpoint
+from revkernels.nn.checkpoint import checkpoint, selective_checkpoint
 from revkernels.nn.fusion import Explanation, FusedSequential
 from revkernels.nn.norm_act import NormAct
 from revkernels.nn.plan import Plan
@@ -25,4 +25,5 @@ __all__ = [
     "ReversibleSequential",
     "checkpoint",
     "is_recomputing",
+    "selective_checkpoint",
 ]

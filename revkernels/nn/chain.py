@@ -273,17 +273,26 @@ def _keeping(
     device = streams[0].device.type
     kind = (
         tuple(_ById(step.branch) for step in half_steps),
-        tuple((stream.shape, stream.stride(), stream.dtype, stream.device) for stream in streams),
+        tuple((s.shape, s.stride(), s.dtype, s.device, s.requires_grad) for s in streams),
         tuple((path, tensor.shape, tensor.dtype) for path, tensor in tensors_in(side_inputs)),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         owner.backend,
         owner.coupling,
-        tuple(step.branch.training for step in half_steps if isinstance(step.branch, nn.Module)),
+        hash(tuple(map(_mode_of, half_steps))),
     )
     names, branches = [name(k) for k in range(len(half_steps))], [step.branch for step in half_steps]
     given = {t.untyped_storage()._cdata: bytes_of(t) for t in (x if isinstance(x, (tuple, list)) else [x])}
     copied = sum(bytes_of(stream) for stream in streams if stream.untyped_storage()._cdata not in given)
     return planner_of(budget).enter(kind, names, streams, branches, sum(given.values()) + copied)
+
+
+def _mode_of(step: HalfStep) -> tuple[Any, ...]:
+    """What the branch trains, and how: frozen it saves less, and in evaluation other tensors."""
+    branch: Any = step.branch
+    if not isinstance(branch, nn.Module):
+        return ()
+    modes = (module.training for module in branch.modules())
+    return *modes, *(parameter.requires_grad for parameter in branch.parameters())
 
 
 def _side_inputs(half_steps: Sequence[HalfStep]) -> dict[str, Any]:

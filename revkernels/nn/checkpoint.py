@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpointing for what lies between reversible chains: the inputs are kept, the rest is made again."""
+"""Less memory for what lies between reversible chains, or for a network without any: all of it is run again from its
+inputs, or only what costs next to nothing to make again."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 
 from revkernels.autograd.checkpoint import Checkpoint
+from revkernels.autograd.rebuilding import is_within_a_branch
+from revkernels.autograd.selective import Selective
 from revkernels.errors import ReconstructionError
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "selective_checkpoint"]
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -33,8 +36,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises (in the backward):
         ReconstructionError: an input, a parameter or a buffer has changed, or the function did not do the same twice.
     """
-    if not callable(function):
-        raise TypeError(f"function is a {type(function).__name__}; it must be an nn.Module or another callable")
+    _check(function)
     if torch.compiler.is_dynamo_compiling():
         from torch.utils.checkpoint import checkpoint as by_torch
 
@@ -46,3 +48,42 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             "torch.func transforms cannot run a checkpointed call again: call the function itself for them"
         )
     return Checkpoint(function, args, kwargs).run(*args, **kwargs)
+
+
+def selective_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``function(*args, **kwargs)``, and keep what its backward needs but for outputs of norms and activations.
+
+    The output h of a fused norm and activation, which the layer behind it saves, is made again in the backward, in one
+    pass from the norm's input and statistics, which are kept anyway; and so is that of a GELU or SiLU in a Sequential
+    from its input. In a network of convolutions with norms between them that halves the memory. The function runs once:
+    nothing that it draws, counts or changes matters. (Korthikanti et al. 2022, Reducing Activation Recomputation in
+    Large Transformer Models, section 5, call it selective recomputation.)
+
+        y = selective_checkpoint(model, x)
+
+    It takes norms in a `FusedSequential`, a `NormAct`, the library's own branches, and the chains that store their
+    activations; chains that rebuild theirs, or keep to a budget, go on as they do. Without grad mode, inside a branch
+    of such a chain, in torch.func transforms and while torch.compile traces, which decides by itself what to recompute,
+    it is the plain call.
+
+    Args:
+        function: a module, or any callable.
+        *args, **kwargs: of the call.
+
+    Raises (in the backward):
+        ReconstructionError: a kept tensor was changed in place.
+    """
+    _check(function)
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or not torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or is_within_a_branch()
+    ):
+        return function(*args, **kwargs)
+    return Selective().run(function, args, kwargs)
+
+
+def _check(function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"function is a {type(function).__name__}; it must be an nn.Module or another callable")

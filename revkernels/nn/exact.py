@@ -140,14 +140,19 @@ class Exponents:
 
     def advice(self, k: int) -> str:
         """What to do about streams that need exponent ``k``."""
+        smaller = "keep the streams smaller: a norm in front of each branch, smaller weights at its end"
         if not self.learns:
+            return f"Set coupling=rk.Exact(k={k}) or less, or {smaller}"
+        if not self._adapts():
             return (
-                f"Set coupling=rk.Exact(k={k}) or less, or keep the streams smaller: a norm in front of each branch, "
-                f"smaller weights at its end"
+                f"This k was chosen from training batches, and stays as it is in evaluation and without grad mode: "
+                f"keep such an input away, or set coupling=rk.Exact(k={k}) or less"
             )
-        self._write(self._read()._replace(k=k, coming=k))
+        # Chosen anew from the batches to come: this one may have been the only one of its kind.
+        self._write(Choice(k, 0, k))
         return (
-            f"This k was chosen from earlier batches; from the next call on it is {k}, or set coupling=rk.Exact(k=...)"
+            f"This k was chosen from earlier batches; for the next call it is {k}, and from there on chosen anew (or "
+            f"set coupling=rk.Exact(k=...))"
         )
 
     def _adapts(self) -> bool:

@@ -79,7 +79,7 @@ def norms_by(backend: str | None, x: torch.Tensor) -> AbstractContextManager[Non
     """``with norms_by(backend, x)``: the norms outside any chain, in a model that has been given a backend."""
     if backend is None or torch.compiler.is_compiling():
         return nullcontext()
-    return fusion.Within(backends.select(x, backend), None)
+    return fusion.Within(backends.select(x, backend), fusion.ambient.tape)
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,14 @@ def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kw
     from revkernels.diagnostics.untouched import default_loss, detached, outside_autocast, tensors_in, untouched
     from revkernels.measure import peak_bytes
 
-    device = next(tensors_in(x)).device
+    device = next((t.device for t in tensors_in((x, args, kwargs))), None)
+    if device is None:
+        raise TypeError(f"x is a {type(x).__name__}; it must be an input of the network, with a tensor in it")
 
     def step() -> None:
         loss = default_loss(net(detached(x), *args, **kwargs))
+        if not loss.requires_grad:
+            raise ValueError("nothing in the network requires grad for this x: there is no backward to plan for")
         with outside_autocast(device.type):
             loss.backward()
 

@@ -2,11 +2,14 @@
 """What reversibility promises: memory that does not grow with depth, for one extra forward of each branch."""
 
 import gc
+import weakref
 
 import pytest
 from torch import nn
 
+import revkernels as rk
 from behaviour.common import WIDE, pairs_of, rows, torch, twins
+from revkernels.autograd.reversal import Reversal
 from revkernels.measure import peak_bytes
 from revkernels.nn import is_recomputing
 
@@ -120,3 +123,33 @@ def test_extra_forwards_of_two_gradients(kind, backend):
     torch.autograd.grad(y.sum(), list(net[3].G.parameters()))
     assert [len(block.G.calls) for block in net] == [1, 1, 1, 2]
     assert [len(block.F.calls) for block in net] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kept", [None, 0, 0.5, "exact"])
+def test_nothing_is_held_while_what_lies_in_front_is_at_work(kept, backend, monkeypatch):
+    """Row 2: with the last of a chain's nodes go its outputs and the last branch's tensors, before the backward of the
+    layers in front of it, and without the collector."""
+    options = {"coupling": "exact"} if kept == "exact" else {}
+    if kept in (0, 0.5):
+        options = {"activations": rk.MemoryBudget(kept)}
+    net, _ = twins(pairs_of(lambda: slim_branch().float(), 3), backend=backend, **options)
+    front = nn.Linear(2 * WIDTH, 2 * WIDTH)
+    x = rows(BATCH, 2 * WIDTH, requires_grad=False, dtype=torch.float32)
+    calls, seen, finish = [], [], Reversal.finish
+
+    def noting(self, *args):
+        calls.append(weakref.ref(self))
+        finish(self, *args)
+
+    monkeypatch.setattr(Reversal, "finish", noting)
+    gc.collect(), gc.disable()
+    try:
+        for _ in range(3):
+            h = front(x)
+            h.register_hook(lambda g: seen.append(calls[-1]() is None))
+            loss = net(h).square().sum()
+            del h
+            loss.backward()
+    finally:
+        gc.enable()
+    assert seen == [True] * 3

@@ -143,8 +143,37 @@ def test_beyond_the_range_of_what_was_chosen(compiled):
     net = ReversibleSequential(ReversibleBlock(linear(), linear()), coupling="exact")
     net(rows(3, 8, dtype=torch.float32))
     x = torch.full((3, 8), 2.0**17)
-    assert_raises(rk.ReconstructionError, ["the input", "from the next call on"], lambda: net(x))
+    assert_raises(rk.ReconstructionError, ["the input", "for the next call"], lambda: net(x))
     assert torch.equal(net.inverse(net(x)), x)
+
+
+def test_one_batch_beyond_the_range(compiled):
+    """Whoever goes on without it has the grid back, as fine as before; in evaluation nothing changes at all."""
+    net = ReversibleSequential(ReversibleBlock(linear(), linear()), coupling="exact")
+    x = rows(3, 8, dtype=torch.float32)
+    for _ in range(20):
+        net(x)
+    before, bad = net.grid.tolist(), torch.full((3, 8), 2.0**23)
+    net.eval()
+    assert_raises(rk.ReconstructionError, ["the input", "stays as it is in evaluation"], lambda: net(bad))
+    net.train()
+    with torch.no_grad():
+        assert_raises(rk.ReconstructionError, ["the input", "without grad mode"], lambda: net(bad))
+    assert net.grid.tolist() == before
+    assert_raises(rk.ReconstructionError, ["the input", "for the next call"], lambda: net(bad))
+    assert net.grid[0] < 0
+    for _ in range(3):
+        net(x)
+    assert net.grid[0] == before[0]
+
+
+def test_what_no_grid_holds(compiled):
+    """Advice that helps, or none."""
+    net = ReversibleSequential(ReversibleBlock(linear(), linear()), coupling=rk.Exact(k=-102))
+    x = torch.full((3, 8), 3e38)
+    assert_raises(rk.ReconstructionError, ["the input", "no grid of float32 streams"], lambda: net(x))
+    net.coupling = rk.Exact(k=10)
+    assert_raises(rk.ReconstructionError, ["infinite, or too large for k=10"], lambda: net(x))
 
 
 def test_state_dict(compiled):

@@ -113,6 +113,18 @@ def test_as_stored(name, training, made, compiled):
     assert "everything but norms' outputs" in str(net.plan())
 
 
+class Conjugate(nn.Module):
+    """Saves a view of the norm's output whose sign is a bit of the view."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.weight = rk.nn.NormAct(nn.GroupNorm(2, 8), nn.SiLU()), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        z = torch.view_as_complex(self.norm(x).unflatten(-1, (3, 2))).conj()
+        return torch.cat([z.imag * self.weight, z.real], -1)
+
+
 def hooked():
     layers = conv(nn.Linear(6, 6), nn.GELU())
     layers[1].register_forward_hook(lambda layer, inputs, h: h * 0.5)
@@ -129,6 +141,7 @@ KEPT = {
     "in place behind the norm": lambda: conv(nn.GroupNorm(2, 8), nn.Dropout(0.3, inplace=True)),
     "activation in place": lambda: conv(nn.Conv2d(8, 8, 1), nn.SiLU(inplace=True)),
     "hooked activation": hooked,
+    "conjugate view": Conjugate,
     "a norm of their own": lambda: conv(OwnNorm(2, 8), nn.ReLU()),
     "output that nobody saves": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)),
 }
@@ -181,6 +194,46 @@ def test_backward_twice_and_in_parts(made, compiled):
     assert all(map(torch.equal, net.found, stored.found))
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), stored.parameters(), strict=True))
     assert all(ref() is None for ref in made) and made
+
+
+class Logged(nn.Module):
+    """Looks at its norms' outputs with operators whose graph is thrown away, or is no part of the loss."""
+
+    def __init__(self, aux, width=8):
+        super().__init__()
+        self.norms = nn.ModuleList(rk.nn.NormAct(nn.LayerNorm(width), nn.SiLU()) for _ in range(3))
+        self.layers, self.aux = nn.ModuleList(nn.Linear(width, width) for _ in range(3)), aux
+
+    def forward(self, x):
+        y, seen = 0, 0
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = norm(x)
+            y, seen = y + layer(h), seen + h.pow(2).mean()
+        self.seen = seen.detach()
+        return (y, seen) if self.aux else y
+
+
+@pytest.mark.parametrize("aux", [False, True])
+def test_who_saved_it_and_never_asks(aux, made, compiled):
+    """Then the output is let go all the same, at the latest when the half-step before is at work."""
+    net, _ = chain(lambda: Logged(aux), 4, split_dim=-1)
+    x = rows(64, 64, 16, dtype=torch.float32)
+    step(net, x)
+    assert planned(net, x) == 8
+    made.clear()
+    most = 0
+
+    def look():
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in made))
+
+    for block in net:
+        for branch in (block.F, block.G):
+            branch.layers[0].weight.register_hook(lambda g: look())
+    y = net(x)
+    (y[0] if aux else y).square().sum().backward()
+    assert len(made) >= 8 * 3 and most <= 3
+    assert all(ref() is None for ref in made)
 
 
 def test_gradients_of_gradients(compiled):
@@ -256,7 +309,7 @@ def test_an_address_means_a_tensor_only_while_it_is_there():
     h = x * 2
     outputs = noted(h, x)
     view = outputs.find(h[3:5].detach())
-    assert torch.equal(view.here(), h[3:5]) and len(outputs.saved) == 1
+    assert torch.equal(view.here(), h[3:5]) and view.output.saved == 1
     assert outputs.find(x) is None and outputs.find(torch.randn(2)) is None
     assert outputs.find(torch.eye(2).to_sparse()) is None
     with torch.no_grad():

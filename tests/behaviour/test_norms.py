@@ -4,7 +4,8 @@
 import pytest
 from torch import nn
 
-from behaviour.common import WIDE, check_step, images, pairs_of, rows, torch, twins
+from behaviour.common import WIDE, check_step, conv, images, pairs_of, rows, torch, twins
+from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
 def norm_branch(norm):
@@ -85,3 +86,18 @@ def test_statistics_are_the_caller_s_own_buffers(kind, options):
     net(kind.x()).sum().backward()
     assert all(now is then for now, (then, _) in zip(net.buffers(), held, strict=True))
     assert all(not torch.equal(now, before) for now, before in held)
+
+
+def test_statistics_of_evaluation_are_those_of_the_forward(compiled):
+    """Row 5: a forward in training before the backward of one in evaluation writes the buffers, not what the backward
+    of the fused norm reads. (Plain torch's own batch norm does not notice either.)"""
+    found = []
+    for between in (False, True):
+        torch.manual_seed(0)
+        net = ReversibleSequential(ReversibleBlock(conv(), conv()), activations="store").eval()
+        y = net(rows(2, 8, 5, 6))
+        if between:
+            net.train()(3 * rows(2, 8, 5, 6))
+        y.square().sum().backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    assert all(map(torch.equal, *found))

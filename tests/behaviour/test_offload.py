@@ -117,3 +117,35 @@ def test_options():
     assert repr(rk.MemoryBudget("1GiB", offload=True)) == "MemoryBudget('1GiB', offload=True)"
     with pytest.raises(TypeError, match="offload is a str"):
         rk.MemoryBudget("1GiB", offload="yes")
+
+
+class Expanded(nn.Module):
+    """Saves a tensor with less memory than elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x) * x.mean(-1, keepdim=True).expand_as(x)
+
+
+def test_expanded_tensors_stay(compiled, moved, monkeypatch):
+    monkeypatch.setattr(planner.Planner, "_plan_for", everything_away(planner.Planner._plan_for))
+    net, stored = pair_of(Expanded, 3, split_dim=-1, backend=compiled)
+    net.activations = budget()
+    x = torch.randn(5, 16, requires_grad=True)
+    for number in range(3):
+        assert_same_bits(step(net, x, seed=number), step(stored, x, seed=number))
+    assert moved["sent"]
+
+
+def everything_away(choose):
+    def forced(self, order):
+        made = choose(self, order)
+        for choices in made.choices if made is not None else ():
+            whole = planner.Choice.nothing().option._replace(whole=True)
+            choices[:] = [planner.Choice(whole, {}, True)] * len(choices)
+        return made
+
+    return forced

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call that keeps what its backward needs, but for the outputs that one pass makes again from what is kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from revkernels.autograd import fusion
+from revkernels.autograd.kept import KeptTensor
+from revkernels.autograd.made_again import AtHand, Outputs, SavedView
+from revkernels.autograd.snapshot import version_of
+from revkernels.errors import ReconstructionError
+
+
+class Selective:
+    """One call of a function, and all backwards through it."""
+
+    def __init__(self) -> None:
+        self._outputs: Outputs | None = Outputs()
+        self._made = AtHand()  # in the backward under way
+        self._task = -1
+        self._lock = threading.Lock()
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return ``function(*args, **kwargs)``."""
+        tape = fusion.Tape([], False, self._outputs)
+        try:
+            with saved_tensors_hooks(self._pack, self._unpack), fusion.Within(fusion.ambient.kernels, tape):
+                return function(*args, **kwargs)
+        finally:
+            self._outputs = None  # it knows inputs of norms whose outputs nobody saved
+
+    def _pack(self, tensor: torch.Tensor) -> KeptTensor:
+        view = None if self._outputs is None else self._outputs.find(tensor)
+        return KeptTensor(tensor.detach(), version_of(tensor)) if view is None else KeptTensor(view)
+
+    def _unpack(self, saved: KeptTensor) -> torch.Tensor:
+        kept = saved.tensor
+        if saved.changed():
+            raise ReconstructionError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation, or "
+                "what a norm's or an activation's output is made of again"
+            )
+        if isinstance(kept, SavedView):
+            with self._lock:
+                task = torch._C._current_graph_task_id()
+                if task not in (-1, self._task):
+                    self._task = task
+                    torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
+                return self._made.get(kept)
+        return kept  # type: ignore[return-value]
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._made.clear()
+            self._task = -1
