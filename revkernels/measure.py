@@ -9,6 +9,7 @@ forward and backward alike) and the CUDA figure is the caching allocator's peak.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -54,7 +55,44 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
     return _cpu_peak(fn) if device.type == "cpu" else _cuda_peak(fn, device)
 
 
+def peak_bytes_from(fn: Callable[[Callable[[], None]], Any], device: torch.device) -> int | None:
+    """`peak_bytes` from a place inside ``fn`` on: where it calls the function that it is given, once.
+
+    None if it does not.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        begun, at_entry = False, 0
+
+        def begin() -> None:
+            nonlocal begun, at_entry
+            begun, at_entry = True, torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+
+        fn(begin)
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - at_entry) if begun else None
+
+    def mark() -> None:
+        torch.empty(_MARK, dtype=torch.uint8, device="cpu")
+
+    sizes = _events(lambda: fn(mark))
+    return _peak(sizes[sizes.index(_MARK) :]) if _MARK in sizes else None
+
+
+_MARK = 7919  # bytes: nobody else's size
+
+
 def _cpu_peak(fn: Callable[[], Any]) -> int:
+    return _peak(_events(fn))
+
+
+def _peak(sizes: Iterable[int]) -> int:
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def _events(fn: Callable[[], Any]) -> list[int]:
+    """The bytes that the host's allocator gave, and took back (below 0), in order."""
     # Kineto reports each start and stop on stderr at its default level; a user who set a level keeps it.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
@@ -62,11 +100,7 @@ def _cpu_peak(fn: Callable[[], Any]) -> int:
     results = session.profiler.kineto_results
     events = [e for e in results.events() if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
     events.sort(key=lambda e: e.start_ns())  # stable: events of one thread keep their order
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return [event.nbytes() for event in events]
 
 
 def _cuda_peak(fn: Callable[[], Any], device: torch.device) -> int:

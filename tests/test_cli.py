@@ -223,12 +223,30 @@ def test_a_backend_that_raises_is_a_finding_not_a_crash(monkeypatch):
         (["bench", "coupling", "--rounds", "1"], "at least 2"),
         (["bench", "block", "--depth", "7"], "7 is odd"),
         (["bench", "block", "--device", "tpu"], "it must be cpu or cuda"),
+        (["bench", "block", "--batch", "1", "--side", "1"], "one value a channel"),
+        (["bench", "coupling", "--save", "README.md"], "README.md is a file"),
+        (["bench", "coupling", "--save", "/proc/nowhere"], "no file can be made there"),
+        (["bench", "network", "--plot", "/proc/a.png"], "no file can be made there"),
+        (["bench", "network", "--graphs", "--device", "cpu:0"], "--graphs needs --device cuda"),
+        (["exact", "--out", "/proc/a.png"], "no file can be made there"),
+        (["drift", "--out", "/proc/a.png"], "no file can be made there"),
+        (["drift", "--device", "tpu"], "it must be cpu or cuda"),
+        (["drift", "--seed", "99999999999999999999"], "from 0 to 2^63 - 1"),
+        (["demo", "--seed", "-1"], "from 0 to 2^63 - 1"),
     ],
 )
 def test_a_bad_call_exits_2_and_says_why(words, complaint):
     done = revk(*words)
     assert done.returncode == 2
     assert complaint in done.stderr
+
+
+def test_the_environment_variable():
+    """`info` says what it does; a benchmark that compares backends does not run under it."""
+    assert "REVKERNELS_BACKEND=eager takes the place" in revk("info", REVKERNELS_BACKEND="eager").stdout
+    assert "does not exist" in revk("info", REVKERNELS_BACKEND="foo").stdout
+    done = revk("bench", "coupling", REVKERNELS_BACKEND="eager")
+    assert done.returncode == 2 and "unset it" in done.stderr
 
 
 def test_bench_without_torch_names_the_extra():

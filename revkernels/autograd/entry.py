@@ -85,6 +85,7 @@ class Entry:
         """Return h from the rebuilt stream, as a node that saves what the forward's saved."""
         before: Any = self.call
         call = Call(before.kernels, before.norm, before.dtype, self.given, before.constant)
+        call.source = before.source
         if ready is not None:
             call.ready, call.given = ready
             call.statistics = call.given

@@ -142,7 +142,7 @@ def fusable_at(layers: Sequence[nn.Module], index: int) -> Fusable | str:
 
 def untouchable(layer: nn.Module) -> str | None:
     """Return why the layer has to be called as a module, or None."""
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if has_hooks(layer):
         return f"{type(layer).__name__} has hooks"
     for name, parameter in layer._parameters.items():
         if parameter is not None and type(parameter) not in PLAIN:
@@ -164,14 +164,17 @@ def passes_keywords(branch: Any) -> bool:
     return getattr(type(branch).forward, "passes_keywords", False)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks of its own."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def hooked(branch: nn.Module) -> bool:
     """Whether calling the branch as a module would fire hooks."""
-    return bool(
-        branch._forward_hooks
-        or branch._forward_pre_hooks
-        or branch._backward_hooks
-        or branch._backward_pre_hooks
-        or _torch_module._global_forward_hooks
+    return has_hooks(branch) or bool(
+        _torch_module._global_forward_hooks
         or _torch_module._global_forward_pre_hooks
         or _torch_module._global_backward_hooks
         or _torch_module._global_backward_pre_hooks
@@ -183,7 +186,7 @@ def hooked(branch: nn.Module) -> bool:
 
 def kernels_for(x: Any) -> Any:
     """The backend that fuses here, or None where the layers have to run as they are."""
-    if type(x) not in PLAIN or x.dtype not in _FLOATS or torch.compiler.is_compiling():
+    if type(x) not in PLAIN or x.dtype not in _FLOATS or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     kernels = ambient.kernels
     if kernels is eager or torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -210,7 +213,7 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
     kind, axis = NORM_LAYERS[type(layer)]
     if not _fits(layer, kind, axis, x):
         return None
-    given, constant, running = None, False, _NOT_RUNNING
+    given, constant, running, source = None, False, _NOT_RUNNING, None
     eps: float = layer.eps
     if kind == "batch":
         running_mean = _held(buffers, "running_mean", layer)
@@ -228,15 +231,17 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             rstd = (layer.running_var.to(wide) + layer.eps).rsqrt_()
-            # A copy for the backward: a forward in training may write the buffer before that.
-            mean = running_mean.to(wide, copy=torch.is_grad_enabled())
-            given, constant = Statistics(mean, rstd), True
+            # A copy for the backward: a forward in training may write the buffer before that, where no version tells.
+            source = running_mean if torch.is_grad_enabled() else None
+            given, constant = Statistics(running_mean.to(wide, copy=source is not None), rstd), True
     elif eps is None:  # torch's default for an RMS norm
         eps = torch.finfo(x.dtype).eps
     bias = None if kind == "rms" else _held(parameters, "bias", layer)
     groups = layer.num_groups if kind == "group" else 1
     norm = Norm(kind, _held(parameters, "weight", layer), bias, eps, fusable.activation, groups, axis, *running)
-    return Call(kernels, norm, _dtype(kind, x, narrow), given, constant)
+    call = Call(kernels, norm, _dtype(kind, x, narrow), given, constant)
+    call.source = source
+    return call
 
 
 def _fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:

@@ -36,9 +36,10 @@ class Call:
         constant: the statistics are no function of x (batch norm in evaluation).
         statistics: those that were used, once the node has run.
         ready: h, if it was computed before (then ``given`` is not None).
+        source: the buffer that constant statistics are a copy of: saved to have writes to it refused, as in torch.
     """
 
-    __slots__ = ("constant", "dtype", "given", "kernels", "norm", "ready", "statistics")
+    __slots__ = ("constant", "dtype", "given", "kernels", "norm", "ready", "source", "statistics")
 
     def __init__(
         self, kernels: Any, norm: Norm, dtype: Any = None, given: Statistics | None = None, constant: bool = False
@@ -46,6 +47,7 @@ class Call:
         self.kernels, self.norm, self.dtype, self.given, self.constant = kernels, norm, dtype, given, constant
         self.statistics: Statistics | None = given
         self.ready: torch.Tensor | None = None
+        self.source: torch.Tensor | None = None
 
     def outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any, bool]:
         """Return (h, mean, rstd, whether these are given), what has to be computed being still empty."""
@@ -144,7 +146,7 @@ couple_norm_act: Any = super(torch.autograd.Function, CoupleNormAct).apply
 def _remember(ctx: Any, call: Call, s: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
     # Statistics go with the saved tensors: a chain that rebuilds its activations drops them, and those of rows, a
     # float for every position, would otherwise grow with its depth.
-    ctx.save_for_backward(s, weight, bias, mean, rstd)
+    ctx.save_for_backward(s, weight, bias, mean, rstd, call.source)
     ctx.kernels, ctx.norm, ctx.constant = call.kernels, call.norm, call.constant
     ctx.set_materialize_grads(False)
 
@@ -161,7 +163,7 @@ def _gradients(ctx: Any, ds: Any, dh: Any, into: Any = None, over: bool = False)
     """
     if dh is None:
         return ds, None, None
-    s, weight, bias, mean, rstd = ctx.saved_tensors
+    s, weight, bias, mean, rstd, _ = ctx.saved_tensors
     own = ctx.norm  # without its running statistics; `replace` would take twice as long
     norm = Norm(own.kind, weight, bias, own.eps, own.activation, own.groups, own.channel_dim)
     constant = Statistics(mean, rstd) if ctx.constant else None

@@ -144,8 +144,7 @@ class Planner:
         self._kept = True  # nothing in the step under way was measured
         self._captured = False
         self.latest: Made | None = None
-        self.looks = False  # whether to note how much was allocated as a step began, in `entry`
-        self.entry: int | None = None
+        self.looks: Callable[[int], None] | None = None  # is told as a step begins: the bytes of its input
 
     def enter(
         self,
@@ -169,8 +168,8 @@ class Planner:
                 # What is recorded into a CUDA graph takes no time now: it follows a plan, or rebuilds everything.
                 self._captured = streams[0].is_cuda and torch.cuda.is_current_stream_capturing()
                 self._level = Level(streams[0].device, entered)
-                if self.looks:
-                    self.entry = self._level.start
+                if self.looks is not None:
+                    self.looks(entered)
                 self._watch = self._level.clock
                 self._start = self._watch.read()
             order = (*(call.kind for call in alive), kind)

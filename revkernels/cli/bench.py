@@ -4,13 +4,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from revkernels.cli import bench_budget, bench_jax, bench_network
-from revkernels.cli.bench_tables import GOAL, MIB, command_of, depth, goal_cells, how, positive, rounds, rows_of, timing
-from revkernels.cli.output import Table, add_json_option, progress, report
+from revkernels.cli.bench_tables import (
+    GOAL,
+    MIB,
+    command_of,
+    depth,
+    device_problem,
+    goal_cells,
+    how,
+    positive,
+    rounds,
+    rows_of,
+    timing,
+)
+from revkernels.cli.output import Table, add_json_option, check_folder, progress, report
 from revkernels.cli.stamp import environment
 from revkernels.threads import set_num_threads
 
@@ -46,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FOLDER",
             nargs="?",
             const=RESULTS,
-            type=Path,
+            type=_folder_to_write,
             help=f"append result lines to FOLDER/<device>.jsonl (default folder: {RESULTS})",
         )
         add_json_option(subject)
@@ -82,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure one subject."""
     try:
+        if wanted := os.environ.get("REVKERNELS_BACKEND"):
+            raise bench_network.OptionError(
+                f"REVKERNELS_BACKEND={wanted} is set, and would be what every contender of ours runs on: unset it"
+            )
+        if "side" in args and args.batch * args.side**2 < 2:
+            raise bench_network.OptionError("--batch 1 --side 1: one value a channel has no variance for a batch norm")
         if args.subject == "numpy":
             set_num_threads(args.threads)
         elif args.subject != "jax":
@@ -98,6 +117,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _folder_to_write(name: str) -> Path:
+    """A folder that files can be written to, or made in; refused at once rather than after the work."""
+    folder = Path(name)
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: {nearest} is a file; a folder is needed")
+    check_folder(nearest)
+    return folder
+
+
 def _chosen(suite: Any, words: list[str]) -> Any:
     try:
         return suite.matching(words)
@@ -108,10 +137,9 @@ def _chosen(suite: Any, words: list[str]) -> Any:
 def _prepare_torch(args: argparse.Namespace) -> None:
     import torch
 
-    kind = args.device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
-        raise bench_network.OptionError(f"--device {args.device}: {why}")
+    problem = device_problem(args.device)
+    if problem is not None:
+        raise bench_network.OptionError(problem)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -137,7 +137,7 @@ def _measured(
     from revkernels.bench.clocks import clock_for, memory_kept
     from revkernels.bench.network import run, steps
 
-    if args.graphs and args.device == "cpu":
+    if args.graphs and args.device.partition(":")[0] == "cpu":
         raise OptionError("--graphs needs --device cuda: what it times are replays of CUDA graphs")
 
     clock = clock_for(args.device)

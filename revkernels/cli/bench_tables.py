@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from revkernels.cli.output import Table, display
+from revkernels.cli.output import Table, display, file_to_write
 from revkernels.cli.stamp import environment
 
 __all__ = [
@@ -53,13 +53,32 @@ def depth(text: str) -> int:
 
 
 def picture(name: str) -> Path:
-    """A PNG to write, refused at once if its folder does not exist rather than after the work."""
-    path = Path(name)
-    if path.suffix.lower() != ".png":
+    """A PNG to write, refused at once if that cannot be rather than after the work."""
+    if Path(name).suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"{name}: the name must end in .png")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{name}: the folder {path.parent} does not exist")
-    return path
+    return file_to_write(name)
+
+
+def seed(text: str) -> int:
+    """What torch's generators can be seeded with."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number from 0 to 2^63 - 1")
+    return number
+
+
+def device_problem(device: str) -> str | None:
+    """Why torch cannot work there; None if it can."""
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
+        return None
+    why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
+    return f"--device {device}: {why}"
 
 
 def _whole(text: str, at_least: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from revkernels.cli import digits, plots, training
+from revkernels.cli.bench_tables import seed
 from revkernels.cli.output import Table, add_json_option, progress, report
 from revkernels.measure import angle, branch_calls, multiply_adds, peak_bytes
 from revkernels.models import BasicBranch, RevNet, revnet38
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer epochs, steps and draws")
     parser.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training digits (20; quick: 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and shifts (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, order and shifts (default 0)")
     parser.add_argument(
         "--out", type=_folder, default=Path(), metavar="DIR", help="where demo.png goes (default: here)"
     )

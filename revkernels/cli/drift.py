@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from revkernels import models
-from revkernels.cli.bench_tables import positive
-from revkernels.cli.output import Table, add_json_option, progress, report
+from revkernels.cli.bench_tables import device_problem, positive, seed
+from revkernels.cli.output import Table, add_json_option, file_to_write, progress, report
 from revkernels.diagnostics import PRECISIONS, DriftMonitor, drift
 from revkernels.diagnostics.plots import plot_training
 from revkernels.models import BasicBranch
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="of --digits (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu); --digits runs on the CPU")
     parser.add_argument("--threads", type=positive, metavar="N", help="of torch, on the CPU")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and images (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and images (default 0)")
     parser.add_argument(
         "--out", type=_picture, default=Path("drift.png"), metavar="FILE", help="the picture (default drift.png)"
     )
@@ -61,11 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show, draw. Returns 0."""
+    """Measure, show, draw. Returns 0, or 2 for a device that is not there."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.digits:
         args.device = "cpu"
+    problem = device_problem(args.device)
+    if problem is not None:
+        print(f"revkernels drift: {problem}", file=sys.stderr)
+        return 2
     torch.manual_seed(args.seed)
     with ExitStack() as stack:
         table, draw = (_training if args.digits else _by_depth)(args, stack)
@@ -193,9 +198,7 @@ def _error(epoch: Any) -> float:
 
 
 def _picture(name: str) -> Path:
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{name}: a file name in a folder that exists is needed")
+    path = file_to_write(name)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"{name} ends in {path.suffix or 'nothing'}; .png, .svg or .pdf is needed")
     return path

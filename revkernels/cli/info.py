@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from revkernels.cli.output import Table, add_json_option, report
@@ -42,4 +43,8 @@ def _backends(facts: dict[str, Any]) -> Table:
     table.rows = [{"name": name, **entry} for name, entry in facts["backends"].items()]
     for device, names in facts["defaults"].items():
         table.notes.append(f"default on {device}: {', then '.join(names)}")
+    wanted = os.environ.get("REVKERNELS_BACKEND")
+    if wanted:
+        known = "" if wanted in facts["backends"] else ", which does not exist: every call will be refused"
+        table.notes.append(f"REVKERNELS_BACKEND={wanted} takes the place of these{known}")
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 from revkernels.cli.stamp import environment
 
-__all__ = ["Table", "add_json_option", "display", "progress", "report"]
+__all__ = ["Table", "add_json_option", "check_folder", "display", "file_to_write", "progress", "report"]
 
 #: Width for a pipe or a file, where rich would otherwise wrap at 80.
 _UNBOUNDED = 200
@@ -50,7 +51,7 @@ class Table:
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json FILE``, refused at once if its folder does not exist rather than after the work."""
-    parser.add_argument("--json", metavar="FILE", type=_file_to_write, help="also write what the tables show to FILE")
+    parser.add_argument("--json", metavar="FILE", type=file_to_write, help="also write what the tables show to FILE")
 
 
 def report(command: str, tables: Sequence[Table], json_file: Path | None = None, device: str = "cpu") -> None:
@@ -159,10 +160,24 @@ def _plain_progress(title: str, total: int) -> Callable[[str], None]:
     return begin
 
 
-def _file_to_write(name: str) -> Path:
+def file_to_write(name: str) -> Path:
+    """A file that can be written, refused at once rather than after the work."""
     path = Path(name)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{name}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{name} is a folder; a file name is needed")
+    check_folder(path.parent)
     return path
+
+
+def check_folder(folder: Path) -> None:
+    """Files can be made there.
+
+    Raises:
+        argparse.ArgumentTypeError: they cannot.
+    """
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{folder}: no file can be made there ({error.strerror})") from None

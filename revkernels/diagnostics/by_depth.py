@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,8 +172,12 @@ def drift(
         on_step: called as each measurement begins, with a word on it and how many there are.
 
     Raises:
-        TypeError: ``net`` is not a module. ValueError: it has no reversible chain, or an option does not exist.
+        TypeError: ``net`` is not a module, or an option no list. ValueError: it has no reversible chain, or an option
+            does not exist.
     """
+    for what, value in (("depths", depths), ("couplings", couplings), ("precisions", precisions)):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
+            raise TypeError(f"{what} is {value!r}; it must be a list, even of one")
     names, chains = list(precisions or _supported(x)), chains_of(net)
     for name in names:
         if name not in _DTYPES:
@@ -217,7 +221,9 @@ def _calls(
         for name, chain in chains.items():
 
             def note(_: Any, given: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
-                calls.setdefault(name, detached((given[0], given[1:], named)))
+                first, *more = given or (named["x"],)
+                named = {key: value for key, value in named.items() if given or key != "x"}
+                calls.setdefault(name, detached((first, tuple(more), named)))
 
             hooks.append(chain.register_forward_pre_hook(note, with_kwargs=True))
         try:
@@ -295,9 +301,10 @@ def _row(
                 with untouched(whole):
                     net = cut_to(begin, begin + depth, activations)
                     net.__dict__["witness"] = _Errors(errors)
-                    with context():
-                        total = loss(_streams(net(_leaves(x), *more, **named)))
-                    total.backward()
+                    with torch.enable_grad():
+                        with context():
+                            total = loss(_streams(net(_leaves(x), *more, **named)))
+                        total.backward()
                     found[activations] = [p.grad for p in net.parameters() if p.grad is not None]
     except ReconstructionError as problem:
         return DriftRow(name, words, precision, depth, None, None, None, str(problem))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from revkernels.budget import MemoryBudget
 from revkernels.diagnostics import holders
 from revkernels.diagnostics.report import (
     BUFFERS,
@@ -86,7 +87,10 @@ def memory_report(
     device = _device(net, (x, args, kwargs))
     loss = default_loss if loss is None else loss
     torch.clear_autocast_cache()
-    if device.type == "cuda":  # libraries take their workspaces once
+    first = 0 if device.type == "cpu" else 1  # on a GPU libraries take their workspaces once
+    if any(isinstance(getattr(module, "activations", None), MemoryBudget) for module in net.modules()):
+        first = 2  # the first step is the planner's own
+    for _ in range(first):
         with untouched(net):
             _step(net, loss, *detached((x, args, kwargs)))
     with untouched(net):

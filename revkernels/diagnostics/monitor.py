@@ -102,7 +102,6 @@ class DriftMonitor:
         self.angles: list[AngleRecord] = []
         self._steps = dict.fromkeys(self._chains, 0)
         self._comparisons = 0
-        self._paused = False
         self._warned: set[str] = set()
 
     # ---- attaching
@@ -174,19 +173,15 @@ class DriftMonitor:
         self._comparisons += 1
         if self.angle_every is None or step % self.angle_every:
             return None
-        self._paused = True
+        ours = self._gradients(closure)
+        before = [(chain, chain.activations) for chain in self._chains.values()]
         try:
-            ours = self._gradients(closure)
-            before = [(chain, chain.activations) for chain in self._chains.values()]
-            try:
-                for chain, _ in before:
-                    chain.activations = "store"
-                theirs = self._gradients(closure)
-            finally:
-                for chain, activations in before:
-                    chain.activations = activations
+            for chain, _ in before:
+                chain.activations = "store"
+            theirs = self._gradients(closure)
         finally:
-            self._paused = False
+            for chain, activations in before:
+                chain.activations = activations
         try:
             degrees = angle(ours, theirs)
         except ValueError:
@@ -195,7 +190,7 @@ class DriftMonitor:
         return degrees
 
     def _gradients(self, closure: Callable[[], Any]) -> list[torch.Tensor]:
-        with untouched(self.net), torch.enable_grad():
+        with untouched(self.net), torch.enable_grad():  # and unwatched
             closure()
             return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.net.parameters()]
 
@@ -214,8 +209,6 @@ class DriftMonitor:
     # ---- what a chain calls
 
     def _begin(self, chain: str, streams: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], None] | None:
-        if self._paused:
-            return None
         step = self._steps[chain]
         self._steps[chain] = step + 1
         if step % self.every:
@@ -224,8 +217,6 @@ class DriftMonitor:
         versions = [version_of(stream) for stream in true]
 
         def end(rebuilt: list[torch.Tensor]) -> None:
-            if self._paused:
-                return
             if [version_of(stream) for stream in true] != versions:
                 self._warn(f"the input of {chain or 'the chain'} was changed in place after it had run: not compared")
                 return

@@ -26,7 +26,8 @@ def untouched(net: nn.Module) -> Iterator[None]:
     their buffers. Attributes that a forward sets on a module (a counter, a cached activation) are set back; what it
     changes within an attribute, such as a list's items, is not. The random numbers of torch, of Python and of the
     modules' own generators go on as if nothing had been drawn (NumPy's are not watched). Parameters are not copied:
-    the block must not step an optimizer.
+    the block must not step an optimizer, and hooks that run once a gradient is there, as those do that step one inside
+    the backward, are off. So is a `DriftMonitor`.
 
     Raises:
         ValueError: a parameter of a lazy module has no shape yet.
@@ -38,12 +39,17 @@ def untouched(net: nn.Module) -> Iterator[None]:
     tables = [[dict(module.__dict__[table]) for table in _TABLES] for module in modules]
     own = own_generators(modules)
     states = [generator.get_state() for generator in own]
+    stepping = [(hooks, dict(hooks)) for hooks in map(_hooks_behind, net.parameters()) if hooks]
     drawn = random.getstate()
     devices = sorted({t.device.index for t in (*net.parameters(), *net.buffers()) if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
+            for hooks, _ in stepping:
+                hooks.clear()
+            for module in modules:
+                module.__dict__.pop("witness", None)
             _hang_copies(modules)
             yield
         finally:
@@ -55,9 +61,16 @@ def untouched(net: nn.Module) -> Iterator[None]:
                     module.__dict__[table].update(content)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for hooks, before in stepping:
+                hooks.update(before)
             for generator, state in zip(own, states, strict=True):
                 generator.set_state(state)
             random.setstate(drawn)
+
+
+def _hooks_behind(parameter: nn.Parameter) -> Any:
+    """Its ``register_post_accumulate_grad_hook``s."""
+    return getattr(parameter, "_post_accumulate_grad_hooks", None)
 
 
 def check_shapes(net: nn.Module) -> None:

@@ -187,7 +187,9 @@ class RevNet(nn.Module):
         return Explanation(
             replace(branch, branch=f"stage {number}, {branch.branch}")
             for number, stage in enumerate(self.stages)
-            for branch in stage[1].explain()  # type: ignore[index]
+            for part in stage  # type: ignore[attr-defined]
+            if not isinstance(part, Transition)
+            for branch in part.explain()
         )
 
 

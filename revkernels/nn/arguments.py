@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from revkernels.autograd.fusion import passes_keywords
 from revkernels.nn.fusion import FusedSequential
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _PARAMETER = inspect.Parameter
-_accepts: weakref.WeakKeyDictionary[Any, frozenset[str] | None] = weakref.WeakKeyDictionary()
+#: Of a branch: the function that runs when it is called, and the keywords that this takes.
+_accepts: weakref.WeakKeyDictionary[Any, tuple[Any, frozenset[str] | None]] = weakref.WeakKeyDictionary()
 
 
 class PerBlock:
@@ -73,21 +75,23 @@ def _here(value: Any, index: int) -> Any:
 
 def _keywords_of(branch: Any) -> frozenset[str] | None:
     """The keywords that a branch takes; None is any."""
-    if torch.compiler.is_dynamo_compiling():  # a trace is remembered itself, and would be made anew for what it wrote
-        return _inspect(branch)
-    try:
-        return _accepts[branch]
-    except KeyError:
-        names = _accepts[branch] = _inspect(branch)
-        return names
-    except TypeError:  # a built-in function, which cannot be remembered
-        return _inspect(branch)
-
-
-def _inspect(branch: Any) -> frozenset[str] | None:
     inner = getattr(branch, "_orig_mod", branch)  # a compiled module takes anything; what it wraps may not
-    if isinstance(inner, FusedSequential):
-        return inner.known_keywords()
+    own = inner.__dict__.get("forward") if isinstance(inner, nn.Module) else None
+    if own is None and isinstance(inner, FusedSequential) and passes_keywords(inner):
+        return inner.known_keywords()  # of the layers that it has now
+    if torch.compiler.is_dynamo_compiling():  # a trace is remembered itself, and would be made anew for what it wrote
+        return _inspect(inner)
+    runs = own or (type(inner).forward if isinstance(inner, nn.Module) else None)
+    try:
+        known = _accepts.get(branch)
+        if known is None or known[0] is not runs:
+            known = _accepts[branch] = runs, _inspect(inner)
+        return known[1]
+    except TypeError:  # a built-in function, which cannot be remembered
+        return _inspect(inner)
+
+
+def _inspect(inner: Any) -> frozenset[str] | None:
     target = inner.forward if isinstance(inner, nn.Module) else inner
     names: frozenset[str] | None = None
     try:

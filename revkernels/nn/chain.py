@@ -102,6 +102,10 @@ def forward(
         from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
 
         return untraced(forward, owner, x, groups, half_steps, name, through, linked)
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # torch.jit.trace, torch.export: a graph is recorded
+        if through is not None:
+            raise ReconstructionError("blocks have hooks, which a recorded graph would not have: take them off")
+        return _traced(owner, x, groups, half_steps, name)
     compiling = sys.modules.get("revkernels.autograd.compiling")
     if compiling is not None and compiling.active():  # dynamo was here, and has given up
         return compiling.untraced(forward, owner, x, groups, half_steps, name, through, linked)
@@ -117,14 +121,15 @@ def forward(
         streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
     side_inputs = _side_inputs(half_steps)
     keeping = _keeping(owner, x, half_steps, streams, side_inputs, name) if rebuilding else None
-    form = (joined, groups, owner.split_dim) if linked and rebuilding and grid is None and keeping is None else None
+    witness = getattr(owner, "witness", None)  # it is to see this call's own input rebuilt: not within a longer one
+    alone = grid is not None or keeping is not None or witness is not None
+    form = (joined, groups, owner.split_dim) if linked and rebuilding and not alone else None
     earlier = None if form is None else ending_in(x, form, streams, kernels)
     if earlier is None:
         reversal = Reversal(streams, kernels, keep, side_inputs, name if form is None else Names(name), grid, keeping)
     else:
         reversal = earlier
         reversal.reopen(streams, side_inputs, name)
-    witness = getattr(owner, "witness", None)
     if witness is not None and rebuilding:
         reversal.witness = witness(streams if grid is None else grid.values(streams))
     del streams
@@ -159,13 +164,16 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
     """`forward` with stored activations, as torch.compile traces it: the couplings are operators of its graph."""
     from revkernels.autograd.torch_ops import couple
 
+    if owner.coupling != "float":
+        raise ReconstructionError("an exact coupling cannot be recorded as a graph: set coupling='float' for that")
     streams, joined = streams_of(x, owner.split_dim, groups, "x")
     if not half_steps:
         return x
     streams = [dense(s) for s in streams]
     subclass = type(streams[0]) not in PLAIN
     plain = owner.backend == "eager" or (owner.backend is None and subclass)
-    plain = plain or torch._C._are_functorch_transforms_active()  # they know no gradient of the operators
+    # functorch knows no gradient of the operators, and a recorded graph is to run elsewhere.
+    plain = plain or torch._C._are_functorch_transforms_active() or not torch.compiler.is_dynamo_compiling()
     aux = []
     for k, (branch, index, sources, args, kwargs) in enumerate(half_steps):
         h = streams[sources[0]]

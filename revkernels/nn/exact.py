@@ -16,6 +16,7 @@ from revkernels.autograd.rebuilding import is_recomputing
 from revkernels.autograd.snapshot import will_write
 from revkernels.errors import ReconstructionError
 from revkernels.exact import Exact, exponent_for
+from revkernels.nn.streams import check_coupling
 
 BUFFER = "grid"  # the name of the buffer, int64: the fields of `Choice`
 _UNSET = -(2**31)
@@ -61,6 +62,7 @@ class KeepsGrid(nn.Module):
 
     @coupling.setter
     def coupling(self, value: Any) -> None:
+        check_coupling(value)
         self._coupling = value
         if value == "exact" or isinstance(value, Exact):
             self.make_grid()

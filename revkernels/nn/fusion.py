@@ -43,13 +43,16 @@ class FusedSequential(nn.Sequential):
 
         Raises:
             TypeError: ``sequential`` is no Sequential, or has a forward of its own.
+            ValueError: it has hooks, which would be left behind.
         """
         if not fusion.is_sequential(sequential):
             raise TypeError(
                 f"sequential is a {type(sequential).__name__}; it must be an nn.Sequential with that class's forward"
             )
+        if fusion.has_hooks(sequential):
+            raise ValueError("sequential has hooks, which would stay behind: register them on what is made of it")
         made = FusedSequential()
-        for name, layer in sequential.named_children():
+        for name, layer in sequential._modules.items():  # one layer may stand in two places
             made.add_module(name, layer)
         made.training = sequential.training
         return made
@@ -69,6 +72,10 @@ class FusedSequential(nn.Sequential):
             return fusion.run(layers, input, None, kwargs)
 
     forward.passes_keywords = True  # type: ignore[attr-defined]
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """A layer; for a slice a `FusedSequential` of these layers, whatever subclass this is."""
+        return FusedSequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def known_keywords(self) -> frozenset[str]:
         """The keywords that some layer's ``forward`` names."""
@@ -124,7 +131,7 @@ def _explain(name: str, branch: Callable[..., Any], backend: str | None) -> Bran
     fused: list[str] = []
     unfused: list[str] = []
     if isinstance(branch, nn.Module):
-        for place, found in _norms_in(branch, ""):
+        for place, found in _norms_in(branch, "", True):
             (fused if isinstance(found, fusion.Fusable) else unfused).append(f"{place}: {_words(found)}")
     return BranchFusion(name, _entry(branch), tuple(fused), tuple(unfused))
 
@@ -146,9 +153,10 @@ def _entry(branch: Callable[..., Any]) -> str:
     return f"nothing, for {reason}"
 
 
-def _norms_in(module: nn.Module, place: str) -> Iterator[tuple[str, fusion.Fusable | str]]:
-    """The norms of a branch, as `fusion.run` meets them."""
-    taken_apart = isinstance(module, FusedSequential) or (fusion.is_sequential(module) and not fusion.hooked(module))
+def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, fusion.Fusable | str]]:
+    """The norms of a branch, as `fusion.run` meets them. ``ours``: who calls the module is that, and takes it apart."""
+    plain = ours and fusion.is_sequential(module) and not fusion.hooked(module)
+    taken_apart = plain or (isinstance(module, FusedSequential) and fusion.passes_keywords(module))
     layers = list(module._modules.items())
     for index, (name, layer) in enumerate(layers):
         if layer is None:
@@ -156,13 +164,16 @@ def _norms_in(module: nn.Module, place: str) -> Iterator[tuple[str, fusion.Fusab
         here = f"{place}.{name}" if place else name
         if taken_apart and type(layer) in fusion.NORM_LAYERS:
             yield here, fusion.fusable_at([one for _, one in layers], index)  # type: ignore[misc]
-        elif "Norm" in type(layer).__name__:
+        elif isinstance(layer, _NORMS) or ("Norm" in type(layer).__name__ and not isinstance(layer, nn.Sequential)):
             if taken_apart:
                 yield here, f"{type(layer).__name__} is no norm that the kernels know"
             else:
                 yield here, f"{type(layer).__name__} is called by the forward of a {type(module).__name__}"
         else:
-            yield from _norms_in(layer, here)
+            yield from _norms_in(layer, here, taken_apart)
+
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def _words(found: fusion.Fusable | str) -> str:

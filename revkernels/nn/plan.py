@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from revkernels.autograd.live_bytes import live_bytes
 from revkernels.autograd.planner import Made, Planner, planner_of
 from revkernels.budget import MemoryBudget, words
 
@@ -127,7 +126,7 @@ def plan_of(net: nn.Module, budget: Any, x: Any, args: tuple[Any, ...], kwargs: 
 
 def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     from revkernels.diagnostics.untouched import default_loss, detached, outside_autocast, tensors_in, untouched
-    from revkernels.measure import peak_bytes
+    from revkernels.measure import peak_bytes_from
 
     device = next((t.device for t in tensors_in((x, args, kwargs))), None)
     if device is None:
@@ -143,20 +142,22 @@ def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kw
     with untouched(net):
         for _ in range(1 + _STEPS):
             step()
-        planner.looks = True
-        before = None
+        entered = 0
 
-        def watched() -> None:
-            nonlocal before
-            before = live_bytes(device)  # in here: whoever measures allocates too
-            step()
+        def watched(begin: Callable[[], None]) -> None:
+            def look(count: int) -> None:  # what lies in front of the first chain is not the budget's
+                nonlocal entered
+                entered = count
+                begin()
 
-        try:
-            peak = peak_bytes(watched, device)
-        finally:
-            planner.looks = False
-    # What lies in front of the first chain is not the budget's.
-    return None if before is None or planner.entry is None else max(0, peak - (planner.entry - before))
+            planner.looks = look
+            try:
+                step()
+            finally:
+                planner.looks = None
+
+        peak = peak_bytes_from(watched, device)
+    return None if peak is None else peak + entered
 
 
 def _report(budget: MemoryBudget, planner: Planner, made: Made, peak: int | None) -> Plan:

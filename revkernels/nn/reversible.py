@@ -154,7 +154,7 @@ class ReversibleSequential(KeepsGrid):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if len(blocks) == 1 and not isinstance(blocks[0], nn.Module) and isinstance(blocks[0], Iterable):
+        if len(blocks) == 1 and isinstance(blocks[0], Iterable) and not isinstance(blocks[0], ReversibleSequential):
             blocks = tuple(blocks[0])
         for index, block in enumerate(blocks):
             if not isinstance(block, ReversibleBlock):

@@ -27,15 +27,20 @@ def is_store(activations: Any) -> bool:
     return bool(activations == "store")
 
 
+def check_coupling(coupling: Any) -> None:
+    """Raise ValueError for a coupling that does not exist."""
+    if not isinstance(coupling, Exact) and coupling not in COUPLINGS:
+        raise ValueError(
+            f"coupling is {coupling!r}; it must be {', '.join(map(repr, COUPLINGS))} or a revkernels.Exact(...)"
+        )
+
+
 def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any) -> None:
     """Raise TypeError or ValueError (BackendError for the backend) for an option that does not exist."""
     if isinstance(split_dim, bool) or not isinstance(split_dim, int):
         raise TypeError(f"split_dim is a {type(split_dim).__name__}; it must be an int")
     is_store(activations)
-    if not isinstance(coupling, Exact) and coupling not in COUPLINGS:
-        raise ValueError(
-            f"coupling is {coupling!r}; it must be {', '.join(map(repr, COUPLINGS))} or a revkernels.Exact(...)"
-        )
+    check_coupling(coupling)
     if backend is not None:
         backends.require(backend)
 

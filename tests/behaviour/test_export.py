@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.export and torch.jit.trace: a chain is recorded as the plain operations that it computes."""
+
+import warnings
+
+import pytest
+from torch import nn
+
+import revkernels as rk
+from behaviour.common import assert_raises, torch
+from revkernels.models import revnet38
+from revkernels.nn import AttentionBranch, BasicBranch, MLPBranch, ReversibleBlock, ReversibleSequential
+
+ACTIVATIONS = ["reconstruct", "store", rk.MemoryBudget(0.5)]
+
+
+def chain(make, split_dim, **options):
+    torch.manual_seed(0)
+    return ReversibleSequential([ReversibleBlock(*make()) for _ in range(2)], split_dim=split_dim, **options).eval()
+
+
+def convolutions(**options):
+    return chain(lambda: (BasicBranch(8, 8), BasicBranch(8, 8)), 1, **options), torch.randn(2, 16, 5, 6)
+
+
+def transformer(**options):
+    return chain(lambda: (AttentionBranch(8, 2), MLPBranch(8, 16)), -1, **options), torch.randn(2, 5, 16)
+
+
+def traced(net, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(net, x, check_trace=False)
+
+
+def exported(net, x):
+    return torch.export.export(net, (x,)).module()
+
+
+@pytest.mark.parametrize("record", [traced, exported])
+@pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("make", [convolutions, transformer])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_chain(make, activations, record, grad, compiled):
+    net, x = make(activations=activations)
+    with torch.set_grad_enabled(grad):
+        recorded = record(net, x)
+    other = torch.randn_like(x)
+    with torch.no_grad():
+        torch.testing.assert_close(recorded(other), net(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("record", [traced, exported])
+def test_a_network_in_training(record, compiled):
+    """What is recorded trains too: the gradients are those of the network."""
+    torch.manual_seed(0)
+    net, x = revnet38(), torch.randn(4, 3, 32, 32)
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.0
+    recorded = record(net, x)
+    recorded(x).square().mean().backward()
+    found = {name: p.grad.clone() for name, p in recorded.named_parameters()}
+    net.zero_grad()
+    net(x).square().mean().backward()
+    expected = {name: p.grad for name, p in net.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 0.02 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("record", [traced, exported])
+def test_refusals(record, compiled):
+    net, x = convolutions(coupling="exact")
+    assert_raises(rk.ReconstructionError, ["exact coupling", "coupling='float'"], lambda: record(net, x))
+    net, x = convolutions()
+    net[0].register_forward_hook(lambda block, inputs, y: None)
+    assert_raises(rk.ReconstructionError, ["blocks have hooks"], lambda: record(net, x))
