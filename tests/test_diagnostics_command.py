@@ -58,7 +58,7 @@ def test_the_figure_of_the_paper_on_digits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--out", "no/such/folder/drift.png"], "a file name in a folder that exists is needed"),
+        (["--out", "no/such/folder/drift.png"], "the folder no/such/folder does not exist"),
         (["--out", "drift.txt"], "ends in .txt; .png, .svg or .pdf is needed"),
         (["--network", "resnet32"], "invalid choice: 'resnet32'"),
         (["--digits", "--network", "revnet38"], "not allowed with argument"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from revkernels.bench.chains import plain_block, unfuse
 from revkernels.bench.networks import Data, Workload
 from revkernels.bench.peers import PEERS, Pairs, Peer
 from revkernels.budget import MemoryBudget
-from revkernels.nn import ReversibleSequential
+from revkernels.nn import ReversibleSequential, selective_checkpoint
 from revkernels.nn.plan import Plan
 
 __all__ = ["BASELINE", "BUDGET", "COMPILED", "OPTIONS", "WAYS", "Contender", "Way"]
@@ -47,6 +48,7 @@ class Way:
         budget: torch's ``activation_memory_budget``, of a compiled one.
         peer: whose chain it is.
         transitions: of a RevNet; None is its default.
+        selective: under `selective_checkpoint`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Way:
     budget: float | None = None
     peer: Peer | None = None
     transitions: str | None = None
+    selective: bool = False
 
     @property
     def settles(self) -> bool:
@@ -98,6 +101,8 @@ WAYS = (
 )
 #: More of this package's, for networks: streams that come back bit for bit, less memory, and a little against time.
 OPTIONS = (
+    Way("store, selective", "ours", backend=None, selective=True),
+    Way("reconstruct, selective", "ours", activations="reconstruct", backend=None, selective=True),
     Way("reconstruct, exact", "ours", activations="reconstruct", backend=None, coupling="exact"),
     Way("reconstruct, transitions too", "ours", activations="reconstruct", backend=None, transitions="recompute"),
     Way("budget 25%", "ours", backend=None, share=0.25),
@@ -134,6 +139,8 @@ class Contender:
             _replace_chains(module, way.chain)
         self._module = module
         self._call: Callable[..., Any] = torch.compile(module, dynamic=False) if way.compiled else module
+        if way.selective:
+            self._call = partial(selective_checkpoint, module)
 
     def step(self, data: Data) -> None:
         """Take a forward and a backward; gradients add up, as over micro-batches."""

@@ -13,6 +13,7 @@ from torch import nn
 import revkernels as rk
 from behaviour.common import assert_raises, rows, step, torch
 from behaviour.exact_chains import KINDS, STORED, assert_same_bits, pair_of
+from revkernels.measure import peak_bytes
 from revkernels.models import revnet38
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
@@ -121,3 +122,38 @@ def test_a_planned_step_in_a_cuda_graph():
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
     assert net.plan().kept > 0
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "inside" not in kind and "unfused" not in kind])
+def test_norm_outputs_made_again(kind, autocast):
+    """Bit for bit, from the kernels' other path: with statistics given."""
+    make, shape, split_dim = KINDS[kind]
+    net, stored = pair_of(make, 3, split_dim)
+    net.activations = rk.MemoryBudget(0.5)
+    x = rows(*shape, dtype=torch.float32)
+    with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
+        step(net, x, seed=0), step(stored, x, seed=0)
+        made = net.activations.planner.latest
+        assert all(cost.made_again for cost in made.calls[0].steps)
+        for k, cost in enumerate(made.calls[0].steps):
+            made.choices[0][k] = cost.choices()[-1]._replace(makes_again=True)
+        for number in range(2):
+            assert_same_bits(step(net, x, seed=number), step(stored, x, seed=number))
+
+
+def test_selective_checkpoint():
+    """The bits of the plain call, with less at the peak."""
+    torch.manual_seed(0)
+    net = revnet38(activations="store", transitions="selective").to(memory_format=torch.channels_last)
+    plain = revnet38(activations="store").to(memory_format=torch.channels_last)
+    plain.load_state_dict(net.state_dict())
+    x = rows(64, 3, 32, 32, dtype=torch.float32).detach().to(memory_format=torch.channels_last)
+    peaks = []
+    for network in (net, plain):
+        step(network, x)
+        peaks.append(peak_bytes(lambda network=network: network(x).square().mean().backward(), "cuda"))
+    assert peaks[0] < 0.8 * peaks[1]
+    got, expected = step(net, x, seed=1), step(plain, x, seed=1)
+    for name, gradient in expected.parameters.items():
+        torch.testing.assert_close(got.parameters[name], gradient, rtol=1e-3, atol=1e-4)
