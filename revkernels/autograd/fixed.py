@@ -47,6 +47,8 @@ class FixedGrid(Grid):
 
         ``seen``: that same value is to be among the next `values`.
         """
+        if seen and index in self._seen:  # by another branch before
+            return carrier, self._seen[index]
         both: tuple[torch.Tensor, torch.Tensor] = _read(carrier, self, index)
         if seen:
             self._seen[index] = both[1]

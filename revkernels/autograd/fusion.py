@@ -305,8 +305,8 @@ def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if tape is None or tape.outputs is None or type(x) not in PLAIN:
         return h
     if not hooked(layer) and untouchable(layer) is None and not getattr(layer, "inplace", False):
-        make = functools.partial(ACTIVATIONS[ACTIVATION_LAYERS[type(layer)](layer)], x.detach())
-        tape.outputs.note(h, make, x)
+        at = x.detach()  # with its graph, who holds the output would hold what holds it
+        tape.outputs.note(h, functools.partial(ACTIVATIONS[ACTIVATION_LAYERS[type(layer)](layer)], at), at)
     return h
 
 

@@ -34,6 +34,11 @@ class MadeAgain:
         with torch.no_grad():
             return self._make()
 
+    @property
+    def awaited(self) -> bool:
+        """Whether it is held for more that saved it."""
+        return self._now is not None
+
     def changed(self) -> bool:
         """Whether something that it is made of was written to since."""
         return any(version_of(tensor) != version for tensor, version in self._of)
@@ -98,13 +103,15 @@ class AtHand:
         if group != self._group:
             self.clear()
             self._group = group
+        tensor = view.here()
         self._made.pop(view.output, None)
-        self._made[view.output] = None
-        if len(self._made) > _AWAITED:
-            oldest = next(iter(self._made))
-            oldest.let_go()
-            del self._made[oldest]
-        return view.here()
+        if view.output.awaited:
+            self._made[view.output] = None
+            if len(self._made) > _AWAITED:
+                oldest = next(iter(self._made))
+                oldest.let_go()
+                del self._made[oldest]
+        return tensor
 
     def clear(self) -> None:
         """The backward is over, or with this group."""

@@ -126,7 +126,9 @@ class CoupleNormAct(torch.autograd.Function):
 def making_again(call: Call, s: torch.Tensor, h: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Any]:
     """How to make h once more from s and the statistics that were used, and the tensors that this reads."""
     own, (mean, rstd), kernels = call.norm, call.statistics, call.kernels  # type: ignore[misc]
-    norm = Norm(own.kind, own.weight, own.bias, own.eps, own.activation, own.groups, own.channel_dim)
+    # Without their graphs: who holds the output would hold what holds it, in a ring that gc cannot see.
+    weight, bias = (t if t is None or t.grad_fn is None else t.detach() for t in (own.weight, own.bias))
+    norm = Norm(own.kind, weight, bias, own.eps, own.activation, own.groups, own.channel_dim)
     s, dtype = s.detach(), h.dtype
 
     def make() -> torch.Tensor:
@@ -134,7 +136,7 @@ def making_again(call: Call, s: torch.Tensor, h: torch.Tensor) -> tuple[Callable
         kernels.norm_act(made, s, norm, mean, rstd, True)
         return made
 
-    return make, (s, own.weight, own.bias, mean, rstd)
+    return make, (s, weight, bias, mean, rstd)
 
 
 #: `Function.apply` without what it does for torch.func, whose tensors never come here: a microsecond a call.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from revkernels import backends, eager
+from revkernels.autograd.behind import behind
 from revkernels.autograd.costs import bytes_of
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
@@ -282,7 +283,7 @@ def _keeping(
     kind = (
         tuple(_ById(step.branch) for step in half_steps),
         tuple((s.shape, s.stride(), s.dtype, s.device, s.requires_grad) for s in streams),
-        tuple((path, tensor.shape, tensor.dtype) for path, tensor in tensors_in(side_inputs)),
+        tuple((path, t.shape, t.dtype, t.requires_grad) for path, t in tensors_in(side_inputs)),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         owner.backend,
         owner.coupling,
@@ -297,10 +298,12 @@ def _keeping(
 def _mode_of(step: HalfStep) -> tuple[Any, ...]:
     """What the branch trains, and how: frozen it saves less, and in evaluation other tensors."""
     branch: Any = step.branch
-    if not isinstance(branch, nn.Module):
-        return ()
-    modes = (module.training for module in branch.modules())
-    return *modes, *(parameter.requires_grad for parameter in branch.parameters())
+    modules, held = (branch.modules(), []) if isinstance(branch, nn.Module) else behind(branch)
+    modes: list[bool] = [tensor.requires_grad for _, tensor in held]
+    for module in modules:
+        modes.append(module.training)
+        modes += [parameter.requires_grad for parameter in module._parameters.values() if parameter is not None]
+    return tuple(modes)
 
 
 def _side_inputs(half_steps: Sequence[HalfStep]) -> dict[str, Any]:

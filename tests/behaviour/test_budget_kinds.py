@@ -8,6 +8,7 @@ import revkernels as rk
 from behaviour.common import assert_raises, mlp, torch
 from revkernels.measure import peak_bytes
 from revkernels.nn import ReversibleBlock, ReversibleSequential
+from revkernels.nn.chain import HalfStep, run
 from revkernels.nn.plan import KeptStep
 
 
@@ -55,6 +56,59 @@ def test_frozen_or_in_evaluation_first(first, compiled):
         for _ in range(3):
             step_of(net, x, True)(), train()
         assert len(net.activations.planner._plans) == 2
+
+
+@pytest.mark.parametrize("how", ["bound", "closure"])
+def test_branches_that_are_functions(how, compiled):
+    """What they are bound to, or close over, tells as well."""
+    torch.manual_seed(0)
+    layers = [deep(0.1) for _ in range(8)]
+    budget, x = rk.MemoryBudget(0.5), torch.randn(256, 128)
+
+    def function_of(layer):
+        return layer.forward if how == "bound" else lambda h: layer(h)
+
+    branches = [function_of(layer) for layer in layers]  # the same ones in every call
+    steps = [HalfStep(branch, k % 2, (1 - k % 2,)) for k, branch in enumerate(branches)]
+
+    def train():
+        run(steps, x.detach().requires_grad_(), split_dim=-1, activations=budget).square().mean().backward()
+
+    for layer in layers:
+        layer.requires_grad_(False).eval()
+    for _ in range(3):
+        train()
+    for layer in layers:
+        layer.requires_grad_(True).train()
+    for _ in range(3):
+        train()
+    assert peak_bytes(train) <= budget.planner.latest.limit
+    assert len(budget.planner._plans) == 2
+
+
+def test_a_side_input_that_is_learnt_later(compiled):
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x, memory):
+            return (self.q(x) * self.k(memory)).tanh()
+
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(Cross(), Cross()) for _ in range(5)]
+    net = ReversibleSequential(blocks, split_dim=-1, activations=rk.MemoryBudget(0.5)).requires_grad_(False)
+    x, memory = torch.randn(256, 128, requires_grad=True), torch.randn(256, 64)
+
+    def train():
+        net(x, memory=memory).square().mean().backward()
+
+    for _ in range(3):
+        train()
+    memory.requires_grad_()
+    for _ in range(3):
+        train()
+    assert peak_bytes(train) <= net.plan().limit and len(net.activations.planner._plans) == 2
 
 
 def test_more_is_trained_later(compiled):

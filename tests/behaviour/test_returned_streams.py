@@ -65,6 +65,21 @@ def test_exact(make, storage, activations, compiled):
     assert_all_close(seen(net, x), seen(plain, x), tolerance={"float32": 1e-3, "int16": 0.15}[storage])
 
 
+@pytest.mark.parametrize("activations", ["reconstruct", "store"])
+@pytest.mark.parametrize("storage", STORED)
+def test_a_stream_that_two_branches_read(storage, activations, compiled):
+    """And none writes: its gradient has both parts."""
+    torch.manual_seed(0)
+    branches = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)]
+    x = [rows(5, 4, dtype=torch.float32) for _ in range(3)]
+    steps = [HalfStep(branch, k, (2,)) for k, branch in enumerate(branches)]
+    y = run(steps, tuple(x), groups=3, coupling=STORED[storage], activations=activations)
+    (got,) = torch.autograd.grad(sum(t.sin().sum() for t in y), y[2])
+    plain = (x[0] + branches[0](x[2]), x[1] + branches[1](x[2]), x[2])
+    (expected,) = torch.autograd.grad(sum(t.sin().sum() for t in plain), x[2])
+    assert_all_close([got], [expected], tolerance={"float32": 1e-3, "int16": 0.05}[storage])
+
+
 def test_three_streams(options):
     """Row 36: h = s0 + s1 for the last of three, and both are returned as they were read."""
 
