@@ -189,6 +189,7 @@ class _Reading:
     mode: Measuring
     start: Any
     end: Any = None
+    left: Any = None  # and what was looked at behind that
     sizes: dict[str, int] = field(default_factory=dict)
     making: list[tuple[Any, Any]] = field(default_factory=list)
     live: int | None = None
@@ -303,8 +304,7 @@ class Meter:
         reading.mode.settle()
         self.look(k)
         reading.end = self.watch.read()
-        parameters = step.snapshot.tensors()
-        theirs = {tensor.untyped_storage().data_ptr() for tensor in parameters if type(tensor) in PLAIN}
+        theirs = {t.untyped_storage().data_ptr() for t in step.snapshot.tensors() if type(t) in PLAIN}
         of_streams = {
             stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams if type(stream) in PLAIN
         }
@@ -321,6 +321,7 @@ class Meter:
         }
         if len(streams) == 1 and reading.sizes["source"]:
             reading.reads = half_step.sources[0]
+        reading.left = self.watch.read()
 
     def _make_again(self, reading: _Reading, step: RecordedStep, frame: Frame) -> int:
         """Make again what can be, and time it. Returns its bytes; 0 if it comes out otherwise than it was saved."""
@@ -341,12 +342,13 @@ class Meter:
         between, cost, beside = self.watch.between, overhead(), 0.0
         found: list[StepCost | None] = [None] * len(names)
         for k, reading in self._readings.items():
-            if reading.end is None:
+            if reading.left is None:
                 continue
             behind, ahead = self._readings.get(k - 1), self._readings.get(k + 1)
             making = sum(between(*pair) for pair in reading.making)
-            backward = 0.0 if behind is None else between(reading.end, behind.start) - making
-            beside += making
+            looking = between(reading.end, reading.left)  # at what can be made again: no part of a step
+            backward = 0.0 if behind is None else between(reading.left, behind.start)
+            beside += looking
             ops = tuple(reading.mode.costs(between))
             rebuild = max(0.0, between(reading.start, reading.end) - cost * len(ops))
             found[k] = StepCost(

@@ -73,6 +73,7 @@ class Rebuilding:
         self._whole = False  # the half-step under way keeps what it saves
         self._mode: Any = None  # to run the next branch in
         self._luggage: Luggage | None = None  # that is back from host memory
+        self._outputs: Outputs | None = None  # of the half-step that is measured
         self._made = AtHand()  # outputs that were made again in this backward
         # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
         self._strides: list[tuple[int, ...]] = []
@@ -260,8 +261,9 @@ class Rebuilding:
         meter = None if self._keeping is None else self._keeping.meter
         if self._keeping is not None:
             self._keeping.rebuilds(k)
+        self._outputs = step.outputs = None if meter is None else Outputs()  # whatever one that failed has left
         if meter is not None:
-            self._mode, step.outputs = meter.begin(k), Outputs()
+            self._mode = meter.begin(k)
         elif step.kept:
             self._mode, step.kept = Replaying(step.kept), {}
         h = self._read(sources)
@@ -281,7 +283,7 @@ class Rebuilding:
             self._uncouple(k, index, target, f)
         if meter is not None:
             meter.end(k, step, self._frame, read, target.numel() * target.element_size())
-            step.outputs = None
+            self._outputs = step.outputs = None
         if k == self._first:
             self._rebuilt_all()
         self._cursor = k
@@ -356,9 +358,9 @@ class Rebuilding:
         return h
 
     def _keep(self, tensor: torch.Tensor) -> int:
-        frame, outputs = self._frame, self._steps[self._cursor - 1].outputs
-        if outputs is not None and (view := outputs.find(tensor)) is not None:
-            outputs.views.append((view, len(frame)))
+        frame = self._frame
+        if self._outputs is not None and (view := self._outputs.find(tensor)) is not None:
+            self._outputs.views.append((view, len(frame)))
         frame.append((tensor.detach(), version_of(tensor)))
         return len(frame) - 1
 

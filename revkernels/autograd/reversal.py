@@ -171,8 +171,9 @@ class Reversal(Rebuilding):
         waiting, self._waiting = self._waiting, None
         entry, self._entry = (self._entry_of(step) if waiting is None else self._entry), None
         with fusion.Within(self.kernels, fusion.outputs_alone() if recorded is None else recorded.tape(False)):
-            seen = self._is_seen(sources[0])
-            normed = None if entry is None else entry.apply(streams, sources[0], waiting, self.kernels, seen)
+            normed = None
+            if entry is not None:
+                normed = entry.apply(streams, sources[0], waiting, self.kernels, self._is_seen(sources[0]))
             if normed is None:
                 h = self._entered(sources[0])
                 watched = h if self._grid is not None and self._grid.fixed else streams[sources[0]]
