@@ -6,6 +6,7 @@ import time
 import pytest
 
 torch = pytest.importorskip("torch")
+from behaviour.common import old_torch  # noqa: E402
 from one_thread import one_thread_here  # noqa: E402, F401
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
@@ -303,6 +304,7 @@ def test_custom_operators():
         assert calls == [1, 1, 2, 2]
 
 
+@old_torch
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_operators_of_higher_order_run():
     """Which have no schema to be judged by."""

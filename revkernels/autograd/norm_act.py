@@ -24,6 +24,10 @@ from revkernels.norm import SUMS_COMPUTED, Norm, Statistics
 
 _WIDE = {torch.float64: torch.float64}
 
+#: In torch 2.6, and who knows until when, a leaf that a Python node has saved under saved-tensor hooks loses its own
+#: hooks as the node reads it. There weight and bias are held beside the saved tensors.
+_SAVES_LEAVES = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+
 
 class Call:
     """One application of a norm.
@@ -148,9 +152,26 @@ couple_norm_act: Any = super(torch.autograd.Function, CoupleNormAct).apply
 def _remember(ctx: Any, call: Call, s: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
     # Statistics go with the saved tensors: a chain that rebuilds its activations drops them, and those of rows, a
     # float for every position, would otherwise grow with its depth.
-    ctx.save_for_backward(s, weight, bias, mean, rstd, call.source)
+    if _SAVES_LEAVES:
+        ctx.save_for_backward(s, weight, bias, mean, rstd, call.source)
+    else:
+        ctx.leaves = [None if t is None or t.grad_fn is not None else (t, t._version) for t in (weight, bias)]
+        others = (t if leaf is None else None for t, leaf in zip((weight, bias), ctx.leaves, strict=True))
+        ctx.save_for_backward(s, *others, mean, rstd, call.source)
     ctx.kernels, ctx.norm, ctx.constant = call.kernels, call.norm, call.constant
     ctx.set_materialize_grads(False)
+
+
+def _unchanged(saved: Any, leaf: tuple[torch.Tensor, int] | None) -> Any:
+    """The saved tensor, or the leaf beside it as torch would have given it back."""
+    if leaf is None:
+        return saved
+    if leaf[0]._version != leaf[1]:
+        raise RuntimeError(
+            f"one of the variables needed for gradient computation has been modified by an inplace operation: a norm's "
+            f"parameter of shape {tuple(leaf[0].shape)} is at version {leaf[0]._version}; expected version {leaf[1]}"
+        )
+    return leaf[0]
 
 
 def _over(ctx: Any, dh: Any) -> bool:
@@ -166,6 +187,8 @@ def _gradients(ctx: Any, ds: Any, dh: Any, into: Any = None, over: bool = False)
     if dh is None:
         return ds, None, None
     s, weight, bias, mean, rstd, _ = ctx.saved_tensors
+    if not _SAVES_LEAVES:
+        weight, bias = map(_unchanged, (weight, bias), ctx.leaves)
     own = ctx.norm  # without its running statistics; `replace` would take twice as long
     norm = Norm(own.kind, weight, bias, own.eps, own.activation, own.groups, own.channel_dim)
     constant = Statistics(mean, rstd) if ctx.constant else None

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 import revkernels as rk
-from behaviour.common import torch
+from behaviour.common import old_torch, torch
 from revkernels.measure import peak_bytes
 from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing
 
@@ -244,6 +244,7 @@ def test_an_error_in_the_function_leaves_nothing_behind():
     assert not is_recomputing()
 
 
+@old_torch
 def test_traced_by_the_compiler():
     module, x = layers().double(), images(dtype=torch.float64)
     twin, compiled = copy.deepcopy(module), torch.compile(lambda x: checkpoint(module, x), backend="aot_eager")

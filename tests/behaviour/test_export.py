@@ -34,7 +34,7 @@ def traced(net, x):
 
 
 def exported(net, x):
-    return torch.export.export(net, (x,)).module()
+    return torch.export.export(net, (x,), strict=False).module()
 
 
 @pytest.mark.parametrize("record", [traced, exported])

@@ -4,7 +4,8 @@
 import pytest
 from torch import nn
 
-from behaviour.common import WIDE, check_step, conv, images, pairs_of, rows, torch, twins
+from behaviour.common import KINDS, WIDE, check_step, conv, images, loss_of, pairs_of, rows, torch, twins
+from revkernels.autograd import norm_act
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
@@ -101,3 +102,26 @@ def test_statistics_of_evaluation_are_those_of_the_forward(compiled):
         y.square().sum().backward()
         found.append([p.grad.clone() for p in net.parameters()])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("activations", ["reconstruct", "store"])
+@pytest.mark.parametrize("name", ["basic", "mlp"])
+def test_parameters_beside_the_saved_tensors(name, activations, compiled, monkeypatch):
+    """As before torch 2.13, where a leaf that a Python node saves under hooks loses its own: theirs fire, once a step,
+    and a parameter that was written to is refused."""
+    monkeypatch.setattr(norm_act, "_SAVES_LEAVES", False)
+    net, plain = KINDS[name].twins(3, activations=activations)
+    x, fired = KINDS[name].x(), []
+    names = sorted(key for key, _ in net.named_parameters())
+    for key, parameter in net.named_parameters():
+        parameter.register_hook(lambda gradient, key=key: fired.append(key))
+    for _ in range(2):
+        check_step(net, plain, x)
+        assert sorted(fired) == names
+        fired.clear()
+    y = net(x)
+    with torch.no_grad():
+        norm = next(m for m in net[1].F.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)))
+        norm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|was changed in place"):
+        loss_of(y).backward()

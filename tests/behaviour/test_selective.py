@@ -255,7 +255,7 @@ def test_changes_in_between_are_found(compiled):
         y = selective_checkpoint(net, x)
         with torch.no_grad():
             parameter.mul_(2)
-        assert_raises(rk.ReconstructionError, ["modified by an inplace operation"], y.sum().backward)
+        assert_raises(RuntimeError, ["modified by an inplace operation"], y.sum().backward)
 
 
 def test_bad_input():
