@@ -40,8 +40,12 @@ class MadeAgain:
         return self._now is not None
 
     def changed(self) -> bool:
-        """Whether something that it is made of was written to since."""
-        return any(version_of(tensor) != version for tensor, version in self._of)
+        """Whether something that it is made of was written to since, or is gone: a sharded parameter's memory is freed
+        without a word, and a kernel would take the norm to have none."""
+        return any(
+            version_of(tensor) != version or (tensor.numel() > 0 and not tensor.untyped_storage().nbytes())
+            for tensor, version in self._of
+        )
 
     def here(self) -> torch.Tensor:
         """The output, the same for all that saved it."""

@@ -137,7 +137,7 @@ class Rebuilding:
         k, kept = token.step, token.tensor
         if token.changed():
             problem = self._steps[k].snapshot.problem() or self._surroundings.problem()
-            problem = problem or "a tensor needed for its gradient was changed in place"
+            problem = problem or "a tensor needed for its gradient was changed in place, or its memory was freed"
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         tensor = self._at_hand(k, kept)
         task = torch._C._current_graph_task_id()

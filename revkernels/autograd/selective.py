@@ -44,7 +44,8 @@ class Selective:
         if saved.changed():
             raise ReconstructionError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation, or "
-                "what a norm's or an activation's output is made of again"
+                "what a norm's or an activation's output is made of again has been, or was freed (a parameter that "
+                "was sharded again before the layer behind its norm had its backward: put both into one unit)"
             )
         if isinstance(kept, SavedView):
             with self._lock:

@@ -333,3 +333,14 @@ def test_what_it_is_made_of():
     with torch.no_grad():
         x.mul_(1)
     assert view.output.changed()
+
+
+def test_memory_that_was_freed():
+    """As FSDP does with a parameter that it shards again: a kernel would see a norm without weight."""
+    x, weight = torch.randn(4, requires_grad=True), torch.randn(4)
+    h, outputs = x * weight, made_again.Outputs()
+    outputs.note(h, lambda: x.detach() * weight, x, weight)
+    view = outputs.find(h)
+    assert not view.output.changed()
+    weight.untyped_storage().resize_(0)
+    assert view.output.changed()
