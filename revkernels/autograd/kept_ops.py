@@ -162,7 +162,7 @@ class Measuring(_Counting):
         return out
 
     def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for tensor in written_by(func, args, kwargs):
+        for tensor in _written_by(func, args, kwargs):
             if (place := self._memory.get(tensor.untyped_storage()._cdata)) is not None:
                 self._written.add(place[1])
         return self.run(-1, func, args, kwargs) if _makes(func) else func(*args, **kwargs)
@@ -214,7 +214,7 @@ def _makes(func: Any) -> bool:
     return known
 
 
-def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors that the operator writes to."""
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable:

@@ -24,7 +24,8 @@ class KeptStep:
     Attributes:
         chain: which call of a chain in the step, from 0.
         branch: in words.
-        kept: what of it is kept: "nothing", "everything", or the operators whose outputs are.
+        kept: what of it is kept: "nothing", "everything", "everything but norms' outputs" (nor those of activations,
+            which are made again), "everything, in host memory", or the operators whose outputs are.
         bytes: that this takes until the backward is there.
         seconds: of the recompute that it spares.
     """

@@ -70,6 +70,17 @@ def test_a_network_in_training(record, compiled):
 
 
 @pytest.mark.parametrize("record", [traced, exported])
+@pytest.mark.parametrize("transitions", ["selective", "recompute"])
+def test_what_lies_between_chains(transitions, record, compiled):
+    """In grad mode: checkpoints are the plain call there."""
+    torch.manual_seed(0)
+    net, x = revnet38(transitions=transitions).eval(), torch.randn(2, 3, 32, 32)
+    recorded = record(net, x)
+    with torch.no_grad():
+        torch.testing.assert_close(recorded(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("record", [traced, exported])
 def test_refusals(record, compiled):
     net, x = convolutions(coupling="exact")
     assert_raises(rk.ReconstructionError, ["exact coupling", "coupling='float'"], lambda: record(net, x))

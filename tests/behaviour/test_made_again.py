@@ -78,20 +78,6 @@ def planned(net, x, seed=0):
     return found
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """What was made again, by weak references."""
-    seen, make = [], made_again.MadeAgain.make
-
-    def noting(self):
-        out = make(self)
-        seen.append(weakref.ref(out))
-        return out
-
-    monkeypatch.setattr(made_again.MadeAgain, "make", noting)
-    return seen
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", BRANCHES)
 def test_as_stored(name, training, made, compiled):

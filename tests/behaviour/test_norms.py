@@ -107,7 +107,7 @@ def test_statistics_of_evaluation_are_those_of_the_forward(compiled):
 @pytest.mark.parametrize("activations", ["reconstruct", "store"])
 @pytest.mark.parametrize("name", ["basic", "mlp"])
 def test_parameters_beside_the_saved_tensors(name, activations, compiled, monkeypatch):
-    """As before torch 2.13, where a leaf that a Python node saves under hooks loses its own: theirs fire, once a step,
+    """As on torch 2.6, where a leaf that a Python node saves under hooks loses its own: theirs fire, once a step,
     and a parameter that was written to is refused."""
     monkeypatch.setattr(norm_act, "_SAVES_LEAVES", False)
     net, plain = KINDS[name].twins(3, activations=activations)

@@ -10,7 +10,6 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import assert_raises, rows, torch
-from revkernels.autograd import made_again
 from revkernels.measure import peak_bytes
 from revkernels.models import RevViT, resnet32, revnet38
 from revkernels.nn import (
@@ -62,19 +61,6 @@ NETWORKS = {
     "ResNet": (resnet32, IMAGES),
     "perceptrons": (lambda: nn.Sequential(MLPBranch(8, 16), MLPBranch(8, 16, 0.1)), (2, 5, 8)),
 }
-
-
-@pytest.fixture
-def made(monkeypatch):
-    seen, make = [], made_again.MadeAgain.make
-
-    def noting(self):
-        out = make(self)
-        seen.append(weakref.ref(out))
-        return out
-
-    monkeypatch.setattr(made_again.MadeAgain, "make", noting)
-    return seen
 
 
 def taken(call, net, x, autocast=False):
