@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner by itself: what a plan counts, and which calls belong to a step."""
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -20,6 +22,22 @@ def test_streams_that_are_kept_besides():
     bare, covering = (step(covers).choices()[-1] for covers in (False, True))
     assert list(_kept_by([bare, bare, NOTHING, bare, bare])) == [800, 800, 0, 900, 900]
     assert list(_kept_by([covering, NOTHING, covering, covering])) == [800, 0, 900, 800]
+
+
+def test_what_goes_to_host_memory():
+    """900 bytes of a half-step, or 500 where outputs are made again in a second; 5 seconds of forward and 9 of backward
+    hide the way."""
+    cost = replace(step(), made_again=400, making=1.0)
+
+    def away(there, back):
+        menu = cost.choices((there / 100, back / 100))
+        return {c.makes_again: c.option.saved for c in menu if c.away and c.option.kept == 0 and c.option.whole}
+
+    assert away(0.5, 1.0) == {False: 5.0, True: 4.0}
+    assert away(1.0, 1.0) == {False: 5.0 - 4.0, True: 4.0}  # 9 seconds there, 4 too many; or 5
+    assert away(1.0, 2.0) == {True: 4.0 - 1.0}  # 18 back, or 10
+    assert away(2.0, 2.0) == {}
+    assert not any(choice.away for choice in cost.choices())
 
 
 def test_earlier_calls_are_there_meanwhile():

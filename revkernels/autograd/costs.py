@@ -80,8 +80,8 @@ class StepCost:
         return max(seen, told)
 
     def choices(self, way: tuple[float, float] | None = None) -> list[Choice]:
-        """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), all of it in
-        host memory, all of it but what norms and activations can make again, or all of it.
+        """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), all of it, or
+        all of it but what norms and activations can make again, in host memory or here.
 
         ``way``: seconds a byte to host memory and back; None: not at all.
         """
@@ -94,16 +94,18 @@ class StepCost:
             ops[op.number] = op.print
             if saved > found[-1].option.saved:
                 found.append(Choice(Option(kept, saved), dict(ops)))
-        if way is not None:
-            size = self.own + self.source + self.target
-            waits = max(0.0, size * way[0] - self.rebuild), max(0.0, size * way[1] - self.backward)
-            if self.rebuild > sum(waits):  # beside the forward, which takes as long as the rebuild, and the backward
-                found.append(Choice(Option(0, self.rebuild - sum(waits), True), {}, away=True))
-        size, saved = self.own + self.source, self.rebuild
-        if self.made_again and self.making < saved:
-            most = Option(size - self.made_again, saved - self.making, True, self.target, self.covers)
-            found.append(Choice(most, {}, makes_again=True))
-        found.append(Choice(Option(size, saved, True, self.target, self.covers), {}))
+        sizes = [(self.own + self.source, self.rebuild, False)]  # bytes, seconds saved, whether outputs are made again
+        if self.made_again:
+            sizes.insert(0, (sizes[0][0] - self.made_again, self.rebuild - self.making, True))
+        for size, saved, again in sizes if way is not None else ():
+            # On their way beside the forward, which takes as long as the rebuild, and beside the backward.
+            there, back = ((size + self.target) * a_byte for a_byte in way)  # type: ignore[union-attr]
+            saved -= max(0.0, there - self.rebuild) + max(0.0, back - self.backward)
+            if saved > 0.0:
+                found.append(Choice(Option(0, saved, True), {}, away=True, makes_again=again))
+        for size, saved, again in sizes:
+            if saved > 0.0 or not again:
+                found.append(Choice(Option(size, saved, True, self.target, self.covers), {}, makes_again=again))
         return found
 
 

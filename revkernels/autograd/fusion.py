@@ -306,7 +306,7 @@ def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
         return h
     if not hooked(layer) and untouchable(layer) is None and not getattr(layer, "inplace", False):
         at = x.detach()  # with its graph, who holds the output would hold what holds it
-        tape.outputs.note(h, functools.partial(ACTIVATIONS[ACTIVATION_LAYERS[type(layer)](layer)], at), at)
+        tape.outputs.note(h, ACTIVATIONS[ACTIVATION_LAYERS[type(layer)](layer)], at)
     return h
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.snapshot import version_of
 
@@ -23,16 +24,20 @@ class MadeAgain:
 
     __slots__ = ("_left", "_make", "_now", "_of", "bytes", "saved")
 
-    def __init__(self, make: Callable[[], torch.Tensor], of: Sequence[torch.Tensor], size: int) -> None:
+    def __init__(self, make: Callable[..., torch.Tensor], of: Sequence[torch.Tensor | Away | None], size: int) -> None:
         self._make, self.bytes = make, size
-        self._of = [(tensor, version_of(tensor)) for tensor in of]
+        self._of = [(tensor, version_of(tensor) if isinstance(tensor, torch.Tensor) else 0) for tensor in of]
         self.saved = self._left = 0  # by how many it is saved, and how many of them are still to have it
         self._now: torch.Tensor | None = None
 
     def make(self) -> torch.Tensor:
         """The output, new memory."""
         with torch.no_grad():
-            return self._make()
+            return self._make(*(tensor.here() if isinstance(tensor, Away) else tensor for tensor, _ in self._of))
+
+    def leave(self, luggage: Luggage) -> None:
+        """Have what it is made of in host memory."""
+        self._of = [(luggage.send(of) if isinstance(of, torch.Tensor) else of, version) for of, version in self._of]
 
     @property
     def awaited(self) -> bool:
@@ -41,10 +46,11 @@ class MadeAgain:
 
     def changed(self) -> bool:
         """Whether something that it is made of was written to since, or is gone: a sharded parameter's memory is freed
-        without a word, and a kernel would take the norm to have none."""
+        without a word, and a kernel would take the norm to have none. (Not noticed of what is in host memory.)"""
         return any(
             version_of(tensor) != version or (tensor.numel() > 0 and not tensor.untyped_storage().nbytes())
             for tensor, version in self._of
+            if isinstance(tensor, torch.Tensor)
         )
 
     def here(self) -> torch.Tensor:
@@ -133,12 +139,12 @@ class Outputs:
         self._noted: dict[int, tuple[weakref.ref[torch.Tensor], int, MadeAgain]] = {}
         self.views: list[tuple[SavedView, int]] = []  # for who measures: what was found, and a number of its own
 
-    def note(self, h: torch.Tensor, make: Callable[[], torch.Tensor], *of: torch.Tensor | None) -> None:
-        """h has just been made of ``of``, which the backward needs anyway, and ``make()`` makes it again, on memory of
-        the same layout."""
+    def note(self, h: torch.Tensor, make: Callable[..., torch.Tensor], *of: torch.Tensor | None) -> None:
+        """h has just been made of ``of``, which the backward needs anyway, and ``make(*of)`` makes it again, on memory
+        of the same layout."""
         storage = h.untyped_storage()
         if h.requires_grad and not h.storage_offset():  # else nothing of it is saved for sure
-            output = MadeAgain(make, [tensor for tensor in of if tensor is not None], storage.nbytes())
+            output = MadeAgain(make, of, storage.nbytes())
             self._noted[storage.data_ptr()] = weakref.ref(h), version_of(h), output
 
     def find(self, tensor: torch.Tensor) -> SavedView | None:
@@ -148,7 +154,7 @@ class Outputs:
         ref, version, output = self._noted.get(tensor.untyped_storage().data_ptr(), _NOTHING)
         h = ref()
         # Its address means h only as long as h is there, and its values are h's if nobody has written to it.
-        if h is None or output is None or h.dtype != tensor.dtype or version_of(tensor) != version:
+        if h is None or output is None or h.dtype != tensor.dtype or version_of(tensor) != version or output.changed():
             return None
         output.saved += 1
         return SavedView(output, tensor)

@@ -127,20 +127,19 @@ class CoupleNormAct(torch.autograd.Function):
         return total, total, dweight, dbias, None
 
 
-def making_again(call: Call, s: torch.Tensor, h: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Any]:
-    """How to make h once more from s and the statistics that were used, and the tensors that this reads."""
-    own, (mean, rstd), kernels = call.norm, call.statistics, call.kernels  # type: ignore[misc]
+def making_again(call: Call, s: torch.Tensor, h: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Any]:
+    """How to make h once more from s and the statistics that were used, and the tensors that this is given."""
+    own, kernels, dtype = call.norm, call.kernels, h.dtype
     # Without their graphs: who holds the output would hold what holds it, in a ring that gc cannot see.
     weight, bias = (t if t is None or t.grad_fn is None else t.detach() for t in (own.weight, own.bias))
-    norm = Norm(own.kind, weight, bias, own.eps, own.activation, own.groups, own.channel_dim)
-    s, dtype = s.detach(), h.dtype
 
-    def make() -> torch.Tensor:
+    def make(s: torch.Tensor, weight: Any, bias: Any, mean: Any, rstd: Any) -> torch.Tensor:
+        norm = Norm(own.kind, weight, bias, own.eps, own.activation, own.groups, own.channel_dim)
         made = torch.empty_like(s, dtype=dtype)
         kernels.norm_act(made, s, norm, mean, rstd, True)
         return made
 
-    return make, (s, weight, bias, mean, rstd)
+    return make, (s.detach(), weight, bias, *call.statistics)  # type: ignore[misc]
 
 
 #: `Function.apply` without what it does for torch.func, whose tensors never come here: a microsecond a call.

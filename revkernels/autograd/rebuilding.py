@@ -150,26 +150,24 @@ class Rebuilding:
 
     def _at_hand(self, k: int, kept: torch.Tensor | Away | SavedView) -> torch.Tensor:
         """A saved tensor of half-step k: as it is, back from host memory, or made again."""
-        if isinstance(kept, Away):
-            return self._arrived(k, kept)
-        if isinstance(kept, SavedView):
-            with self._lock:
-                return self._made.get(kept, k)
-        return kept
-
-    def _arrived(self, k: int, away: Away) -> torch.Tensor:
-        """A tensor from host memory; those of the half-step before follow while this one's are used."""
+        if isinstance(kept, torch.Tensor):
+            return kept
         with self._lock:
-            luggage = self._steps[k].luggage
-            if self._luggage is not luggage:
-                if self._luggage is not None:
-                    self._luggage.let_go()
-                self._luggage = luggage
-                following = self._steps[k - 1].luggage if k else None
-                luggage.fetch()  # type: ignore[union-attr]
-                if following is not None:
-                    following.fetch()
-            return away.here()
+            self._arrive(k)
+            return kept.here() if isinstance(kept, Away) else self._made.get(kept, k)
+
+    def _arrive(self, k: int) -> None:
+        """What half-step k has in host memory comes back; that of the half-step before follows while it is used."""
+        luggage = self._steps[k].luggage
+        if luggage is None or luggage is self._luggage:
+            return
+        if self._luggage is not None:
+            self._luggage.let_go()
+        self._luggage = luggage
+        following = self._steps[k - 1].luggage if k else None
+        luggage.fetch()
+        if following is not None:
+            following.fetch()
 
     def _unload(self) -> None:
         with self._lock:

@@ -360,8 +360,10 @@ class Reversal(Rebuilding):
             return super()._pack(tensor)
         self._saved.append((tensor.dtype, tensor.shape))
         step, k = self._steps[-1], len(self._steps) - 1
-        again = None if step.outputs is None else step.outputs.find(tensor)
+        luggage, again = step.luggage, None if step.outputs is None else step.outputs.find(tensor)
         if again is not None:
+            if luggage is not None:
+                again.output.leave(luggage)
             return KeptTensor(again, step=k)
-        luggage, kept = step.luggage, tensor.detach()
+        kept = tensor.detach()
         return KeptTensor(kept if luggage is None else luggage.send(kept), version_of(tensor), k)

@@ -168,11 +168,9 @@ def _report(budget: MemoryBudget, planner: Planner, made: Made, peak: int | None
             if cost is not None:
                 names = [f"{op.name.removeprefix('aten.').partition('.')[0]} {op.number}" for op in cost.ops]
                 some = ", ".join(name for op, name in zip(cost.ops, names, strict=True) if op.number in choice.ops)
-                everything = "everything"
+                everything = "everything but norms' outputs" if choice.makes_again else "everything"
                 if choice.away:
                     everything += ", in host memory"
-                elif choice.makes_again:
-                    everything += " but norms' outputs"
                 option = choice.option
                 kept = everything if option.whole else some or "nothing"
                 steps.append(KeptStep(number, cost.branch, kept, option.kept, option.saved))
