@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test shares: equal seeds, two threads, and a reason to skip where there is no GPU."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -54,6 +55,13 @@ def pytest_terminal_summary(terminalreporter):
         for report in skipped:
             block = report.nodeid.partition("[")[2].rstrip("]")
             terminalreporter.line(f"{block:32} {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _older_objects_are_not_searched():
+    """Measuring memory collects garbage, which takes seconds where a process holds what a hundred files have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

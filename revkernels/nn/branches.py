@@ -164,8 +164,9 @@ class SelfAttention(nn.Module):
         """
         if x.dim() < 2 or x.shape[-1] != self.proj.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (N, T, {self.proj.in_features})")
-        # (..., T, 3 dim) -> three times (..., heads, T, dim / heads), views of one array
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(-4, -2).unbind(-3)
+        # (..., T, 3 dim) -> three times (..., heads, T, dim / heads), views of one array. Unbound before they are
+        # transposed, for their gradients come in the array's order: put together they are its gradient.
+        q, k, v = (part.transpose(-3, -2) for part in self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3))
         mask = None if attn_mask is None else self._mask(attn_mask, q)
         y = functional.scaled_dot_product_attention(
             q,
