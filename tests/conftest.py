@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="module", autouse=True)
 def _older_objects_are_not_searched():
-    """Measuring memory collects garbage, which takes seconds where a process holds what a hundred files have imported."""
+    """Measuring memory collects garbage, which takes seconds where a process holds what many files have imported."""
     gc.collect()
     gc.freeze()
 

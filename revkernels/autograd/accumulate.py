@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from revkernels import eager
 from revkernels.autograd import ownership
@@ -29,6 +30,8 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
         return ds
     if torch.is_grad_enabled() or type(ds) is not torch.Tensor or type(dh) is not torch.Tensor:
         return ds + dh  # create_graph: the sum itself must be differentiable
+    if ds.is_neg() or dh.is_neg():  # the imaginary part of a conjugate has a sign that its memory lacks
+        return ds + dh
     if ownership.COUNTABLE:
         free = _free.get(ownership.way_of_calling())
         if _is_free(ds, free):
@@ -57,7 +60,8 @@ def prepare() -> None:
     way = ownership.way_of_calling()
     if way in _free or not ownership.COUNTABLE:
         return
-    with _lock, torch.inference_mode(False), torch.enable_grad():
+    # No mode of the caller's may keep, or count, or give back later, what is made here.
+    with _lock, torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
         seen: list[ownership.Counts] = []
         # On the host whatever torch's default device is: a device has a thread of its own, which learns nothing.
         first, second = _Twin.apply(torch.zeros(2, device="cpu", requires_grad=True))

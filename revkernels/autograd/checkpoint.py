@@ -21,7 +21,9 @@ from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept import Kept
 from revkernels.autograd.rebuilding import Rebuilding, within_a_branch
 from revkernels.autograd.recorded import RecordedStep
-from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
+from revkernels.autograd.snapshot import version_of
+from revkernels.autograd.surroundings import Surroundings, drawn, states_of
+from revkernels.errors import ReconstructionError
 
 __all__ = ["Checkpoint"]
 
@@ -50,6 +52,7 @@ class Checkpoint(Rebuilding):
                 tensors.append(leaf)
             self._leaves.append((places[id(leaf)], None))
         self._wanted = [tensor.requires_grad for tensor in tensors]
+        self._given = [(tensor, version_of(tensor)) for tensor in tensors]  # until the forward is over
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         self._surroundings = Surroundings(device, {})
         self.name = lambda k: f"the checkpointed {type(function).__name__}"
@@ -67,7 +70,7 @@ class Checkpoint(Rebuilding):
         self._steps.append(step)
         self._saved = step.saved
         snapshot, surroundings = step.snapshot, self._surroundings
-        own = own_generators(snapshot.modules)
+        own = snapshot.generators
         before = surroundings.states() + states_of(own)
         self._hooks = hooks = saved_tensors_hooks(self._pack, self._unpack)
         try:
@@ -76,9 +79,14 @@ class Checkpoint(Rebuilding):
                 with hooks, surroundings.guard, within_a_branch(), fusion.Within(self.kernels, step.tape(False)):
                     result = self._function(*args, **kwargs)
                 snapshot.complete(step.counted())
-            step.drawn = drawn(before, surroundings.states() + states_of(own))
+            step.drawn = drawn(before, surroundings.states() + states_of(own), surroundings.sown_by(self._function))
+            if any(version_of(tensor) != version for tensor, version in self._given):
+                raise ReconstructionError(
+                    f"{self.name(0)} wrote to an input of its own in place, which it is to be run again from: make its "
+                    f"first operation out of place (such as ReLU(inplace=False))"
+                )
         finally:
-            self._hooks = None
+            self._hooks, self._given = None, []
         self._first = 0 if step.saved else None
         self._kept = self._inputs if step.saved else None
         self._inputs = None

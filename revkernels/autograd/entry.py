@@ -17,6 +17,7 @@ import torch
 from revkernels.autograd import fusion
 from revkernels.autograd.coupling import couple
 from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.known_layers import NORM_LAYERS, Fusable, fusable_at, narrows
 from revkernels.autograd.norm_act import Call, couple_norm_act, enter_norm_act, norm_act
 from revkernels.norm import Statistics
 
@@ -36,7 +37,7 @@ class Entry:
 
     __slots__ = ("call", "fusable", "given", "narrow")
 
-    def __init__(self, fusable: fusion.Fusable, narrow: bool) -> None:
+    def __init__(self, fusable: Fusable, narrow: bool) -> None:
         self.fusable, self.narrow = fusable, narrow
         self.call: Call | None = None
         self.given: Statistics | None = None
@@ -120,10 +121,10 @@ def entry_of(step: HalfStep, kernels: Any) -> Entry | None:
         return None
     branch: Any = step.branch
     layers = list(branch._modules.values())
-    if not layers or type(layers[0]) not in fusion.NORM_LAYERS:
+    if not layers or type(layers[0]) not in NORM_LAYERS:
         return None
-    fusable = fusion.fusable_at(layers, 0)
+    fusable = fusable_at(layers, 0)
     if isinstance(fusable, str):
         return None
     behind = layers[fusable.layers] if fusable.layers < len(layers) else None
-    return Entry(fusable, behind is not None and fusion.narrows(behind))
+    return Entry(fusable, behind is not None and narrows(behind))

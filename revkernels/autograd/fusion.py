@@ -10,18 +10,32 @@ torch.func, forward-mode differentiation). Results are the same either way, up t
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _torch_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from revkernels import backends, eager
 from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.keywords import keywords_of, passes_keywords
+from revkernels.autograd.known_layers import (
+    ACTIVATION_LAYERS,
+    NORM_LAYERS,
+    RANKS,
+    READ_THEIR_INPUT,
+    Fusable,
+    fusable_at,
+    hooked,
+    is_sequential,
+    narrows,
+    untouchable,
+)
 from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.norm_act import ACTIVATIONS, Call, making_again, norm_act
 from revkernels.autograd.ownership import PLAIN
@@ -48,16 +62,22 @@ ambient = Ambient()
 class Tape:
     """The batch statistics of one run of a branch: noted in the forward, used again in the recompute.
 
-    So the recompute needs no pass for statistics, gives the forward's bits, and counts no batch twice. ``outputs``:
-    where to note what can be made again; None if nobody asks.
+    So the recompute needs no pass for statistics, gives the forward's bits, and counts no batch twice. ``ways`` are how
+    layers were run, for hooks may come and go before the recompute, which then saves other tensors. ``outputs``: where
+    to note what can be made again; None if nobody asks.
     """
 
-    __slots__ = ("at", "entries", "outputs", "replaying")
+    __slots__ = ("at", "entries", "outputs", "replaying", "way", "ways")
 
     def __init__(
-        self, entries: list[tuple[nn.Module, Statistics]], replaying: bool, outputs: Outputs | None = None
+        self,
+        entries: list[tuple[nn.Module, Statistics]],
+        ways: list[tuple[nn.Module, Any]],
+        replaying: bool,
+        outputs: Outputs | None = None,
     ) -> None:
-        self.entries, self.replaying, self.outputs, self.at = entries, replaying, outputs, 0
+        self.entries, self.ways, self.replaying, self.outputs = entries, ways, replaying, outputs
+        self.at = self.way = 0  # where the recompute is in these
 
     def next(self, norm: nn.Module) -> Statistics | None:
         """The statistics that ``norm`` had at this place of the forward; None if it ran otherwise then."""
@@ -66,119 +86,23 @@ class Tape:
             return self.entries[self.at - 1][1]
         return None
 
+    def taken(self, layer: nn.Module) -> Any:
+        """The way that ``layer`` was run at this place of the forward; None if that is not known."""
+        if self.replaying and self.way < len(self.ways) and self.ways[self.way][0] is layer:
+            self.way += 1
+            return self.ways[self.way - 1][1]
+        return None
+
+    def took(self, layer: nn.Module, way: Any) -> None:
+        """Note it."""
+        if not self.replaying:
+            self.ways.append((layer, way))
+
 
 def outputs_alone() -> Tape | None:
     """A tape for what stores its activations: what can be made again, if somebody around it wants to know."""
     tape = ambient.tape
-    return None if tape is None or tape.outputs is None else Tape([], False, tape.outputs)
-
-
-class Fusable(NamedTuple):
-    """A norm, the activation behind it ("none" if there is none), and how many layers these are."""
-
-    norm: nn.Module
-    activation: str
-    layers: int
-
-
-# ---- which layers
-
-
-def _relu(layer: Any) -> str:
-    return "relu"
-
-
-def _gelu(layer: Any) -> str:
-    return "gelu" if layer.approximate == "none" else "gelu_tanh"
-
-
-def _silu(layer: Any) -> str:
-    return "silu"
-
-
-#: Exact types: a subclass, which may do anything, is called as it is. (A parametrised module is a subclass.)
-ACTIVATION_LAYERS: dict[type, Callable[[Any], str]] = {nn.ReLU: _relu, nn.GELU: _gelu, nn.SiLU: _silu}
-
-
-#: Of these, the ones whose gradient is made of their input.
-_READ_THEIR_INPUT = (nn.GELU, nn.SiLU)
-
-#: The norms that the kernels know, by exact type too, and the dimension of their channels. `nn.branches` adds its own.
-NORM_LAYERS: dict[type, tuple[str, int]] = {
-    nn.BatchNorm1d: ("batch", 1),
-    nn.BatchNorm2d: ("batch", 1),
-    nn.BatchNorm3d: ("batch", 1),
-    nn.LayerNorm: ("layer", -1),
-    nn.RMSNorm: ("rms", -1),
-    nn.GroupNorm: ("group", 1),
-}
-_RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-
-
-def narrows(layer: nn.Module) -> bool:
-    """Whether autocast makes the layer's input narrow: what feeds it is then written narrow at once, without a cast."""
-    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
-        return True
-    return getattr(layer, "narrows_input", False)
-
-
-def fusable_at(layers: Sequence[nn.Module], index: int) -> Fusable | str:
-    """Return the norm (and activation) that begins at ``layers[index]``, or why it cannot be fused."""
-    norm = layers[index]
-    if type(norm) not in NORM_LAYERS:
-        return f"{type(norm).__name__} is no norm that the kernels know"
-    reason = untouchable(norm)
-    if reason is not None:
-        return reason
-    if type(norm) in (nn.LayerNorm, nn.RMSNorm) and len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
-        return f"{type(norm).__name__} normalises {len(norm.normalized_shape)} dimensions; the kernels take one"  # type: ignore[arg-type]
-    if index + 1 < len(layers):
-        behind = layers[index + 1]
-        read = ACTIVATION_LAYERS.get(type(behind))
-        if read is not None and untouchable(behind) is None:
-            return Fusable(norm, read(behind), 2)
-    return Fusable(norm, "none", 1)
-
-
-def untouchable(layer: nn.Module) -> str | None:
-    """Return why the layer has to be called as a module, or None."""
-    if has_hooks(layer):
-        return f"{type(layer).__name__} has hooks"
-    for name, parameter in layer._parameters.items():
-        if parameter is not None and type(parameter) not in PLAIN:
-            return f"{type(layer).__name__}.{name} is a {type(parameter).__name__}"
-    if "forward" in layer.__dict__:
-        return f"{type(layer).__name__} has a forward of its own"
-    return None
-
-
-def is_sequential(branch: Any) -> bool:
-    """Whether the branch is a Sequential that runs its layers one after the other, and nothing more."""
-    if not isinstance(branch, nn.Sequential) or "forward" in branch.__dict__:
-        return False
-    return type(branch).forward is nn.Sequential.forward or passes_keywords(branch)
-
-
-def passes_keywords(branch: Any) -> bool:
-    """Whether it is a `revkernels.nn.FusedSequential`, which is marked."""
-    return getattr(type(branch).forward, "passes_keywords", False)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether it has hooks of its own."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def hooked(branch: nn.Module) -> bool:
-    """Whether calling the branch as a module would fire hooks."""
-    return has_hooks(branch) or bool(
-        _torch_module._global_forward_hooks
-        or _torch_module._global_forward_pre_hooks
-        or _torch_module._global_backward_hooks
-        or _torch_module._global_backward_pre_hooks
-    )
+    return None if tape is None or tape.outputs is None else Tape([], [], False, tape.outputs)
 
 
 # ---- when
@@ -189,18 +113,23 @@ def kernels_for(x: Any) -> Any:
     if type(x) not in PLAIN or x.dtype not in _FLOATS or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     kernels = ambient.kernels
-    if kernels is eager or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if kernels is eager or torch._C._are_functorch_transforms_active() or records_operators():
         return None
-    if torch.autograd.forward_ad._current_level >= 0 or not in_usual_order(x) or x.numel() == 0:
+    if torch.autograd.forward_ad._current_level >= 0 or not in_usual_order(x) or x.numel() == 0 or x.is_neg():
         return None
     if kernels is None:
         kernels = backends.select(x)
         if kernels is eager:
             return None
-    everywhere = _torch_module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+    everywhere, tape = _torch_module, ambient.tape
+    if (everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) and not (tape and tape.replaying):
         return None  # hooks on every module expect to see each layer
     return kernels
+
+
+def records_operators() -> bool:
+    """Whether `torch.fx.experimental.proxy_tensor.make_fx` writes down what runs here, and would miss the kernels."""
+    return get_proxy_mode() is not None
 
 
 def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Call | None:
@@ -225,9 +154,10 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
                 given = tape.next(layer)
                 if given is None:
                     return None
-            elif layer.training and running_mean is not None:
+            elif layer.training and layer.track_running_stats:
                 momentum = _count(layer, _held(buffers, "num_batches_tracked", layer))
-                running = running_mean, _held(buffers, "running_var", layer), momentum
+                if running_mean is not None:
+                    running = running_mean, _held(buffers, "running_var", layer), momentum
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             rstd = (layer.running_var.to(wide) + layer.eps).rsqrt_()
@@ -235,7 +165,8 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
             source = running_mean if torch.is_grad_enabled() else None
             given, constant = Statistics(running_mean.to(wide, copy=source is not None), rstd), True
     elif eps is None:  # torch's default for an RMS norm
-        eps = torch.finfo(x.dtype).eps
+        wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")  # the layer would be given float32
+        eps = default_eps(torch.float32 if wide and x.dtype != torch.float64 else x.dtype)
     bias = None if kind == "rms" else _held(parameters, "bias", layer)
     groups = layer.num_groups if kind == "group" else 1
     norm = Norm(kind, _held(parameters, "weight", layer), bias, eps, fusable.activation, groups, axis, *running)
@@ -246,7 +177,7 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
 
 def _fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:
     if kind == "batch":
-        return x.dim() in _RANKS[type(layer)] and x.shape[1] == layer.num_features
+        return x.dim() in RANKS[type(layer)] and x.shape[1] == layer.num_features
     if x.dim() < 2:
         return False
     if axis == 1:
@@ -255,6 +186,18 @@ def _fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:
 
 
 _NOT_RUNNING: tuple[Any, Any, float] = (None, None, 0.0)
+
+
+@functools.cache
+def default_eps(dtype: torch.dtype) -> float:
+    """What `torch.nn.RMSNorm` with eps None adds: by version that of the input's dtype, or that of its arithmetic."""
+    own = torch.finfo(dtype).eps
+    if dtype not in (torch.bfloat16, torch.float16):
+        return own
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x = torch.full((1, 2), 2.0**-10, dtype=dtype, device="cpu")  # its square is far above the one, below the other
+        h = nn.functional.rms_norm(x, (2,))
+    return own if float(h[0, 0]) < 0.5 else torch.finfo(torch.float32).eps
 
 
 def _held(table: Mapping[str, Any], name: str, layer: Any) -> Any:
@@ -316,32 +259,61 @@ def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping[str, Any] | None = None) -> Any:
     """Run the layers one after the other, fused. ``normed``: what the norm that they begin with made of x.
 
-    ``kwargs`` go to the layers whose ``forward`` names them.
+    ``kwargs`` go to the layers whose ``forward`` names them or takes any.
     """
     index, count, fuses = 0, len(layers), not torch.compiler.is_compiling()
     while index < count:
         layer = layers[index]
         if fuses and type(layer) in NORM_LAYERS:
-            fusable = fusable_at(layers, index)
+            fusable, narrow = _way_of(layers, index)
             if isinstance(fusable, Fusable):
-                behind = index + fusable.layers
-                if normed is not None:
-                    x, normed, index = normed, None, behind
-                    continue
-                h = fused(fusable, x, behind < count and narrows(layers[behind]))
-                if h is not None:
-                    x, index = h, behind
-                    continue
-        if kwargs:
-            x = layer(x, **{name: value for name, value in kwargs.items() if name in keywords_of(layer)})
-        elif type(layer) in _READ_THEIR_INPUT:
+                h, normed = normed if normed is not None else fused(fusable, x, narrow), None
+            else:
+                h = None
+            if ambient.tape is not None:
+                ambient.tape.took(layer, (None if h is None else fusable, narrow))
+            if h is not None:
+                x, index = h, index + fusable.layers
+                continue
+        mine = _taken(kwargs, layer) if kwargs else None
+        if mine:
+            x = layer(x, **mine)
+        elif type(layer) in READ_THEIR_INPUT:
             x = _activated(layer, x)
-        elif is_sequential(layer) and not hooked(layer):
+        elif is_sequential(layer) and _apart(layer, not hooked(layer)):
             x = run(list(layer._modules.values()), x)  # type: ignore[arg-type]
         else:
             x = layer(x)
         index += 1
     return x
+
+
+def _way_of(layers: Sequence[nn.Module], index: int) -> tuple[Any, bool]:
+    """How the norm at ``layers[index]`` is to be run: with what it fuses, or None; whether its output is narrow."""
+    tape = ambient.tape
+    if tape is not None and tape.replaying:  # what was no norm yet, lazy as it was, is not noted
+        return tape.taken(layers[index]) or (None, False)
+    fusable = fusable_at(layers, index)
+    if isinstance(fusable, str):
+        return None, False
+    behind = index + fusable.layers
+    return fusable, behind < len(layers) and narrows(layers[behind])
+
+
+def _apart(sequential: nn.Module, now: bool) -> bool:
+    """Whether its layers are run one by one: as they were in the forward, else as they may be ``now``."""
+    tape = ambient.tape
+    if tape is None:
+        return now
+    known = tape.taken(sequential)
+    way = now if known is None else bool(known)
+    tape.took(sequential, way)
+    return way
+
+
+def _taken(kwargs: Mapping[str, Any], layer: nn.Module) -> Mapping[str, Any]:
+    names = keywords_of(layer)
+    return kwargs if names is None else {name: value for name, value in kwargs.items() if name in names}
 
 
 def fused(fusable: Fusable, x: Any, narrow: bool) -> torch.Tensor | None:
@@ -354,17 +326,6 @@ def fused(fusable: Fusable, x: Any, narrow: bool) -> torch.Tensor | None:
     record(fusable, call)
     note(call, x, h)
     return h
-
-
-def keywords_of(layer: nn.Module) -> frozenset[str]:
-    """The keywords that the layer's ``forward`` names, besides its input."""
-    return _keywords(type(layer).forward)
-
-
-@functools.cache
-def _keywords(forward: Any) -> frozenset[str]:
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return frozenset(p.name for p in list(inspect.signature(forward).parameters.values())[2:] if p.kind in kinds)
 
 
 class Within:
@@ -386,7 +347,7 @@ class Within:
 def call_branch(step: HalfStep, x: Any, kernels: Any, normed: Any = None) -> Any:
     """Return ``branch(x, *args, **kwargs)``. ``normed``: what the norm that it begins with made of x."""
     branch: Any = step.branch
-    if kernels is not eager and may_be_taken_apart(step):
+    if kernels is not eager and _apart(branch, may_be_taken_apart(step)):
         return run(list(branch._modules.values()), x, normed, step.kwargs)
     return branch(x, *step.args, **step.kwargs)
 

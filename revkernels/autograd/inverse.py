@@ -30,7 +30,9 @@ def invert(
 
     A branch runs on throw-away copies of its running statistics: undoing a batch must not count it again.
     """
-    streams = list(streams)
+    # A kernel may walk other addresses in another way, and its statistics have other bits then: a chain's own streams
+    # are aligned.
+    streams = [s if grid_exponent is None or s.data_ptr() % 16 == 0 else s.clone() for s in streams]
     coupling = None if grid_exponent is None else Coupling(grid_exponent=grid_exponent)
     for k, step in reversed(list(enumerate(half_steps))):
         target, sources = step.target, step.sources
@@ -51,7 +53,7 @@ def invert(
         if type(f) is tuple:
             f, _ = check_aux(f, name, k)
         check_branch_output(f, streams[target], name, k)
-        streams[target] = _uncouple(kernels, streams[target], f, coupling)
+        streams[target] = _uncouple(kernels, streams[target], f.resolve_neg(), coupling)
     return streams
 
 

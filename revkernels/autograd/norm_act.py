@@ -219,6 +219,7 @@ def _like(gradient: Any, parameter: torch.Tensor) -> Any:
 
 def _walkable(gradient: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """The gradient in a layout that kernels can walk beside s: torch may hand over any."""
+    gradient = gradient.resolve_neg()
     if gradient.stride() == s.stride() or gradient.is_contiguous() or not any(gradient.stride()):
         return gradient
     if gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last):

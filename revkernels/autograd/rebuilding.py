@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from revkernels.autograd.attributes import attributes_of, put_attributes_back
 from revkernels.autograd.entry import Ready, may_be_one
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.kept import KeptTensor
@@ -273,7 +274,7 @@ class Rebuilding:
         if k == 0 and self._grid is None and self.witness is None:  # nobody reads what the first half-step added to
             self._rebuilt = []
         else:
-            f = (f[0] if type(f) is tuple else f).detach()
+            f = (f[0] if type(f) is tuple else f).detach().resolve_neg()
             # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
             free = not higher_order and target.stride() == step.strides and memory_is_free(target)
             self._rebuilt[index] = target if free else _empty(target, step.strides)
@@ -298,6 +299,7 @@ class Rebuilding:
             if problem is not None:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
             outer, surroundings, undo = is_recomputing(), None, None
+            attributes = attributes_of(step.snapshot.modules)
             try:  # memory may run out at any of these
                 _local.recomputing = True
                 surroundings = self._surroundings.restore(step.drawn)
@@ -312,6 +314,7 @@ class Rebuilding:
                 set_grad_enabled(higher_order)
                 if undo:
                     put_back(undo)
+                put_attributes_back(attributes)
                 if surroundings is not None:
                     surroundings.close()
                 _local.recomputing = outer

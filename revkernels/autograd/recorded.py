@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ class RecordedStep:
     Attributes:
         entry: the norm that was applied on the way into the branch, if one was.
         statistics: of the fused batch norms inside the branch, in the order of their calls.
+        ways: how norms and Sequentials inside it were run, likewise.
         kept: outputs of operators that the recompute need not run again, by the operator's number; let go once used.
         before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
         luggage: what it has sent to host memory; None if nothing goes there.
@@ -37,7 +38,7 @@ class RecordedStep:
 
     __slots__ = (
         *("before", "drawn", "entry", "half_step", "kept", "luggage", "needs_grad", "outputs", "saved", "snapshot"),
-        *("statistics", "strides"),
+        *("statistics", "strides", "ways"),
     )
 
     def __init__(self, half_step: HalfStep) -> None:
@@ -45,6 +46,7 @@ class RecordedStep:
         self.needs_grad = False
         self.entry: Entry | None = None
         self.statistics: list[tuple[nn.Module, Statistics]] = []
+        self.ways: list[tuple[nn.Module, Any]] = []
         self.snapshot = Snapshot(half_step.branch, (*half_step.args, *half_step.kwargs.values()))
         self.saved: list[Metadata] = []
         self.drawn: Drawn = []
@@ -56,7 +58,7 @@ class RecordedStep:
 
     def tape(self, replaying: bool) -> Tape:
         """The branch's batch statistics, to be noted or to be used again."""
-        return Tape(self.statistics, replaying, self.outputs)
+        return Tape(self.statistics, self.ways, replaying, self.outputs)
 
     def counted(self) -> list[nn.Module]:
         """The batch norms whose statistics were noted, once for each call."""

@@ -44,7 +44,7 @@ from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import Rebuilding, is_recomputing, within_a_branch
 from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep
 from revkernels.autograd.snapshot import version_of
-from revkernels.autograd.surroundings import Surroundings, drawn, own_generators, states_of
+from revkernels.autograd.surroundings import Surroundings, drawn, states_of
 from revkernels.errors import ReconstructionError
 
 __all__ = ["Reversal", "is_recomputing"]
@@ -121,6 +121,7 @@ class Reversal(Rebuilding):
             f, aux = check_aux(f, self.name, self._count)
             self.aux.append(aux)
         check_branch_output(f, target, self.name, self._count)
+        f = f.resolve_neg()  # the imaginary part of a conjugate has a sign that its memory lacks
         if self.recording:
             recorded = self._steps[-1]
             before = target if grid is None else grid.kept(target, index)
@@ -215,7 +216,7 @@ class Reversal(Rebuilding):
         self._steps.append(step)
         self._saved = step.saved
         snapshot = step.snapshot
-        own = own_generators(snapshot.modules)
+        own = snapshot.generators
         before = self._states + states_of(own) if own else self._states
         keeping, noting = self._keeping, None
         if keeping is not None:
@@ -236,7 +237,8 @@ class Reversal(Rebuilding):
             step.kept = noting.settle()
         self._open = []
         after = self._surroundings.states()
-        step.drawn = drawn(before, after + states_of(own) if own else after)
+        seeds = self._surroundings.sown_by(half_step.branch)
+        step.drawn = drawn(before, after + states_of(own) if own else after, seeds)
         if step.drawn:
             self._states = after
         return f

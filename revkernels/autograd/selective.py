@@ -28,7 +28,7 @@ class Selective:
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return ``function(*args, **kwargs)``."""
-        tape = fusion.Tape([], False, self._outputs)
+        tape = fusion.Tape([], [], False, self._outputs)
         try:
             with saved_tensors_hooks(self._pack, self._unpack), fusion.Within(fusion.ambient.kernels, tape):
                 return function(*args, **kwargs)

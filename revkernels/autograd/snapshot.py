@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.behind import behind, modules_in
+from revkernels.autograd.behind import behind, beside, items
 from revkernels.autograd.ownership import PLAIN
 from revkernels.errors import ReconstructionError
 
@@ -73,14 +73,14 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("branch", "fixed", "flags", "late", "modules", "others", "rewound", "statistics", "trained", "turn"),
-        "_held",
+        *("branch", "fixed", "flags", "generators", "late", "modules", "others", "rewound", "statistics", "trained"),
+        *("_held", "turn"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
         self.branch = branch
         self.fixed: list[Slot] = []
-        self.late: set[int] = set()  # of the fixed, by id, buffers that turned out to be written
+        self.late: set[int] = set()  # of the fixed, by id, those that the branch itself turned out to write
         self.trained: list[tuple[str, torch.Tensor, bool]] = []  # parameters, and whether they required grad
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
@@ -88,12 +88,23 @@ class Snapshot:
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         self._held: list[tuple[str, torch.Tensor]] = []
-        if isinstance(branch, nn.Module):
-            self.modules = _tree(branch)
-        else:
-            self.modules, self._held = behind(branch)
-        if given:
-            self.modules += [m for m in modules_in(given) if m not in self.modules]
+        self.modules = _tree(branch) if isinstance(branch, nn.Module) else []
+        reached = beside(self.modules) if self.modules else behind(branch)
+        for value in given:
+            for item in items(value):
+                if isinstance(item, nn.Module):
+                    reached.take(item)
+                elif isinstance(item, torch.Generator):
+                    reached.look("", item)
+        self.modules += reached.modules
+        self._held += reached.tensors
+        self.generators = reached.generators
+        for module in self.modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ReconstructionError(
+                    f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers and modes cannot be put "
+                    f"back to run it again: set activations='store', or give the module that it was made of"
+                )
         stateful = [module for module in self.modules if module._buffers]
         self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
 
@@ -122,7 +133,7 @@ class Snapshot:
             slot = (module._buffers, name, buffer, version_of(buffer))
             if only_statistics:
                 self.statistics.append(slot)
-            elif written is None or name in written:
+            elif (written is None or name in written) and not isinstance(buffer, UninitializedTensorMixin):
                 self.rewound.append((module, slot, buffer.detach().clone()))
             else:
                 self.fixed.append(slot)
@@ -146,6 +157,9 @@ class Snapshot:
                 else:
                     self.fixed.append(slot)
             self.rewound = changed
+        for _, _, tensor, version in self.fixed:
+            if version_of(tensor) != version and isinstance(tensor, nn.Parameter):
+                self.late.add(id(tensor))
         for module in self.modules:
             known = _written.get(module, {}).get(module.training) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
@@ -175,6 +189,12 @@ class Snapshot:
         """Return what the branch reads and is not as it was in the forward, or None."""
         for _, name, tensor, version in self.fixed:
             if version >= 0 and tensor._version != version:
+                if id(tensor) in self.late and isinstance(tensor, nn.Parameter):
+                    return (
+                        f"{self._tensor_name(tensor, name)} was written by the branch's own forward (as by a "
+                        f"max_norm), and parameters are not rewound: set activations='store' for it, or write to it "
+                        f"before the step"
+                    )
                 if id(tensor) in self.late:
                     return (
                         f"{self._tensor_name(tensor, name)} was written by the branch's own forward, which it had not "

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from revkernels.autograd.snapshot import version_of
 from revkernels.errors import ReconstructionError
@@ -30,8 +30,8 @@ _IN_A_CAPTURE = (
 class Surroundings:
     """Recorded for one call of a chain, in the forward; put back round each recompute.
 
-    Watched are torch's default generators of the CPU and of the streams' device, and generators that a module holds as
-    an attribute. Python's and NumPy's generators are not (nor are they by ``torch.utils.checkpoint``).
+    Watched are torch's default generators of the CPU and of the streams' device, and those that the branch reaches or
+    is given. Python's and NumPy's generators are not (nor are they by ``torch.utils.checkpoint``).
     """
 
     def __init__(self, device: torch.device, side_inputs: dict[str, Any]) -> None:
@@ -39,6 +39,7 @@ class Surroundings:
         kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
         self.autocast = [(kind, *_autocast_state(kind)) for kind in kinds]
         self.shared = [torch.default_generator]
+        self._seed = torch.default_generator.initial_seed()
         self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if device.type == "cuda":
             generator = torch.cuda.default_generators[device.index]
@@ -51,6 +52,16 @@ class Surroundings:
     def states(self) -> States:
         """The shared generators' states as they are now."""
         return states_of(self.shared)
+
+    def sown_by(self, branch: Any) -> bool:
+        """Whether the branch, which has just run, seeds torch's generators. One that does leaves them, run after run,
+        as it found them, like one that draws nothing; so it is remembered from the first time, when the seed changed.
+        """
+        if self._seed != torch.default_generator.initial_seed():
+            with contextlib.suppress(TypeError):  # of what no reference can be weak
+                _sowers.add(branch)
+            return True
+        return bool(_sowers) and branch in _sowers
 
     def extend(self, side_inputs: dict[str, Any]) -> None:
         """Watch these as well, as they are now."""
@@ -86,9 +97,12 @@ class Surroundings:
             for kind, enabled, dtype, cache in other:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
             for generator, state, _ in drawn:
-                stack.callback(generator.set_state, generator.get_state())
+                stack.callback(generator.set_state, _state_of(generator)[0])
                 generator.set_state(state)
             return stack.pop_all()
+
+
+_sowers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class RefusesToDraw(TorchDispatchMode):
@@ -121,25 +135,23 @@ def _readable(generator: torch.Generator) -> bool:
     return True
 
 
-def own_generators(modules: Sequence[nn.Module]) -> list[torch.Generator]:
-    """The generators that the modules hold as attributes. (torch's own modules hold none.)"""
-    return [
-        value
-        for module in modules
-        if torch.Generator in map(type, module.__dict__.values())
-        for value in module.__dict__.values()
-        if type(value) is torch.Generator
-    ]
-
-
 def states_of(generators: Sequence[torch.Generator]) -> States:
     """Copies of the generators' states: 5 KB for a CPU generator, 16 bytes for a CUDA one."""
-    return [(generator, state := generator.get_state(), state.numpy().tobytes()) for generator in generators]
+    return [(generator, *_state_of(generator)) for generator in generators]
 
 
-def drawn(before: States, after: States) -> Drawn:
-    """Those of ``before`` whose generator was drawn from."""
-    return [(a[0], a[1], hash(b[2])) for a, b in zip(before, after, strict=True) if a[2] != b[2]]
+def _state_of(generator: torch.Generator) -> tuple[torch.Tensor, bytes]:
+    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode, say, allows no tensor with memory
+        with _disable_current_modes():
+            state = generator.get_state()
+            return state, state.numpy().tobytes()
+    state = generator.get_state()
+    return state, state.numpy().tobytes()
+
+
+def drawn(before: States, after: States, seeds: bool = False) -> Drawn:
+    """Those of ``before`` whose generator was drawn from; all, if the branch ``seeds`` them."""
+    return [(a[0], a[1], hash(b[2])) for a, b in zip(before, after, strict=True) if seeds or a[2] != b[2]]
 
 
 def refuses_a_race(name: str) -> RefusesToDraw:
@@ -153,9 +165,11 @@ def refuses_a_race(name: str) -> RefusesToDraw:
 def strayed(drawn: Drawn) -> bool:
     """After the recompute: whether a generator was drawn from, and is not where the forward left it."""
     for generator, before, after in drawn:
-        now = generator.get_state().numpy().tobytes()
-        if hash(now) != after and now != before.numpy().tobytes():
-            return True
+        now = _state_of(generator)[1]
+        if hash(now) != after:
+            with _disable_current_modes():
+                if now != before.numpy().tobytes():
+                    return True
     return False
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.surroundings import own_generators
+from revkernels.autograd.behind import beside
 from revkernels.nn import PerBlock
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -37,7 +37,7 @@ def untouched(net: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
     attributes = [dict(module.__dict__) for module in modules]
     tables = [[dict(module.__dict__[table]) for table in _TABLES] for module in modules]
-    own = own_generators(modules)
+    own = beside(modules).generators
     states = [generator.get_state() for generator in own]
     stepping = [(hooks, dict(hooks)) for hooks in map(_hooks_behind, net.parameters()) if hooks]
     drawn = random.getstate()

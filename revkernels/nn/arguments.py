@@ -3,22 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from revkernels.autograd.fusion import passes_keywords
-from revkernels.nn.fusion import FusedSequential
+from revkernels.autograd.keywords import keywords_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-_PARAMETER = inspect.Parameter
-#: Of a branch: the function that runs when it is called, and the keywords that this takes.
-_accepts: weakref.WeakKeyDictionary[Any, tuple[Any, frozenset[str] | None]] = weakref.WeakKeyDictionary()
 
 
 class PerBlock:
@@ -55,7 +45,7 @@ def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         here_kwargs = {name: _here(value, index) for name, value in kwargs.items()}
         of_block = []
         for branch in block.branches:
-            names = _keywords_of(branch)
+            names = keywords_of(branch)
             mine = here_kwargs if names is None else {n: v for n, v in here_kwargs.items() if n in names}
             taken.update(mine)
             of_block.append((here_args, mine))
@@ -71,35 +61,3 @@ _NOTHING: Call = ((), {})
 
 def _here(value: Any, index: int) -> Any:
     return value.values[index] if isinstance(value, PerBlock) else value
-
-
-def _keywords_of(branch: Any) -> frozenset[str] | None:
-    """The keywords that a branch takes; None is any."""
-    inner = getattr(branch, "_orig_mod", branch)  # a compiled module takes anything; what it wraps may not
-    own = inner.__dict__.get("forward") if isinstance(inner, nn.Module) else None
-    if own is None and isinstance(inner, FusedSequential) and passes_keywords(inner):
-        return inner.known_keywords()  # of the layers that it has now
-    if torch.compiler.is_dynamo_compiling():  # a trace is remembered itself, and would be made anew for what it wrote
-        return _inspect(inner)
-    runs = own or (type(inner).forward if isinstance(inner, nn.Module) else None)
-    try:
-        known = _accepts.get(branch)
-        if known is None or known[0] is not runs:
-            known = _accepts[branch] = runs, _inspect(inner)
-        return known[1]
-    except TypeError:  # a built-in function, which cannot be remembered
-        return _inspect(inner)
-
-
-def _inspect(inner: Any) -> frozenset[str] | None:
-    target = inner.forward if isinstance(inner, nn.Module) else inner
-    names: frozenset[str] | None = None
-    try:
-        parameters = list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        parameters = None
-    if parameters is not None and all(p.kind is not _PARAMETER.VAR_KEYWORD for p in parameters):
-        names = frozenset(
-            p.name for p in parameters[1:] if p.kind in (_PARAMETER.KEYWORD_ONLY, _PARAMETER.POSITIONAL_OR_KEYWORD)
-        )
-    return names

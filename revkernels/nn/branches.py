@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from revkernels.autograd.fusion import NORM_LAYERS
+from revkernels.autograd.known_layers import NORM_LAYERS
 from revkernels.nn.conv_branches import BasicBranch, BottleneckBranch
 from revkernels.nn.fusion import FusedSequential
 

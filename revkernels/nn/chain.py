@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from revkernels import backends, eager
-from revkernels.autograd.behind import behind
+from revkernels.autograd.behind import behind, beside
 from revkernels.autograd.costs import bytes_of
+from revkernels.autograd.fusion import records_operators
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
@@ -103,7 +104,7 @@ def forward(
         from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
 
         return untraced(forward, owner, x, groups, half_steps, name, through, linked)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # torch.jit.trace, torch.export: a graph is recorded
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or records_operators():  # torch.export, jit.trace, fx
         if through is not None:
             raise ReconstructionError("blocks have hooks, which a recorded graph would not have: take them off")
         return _traced(owner, x, groups, half_steps, name)
@@ -298,9 +299,10 @@ def _keeping(
 def _mode_of(step: HalfStep) -> tuple[Any, ...]:
     """What the branch trains, and how: frozen it saves less, and in evaluation other tensors."""
     branch: Any = step.branch
-    modules, held = (branch.modules(), []) if isinstance(branch, nn.Module) else behind(branch)
-    modes: list[bool] = [tensor.requires_grad for _, tensor in held]
-    for module in modules:
+    modules = list(branch.modules()) if isinstance(branch, nn.Module) else []
+    reached = beside(modules) if modules else behind(branch)
+    modes: list[bool] = [tensor.requires_grad for _, tensor in reached.tensors]
+    for module in (*modules, *reached.modules):
         modes.append(module.training)
         modes += [parameter.requires_grad for parameter in module._parameters.values() if parameter is not None]
     return tuple(modes)

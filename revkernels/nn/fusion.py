@@ -16,6 +16,8 @@ from revkernels import backends
 from revkernels.autograd import fusion
 from revkernels.autograd.entry import entry_of
 from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.keywords import keywords_of, passes_keywords
+from revkernels.autograd.known_layers import NORM_LAYERS, Fusable, fusable_at, has_hooks, hooked, is_sequential
 
 __all__ = ["BranchFusion", "Explanation", "FusedSequential", "norms_by"]
 
@@ -34,7 +36,7 @@ class FusedSequential(nn.Sequential):
     Known are BatchNorm1d to 3d, LayerNorm and RMSNorm of one dimension, and GroupNorm; ReLU, GELU and SiLU. Under
     autocast a norm in front of a convolution or a linear layer writes the narrow type that this would cast it to.
 
-    Keywords of a call go to the layers whose ``forward`` names them.
+    Keywords of a call go to the layers whose ``forward`` names them or takes any; one that none takes is a TypeError.
     """
 
     @classmethod
@@ -45,11 +47,11 @@ class FusedSequential(nn.Sequential):
             TypeError: ``sequential`` is no Sequential, or has a forward of its own.
             ValueError: it has hooks, which would be left behind.
         """
-        if not fusion.is_sequential(sequential):
+        if not is_sequential(sequential):
             raise TypeError(
                 f"sequential is a {type(sequential).__name__}; it must be an nn.Sequential with that class's forward"
             )
-        if fusion.has_hooks(sequential):
+        if has_hooks(sequential):
             raise ValueError("sequential has hooks, which would stay behind: register them on what is made of it")
         made = FusedSequential()
         for name, layer in sequential._modules.items():  # one layer may stand in two places
@@ -60,6 +62,8 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Any, **kwargs: Any) -> Any:
         """Run the layers."""
         layers = list(self._modules.values())
+        if kwargs:
+            self._refuse_unknown(kwargs)
         if torch.compiler.is_compiling() or not isinstance(input, torch.Tensor):
             return fusion.run(layers, input, None, kwargs)
         kernels = fusion.ambient.kernels
@@ -77,9 +81,11 @@ class FusedSequential(nn.Sequential):
         """A layer; for a slice a `FusedSequential` of these layers, whatever subclass this is."""
         return FusedSequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
-    def known_keywords(self) -> frozenset[str]:
-        """The keywords that some layer's ``forward`` names."""
-        return frozenset().union(*map(fusion.keywords_of, self))
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        taken = keywords_of(self)
+        unknown = set() if taken is None else set(kwargs) - taken
+        if unknown:
+            raise TypeError(f"no layer takes the keyword {', '.join(map(repr, sorted(unknown)))}")
 
 
 def norms_by(backend: str | None, x: torch.Tensor) -> AbstractContextManager[None]:
@@ -132,7 +138,7 @@ def _explain(name: str, branch: Callable[..., Any], backend: str | None) -> Bran
     unfused: list[str] = []
     if isinstance(branch, nn.Module):
         for place, found in _norms_in(branch, "", True):
-            (fused if isinstance(found, fusion.Fusable) else unfused).append(f"{place}: {_words(found)}")
+            (fused if isinstance(found, Fusable) else unfused).append(f"{place}: {_words(found)}")
     return BranchFusion(name, _entry(branch), tuple(fused), tuple(unfused))
 
 
@@ -144,26 +150,26 @@ def _entry(branch: Callable[..., Any]) -> str:
         return _words(entry.fusable)
     if not isinstance(branch, nn.Sequential):
         return f"nothing, for {type(branch).__name__} is no Sequential, whose first layer could be told"
-    if not fusion.is_sequential(branch):
+    if not is_sequential(branch):
         return f"nothing, for {type(branch).__name__} has a forward of its own"
-    if fusion.hooked(branch):
+    if hooked(branch):
         return "nothing, for the branch has hooks, and has to be called as a module"
     layers = list(branch)
-    reason = fusion.fusable_at(layers, 0) if layers else "it has no layers"
+    reason = fusable_at(layers, 0) if layers else "it has no layers"
     return f"nothing, for {reason}"
 
 
-def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, fusion.Fusable | str]]:
+def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, Fusable | str]]:
     """The norms of a branch, as `fusion.run` meets them. ``ours``: who calls the module is that, and takes it apart."""
-    plain = ours and fusion.is_sequential(module) and not fusion.hooked(module)
-    taken_apart = plain or (isinstance(module, FusedSequential) and fusion.passes_keywords(module))
+    plain = ours and is_sequential(module) and not hooked(module)
+    taken_apart = plain or (isinstance(module, FusedSequential) and passes_keywords(module))
     layers = list(module._modules.items())
     for index, (name, layer) in enumerate(layers):
         if layer is None:
             continue
         here = f"{place}.{name}" if place else name
-        if taken_apart and type(layer) in fusion.NORM_LAYERS:
-            yield here, fusion.fusable_at([one for _, one in layers], index)  # type: ignore[misc]
+        if taken_apart and type(layer) in NORM_LAYERS:
+            yield here, fusable_at([one for _, one in layers], index)  # type: ignore[misc]
         elif isinstance(layer, _NORMS) or ("Norm" in type(layer).__name__ and not isinstance(layer, nn.Sequential)):
             if taken_apart:
                 yield here, f"{type(layer).__name__} is no norm that the kernels know"
@@ -176,7 +182,7 @@ def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
-def _words(found: fusion.Fusable | str) -> str:
+def _words(found: Fusable | str) -> str:
     if isinstance(found, str):
         return found
     norm = type(found.norm).__name__

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from revkernels.autograd import fusion
+from revkernels.autograd.known_layers import ACTIVATION_LAYERS, fusable_at
 from revkernels.nn.fusion import FusedSequential, norms_by
 
 __all__ = ["NormAct"]
@@ -34,13 +35,13 @@ class NormAct(FusedSequential):
     def __init__(self, norm: nn.Module, activation: nn.Module | None = None, backend: str | None = None) -> None:
         layers = [norm] if activation is None else [norm, activation]
         if isinstance(norm, nn.Module):
-            found = fusion.fusable_at(layers, 0)
+            found = fusable_at(layers, 0)
             if isinstance(found, str):
                 raise TypeError(f"norm: {found}")
         else:
             raise TypeError(f"norm is a {type(norm).__name__}; it must be an nn.Module")
-        if activation is not None and type(activation) not in fusion.ACTIVATION_LAYERS:
-            known = ", ".join(layer.__name__ for layer in fusion.ACTIVATION_LAYERS)
+        if activation is not None and type(activation) not in ACTIVATION_LAYERS:
+            known = ", ".join(layer.__name__ for layer in ACTIVATION_LAYERS)
             raise TypeError(f"activation is a {type(activation).__name__}; it must be one of {known}, or None")
         if backend is not None:
             fusion.backends.require(backend)

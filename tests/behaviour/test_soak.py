@@ -14,8 +14,8 @@ from torch import nn
 
 from behaviour.common import assert_raises, loss_of, torch
 from behaviour.test_exceptions import BrokenError, Trap
-from revkernels.autograd import reversal, surroundings
-from revkernels.nn import ReversibleBlock, ReversibleSequential, arguments
+from revkernels.autograd import keywords, reversal, surroundings
+from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
 class Branch(nn.Module):
@@ -188,7 +188,7 @@ def streams_kept(plant, kept):
 
 
 def branches_kept(plant, kept):
-    plant.setattr(arguments, "_accepts", {})
+    plant.setattr(keywords, "_accepts", {})
 
 
 def a_global_grows(plant, kept):

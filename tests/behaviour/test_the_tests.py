@@ -219,7 +219,7 @@ def norm_gradient_always_accumulated(plant):
 
 @found_by(row_6)
 def generator_not_restored(plant):
-    plant.setattr(reversal, "drawn", lambda before, after: [])
+    plant.setattr(reversal, "drawn", lambda before, after, seeds: [])
 
 
 @found_by(row_6)

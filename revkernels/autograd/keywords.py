@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keywords a branch, or a layer inside one, takes."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["keywords_of", "passes_keywords"]
+
+_PARAMETER = inspect.Parameter
+#: Of a callable: the function that runs when it is called, and the keywords that this takes.
+_accepts: weakref.WeakKeyDictionary[Any, tuple[Any, frozenset[str] | None]] = weakref.WeakKeyDictionary()
+
+
+def passes_keywords(module: Any) -> bool:
+    """Whether it is a `revkernels.nn.FusedSequential` with that class's forward, which is marked."""
+    return "forward" not in module.__dict__ and getattr(type(module).forward, "passes_keywords", False)
+
+
+def keywords_of(called: Any) -> frozenset[str] | None:
+    """The keywords that a call takes besides its input, of a `FusedSequential` those of its layers; None is any."""
+    inner = getattr(called, "_orig_mod", called)  # a compiled module takes anything; what it wraps may not
+    if isinstance(inner, nn.Sequential) and passes_keywords(inner):
+        names: frozenset[str] = frozenset()
+        for layer in inner:  # those that it has now
+            taken = keywords_of(layer)
+            if taken is None:
+                return None
+            names |= taken
+        return names
+    if torch.compiler.is_dynamo_compiling():  # a trace is remembered itself, and would be made anew for what it wrote
+        return _inspect(inner)
+    own = inner.__dict__.get("forward") if isinstance(inner, nn.Module) else None
+    runs = own or (type(inner).forward if isinstance(inner, nn.Module) else None)
+    try:
+        known = _accepts.get(called)
+        if known is None or known[0] is not runs:
+            known = _accepts[called] = runs, _inspect(inner)
+        return known[1]
+    except TypeError:  # a built-in function, which cannot be remembered
+        return _inspect(inner)
+
+
+def _inspect(inner: Any) -> frozenset[str] | None:
+    target = inner.forward if isinstance(inner, nn.Module) else inner
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is _PARAMETER.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(
+        p.name for p in parameters[1:] if p.kind in (_PARAMETER.KEYWORD_ONLY, _PARAMETER.POSITIONAL_OR_KEYWORD)
+    )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers are known: norms and activations that can be one kernel, and what keeps them from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as _torch_module
+
+from revkernels.autograd.keywords import passes_keywords
+from revkernels.autograd.ownership import PLAIN
+
+
+class Fusable(NamedTuple):
+    """A norm, the activation behind it ("none" if there is none), and how many layers these are."""
+
+    norm: nn.Module
+    activation: str
+    layers: int
+
+
+def _relu(layer: Any) -> str:
+    return "relu"
+
+
+def _gelu(layer: Any) -> str:
+    return "gelu" if layer.approximate == "none" else "gelu_tanh"
+
+
+def _silu(layer: Any) -> str:
+    return "silu"
+
+
+#: Exact types: a subclass, which may do anything, is called as it is. (A parametrised module is a subclass.)
+ACTIVATION_LAYERS: dict[type, Callable[[Any], str]] = {nn.ReLU: _relu, nn.GELU: _gelu, nn.SiLU: _silu}
+
+
+#: Of these, the ones whose gradient is made of their input.
+READ_THEIR_INPUT = (nn.GELU, nn.SiLU)
+
+#: The norms that the kernels know, by exact type too, and the dimension of their channels. `nn.branches` adds its own.
+NORM_LAYERS: dict[type, tuple[str, int]] = {
+    nn.BatchNorm1d: ("batch", 1),
+    nn.BatchNorm2d: ("batch", 1),
+    nn.BatchNorm3d: ("batch", 1),
+    nn.LayerNorm: ("layer", -1),
+    nn.RMSNorm: ("rms", -1),
+    nn.GroupNorm: ("group", 1),
+}
+RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+#: Forwards that are a matrix product or a convolution of their input, and nothing before that.
+_NARROWING = frozenset(
+    kind.forward
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+)
+
+
+def narrows(layer: nn.Module) -> bool:
+    """Whether autocast makes the layer's input narrow: what feeds it is then written narrow at once, without a cast."""
+    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+        # One with a forward of its own may keep its input wide; hooks are shown what torch would show them.
+        return type(layer).forward in _NARROWING and "forward" not in layer.__dict__ and not hooked(layer)
+    return getattr(layer, "narrows_input", False)
+
+
+def fusable_at(layers: Sequence[nn.Module], index: int) -> Fusable | str:
+    """Return the norm (and activation) that begins at ``layers[index]``, or why it cannot be fused."""
+    norm = layers[index]
+    if type(norm) not in NORM_LAYERS:
+        return f"{type(norm).__name__} is no norm that the kernels know"
+    reason = untouchable(norm)
+    if reason is not None:
+        return reason
+    if type(norm) in (nn.LayerNorm, nn.RMSNorm) and len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
+        return f"{type(norm).__name__} normalises {len(norm.normalized_shape)} dimensions; the kernels take one"  # type: ignore[arg-type]
+    if index + 1 < len(layers):
+        behind = layers[index + 1]
+        read = ACTIVATION_LAYERS.get(type(behind))
+        if read is not None and untouchable(behind) is None:
+            return Fusable(norm, read(behind), 2)
+    return Fusable(norm, "none", 1)
+
+
+def untouchable(layer: nn.Module) -> str | None:
+    """Return why the layer has to be called as a module, or None."""
+    if has_hooks(layer):
+        return f"{type(layer).__name__} has hooks"
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and type(parameter) not in PLAIN:
+            return f"{type(layer).__name__}.{name} is a {type(parameter).__name__}"
+    if "forward" in layer.__dict__:
+        return f"{type(layer).__name__} has a forward of its own"
+    return None
+
+
+def is_sequential(branch: Any) -> bool:
+    """Whether the branch is a Sequential that runs its layers one after the other, and nothing more."""
+    if not isinstance(branch, nn.Sequential) or "forward" in branch.__dict__:
+        return False
+    kind: Any = type(branch)
+    if kind.__call__ is not nn.Module.__call__ or kind.__iter__ is not nn.Sequential.__iter__:
+        return False
+    return kind.forward is nn.Sequential.forward or passes_keywords(branch)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks of its own."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def hooked(branch: nn.Module) -> bool:
+    """Whether calling the branch as a module would fire hooks."""
+    return has_hooks(branch) or bool(
+        _torch_module._global_forward_hooks
+        or _torch_module._global_forward_pre_hooks
+        or _torch_module._global_backward_hooks
+        or _torch_module._global_backward_pre_hooks
+    )

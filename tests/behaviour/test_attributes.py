@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that a branch keeps on itself while it runs: those of the forward stay, and nothing else is held."""
+
+import copy
+import gc
+
+import pytest
+from torch import nn
+
+from behaviour.common import WIDE, rows, torch
+from revkernels.measure import peak_bytes
+from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
+
+
+class Keeps(nn.Module):
+    """A layer with an auxiliary loss, as of a mixture of experts."""
+
+    def __init__(self, how="attribute", width=4):
+        super().__init__()
+        self.linear, self.how = nn.Linear(width, width), how
+        self.aux, self.all, self.named = None, [], {}
+        self.counted = 0
+
+    def forward(self, h):
+        aux = (h.softmax(-1).mean(0) ** 2).sum()
+        self.counted += 1
+        if self.how == "attribute":
+            self.aux = aux
+        elif self.how == "tuple":
+            self.aux = (aux, 1.0)
+        elif self.how == "list":
+            self.all.append(aux)
+        elif self.how == "dictionary":
+            self.named["aux"] = aux
+        else:
+            self.linear.seen = aux
+        return self.linear(h).tanh()
+
+    def kept(self):
+        found = {"list": self.all, "dictionary": list(self.named.values()), "tuple": self.aux, "layer": None}
+        if self.how == "layer":
+            return self.linear.seen
+        return self.aux if self.how == "attribute" else found[self.how][0]
+
+
+WAYS = ["attribute", "tuple", "list", "dictionary", "layer"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_auxiliary_losses(how, backend):
+    """Added to the loss, or differentiated after it: as with stored activations."""
+    branches = [Keeps(how).to(WIDE) for _ in range(4)]
+    for together in (True, False):
+        found = []
+        for activations in ("store", "reconstruct"):
+            mine = copy.deepcopy(branches)
+            blocks = [ReversibleBlock(F, G) for F, G in zip(mine[::2], mine[1::2], strict=True)]
+            x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
+            y = ReversibleSequential(blocks, activations=activations, backend=backend)(x).sin().sum()
+            if together:
+                (y + sum(m.kept() for m in mine)).backward()
+            else:
+                y.backward(retain_graph=True)
+                sum(m.kept() for m in mine).backward()
+            if how == "list":
+                assert all(len(m.all) == 1 for m in mine)
+            found.append([x.grad, *(m.linear.weight.grad for m in mine), *(m.kept().detach() for m in mine)])
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_they_hold_no_streams(compiled):
+    """After a step only the chain's output is, from which a backward through them would start; and the peak is flat in
+    depth."""
+
+    def net_of(depth, activations="reconstruct"):
+        return ReversibleSequential(
+            [ReversibleBlock(Keeps(width=64), Keeps(width=64)) for _ in range(depth)], activations=activations
+        )
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) and thing.numel() >= 64 * 64 for thing in gc.get_objects())
+
+    counts, peaks = [], {}
+    for activations in ("store", "reconstruct"):
+        net, x = net_of(4, activations), torch.randn(256, 128)
+        before = alive()
+        net(x).sum().backward()
+        counts.append(alive() - before)
+    assert counts[1] <= counts[0] + 1
+    for depth in (2, 8):
+        net, x = net_of(depth), torch.randn(4096, 128)
+
+        def taken(net=net, x=x):
+            y = net(x).sum() + sum(m.aux for m in net.modules() if isinstance(m, Keeps))
+            y.backward()
+
+        taken()
+        for parameter in net.parameters():
+            parameter.grad = None
+        peaks[depth] = peak_bytes(taken)
+    stream = 4096 * 64 * 4
+    assert peaks[8] < peaks[2] + stream + 12 * 64 * 65 * 4  # parameters' gradients aside
+
+
+def test_counts_are_left_alone():
+    """What is no tensor is the branch's own affair: `is_recomputing` is there for it."""
+    branch = Keeps().to(WIDE)
+    ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))(rows()).sum().backward()
+    assert branch.counted == 2
+
+
+def test_through_checkpoint():
+    branch = Keeps(width=8).to(WIDE)
+    plain, x = copy.deepcopy(branch), rows()
+    checkpoint(branch, x).sin().sum().backward(retain_graph=True)
+    branch.aux.backward()
+    again = x.detach().clone().requires_grad_()
+    plain(again).sin().sum().backward(retain_graph=True)
+    plain.aux.backward()
+    torch.testing.assert_close(x.grad, again.grad)
