@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# JAX would take three quarters of a GPU that other processes test on as well.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # For `benchmarks`, which is not installed. Last, so that an installed revkernels is not hidden by its source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 

@@ -34,6 +34,12 @@ LAYOUTS = {
     "rows": (lambda make: make(9, 40), 1),
     "odd rows": (lambda make: make(9, 33), 1),
     "tokens": (lambda make: make(3, 50, 96), 2),
+    # As wide as transformers are: several packets a thread, teams of one warp, of two, and of a block.
+    "rows of 384": (lambda make: make(150, 384), 1),
+    "tokens of 768": (lambda make: make(6, 50, 768), 2),
+    "rows of 1024": (lambda make: make(150, 1024), 1),
+    "rows of 1536": (lambda make: make(2, 75, 1536), 2),
+    "tokens of 2048": (lambda make: make(3, 50, 2048), 2),
     "half of tokens": (lambda make: make(3, 5, 48)[:, :, 24:], 2),
     "image": (lambda make: make(3, 6, 8, 8), 1),
     "7 x 7": (lambda make: make(4, 10, 7, 7), 1),
@@ -218,9 +224,11 @@ def test_smooth_activations(activation, dtype):
     ops.norm_act_backward_(dx, torch.ones_like(x), x, norm, statistics, constant=True, backend=BACKEND)
     u = torch.finfo(dtype).eps / 2
     # torch's own float64 forms lose digits where Phi is tiny, 1e-15 of z.
-    assert bool(((h - truth).abs() <= 32 * u * truth.abs() + 1e-14 * x.abs()).all())
+    # The float32 tanh form is made of an exponential of -2 |z| (1 + ...), which rounds with its argument.
+    places = 32 + (4 * x.abs() if activation == "gelu_tanh" and dtype == F32 else 0)
+    assert bool(((h - truth).abs() <= places * u * truth.abs() + 1e-14 * x.abs()).all())
     terms = (1 + x.abs()) * (slope.abs() + 0.1 * (x.abs() < 4))  # which cancel where the slope is 0
-    assert bool(((dx - slope).abs() <= 32 * u * terms + 1e-13).all())
+    assert bool(((dx - slope).abs() <= places * u * terms + 1e-13).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)

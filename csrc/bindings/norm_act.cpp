@@ -17,10 +17,11 @@ struct Workspace {
   py::object owner;
   Array memory;
 
-  // `written` is an array of the call, and `object` the Python object behind it.
+  // `written` is an array of the call, and `object` the Python object behind it. A call in
+  // `one_pass` needs none.
   Workspace(revk_norm& norm, const revk_view& x, const Array& written, py::handle object,
-            const revk_where& where) {
-    if (written.device < 0) return;
+            const revk_where& where, bool one_pass = false) {
+    if (written.device < 0 || one_pass) return;
     const int64_t bytes = revk_norm_workspace(&x, &norm, &where);
     if (bytes < 0) raise_on_error(REVK_INVALID_ARGUMENT);
     if (bytes == 0) return;
@@ -111,7 +112,8 @@ void forward(Kind kind, py::handle h_object, py::handle s_object, py::handle fro
   revk_view views[4];
   norm_geometry(arrays, coupled ? 4 : 2, options.axis, norm, views);
   const revk_where where = where_of(s, elements);
-  const Workspace workspace(norm, views[0], h, h_object, where);
+  const bool over_channels = norm.kind == REVK_LAYER_NORM || norm.kind == REVK_RMS_NORM;
+  const Workspace workspace(norm, views[0], h, h_object, where, given || over_channels);
   revk_status status;
   {
     const Unlocked unlocked(is_long(s, elements));

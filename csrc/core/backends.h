@@ -28,13 +28,20 @@
 
 namespace revk {
 
+// Layer and RMS norm: statistics of every position, over its channels.
+inline bool over_channels(const revk_norm& norm) {
+  return norm.kind == REVK_LAYER_NORM || norm.kind == REVK_RMS_NORM;
+}
+
 // h = activation(norm(s)). Without f, s is read (norm_act). With f, s = x + f or x - f is written
 // first, in x's place or apart, and h is made of s as it was stored. Not called on empty views.
 struct NormActCall {
   revk_view h, s;
   revk_view x, f;  // dtype and strides of their own; unused without coupling
   enum Coupling { kNone, kCouple, kUncouple } coupling;
-  revk_norm norm;         // pointers aligned, workspace large enough; groups 0 but of a group norm
+  // Pointers aligned, workspace large enough unless one pass does it all: over channels, or with
+  // statistics given; groups 0 but of a group norm.
+  revk_norm norm;
   int32_t compute_dtype;  // REVK_FLOAT32 or REVK_FLOAT64
 };
 

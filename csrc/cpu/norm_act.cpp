@@ -212,7 +212,7 @@ void finish_groups(const NormJob& job, const revk_norm& norm, int64_t instance) 
 template <class A>
 void forward(const NormActCall& call, const revk_where& where) {
   const NormLoops& loops = loops_in_use().norm;
-  const bool by_rows = has_row_statistics(call.norm);
+  const bool by_rows = over_channels(call.norm);
   const bool measures = !by_rows && call.norm.statistics_given == 0;
   NormJob apply = plan_apply(call, !measures);
   NormJob measure = measures ? plan_measure(call) : apply;
@@ -281,7 +281,7 @@ template <class A>
 void backward(const NormActBackwardCall& call, const revk_where& where) {
   const NormLoops& loops = loops_in_use().norm;
   const revk_norm_gradient& gradient = call.gradient;
-  const bool by_rows = has_row_statistics(call.norm);
+  const bool by_rows = over_channels(call.norm);
   const bool sums_up = gradient.sums != REVK_SUMS_GIVEN;
   const bool writes_dx = gradient.sums != REVK_SUMS_ONLY;
   NormJob job = writes_dx ? plan_gradient(call) : plan_sums(call);

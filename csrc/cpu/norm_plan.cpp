@@ -93,7 +93,7 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
     operands[k].operand->data = static_cast<char*>(view.data);
     operands[k].operand->dtype = view.dtype;
   }
-  const bool by_rows = has_row_statistics(norm);
+  const bool by_rows = over_channels(norm);
   if (by_rows) {
     outer.statistics = norm.statistics_outer_stride;
     inner.statistics = norm.statistics_inner_stride;

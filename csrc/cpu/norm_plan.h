@@ -22,8 +22,4 @@ NormJob plan_apply(const NormActCall& call, bool coupled);
 NormJob plan_sums(const NormActBackwardCall& call);
 NormJob plan_gradient(const NormActBackwardCall& call);
 
-inline bool has_row_statistics(const revk_norm& norm) {
-  return norm.kind == REVK_LAYER_NORM || norm.kind == REVK_RMS_NORM;
-}
-
 }  // namespace revk::cpu

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which threads of the norm kernels take which elements. The decomposition goes by shape alone, so
-// that sums come out the same on every device, and so that the workspace is known from the shape.
+// Which threads of the norm kernels take which elements. The decomposition goes by the shape and by
+// how the operands lie in memory (packets need aligned ones), and never by the device, so that sums
+// come out the same on each; the workspace is enough for every way, and so known from the shape.
 //
 // A packet is kSize neighbours in memory: of channels at one position (an (outer, inner) pair), for
 // channels-last images and rows of tokens; or of positions in one channel, for NCHW. `rows` says
@@ -217,10 +218,6 @@ inline bool sums_beside(const Teams& teams) {
 
 // The workspace: two float64 for every slice and channel, then two for every statistic.
 inline int64_t partial_count(int64_t slices, int64_t channels) { return 2 * slices * channels; }
-
-inline bool over_channels(const revk_norm& norm) {
-  return norm.kind == REVK_LAYER_NORM || norm.kind == REVK_RMS_NORM;
-}
 
 // How a call's operands are walked.
 struct Walk3 {

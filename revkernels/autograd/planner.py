@@ -175,7 +175,9 @@ class Planner:
             order = (*(call.kind for call in alive), kind)
             made = self._plan_for(order)
             if made is not None:
-                keeping = Keeping(self, order, names, made.choices[len(alive)], None, made.kept[len(alive)])
+                # Nothing waits for host memory inside a graph, nor is it the same memory at each replay.
+                choices = [NOTHING if choice.away and self._captured else choice for choice in made.choices[len(alive)]]
+                keeping = Keeping(self, order, names, choices, None, made.kept[len(alive)])
                 keeping.unknown = frozenset(k for k, step in enumerate(made.calls[len(alive)].steps) if step is None)
             else:
                 self._kept = False

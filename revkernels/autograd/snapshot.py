@@ -73,8 +73,8 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("branch", "fixed", "flags", "generators", "late", "modules", "others", "rewound", "statistics", "trained"),
-        *("_held", "turn"),
+        *("attributes", "branch", "fixed", "flags", "generators", "late", "modules", "others", "rewound"),
+        *("_held", "statistics", "trained", "turn"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -85,6 +85,9 @@ class Snapshot:
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
+        #: Of these, attributes that need no gradient, such as a mask: where each hangs. Another may hang there by the
+        #: time of the backward.
+        self.attributes: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         self._held: list[tuple[str, torch.Tensor]] = []
@@ -119,7 +122,9 @@ class Snapshot:
             if module._buffers:
                 self._take_buffers(module)
             if not _PLAIN.isdisjoint(map(type, module.__dict__.values())):
-                self._held += [(name, value) for name, value in module.__dict__.items() if type(value) in PLAIN]
+                own = [(name, value) for name, value in module.__dict__.items() if type(value) in PLAIN]
+                self._held += own
+                self.attributes += [(module.__dict__, name, t) for name, t in own if not t.requires_grad]
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
             self._held = []
@@ -169,6 +174,7 @@ class Snapshot:
         # What the forward itself writes there is not rewound, nor is it found fault with.
         if self.others:
             self.others = [held for held in self.others if _version_behind(held[1]) == held[2]]
+            self.attributes = [held for held in self.attributes if held[0].get(held[1]) is held[2]]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -249,6 +255,10 @@ class Snapshot:
                     f"group that it is sharded in is not gathered while this branch is run again. Give the branch a "
                     f"group of its own: fully_shard(branch)"
                 )
+        for table, name, tensor in self.attributes:
+            if table.get(name) is not tensor:
+                undo.append((table, name, table.get(name, _MISSING)))
+                table[name] = tensor
         for slots, name, tensor, _ in self.statistics:
             undo.append((slots, name, slots[name]))
             slots[name] = tensor.detach().clone()
@@ -281,7 +291,13 @@ def _tree(module: nn.Module) -> list[nn.Module]:
 def put_back(undo: Undo) -> None:
     """Undo `Snapshot.restore`: the branch has its own tensors again."""
     for slots, name, tensor in reversed(undo):
-        slots[name] = tensor
+        if tensor is _MISSING:
+            del slots[name]
+        else:
+            slots[name] = tensor
+
+
+_MISSING = object()
 
 
 def version_of(tensor: torch.Tensor) -> int:

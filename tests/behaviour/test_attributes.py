@@ -120,3 +120,36 @@ def test_through_checkpoint():
     plain(again).sin().sum().backward(retain_graph=True)
     plain.aux.backward()
     torch.testing.assert_close(x.grad, again.grad)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, h):
+        return self.linear(h * self.mask if hasattr(self, "mask") else h).tanh()
+
+
+def test_another_mask_for_each_part_of_a_batch():
+    """Set before each forward, with one backward behind them all; gone by then, or another."""
+    torch.manual_seed(0)
+    branch, found = Masked().to(WIDE), []
+    masks = [(torch.rand(5, 4) < 0.5).to(WIDE) for _ in range(3)]
+    for activations in ("store", "reconstruct"):
+        for last in ("another", "none"):
+            mine = copy.deepcopy(branch)
+            net = ReversibleSequential(ReversibleBlock(mine, nn.Tanh()), activations=activations)
+            x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
+            total = 0
+            for mask in masks:
+                mine.mask = mask.clone()
+                total = total + net(x).sin().sum()
+            if last == "none":
+                del mine.mask
+            total.backward()
+            assert hasattr(mine, "mask") == (last == "another")
+            found.append([x.grad, mine.linear.weight.grad])
+    for got in found[1:]:
+        for a, b in zip(found[0], got, strict=True):
+            torch.testing.assert_close(a, b)

@@ -88,7 +88,10 @@ void try_forward(const Case& c, const Options& options, std::mt19937& random) {
                         oracle::rounded(wide, x.get(o, k, i) + branch));
         }
   if (options.given) make_statistics(norm, want_s);
-  Cells space = workspace(stored, norm);
+  // One pass has no partial results.
+  const bool one_pass =
+      options.given || options.kind == REVK_LAYER_NORM || options.kind == REVK_RMS_NORM;
+  Cells space = one_pass ? Cells(REVK_FLOAT64, 0) : workspace(stored, norm);
   Call call{};
   call.h = h.view(), call.s = stored.view(), call.norm = norm.view(options.given, space);
   if (coupled) call.x = x.view(), call.f = f.view();

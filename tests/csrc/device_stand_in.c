@@ -48,10 +48,16 @@ static revk_where on_host(const revk_where* where) {
   return host;
 }
 
-/* The workspace is proved to be memory, and the norm goes to the host without it. */
-static revk_norm use_workspace(const revk_norm* given, const revk_where* where) {
+/* The workspace is proved to be memory, and the norm goes to the host without it. A forward in one
+ * pass has none. */
+static revk_norm use_workspace(const revk_norm* given, const revk_where* where, int forward) {
   revk_norm norm = *given;
   if (where->device < 0) return norm;
+  const int rows = norm.kind == REVK_LAYER_NORM || norm.kind == REVK_RMS_NORM;
+  if (forward && (rows || norm.statistics_given)) {
+    if (norm.workspace != NULL || norm.workspace_bytes != 0) abort();
+    return norm;
+  }
   if (norm.workspace == NULL || norm.workspace_bytes != kWorkspace) abort();
   memset(norm.workspace, 0x5a, kWorkspace);
   norm.workspace = NULL;
@@ -65,9 +71,9 @@ static revk_norm use_workspace(const revk_norm* given, const revk_where* where) 
   return ((revk_status(*) types)own("revk_" #name))(__VA_ARGS__); \
   (void)0
 
-#define NORM_CALL(name, types, ...)                               \
+#define NORM_CALL(name, forward, types, ...)                      \
   const revk_where host = on_host(where);                         \
-  const revk_norm norm = use_workspace(given, where);             \
+  const revk_norm norm = use_workspace(given, where, forward);    \
   if (where->device >= 0) note(#name, where, given->workspace);   \
   return ((revk_status(*) types)own("revk_" #name))(__VA_ARGS__); \
   (void)0
@@ -89,17 +95,17 @@ REVK_API revk_status revk_accumulate(V totals, V parts, int64_t count, W where) 
   CALL(accumulate, (V, V, int64_t, W), totals, parts, count, &host);
 }
 REVK_API revk_status revk_norm_act(V h, V x, const revk_norm* given, W where) {
-  NORM_CALL(norm_act, (V, V, const revk_norm*, W), h, x, &norm, &host);
+  NORM_CALL(norm_act, 1, (V, V, const revk_norm*, W), h, x, &norm, &host);
 }
 REVK_API revk_status revk_couple_norm_act(V h, V y, V x, V f, const revk_norm* given, W where) {
-  NORM_CALL(couple_norm_act, (V, V, V, V, const revk_norm*, W), h, y, x, f, &norm, &host);
+  NORM_CALL(couple_norm_act, 1, (V, V, V, V, const revk_norm*, W), h, y, x, f, &norm, &host);
 }
 REVK_API revk_status revk_uncouple_norm_act(V h, V x, V y, V f, const revk_norm* given, W where) {
-  NORM_CALL(uncouple_norm_act, (V, V, V, V, const revk_norm*, W), h, x, y, f, &norm, &host);
+  NORM_CALL(uncouple_norm_act, 1, (V, V, V, V, const revk_norm*, W), h, x, y, f, &norm, &host);
 }
 REVK_API revk_status revk_norm_act_backward(V dx, V base, V dh, V x, const revk_norm* given,
                                             const revk_norm_gradient* gradient, W where) {
-  NORM_CALL(norm_act_backward, (V, V, V, V, const revk_norm*, const revk_norm_gradient*, W), dx,
+  NORM_CALL(norm_act_backward, 0, (V, V, V, V, const revk_norm*, const revk_norm_gradient*, W), dx,
             base, dh, x, &norm, gradient, &host);
 }
 REVK_API int64_t revk_norm_workspace(V x, const revk_norm* norm, W where) {

@@ -235,7 +235,8 @@ REVK_API revk_status revk_norm_act_backward(const revk_view* dx, const revk_view
                                             const revk_where* where);
 
 /* Bytes of norm->workspace that any of the above needs for such an x; 0 on the host. -1 if an
- * argument is wrong. */
+ * argument is wrong. Of the forwards, those of layer and RMS norm and those with statistics given
+ * need none at all. */
 REVK_API int64_t revk_norm_workspace(const revk_view* x, const revk_norm* norm,
                                      const revk_where* where);
 
