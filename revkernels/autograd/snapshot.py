@@ -85,8 +85,8 @@ class Snapshot:
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
-        #: Of these, attributes that need no gradient, such as a mask: where each hangs. Another may hang there by the
-        #: time of the backward.
+        #: Of these, attributes that need no gradient, such as a mask or a recurrent state: where each hangs. The
+        #: forward, or somebody else, may hang another there.
         self.attributes: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
@@ -174,7 +174,6 @@ class Snapshot:
         # What the forward itself writes there is not rewound, nor is it found fault with.
         if self.others:
             self.others = [held for held in self.others if _version_behind(held[1]) == held[2]]
-            self.attributes = [held for held in self.attributes if held[0].get(held[1]) is held[2]]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}

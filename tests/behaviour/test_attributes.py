@@ -153,3 +153,47 @@ def test_another_mask_for_each_part_of_a_batch():
     for got in found[1:]:
         for a, b in zip(found[0], got, strict=True):
             torch.testing.assert_close(a, b)
+
+
+class Recurrent(nn.Module):
+    """Reads what its last call has left."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.state = nn.Linear(4, 4), torch.zeros(4, dtype=WIDE)
+
+    def forward(self, h):
+        out = (self.linear(h) + self.state).tanh()
+        self.state = out.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_recurrent_state(shared, checkpointed, backend):
+    """Of several calls, with one backward behind each or behind them all."""
+    torch.manual_seed(0)
+    one = Recurrent().to(WIDE)
+    for each in (False, True):
+        found = []
+        for activations in ("store", "reconstruct"):
+            branches = [copy.deepcopy(one) for _ in range(1 if shared else 4)] * (4 if shared else 1)
+            blocks = [ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
+            rebuilds = activations == "reconstruct"
+            kind = "store" if checkpointed else activations
+            net = ReversibleSequential(blocks, activations=kind, backend=backend)
+            inputs = [torch.randn(5, 8, dtype=WIDE, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+            total = 0
+            for x in inputs:
+                x.requires_grad_()
+                y = (checkpoint(net, x) if checkpointed and rebuilds else net(x)).sin().sum()
+                if each:
+                    y.backward()
+                else:
+                    total = total + y
+            if not each:
+                total.backward()
+            found.append([*(x.grad for x in inputs), *(b.linear.weight.grad for b in branches)])
+            found[-1] += [b.state for b in branches]
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected)
