@@ -78,6 +78,8 @@ def _parsed(amount: Any) -> int | float:
         raise TypeError(f"amount is a {type(amount).__name__}; it must be an int (bytes), a float (share) or a string")
     if isinstance(amount, str):
         found = _AMOUNT.fullmatch(amount)
+        if found is None and amount.strip().startswith("-"):
+            raise ValueError(f"amount is {amount!r}; a budget must not be negative")
         if found is None:
             raise ValueError(
                 f"amount is {amount!r}; it must be a number with a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB) or "

@@ -12,7 +12,7 @@ import pytest
 
 import revkernels
 from revkernels import backends, norm
-from revkernels.cli import cases, check, main, output, stamp
+from revkernels.cli import COMMANDS, cases, check, main, output, stamp
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -342,3 +342,15 @@ def test_plain_table_aligns_numbers_right_and_words_left():
 )
 def test_display(value, text):
     assert output.display(value) == text
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    assert main([]) == 2
+    told = capsys.readouterr().err
+    assert all(command in told for command in COMMANDS)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--quick", "--out", str(tmp_path / "file" / "folder")]) == 2
+    assert "--out" in capsys.readouterr().err

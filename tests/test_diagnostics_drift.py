@@ -275,7 +275,7 @@ def test_bad_arguments():
         drift(chain(1), x, precisions=("half",))
     with pytest.raises(ValueError, match="cut is 'middle'"):
         drift(chain(1), x, cut="middle")
-    for depths in ([0], [True], [1.5]):
+    for depths in ([0], [True], [1.5], [100]):  # the last is deeper than the chain
         with pytest.raises(ValueError, match="depths is"):
             drift(chain(1), x, depths=depths)
 

@@ -24,6 +24,12 @@ class NoLevel:
     def learn(self, before, made):
         assert before is None
 
+    def since(self):
+        return 0.0, 0.0
+
+    def aside(self, since, start, end):
+        pass
+
 
 class Ran(TorchDispatchMode):
     """The operators that really run: what the mode inside this one lets through."""

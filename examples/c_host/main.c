@@ -51,9 +51,7 @@ static revk_where host(void) {
 }
 /* `largest` learns the largest |result|. */
 static revk_coupling on_grid(float* largest) {
-  revk_coupling coupling;
-  memset(&coupling, 0, sizeof coupling);
-  coupling.struct_size = (int32_t)sizeof coupling;
+  revk_coupling coupling = REVK_COUPLING_INIT;
   coupling.grid_exponent = kGridExponent;
   coupling.amax = largest;
   return coupling;

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import operator
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,46 +22,81 @@ def attributes_of(modules: Sequence[nn.Module]) -> Attributes:
     """Before a recompute: the modules' own attributes."""
     found: Attributes = []
     for module in modules:
-        own = {name: value for name, value in module.__dict__.items() if name not in STANDARD}
-        held = (value for value in own.values() if type(value) in _CONTAINERS and len(value) <= _FEW)
-        containers = [(container, container.copy()) for container in held]
+        own = {name: value for name, value in list(module.__dict__.items()) if name not in STANDARD}
+        containers: list[tuple[Any, Any]] = []
+        room = _ROOM
+        for value in own.values():
+            if type(value) in _CONTAINERS:
+                room = _copy(value, containers, _DEPTH, room)
         found.append((module.__dict__, own, containers))
     return found
 
 
 def put_attributes_back(before: Attributes) -> None:
-    """After it: tensors that a branch keeps as attributes, or in lists and dictionaries there, are the forward's again.
-    Those of the recompute belong to a graph that nobody uses, and would hold a stream's memory."""
+    """After it: tensors with a graph that a branch keeps as attributes, or in lists and dictionaries there, are the
+    forward's again. Those of the recompute belong to a graph that nobody uses, and would hold a stream's memory. What
+    has no graph is left: `is_recomputing` is there for who collects such things."""
     for table, own, containers in before:
-        for name, value in [(name, value) for name, value in table.items() if name not in STANDARD]:
-            if value is not own.get(name, _MISSING) and (_has_tensors(value) or _has_tensors(own.get(name))):
+        for name, value in list(table.items()):
+            if name not in STANDARD and value is not own.get(name, _MISSING) and _has_graphs(value):
                 if name in own:
                     table[name] = own[name]
                 else:
-                    del table[name]
-        table.update({name: value for name, value in own.items() if name not in table and _has_tensors(value)})
+                    table.pop(name, None)
         for container, contents in containers:
-            if not _same_items(container, contents) and (_has_tensors(container) or _has_tensors(contents)):
-                container.clear()
-                container.extend(contents) if type(container) is list else container.update(contents)
+            _put_back(container, contents)
 
 
-_CONTAINERS = (list, dict, set)
-_FEW = 1024
+def _copy(container: Any, into: list[tuple[Any, Any]], depth: int, room: int) -> int:
+    """Note the container and what is in it. Returns how many of ``room`` items are left; of what
+    has more, which is data, the length is noted alone, so that what is added to it can be taken off."""
+    if len(container) > room or len(into) > room:
+        if isinstance(container, list | collections.deque) and len(into) <= room:
+            into.append((container, len(container)))
+        return room
+    contents = container.copy()
+    into.append((container, contents))
+    room -= len(contents)
+    if depth and not isinstance(container, set):
+        for value in contents.values() if isinstance(contents, dict) else contents:
+            if type(value) in _CONTAINERS:
+                room = _copy(value, into, depth - 1, room)
+    return room
+
+
+def _put_back(container: Any, contents: Any) -> None:
+    """Undo what the recompute has put in, item by item: others may put something in at the same time."""
+    if isinstance(container, dict):
+        for key, value in list(container.items()):
+            if value is not contents.get(key, _MISSING) and _has_graphs(value):
+                if key in contents:
+                    container[key] = contents[key]
+                else:
+                    container.pop(key, None)
+        return
+    if isinstance(container, set):
+        container -= {item for item in list(container) if item not in contents and _has_graphs(item)}
+        return
+    count = contents if isinstance(contents, int) else len(contents)
+    if not isinstance(contents, int):
+        for index, (value, before) in enumerate(zip(list(container), contents, strict=False)):
+            if value is not before and _has_graphs(value):
+                container[index] = before
+    for index in range(len(container) - 1, count - 1, -1):
+        if _has_graphs(container[index]):
+            del container[index]
+
+
+_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+_DEPTH = 2  # containers in containers
+_ROOM = 256  # items of a module's containers that are copied
+_FEW = 1024  # items that are looked at for tensors
 _MISSING = object()
 
 
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, list | tuple | set | dict):
-        return len(value) <= 2 * _FEW and any(
-            isinstance(item, torch.Tensor) for item in (value.values() if isinstance(value, dict) else value)
-        )
-    return isinstance(value, torch.Tensor)
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    if len(a) != len(b):
-        return False
-    if type(a) is dict:
-        return all(key in b and b[key] is value for key, value in a.items())
-    return a == b if type(a) is set else all(map(operator.is_, a, b))
+def _has_graphs(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= _FEW and any(_has_graphs(item) for item in value)
+    if isinstance(value, dict):
+        return len(value) <= _FEW and any(_has_graphs(item) for item in list(value.values()))
+    return isinstance(value, torch.Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)

@@ -4,6 +4,8 @@ shows."""
 
 from __future__ import annotations
 
+import collections
+import dis
 import functools
 import types
 import weakref
@@ -13,16 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["STANDARD", "Reached", "behind", "beside", "items"]
+__all__ = ["STANDARD", "Reached", "behind", "beside"]
 
 _DEPTH = 3  # containers in containers that are looked into: one may hold itself
-_MANY = 1024  # items of one: a function is looked through in every forward, and what is longer is data
+_MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
 #: What every module's ``__dict__`` has.
 STANDARD = frozenset(nn.Module().__dict__)
-_SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device, torch.Tensor))
+_SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device))
+_CONTAINERS = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)  # others may do anything
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+#: Names in the code of a forward that moves torch's generators by itself, and may leave them as it found them.
+_SEEDING = frozenset(("manual_seed", "seed", "set_rng_state", "set_state", "fork_rng", "fork"))
 
-#: For a branch, modules that it holds and that contain it: it cannot call them.
+#: For a branch, modules that it holds and that contain it.
 _around: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+#: For a module, containers among its attributes in which nothing was found, by their place, and how long they were.
+_barren: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
 class Reached:
@@ -32,15 +40,18 @@ class Reached:
         modules: with all that they contain, and hold in turn.
         tensors: each with a name.
         generators: of random numbers.
+        seeds: whether the code moves torch's own generators.
     """
 
     def __init__(self, within: Sequence[nn.Module] = ()) -> None:
         self.modules: dict[nn.Module, None] = {}
+        self.seeds = False
         self._tensors: dict[int, tuple[str, torch.Tensor]] = {}
         self._generators: dict[int, torch.Generator] = {}
         self._within, self._branch = frozenset(within), within[0] if within else None  # known already
         self._seen: set[int] = set()
         self._waiting: list[Any] = []
+        self._left = _MANY
 
     @property
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
@@ -52,22 +63,22 @@ class Reached:
 
     def look(self, name: str, held: Any, objects: bool = False) -> None:
         """Note what is in ``held``; ``objects``: modules among the attributes of others too."""
-        for item in items(held):
-            if isinstance(item, nn.Module):
+        for item in self._items(held, _DEPTH):
+            kind = type(item)  # not its class: of a weak proxy that is another's
+            if issubclass(kind, nn.Module):
                 self.take(item)
-            elif isinstance(item, torch.Tensor):
+            elif issubclass(kind, torch.Tensor):
                 self._tensors.setdefault(id(item), (name, item))
-            elif isinstance(item, torch.Generator):
+            elif issubclass(kind, torch.Generator):
                 self._generators.setdefault(id(item), item)
-            elif isinstance(item, type | types.ModuleType | types.BuiltinFunctionType) or id(item) in self._seen:
-                continue
-            elif callable(item):
-                self._seen.add(id(item))
-                self._waiting.append(item)
+            elif issubclass(kind, _FUNCTIONS) or (callable(item) and not issubclass(kind, _UNSEEN)):
+                if id(item) not in self._seen and not _is_torchs(item):
+                    self._seen.add(id(item))
+                    self._waiting.append(item)
             elif objects:
-                for value in getattr(item, "__dict__", {}).values():
-                    for inner in items(value):
-                        if isinstance(inner, nn.Module):
+                for value in _attributes(item).values():
+                    for inner in self._items(value, _DEPTH):
+                        if issubclass(type(inner), nn.Module):
                             self.take(inner)
 
     def take(self, module: nn.Module) -> None:
@@ -81,27 +92,63 @@ class Reached:
 
     def attributes(self, module: nn.Module) -> None:
         """Look at what the module holds besides parameters, buffers and registered modules."""
-        kind = type(module)
-        if kind.__module__.startswith("torch.") and "forward" not in module.__dict__:
+        kind: Any = type(module)
+        own = module.__dict__
+        forward: Any = getattr(kind, "forward", None)
+        if "forward" not in own and (_is_torchs(forward) or forward is None):
             if kind not in _WITH_FUNCTIONS:
                 return  # its forward reads what it has registered
         else:
-            for name, value in _named_globals(kind.forward):
+            named = _named(forward)
+            self.seeds = self.seeds or not _SEEDING.isdisjoint(named.names)
+            for name in named.globals:
+                value = forward.__globals__.get(name)
+                if issubclass(type(value), nn.Module | torch.Generator):
+                    self.look(name, value)
+        barren = None
+        for name, value in list(own.items()):
+            type_ = type(value)
+            if name in STANDARD or type_ in _SIMPLE or issubclass(type_, torch.Tensor):
+                continue
+            if type_ not in _CONTAINERS:
                 self.look(name, value)
-        for name, value in module.__dict__.items():
-            known = name in STANDARD or type(value) in _SIMPLE
-            if not known and not (type(value) is tuple and _SIMPLE.issuperset(map(type, value))):
-                self.look(name, value)
+                continue
+            barren = _barren.get(module) if barren is None else barren
+            if not value or (barren is not None and barren.get(id(value)) == len(value)):
+                continue
+            before = len(self.modules), len(self._tensors), len(self._generators), len(self._waiting)
+            self.look(name, value)
+            if before == (len(self.modules), len(self._tensors), len(self._generators), len(self._waiting)):
+                barren = _barren.setdefault(module, {})
+                barren[id(value)] = len(value)
 
     def follow(self) -> Reached:
         """Look behind the callables that were met."""
         while self._waiting:
-            for name, held in _held_by(self._waiting.pop()):
+            function = self._waiting.pop()
+            code = getattr(function, "__code__", None) if issubclass(type(function), _FUNCTIONS) else None
+            self.seeds = self.seeds or (code is not None and not _SEEDING.isdisjoint(_named(function).names))
+            for name, held in _held_by(function):
                 self.look(name, held, objects=True)
         return self
 
+    def _items(self, held: Any, depth: int) -> Iterator[Any]:
+        """What is in lists, tuples and dictionaries, or the value itself."""
+        if type(held) not in _CONTAINERS:
+            yield held
+            return
+        if not depth or len(held) > _MANY:
+            return
+        for item in list(held.values() if isinstance(held, dict) else held):
+            self._left -= 1
+            if self._left < 0:
+                return
+            if type(item) not in _SIMPLE:
+                yield from self._items(item, depth - 1)
+
 
 _WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_UNSEEN = (type, types.ModuleType, types.BuiltinFunctionType, *weakref.ProxyTypes)
 
 
 def behind(function: Callable[..., Any]) -> Reached:
@@ -119,21 +166,12 @@ def behind(function: Callable[..., Any]) -> Reached:
 
 def beside(modules: Sequence[nn.Module]) -> Reached:
     """Return what the modules, the first of which contains the others, hold in lists, tuples, dictionaries and
-    callables, under names that they have not registered, and as globals that their ``forward`` names. Modules around
-    them, which they could not call, are left out."""
+    callables, or under names that they have not registered, and modules and generators that are globals which their
+    ``forward`` names. Modules that contain the first are left out: it may know the whole model."""
     reached = Reached(modules)
     for module in modules:
         reached.attributes(module)
     return reached.follow() if reached._waiting else reached
-
-
-def items(held: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """What is in lists, tuples and dictionaries that are not long, or the value itself."""
-    if not isinstance(held, list | tuple | dict):
-        yield held
-    elif depth and len(held) <= _MANY:
-        for item in held.values() if isinstance(held, dict) else held:
-            yield from items(item, depth - 1)
 
 
 def _contains(module: nn.Module, branch: nn.Module | None) -> bool:
@@ -148,45 +186,69 @@ def _contains(module: nn.Module, branch: nn.Module | None) -> bool:
     return True
 
 
+def _is_torchs(function: Any) -> bool:
+    """Whether it is a function of torch's own, such as functional.relu, or a layer's forward."""
+    return issubclass(type(function), types.FunctionType) and str(function.__module__).startswith("torch.")
+
+
+def _attributes(item: Any) -> dict[str, Any]:
+    try:
+        return dict(object.__getattribute__(item, "__dict__"))
+    except (AttributeError, TypeError):
+        return {}
+
+
 def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(function, functools.partial):
         yield from (("", function.func), ("", function.args), *function.keywords.items())
         return
-    owner = getattr(function, "__self__", None)
-    if owner is not None and not isinstance(owner, types.ModuleType | type):
-        yield "__self__", owner
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, types.CodeType):
-        yield from getattr(function, "__dict__", {}).items()
+    if isinstance(function, types.MethodType):
+        if not isinstance(function.__self__, type | types.ModuleType):
+            yield "__self__", function.__self__
+        function = function.__func__
+    if not isinstance(function, types.FunctionType):
+        yield from _attributes(function).items()
         return
-    if str(getattr(function, "__module__", "")).startswith("torch."):
-        return  # such as functional.relu
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+    if _is_torchs(function):
+        return
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         try:
             yield name, cell.cell_contents
         except ValueError:  # a variable not assigned yet
             continue
     yield from (("a default", value) for value in function.__defaults__ or ())
     yield from (function.__kwdefaults__ or {}).items()
-    yield from _named_globals(function, functions=True)
-
-
-def _named_globals(function: Any, functions: bool = False) -> Iterable[tuple[str, Any]]:
-    """Modules, tensors and generators among the globals that a function's code names; ``functions`` of its file too."""
-    code, globals_ = getattr(function, "__code__", None), getattr(function, "__globals__", None)
-    if code is None or globals_ is None:
-        return
-    for name in _names(code):
-        value = globals_.get(name)
-        if isinstance(value, nn.Module | torch.Tensor | torch.Generator) or (
-            functions and isinstance(value, types.FunctionType) and value.__globals__ is globals_
+    for name in _named(function).globals:
+        value = function.__globals__.get(name)
+        if issubclass(type(value), nn.Module | torch.Tensor | torch.Generator) or (
+            isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
         ):
             yield name, value
 
 
+class _Names:
+    """The names in a function's code, and in that of functions written inside it; and those of globals among them."""
+
+    def __init__(self, codes: Iterable[types.CodeType]) -> None:
+        codes = list(codes)
+        self.names = frozenset(name for code in codes for name in code.co_names)
+        loads = (step for code in codes for step in dis.get_instructions(code))
+        self.globals = tuple(
+            dict.fromkeys(step.argval for step in loads if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+        )
+
+
+def _named(function: Any) -> _Names:
+    code = getattr(function, "__code__", None)
+    return _NONE if code is None else _names_in(code)
+
+
 @functools.lru_cache(1024)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names of globals and attributes in the code, and in that of functions written inside it."""
-    inner = (name for constant in code.co_consts if isinstance(constant, types.CodeType) for name in _names(constant))
-    return tuple(dict.fromkeys((*code.co_names, *inner)))
+def _names_in(code: types.CodeType) -> _Names:
+    found = [code]
+    for one in found:
+        found += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
+    return _Names(found)
+
+
+_NONE = _Names(())

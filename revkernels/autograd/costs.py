@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -14,13 +13,13 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.allotment import Option
-from revkernels.autograd.kept_ops import Looking, Measuring, Noting, OpCost, Stopwatch
-from revkernels.autograd.live_bytes import live_bytes
+from revkernels.autograd.kept_ops import Looking, Measuring, OpCost, overhead
+from revkernels.autograd.level import Level
+from revkernels.autograd.live_bytes import bytes_of
 from revkernels.autograd.made_again import MadeAgain, SavedView
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recorded import Frame, RecordedStep
 
-_FEW = 1024  # bytes that a tensor takes besides its data
 _LEAST_SHARE = 0.02  # of a recompute's time: operators below it are not worth a place in the plan
 
 
@@ -199,51 +198,6 @@ class _Reading:
     target: int = -1
 
 
-class Level:
-    """The bytes allocated now above what there was when the step began, gradients of parameters aside."""
-
-    def __init__(self, device: torch.device, entered: int) -> None:
-        self.device, self.clock = device, Stopwatch(device)
-        overhead()  # torch imports for the first mode of a process what takes tens of megabytes of the host
-        start = live_bytes(device)
-        self.start = None if start is None else start - entered  # its input counts
-        self._others = 0
-        self._parameters: dict[torch.Tensor, bool] = {}
-        self._gradients = 0
-
-    def watch(self, parameters: Iterable[torch.Tensor]) -> None:
-        """These may get gradients, which are not to count."""
-        for parameter in parameters:
-            self._parameters.setdefault(parameter, parameter.grad is not None)
-
-    def recount(self) -> None:
-        """See which of them have got some."""
-        self._gradients = sum(bytes_of(p.grad) for p, had in self._parameters.items() if not had and p.grad is not None)
-
-    def raw(self) -> int | None:
-        """The bytes as the allocator has them; None if nobody tells."""
-        if self.start is None:
-            return None
-        began = time.perf_counter()
-        now = live_bytes(self.device)
-        self.clock.beside += time.perf_counter() - began  # with a large heap the question takes its time
-        return now
-
-    def learn(self, before: int | None, made: int) -> None:
-        """Of an operator: what it has allocated beyond what it made stays with a library (buffers of its threads, what
-        it has compiled), which allocates it once. Not this step's. (What a backward does so is not seen.)"""
-        now = self.raw()
-        if now is not None and before is not None:
-            more = now - before - made
-            if abs(more) > _FEW:
-                self._others = max(0, self._others + more)
-
-    def read(self) -> int | None:
-        """The bytes; None if nobody tells."""
-        now = self.raw()
-        return None if now is None else max(0, now - self.start - self._gradients - self._others)  # type: ignore[operator]
-
-
 class Meter:
     """Reads the clock and the sizes while a call's backward rebuilds its half-steps; `costs` when that is over."""
 
@@ -373,30 +327,3 @@ def _own(module: nn.Module) -> int:
     """Bytes of the layer's own parameters."""
     own = (p for p in module._parameters.values() if p is not None)
     return sum(bytes_of(p) for p in own if not isinstance(p, UninitializedTensorMixin))
-
-
-def bytes_of(tensor: torch.Tensor) -> int:
-    """Of a sharded tensor, what is here."""
-    here: torch.Tensor = tensor if type(tensor) in PLAIN else getattr(tensor, "to_local", lambda: tensor)()
-    return here.numel() * here.element_size()
-
-
-_overhead: list[float] = []
-
-
-def overhead() -> float:
-    """Seconds that numbering an operator costs on the host; measured once a process."""
-    if not _overhead:
-        x, watch, times = torch.zeros(1, device="cpu"), Stopwatch(torch.device("cpu")), []
-        with torch.no_grad():
-            for _ in range(50):
-                start = watch.read()
-                torch.neg(x)
-                plain = watch.read()
-                with Noting({}):
-                    inside = watch.read()
-                    torch.neg(x)
-                    end = watch.read()
-                times.append((end - inside) - (plain - start))
-        _overhead.append(max(0.0, statistics.median(times)))
-    return _overhead[0]

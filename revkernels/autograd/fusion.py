@@ -259,7 +259,7 @@ def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping[str, Any] | None = None) -> Any:
     """Run the layers one after the other, fused. ``normed``: what the norm that they begin with made of x.
 
-    ``kwargs`` go to the layers whose ``forward`` names them or takes any.
+    ``kwargs`` go to the layers whose ``forward`` names them; those that none names, to layers that take any.
     """
     index, count, fuses = 0, len(layers), not torch.compiler.is_compiling()
     while index < count:
@@ -275,7 +275,7 @@ def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping
             if h is not None:
                 x, index = h, index + fusable.layers
                 continue
-        mine = _taken(kwargs, layer) if kwargs else None
+        mine = _taken(kwargs, layer, layers) if kwargs else None
         if mine:
             x = layer(x, **mine)
         elif type(layer) in READ_THEIR_INPUT:
@@ -311,9 +311,14 @@ def _apart(sequential: nn.Module, now: bool) -> bool:
     return way
 
 
-def _taken(kwargs: Mapping[str, Any], layer: nn.Module) -> Mapping[str, Any]:
+def _taken(kwargs: Mapping[str, Any], layer: nn.Module, layers: Sequence[nn.Module]) -> Mapping[str, Any]:
+    """Those that the layer names; of one that takes any, those that no other names: it may hand them on to a layer that
+    takes none, as an adapter round a linear layer does."""
     names = keywords_of(layer)
-    return kwargs if names is None else {name: value for name, value in kwargs.items() if name in names}
+    if names is not None:
+        return {name: value for name, value in kwargs.items() if name in names}
+    named = frozenset[str]().union(*(keywords_of(other) or () for other in layers))
+    return {name: value for name, value in kwargs.items() if name not in named}
 
 
 def fused(fusable: Fusable, x: Any, narrow: bool) -> torch.Tensor | None:

@@ -35,8 +35,9 @@ def keywords_of(called: Any) -> frozenset[str] | None:
         return names
     if torch.compiler.is_dynamo_compiling():  # a trace is remembered itself, and would be made anew for what it wrote
         return _inspect(inner)
-    own = inner.__dict__.get("forward") if isinstance(inner, nn.Module) else None
-    runs = own or (type(inner).forward if isinstance(inner, nn.Module) else None)
+    if isinstance(inner, nn.Module) and "forward" in inner.__dict__:
+        return _inspect(inner)  # not remembered: it may be bound to the module, which would never be let go of
+    runs = type(inner).forward if isinstance(inner, nn.Module) else None
     try:
         known = _accepts.get(called)
         if known is None or known[0] is not runs:

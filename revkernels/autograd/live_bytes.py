@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from revkernels.autograd.ownership import PLAIN
+
 
 def live_bytes(device: torch.device) -> int | None:
     """Bytes allocated now; None where nobody tells (a host without glibc 2.33)."""
@@ -43,3 +45,9 @@ def _glibc() -> Callable[[], int] | None:
         return int(info.uordblks + info.hblkhd)  # in arenas, and in mappings of their own
 
     return read
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Of a sharded tensor, what is here."""
+    here: torch.Tensor = tensor if type(tensor) in PLAIN else getattr(tensor, "to_local", lambda: tensor)()
+    return here.numel() * here.element_size()

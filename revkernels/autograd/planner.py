@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from revkernels.autograd.allotment import Stop, allot
-from revkernels.autograd.costs import CallCost, Choice, Level, Meter, StepCost, bytes_of
+from revkernels.autograd.costs import CallCost, Choice, Meter, StepCost
 from revkernels.autograd.kept_ops import Looking, Noting, Replaying, Stopwatch
+from revkernels.autograd.level import Level
+from revkernels.autograd.live_bytes import bytes_of
 from revkernels.autograd.offload import way_of
 from revkernels.budget import MemoryBudget, words
 
@@ -76,7 +78,8 @@ class Made:
             least = self.reconstructing + max(self.reconstructing // 64, _SPARE)
             raise ValueError(
                 f"{budget!r} cannot be kept to: with everything rebuilt the chains of this step take "
-                f"{words(self.reconstructing)} at their peak; the least budget for inputs of this size is {least} bytes"
+                f"{words(self.reconstructing)} at their peak, and operators work with memory that nobody sees: the "
+                f"least budget for inputs of this size is {least} bytes ({words(least)})"
             )
         left = iter(numbers)
         self.choices = [[menu[next(left)] for menu in of_call] for of_call in menus]

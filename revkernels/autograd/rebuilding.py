@@ -367,6 +367,11 @@ class Rebuilding:
 
     def _kept_now(self, index: int) -> torch.Tensor:
         """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
+        if index >= len(self._frame):
+            raise ReconstructionError(
+                "something is differentiated that a branch left behind when it was run again, whose tensors are gone: "
+                "take what its forward has left, or return it beside the branch's output, as (f, aux)"
+            )
         return self._frame[index][0]
 
 

@@ -89,6 +89,7 @@ class Reversal(Rebuilding):
         compiling = sys.modules.get("revkernels.autograd.compiling")  # imported where torch.compile meets a chain
         self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
+        self.planned = 0  # half-steps that are known to come, for who asks where an error came from
         #: The half-step that writes a stream last before somebody sees it; None if nobody does.
         self.last_written: dict[int, int] | None = None
         self.end: Any = None  # how its outputs are known again: `revkernels.autograd.links`
@@ -237,7 +238,7 @@ class Reversal(Rebuilding):
             step.kept = noting.settle()
         self._open = []
         after = self._surroundings.states()
-        seeds = self._surroundings.sown_by(half_step.branch)
+        seeds = self._surroundings.sown_by(half_step.branch, snapshot)
         step.drawn = drawn(before, after + states_of(own) if own else after, seeds)
         if step.drawn:
             self._states = after

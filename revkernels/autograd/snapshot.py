@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.behind import behind, beside, items
+from revkernels.autograd.behind import Reached, behind, beside
 from revkernels.autograd.ownership import PLAIN
 from revkernels.errors import ReconstructionError
 
@@ -74,7 +74,7 @@ class Snapshot:
 
     __slots__ = (
         *("attributes", "branch", "fixed", "flags", "generators", "late", "modules", "others", "rewound"),
-        *("_held", "statistics", "trained", "turn"),
+        *("_held", "registered", "seeds", "statistics", "trained", "turn"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -93,20 +93,25 @@ class Snapshot:
         self._held: list[tuple[str, torch.Tensor]] = []
         self.modules = _tree(branch) if isinstance(branch, nn.Module) else []
         reached = beside(self.modules) if self.modules else behind(branch)
-        for value in given:
-            for item in items(value):
-                if isinstance(item, nn.Module):
-                    reached.take(item)
-                elif isinstance(item, torch.Generator):
-                    reached.look("", item)
-        self.modules += reached.modules
         self._held += reached.tensors
-        self.generators = reached.generators
+        self.generators, self.seeds = reached.generators, reached.seeds
+        hidden = [module for module in reached.modules if not _is_scripted(module)]
+        if given:
+            among = Reached(self.modules)
+            among.look("an argument", list(given))
+            self.modules += among.follow().modules
+            self.generators += among.generators
+        if not isinstance(branch, nn.Module):
+            self.modules += [module for module in hidden if module not in self.modules]
+        #: Behind so many come modules that the branch holds without having registered them, and may not run.
+        self.registered = len(self.modules)
+        if isinstance(branch, nn.Module) and hidden:
+            self.modules += [module for module in hidden if module not in self.modules]
         for module in self.modules:
-            if isinstance(module, torch.jit.ScriptModule):
+            if _is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
-                    f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers and modes cannot be put "
-                    f"back to run it again: set activations='store', or give the module that it was made of"
+                    f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to run "
+                    f"it again: set activations='store', or give the module that it was made of"
                 )
         stateful = [module for module in self.modules if module._buffers]
         self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
@@ -114,22 +119,23 @@ class Snapshot:
     def take(self) -> None:
         """Before the forward: note what there is."""
         self.flags = [module.training for module in self.modules]
-        for module in self.modules:
-            for name, parameter in module._parameters.items():
+        for place, module in enumerate(self.modules):
+            parameters = dict(module._parameters.items()) if _is_scripted(module) else module._parameters
+            for name, parameter in parameters.items():
                 if parameter is not None:
-                    self.fixed.append((module._parameters, name, parameter, version_of(parameter)))
+                    self.fixed.append((parameters, name, parameter, version_of(parameter)))
                     self.trained.append((name, parameter, parameter.requires_grad))
             if module._buffers:
-                self._take_buffers(module)
-            if not _PLAIN.isdisjoint(map(type, module.__dict__.values())):
-                own = [(name, value) for name, value in module.__dict__.items() if type(value) in PLAIN]
+                self._take_buffers(module, place >= self.registered)
+            if not _PLAIN.isdisjoint(map(type, list(module.__dict__.values()))):
+                own = [(name, value) for name, value in list(module.__dict__.items()) if type(value) in PLAIN]
                 self._held += own
                 self.attributes += [(module.__dict__, name, t) for name, t in own if not t.requires_grad]
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
             self._held = []
 
-    def _take_buffers(self, module: nn.Module) -> None:
+    def _take_buffers(self, module: nn.Module, hidden: bool) -> None:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
         written = _written.get(module, {}).get(module.training)
         for name, buffer in module._buffers.items():
@@ -138,9 +144,9 @@ class Snapshot:
             slot = (module._buffers, name, buffer, version_of(buffer))
             if only_statistics:
                 self.statistics.append(slot)
-            elif (written is None or name in written) and not isinstance(buffer, UninitializedTensorMixin):
+            elif (written is None or hidden or name in written) and not isinstance(buffer, UninitializedTensorMixin):
                 self.rewound.append((module, slot, buffer.detach().clone()))
-            else:
+            elif not hidden:
                 self.fixed.append(slot)
 
     def complete(self, counted: Sequence[nn.Module] = ()) -> None:
@@ -153,7 +159,13 @@ class Snapshot:
             self._set_aside(counted)
         if self.rewound:
             changed = []
+            own = set(self.modules[: self.registered]) if len(self.modules) > self.registered else None
             for module, slot, value in self.rewound:
+                if own is not None and module not in own:
+                    # Held, and perhaps another's: what this branch does not write is not its affair.
+                    if _changed(slot) or _differs(value, slot[2]):
+                        changed.append((module, slot, value))
+                    continue
                 found = _written.setdefault(module, {}).setdefault(module.training, set())
                 if slot[1] not in found and (_changed(slot) or _differs(value, slot[2])):
                     found.add(slot[1])
@@ -165,7 +177,7 @@ class Snapshot:
         for _, _, tensor, version in self.fixed:
             if version_of(tensor) != version and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
-        for module in self.modules:
+        for module in self.modules[: self.registered]:
             known = _written.get(module, {}).get(module.training) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
                 late = [slot for slot in self.fixed if slot[0] is module._buffers and _changed(slot)]
@@ -272,6 +284,10 @@ class Snapshot:
                     if candidate is tensor:
                         return f"{kind} {path}"
         return name
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _tree(module: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from revkernels.autograd.snapshot import version_of
+from revkernels.autograd.snapshot import Snapshot, version_of
 from revkernels.errors import ReconstructionError
 
 #: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).
@@ -53,15 +53,23 @@ class Surroundings:
         """The shared generators' states as they are now."""
         return states_of(self.shared)
 
-    def sown_by(self, branch: Any) -> bool:
-        """Whether the branch, which has just run, seeds torch's generators. One that does leaves them, run after run,
-        as it found them, like one that draws nothing; so it is remembered from the first time, when the seed changed.
+    def sown_by(self, branch: Any, snapshot: Snapshot) -> bool:
+        """Whether the branch, which has just run, seeds torch's generators, or forks them. One that does may leave them
+        as it found them, like one that draws nothing; its code says so, or else it is remembered from the first time,
+        when the seed changed.
         """
-        if self._seed != torch.default_generator.initial_seed():
-            with contextlib.suppress(TypeError):  # of what no reference can be weak
+        seed = torch.default_generator.initial_seed()
+        if seed != self._seed:
+            self._seed = seed
+            with contextlib.suppress(TypeError):  # of what no reference can be weak, or that has no hash
                 _sowers.add(branch)
             return True
-        return bool(_sowers) and branch in _sowers
+        if snapshot.seeds or not _sowers:
+            return snapshot.seeds
+        try:
+            return branch in _sowers
+        except TypeError:
+            return False
 
     def extend(self, side_inputs: dict[str, Any]) -> None:
         """Watch these as well, as they are now."""

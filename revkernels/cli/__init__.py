@@ -42,7 +42,10 @@ _EXTRAS = {"torch": "torch", "triton": "torch", "sklearn": "demo", "matplotlib":
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 is well, 1 a check that failed, 2 a call that cannot be served."""
     words = list(sys.argv[1:] if argv is None else argv)
-    chosen = words[0] if words and words[0] in COMMANDS else None
+    if not words:
+        _parser(None).print_help(sys.stderr)
+        return 2
+    chosen = words[0] if words[0] in COMMANDS else None
     try:
         args = _parser(chosen).parse_args(words)
         return args.run(args)

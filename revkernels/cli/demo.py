@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -57,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     """Train, measure, show. Returns 0."""
     epochs = args.epochs or (5 if args.quick else 20)
     timed_steps, draws = (5, 1) if args.quick else (TIMED_STEPS, CHAIN_DRAWS)
-    args.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is found before the work, not after
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    except OSError as error:
+        print(f"revkernels demo: error: --out {args.out}: {error.strerror}", file=sys.stderr)
+        return 2
     data = digits.load()
     steps = len(MODES) * epochs + 1 + len(DEPTHS)
     with progress("demo", steps) as begin:

@@ -196,6 +196,9 @@ def drift(
         for depth in sorted(set(_depths(len(chain)) if depths is None else depths))
         if depth <= len(chain) and (coupling == "float" or precision != "float64")  # a grid is float32
     ]
+    if not cuts and depths is not None:
+        most = max((len(chain) for chain, _ in calls.values()), default=0)
+        raise ValueError(f"depths is {list(depths)}; no chain here has more than {most} blocks")
     rows = []
     for name, coupling, precision, depth in cuts:
         if on_step is not None:

@@ -20,6 +20,7 @@ from revkernels.models.layers import (
     check_images,
     initialise,
 )
+from revkernels.models.options import WithChains
 from revkernels.models.plan import Plan, check_positive
 from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential, checkpoint, selective_checkpoint
 from revkernels.nn.fusion import norms_by
@@ -95,7 +96,7 @@ def _wide(stream: Tensor) -> Tensor:
     return stream
 
 
-class RevNet(nn.Module):
+class RevNet(WithChains):
     """A RevNet of any depth: stem, stages, head. (N, in_channels, H, W) -> logits (N, num_classes).
 
     A stage of n units is one Transition and one ReversibleSequential of n - 1 blocks. The stem's output is split once;
@@ -105,7 +106,8 @@ class RevNet(nn.Module):
     Args:
         plan: blocks, depth and widths.
         num_classes, in_channels: of the data.
-        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential.
+        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential. These
+            three may be set later, too.
         coupling: "float" or "exact", as in ReversibleSequential.
         backend: where couplings, norms and activations run; None picks the fused one of the tensors' device, "eager" is
             plain torch.
@@ -129,14 +131,13 @@ class RevNet(nn.Module):
         backend: str | None = None,
         transitions: str = "store",
     ) -> None:
-        super().__init__()
+        super().__init__(activations, coupling, backend)
         if transitions not in TRANSITIONS:
             raise ValueError(f"transitions is {transitions!r}; it must be one of {', '.join(map(repr, TRANSITIONS))}")
         check_positive("num_classes", num_classes)
         check_positive("in_channels", in_channels)
         plan.check_streams(2)
         self.in_channels = in_channels
-        self.backend = backend
         self.transitions = transitions
         self.stem = build_stem(plan.stem, in_channels, plan.stem_width)
         branch = BLOCKS[plan.block]
@@ -164,6 +165,10 @@ class RevNet(nn.Module):
         self.head = build_head(2 * half, num_classes)
         initialise(self)
 
+    def chains(self) -> list[Any]:
+        kinds = ReversibleSequential, ReversibleBlock
+        return [part for stage in self.stages for part in stage if isinstance(part, kinds)]  # type: ignore[attr-defined]
+
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels)
         return selective_checkpoint(self._run, x) if self.transitions == "selective" else self._run(x)
@@ -180,7 +185,7 @@ class RevNet(nn.Module):
     def plan(self, x: Tensor | None = None) -> NetPlan:
         """What is kept under ``activations=MemoryBudget(...)``, in all chains together: see
         `revkernels.nn.ReversibleSequential.plan`."""
-        return plan_of(self, self.stages[0][1].activations, x, (), {})  # type: ignore[index]
+        return plan_of(self, self.activations, x, (), {})
 
     def explain(self) -> Explanation:
         """Say for every branch of the chains which norms and activations are fused, and why others are not."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revkernels.models.layers import ModelOptions, check_images
+from revkernels.models.options import WithChains
 from revkernels.models.plan import check_positive
 from revkernels.models.revnet import _wide
 from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential
@@ -28,7 +29,7 @@ POOLS = ("mean", "class")
 _EPS = 1e-6  # of every norm, as the authors have it
 
 
-class RevViT(nn.Module):
+class RevViT(WithChains):
     """A reversible vision transformer. (N, in_channels, H, W) -> logits (N, num_classes).
 
         t = tokens of the patches + position
@@ -53,7 +54,8 @@ class RevViT(nn.Module):
             and inside the MLPs. Above 0 it adds layers to the MLPs, whose parameters then have other names.
         drop_path: probability that a branch is left out of a sample; from 0 at the first block to this at the last.
         in_channels: of the data.
-        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential.
+        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential. These
+            three may be set later, too.
         coupling: "float" or "exact", as in ReversibleSequential.
         backend: where the couplings, norms and activations of the blocks run; None picks the fused one of the tensors'
             device, "eager" is plain torch.
@@ -80,7 +82,7 @@ class RevViT(nn.Module):
         coupling: Any = "float",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(activations, coupling, backend)
         sizes = {"dim": dim, "depth": depth, "heads": heads, "num_classes": num_classes, "patch_size": patch_size}
         for name, size in {**sizes, "mlp_ratio": mlp_ratio, "in_channels": in_channels}.items():
             check_positive(name, size)
@@ -116,6 +118,16 @@ class RevViT(nn.Module):
         self.head = nn.Linear(2 * dim, num_classes)
         _initialise(self)
 
+    def chains(self) -> list[Any]:
+        return [self.blocks] if isinstance(self.blocks, ReversibleSequential) else []
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as behind ``to_empty``: behind the ``reset_parameters`` of the layers."""
+        _initialise(self)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels)
         if tuple(x.shape[2:]) != self.image_size:
@@ -135,7 +147,7 @@ class RevViT(nn.Module):
     def plan(self, x: Tensor | None = None) -> NetPlan:
         """What is kept under ``activations=MemoryBudget(...)``, in all chains together: see
         `revkernels.nn.ReversibleSequential.plan`."""
-        return plan_of(self, self.blocks.activations, x, (), {})
+        return plan_of(self, self.activations, x, (), {})
 
     def explain(self) -> Explanation:
         """Say for every branch which norms and activations are fused, and why others are not."""

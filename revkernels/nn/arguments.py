@@ -52,7 +52,12 @@ def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
         calls.append(of_block)
     unknown = set(kwargs) - taken
     if unknown:
-        raise TypeError(f"no branch takes the keyword {', '.join(map(repr, sorted(unknown)))}")
+        takes = set().union(*(keywords_of(branch) or () for block in blocks for branch in block.branches))
+        known = f"they take {', '.join(map(repr, sorted(takes)))}" if takes else "they take none"
+        raise TypeError(
+            f"no branch takes the keyword {', '.join(map(repr, sorted(unknown)))}; {known} (an nn.Sequential passes "
+            f"none on, a revkernels.nn.FusedSequential does)"
+        )
     return calls
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,12 +17,12 @@ from torch import nn
 
 from revkernels import backends, eager
 from revkernels.autograd.behind import behind, beside
-from revkernels.autograd.costs import bytes_of
 from revkernels.autograd.fusion import records_operators
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
 from revkernels.autograd.links import Names, ending_in, mark
+from revkernels.autograd.live_bytes import bytes_of
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.planner import Keeping, planner_of
 from revkernels.autograd.rebuilding import is_within_a_branch
@@ -118,6 +119,8 @@ def forward(
     kernels = _kernels(owner, streams[0])
     streams = [dense(s) for s in streams]
     rebuilding = torch.is_grad_enabled() and not keep
+    if rebuilding and streams[0].dtype in _HALVES and torch.is_autocast_enabled(streams[0].device.type):
+        _warn_of_half_streams(owner, streams[0].dtype)
     grid, exponents = grid_for(owner, streams, len(half_steps), kernels, rebuilding, name)
     if grid is not None:
         streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
@@ -147,7 +150,8 @@ def forward(
         else:
             y = reversal.show()
             reversal.finish(y, lambda *streams: streams)
-    except BaseException:
+    except BaseException as error:
+        _say_where(error, reversal, owner)
         reversal.release() if earlier is None else reversal.shut()
         raise
     if form is not None:
@@ -155,6 +159,37 @@ def forward(
     if exponents is not None:
         exponents.end(grid.largest)  # type: ignore[union-attr]
     return (y, aux) if aux else y
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _warn_of_half_streams(owner: Any, dtype: torch.dtype) -> None:
+    """What comes out of a convolution under autocast is narrow, and a chain's streams with it: once a chain."""
+    if owner.coupling != "float" or not isinstance(owner, torch.nn.Module) or owner in _warned:
+        return
+    _warned.add(owner)
+    warnings.warn(
+        f"a chain that rebuilds its activations is given {dtype} streams under autocast, and rebuilds them to within "
+        f"the rounding of {dtype}: its gradients drift with depth. Hand it x.float() (its branches run in {dtype} all "
+        f"the same), or set coupling='exact'",
+        UserWarning,
+        stacklevel=6,
+    )
+
+
+def _say_where(error: BaseException, reversal: Reversal, owner: Any) -> None:
+    """Note to an error from inside a branch which branch that is, and what it was given."""
+    if not isinstance(error, Exception) or not hasattr(error, "add_note"):  # in Python 3.10
+        return
+    where = reversal.name(reversal.count) if reversal.count < reversal.planned else ""
+    if where and where not in str(error) and reversal.streams:
+        stream = reversal.streams[0]
+        error.add_note(
+            f"in {where}; its stream has shape {tuple(stream.shape)} and {stream.dtype}, cut from the chain's input "
+            f"along split_dim={owner.split_dim}"
+        )
 
 
 def rebuilds(owner: Any) -> bool:
@@ -194,6 +229,7 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
 
 def advance(reversal: Reversal, half_steps: Sequence[HalfStep], shown: bool) -> None:
     """Run half-steps that follow each other directly. ``shown``: somebody sees the streams one by one behind them."""
+    reversal.planned = reversal.count + len(half_steps)
     reversal.last_written = {step.target: k for k, step in enumerate(half_steps, reversal.count)} if shown else None
     for step, following in zip_longest(half_steps, half_steps[1:]):
         reversal.advance(step, following)

@@ -15,10 +15,13 @@ from revkernels.autograd.grid import Grid, check_streams
 from revkernels.autograd.rebuilding import is_recomputing
 from revkernels.autograd.snapshot import will_write
 from revkernels.errors import ReconstructionError
-from revkernels.exact import Exact, exponent_for
+from revkernels.exact import EXPONENTS, Exact, exponent_for
 from revkernels.nn.streams import check_coupling
 
-BUFFER = "grid"  # the name of the buffer, int64: the fields of `Choice`
+BUFFER = "grid"  # the name of the buffer, int64: the fields of `Choice`, and `_MARK`
+#: Tells a choice from memory that nobody has written (``to_empty``) or that was averaged (a moving average of a state
+#: dict): then there is none, and it is made anew. float32 cannot hold it.
+_MARK = 0x67726964
 _UNSET = -(2**31)
 _BATCHES = 16  # that k is chosen from
 
@@ -72,9 +75,15 @@ class KeepsGrid(nn.Module):
         exact = exact_of(self._coupling)
         if exact is not None and exact.k is None and BUFFER not in self._buffers:
             device = next((parameter.device for parameter in self.parameters()), None)
-            self.register_buffer(BUFFER, torch.tensor(Choice(), dtype=torch.int64, device=device))
+            self.register_buffer(BUFFER, torch.tensor((*Choice(), _MARK), dtype=torch.int64, device=device))
         if BUFFER in self._buffers:
             will_write(self, BUFFER)
+
+    def reset_parameters(self) -> None:
+        """Forget the exponent that was chosen, as behind ``to_empty``. (Layers have parameters of their own.)"""
+        if BUFFER in self._buffers:
+            with torch.no_grad():
+                self._buffers[BUFFER].copy_(torch.tensor((*Choice(), _MARK)))  # type: ignore[union-attr]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         key = prefix + BUFFER
@@ -167,14 +176,23 @@ class Exponents:
         version = None if buffer.is_inference() else buffer._version
         seen = _seen.get(self.owner)
         if seen is None or seen[0] is not buffer or seen[1] != version or version is None:
-            seen = buffer, version, Choice(*buffer.tolist())  # waits for a device: once, and whenever it has changed
+            seen = (
+                buffer,
+                version,
+                self._valid(buffer.tolist()),
+            )  # waits for a device: once, and whenever it has changed
             _seen[self.owner] = seen
         return seen[2]
 
     def _write(self, choice: Choice) -> None:
         buffer = self.owner._buffers[BUFFER]
         with torch.no_grad():
-            buffer.copy_(torch.tensor(choice, dtype=torch.int64))
+            buffer.copy_(torch.tensor((*choice, _MARK), dtype=torch.int64))
+
+    def _valid(self, values: list[int]) -> Choice:
+        choice, allowed = Choice(*values[:-1]), EXPONENTS[self.exact.storage]
+        whole = choice.k in allowed and choice.coming in allowed and 0 <= choice.batches <= _BATCHES
+        return choice if values[-1] == _MARK and whole else Choice()
 
 
 def grid_for(

@@ -36,7 +36,8 @@ class FusedSequential(nn.Sequential):
     Known are BatchNorm1d to 3d, LayerNorm and RMSNorm of one dimension, and GroupNorm; ReLU, GELU and SiLU. Under
     autocast a norm in front of a convolution or a linear layer writes the narrow type that this would cast it to.
 
-    Keywords of a call go to the layers whose ``forward`` names them or takes any; one that none takes is a TypeError.
+    Keywords of a call go to the layers whose ``forward`` names them; those that none names, to layers that take any.
+    One that no layer takes is a TypeError.
     """
 
     @classmethod

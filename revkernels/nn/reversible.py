@@ -23,7 +23,7 @@ from revkernels.nn.plan import Plan, plan_of
 from revkernels.nn.streams import check_options
 
 _KINDS_OF_HOOK = ("forward_pre", "forward", "backward_pre", "backward")
-_OPTIONS = ("split_dim", "activations", "coupling", "backend")
+_OPTIONS: dict[str, Any] = {"split_dim": 1, "activations": "reconstruct", "coupling": "float", "backend": None}
 _handed_over = threading.local()  # the Reversal a chain hands to a block that it calls through the block's hooks
 
 
@@ -74,6 +74,10 @@ class ReversibleBlock(KeepsGrid):
         for name, branch in zip(names, (F, G, *more), strict=True):
             if not callable(branch):
                 raise TypeError(f"{name} is a {type(branch).__name__}; it must be an nn.Module or another callable")
+            if isinstance(branch, type):
+                raise TypeError(
+                    f"{name} is the class {branch.__name__}; it must be an instance: {branch.__name__}(...)"
+                )
         check_options(split_dim, activations, coupling, backend)
         self.branch_names = names
         for name, branch in zip(names, (F, G, *more), strict=True):
@@ -118,7 +122,9 @@ class ReversibleBlock(KeepsGrid):
         return plan_of(self, self.activations, x, args, kwargs)
 
     def extra_repr(self) -> str:
-        return _options_of(self)
+        """The options that are not the defaults: inside a chain a block's are not used."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name])
 
 
 class ReversibleSequential(KeepsGrid):
@@ -156,28 +162,61 @@ class ReversibleSequential(KeepsGrid):
         super().__init__()
         if len(blocks) == 1 and isinstance(blocks[0], Iterable) and not isinstance(blocks[0], ReversibleSequential):
             blocks = tuple(blocks[0])
-        for index, block in enumerate(blocks):
-            if not isinstance(block, ReversibleBlock):
-                raise TypeError(f"blocks[{index}] is a {type(block).__name__}; it must be a ReversibleBlock")
-            if type(block).forward is not ReversibleBlock.forward:
-                raise TypeError(
-                    f"blocks[{index}] is a {type(block).__name__} with a forward of its own, which a chain would never "
-                    f"call: it runs F and G itself. Put the change into F or G, or into forward hooks"
-                )
         check_options(split_dim, activations, coupling, backend)
-        for index, block in enumerate(blocks):
-            if len(block.branches) != len(blocks[0].branches):
-                raise ValueError(
-                    f"blocks[{index}] couples {len(block.branches)} streams, blocks[0] couples "
-                    f"{len(blocks[0].branches)}: all blocks of a chain must have as many branches"
-                )
-            self.add_module(str(index), block)
         self.split_dim = split_dim
         self.activations = activations
         self.coupling = coupling
         self.backend = backend
+        self.extend(blocks)
 
     linked = False  # as in `ReversibleBlock`
+
+    def append(self, block: ReversibleBlock) -> ReversibleSequential:
+        """Add a block at the end. Returns the chain."""
+        return self.extend([block])
+
+    def extend(self, blocks: Iterable[ReversibleBlock]) -> ReversibleSequential:
+        """Add blocks at the end. Returns the chain."""
+        blocks = list(blocks)
+        known = [*self, *blocks]
+        for index, block in enumerate(blocks, len(self)):
+            self._check(block, index, known[0])
+        for block in blocks:
+            self.add_module(str(len(self)), block)
+        return self
+
+    def __setitem__(self, index: int, block: ReversibleBlock) -> None:
+        """Put another block in the place of one."""
+        name = list(self._modules)[index]
+        self._check(block, int(name), next((other for at, other in self._modules.items() if at != name), block))
+        setattr(self, name, block)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and not isinstance(value, ReversibleBlock):
+            raise TypeError(f"{name} is a {type(value).__name__}; a chain holds ReversibleBlocks alone")
+        super().__setattr__(name, value)
+
+    def _check(self, block: Any, index: int, first: Any) -> None:
+        """Whether the block may stand in this chain, beside ``first``."""
+        if not isinstance(block, ReversibleBlock):
+            raise TypeError(f"blocks[{index}] is a {type(block).__name__}; it must be a ReversibleBlock")
+        if type(block).forward is not ReversibleBlock.forward:
+            raise TypeError(
+                f"blocks[{index}] is a {type(block).__name__} with a forward of its own, which a chain would never "
+                f"call: it runs F and G itself. Put the change into F or G, or into forward hooks"
+            )
+        if len(block.branches) != len(first.branches):
+            raise ValueError(
+                f"blocks[{index}] couples {len(block.branches)} streams, blocks[0] couples "
+                f"{len(first.branches)}: all blocks of a chain must have as many branches"
+            )
+        for name, default in _OPTIONS.items():
+            own, whole = getattr(block, name), getattr(self, name)
+            if own != default and own != whole:
+                raise ValueError(
+                    f"blocks[{index}] has {name}={own!r}, the chain {name}={whole!r}: in a chain the chain's options "
+                    f"hold. Give {name}={own!r} to the ReversibleSequential"
+                )
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -234,7 +273,7 @@ class ReversibleSequential(KeepsGrid):
         return plan_of(self, self.activations, x, args, kwargs)
 
     def extra_repr(self) -> str:
-        return _options_of(self)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
 
 
 def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -330,7 +369,3 @@ def have_hooks(blocks: Sequence[nn.Module]) -> list[bool]:
         )
         for block in blocks
     ]
-
-
-def _options_of(owner: Any) -> str:
-    return ", ".join(f"{name}={getattr(owner, name)!r}" for name in _OPTIONS)

@@ -83,6 +83,17 @@ class Takes(nn.Module):
         return x * kwargs.get("scale", 1.0)
 
 
+class Adapter(nn.Module):
+    """Hands on what it is given to a layer that takes none."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.low = layer, nn.Linear(8, 8)
+
+    def forward(self, x, *args, **kwargs):
+        return self.layer(x, *args, **kwargs) + self.low(x)
+
+
 def test_keywords(compiled):
     attention, z = AttentionBranch(8, 2), torch.randn(3, 5, 8)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
@@ -94,6 +105,8 @@ def test_keywords(compiled):
     assert torch.equal(nested(z, attn_mask=mask), expected)
     any_keyword = FusedSequential(nn.LayerNorm(8), Takes())
     torch.testing.assert_close(any_keyword(z, scale=2.0), 2 * nn.LayerNorm(8)(z))
+    adapted = FusedSequential(nn.LayerNorm(8), Adapter(nn.Linear(8, 8)), attention)
+    torch.testing.assert_close(adapted(z, attn_mask=mask), attention(adapted[1](nn.LayerNorm(8)(z)), attn_mask=mask))
     net = ReversibleSequential(ReversibleBlock(nested, attention), split_dim=-1)
     x = torch.randn(3, 5, 16)
     assert_raises(TypeError, ["keyword", "'mask'"], lambda: net(x, mask=mask))

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that a branch keeps on itself while it runs: those of the forward stay, and nothing else is held."""
 
+import collections
 import copy
 import gc
+import threading
 
 import pytest
 from torch import nn
 
 from behaviour.common import WIDE, rows, torch
 from revkernels.measure import peak_bytes
-from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
+from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing
 
 
 class Keeps(nn.Module):
@@ -18,7 +20,7 @@ class Keeps(nn.Module):
     def __init__(self, how="attribute", width=4):
         super().__init__()
         self.linear, self.how = nn.Linear(width, width), how
-        self.aux, self.all, self.named = None, [], {}
+        self.aux, self.all, self.named, self.queue = None, [], collections.OrderedDict(), collections.deque(maxlen=9)
         self.counted = 0
 
     def forward(self, h):
@@ -30,20 +32,37 @@ class Keeps(nn.Module):
             self.aux = (aux, 1.0)
         elif self.how == "list":
             self.all.append(aux)
+        elif self.how == "long":
+            self.all.extend([None] * (1500 if not self.all else 0))
+            self.all.append(aux)
         elif self.how == "dictionary":
             self.named["aux"] = aux
+        elif self.how == "nested":
+            self.named.setdefault("losses", [[]])[0].append(aux)
+        elif self.how == "deque":
+            self.queue.append((aux, 1))
         else:
             self.linear.seen = aux
         return self.linear(h).tanh()
 
     def kept(self):
-        found = {"list": self.all, "dictionary": list(self.named.values()), "tuple": self.aux, "layer": None}
-        if self.how == "layer":
-            return self.linear.seen
-        return self.aux if self.how == "attribute" else found[self.how][0]
+        found = {
+            "list": lambda: self.all[0],
+            "long": lambda: self.all[-1],
+            "dictionary": lambda: self.named["aux"],
+            "nested": lambda: self.named["losses"][0][-1],
+            "deque": lambda: self.queue[-1][0],
+            "tuple": lambda: self.aux[0],
+            "layer": lambda: self.linear.seen,
+            "attribute": lambda: self.aux,
+        }
+        return found[self.how]()
+
+    def count(self):
+        return len(self.all), len(self.named), len(self.queue), len(self.named.get("losses", [[]])[0])
 
 
-WAYS = ["attribute", "tuple", "list", "dictionary", "layer"]
+WAYS = ["attribute", "tuple", "list", "long", "dictionary", "nested", "deque", "layer"]
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -51,7 +70,7 @@ def test_auxiliary_losses(how, backend):
     """Added to the loss, or differentiated after it: as with stored activations."""
     branches = [Keeps(how).to(WIDE) for _ in range(4)]
     for together in (True, False):
-        found = []
+        found, counts = [], set()
         for activations in ("store", "reconstruct"):
             mine = copy.deepcopy(branches)
             blocks = [ReversibleBlock(F, G) for F, G in zip(mine[::2], mine[1::2], strict=True)]
@@ -62,11 +81,11 @@ def test_auxiliary_losses(how, backend):
             else:
                 y.backward(retain_graph=True)
                 sum(m.kept() for m in mine).backward()
-            if how == "list":
-                assert all(len(m.all) == 1 for m in mine)
+            counts.add(mine[0].count())
             found.append([x.grad, *(m.linear.weight.grad for m in mine), *(m.kept().detach() for m in mine)])
         for expected, got in zip(*found, strict=True):
             torch.testing.assert_close(got, expected)
+        assert len(counts) == 1
 
 
 def test_they_hold_no_streams(compiled):
@@ -197,3 +216,55 @@ def test_a_recurrent_state(shared, checkpointed, backend):
             found[-1] += [b.state for b in branches]
         for expected, got in zip(*found, strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_what_is_collected_in_the_recompute_stays():
+    """Inputs of layers, one branch's at a time: of use to who looks at curvature. They have no graph."""
+    branches, seen = [nn.Linear(4, 4).to(WIDE) for _ in range(4)], []
+
+    def before(module, inputs):
+        if is_recomputing():
+            module.input = inputs[0].detach()
+            module.norms.append(inputs[0].detach().norm())
+
+    for branch in branches:
+        branch.norms = []
+        branch.register_forward_pre_hook(before)
+        branch.register_full_backward_hook(lambda module, *_: seen.append(module.input.t() @ module.input))
+    blocks = [ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
+    ReversibleSequential(blocks)(rows()).sum().backward()
+    assert len(seen) == 4 and all(len(branch.norms) == 1 for branch in branches)
+
+
+def test_what_another_thread_puts_in_stays():
+    """A dictionary with an entry for each thread."""
+
+    class ByThread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.all = nn.Linear(4, 4), {}
+
+        def forward(self, h):
+            self.all[threading.get_ident()] = h.detach().mean()
+            return self.linear(h).tanh()
+
+    branches = [ByThread().to(WIDE) for _ in range(4)]
+    net = ReversibleSequential([ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)])
+    problems = []
+
+    def work():
+        try:
+            for _ in range(20):
+                y = net(rows()).sum()
+                y.backward()
+                for branch in branches:
+                    branch.all.pop(threading.get_ident())
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems

@@ -3,13 +3,18 @@
 behind lambdas, as globals; generators likewise, and given as arguments."""
 
 import copy
+import dataclasses
 import functools
+import itertools
+import threading
+import weakref
 
 import pytest
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from behaviour.common import WIDE, assert_raises, rows, torch
+from revkernels.autograd import behind
 from revkernels.errors import ReconstructionError
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
 
@@ -236,14 +241,23 @@ def test_a_branch_that_seeds(checkpointed):
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_script_modules_are_refused():
-    """Their buffers and modes cannot be put back."""
-    traced = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4))
-    net = ReversibleSequential(ReversibleBlock(traced, nn.Tanh()))
+def test_script_modules():
+    """Buffers of theirs cannot be put back; without, they are as any."""
     x = rows(dtype=torch.float32)
-    assert_raises(ReconstructionError, ["TracedModule", "activations='store'"], lambda: net(x))
+    traced = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(5, 4))
+    net = ReversibleSequential(ReversibleBlock(traced, nn.Tanh()))
+    assert_raises(ReconstructionError, ["TracedModule", "buffers", "activations='store'"], lambda: net(x))
     net.activations = "store"
     net(x).sum().backward()
+    branch = nn.Sequential(torch.jit.trace(nn.Linear(4, 4), torch.randn(5, 4)), torch.jit.script(nn.SiLU()))
+    branch.metrics = {"unused": torch.jit.script(nn.BatchNorm1d(4))}
+    found = []
+    for activations in ("store", "reconstruct"):
+        x.grad = None
+        net = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()), activations=activations)
+        net(x).sin().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_a_parameter_that_the_forward_writes():
@@ -259,3 +273,153 @@ def test_a_parameter_that_the_forward_writes():
 
     y = ReversibleSequential(ReversibleBlock(Adds(), nn.Tanh()))(rows(dtype=torch.float32)).sum()
     assert_raises(ReconstructionError, ["table.weight", "own forward", "not rewound"], y.backward)
+
+
+class Forks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, h):
+        with torch.random.fork_rng(devices=[]):
+            return nn.functional.dropout(self.linear(h), 0.5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_fork_of_the_generator(checkpointed):
+    """It leaves the generator as it found it, although it draws."""
+    torch.manual_seed(0)
+    branches, found = [Forks().to(WIDE), nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).to(WIDE)] * 2, []
+    for rebuilt in (False, True):
+        torch.manual_seed(1)
+        blocks = [ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
+        net = ReversibleSequential(blocks, activations="reconstruct" if rebuilt and not checkpointed else "store")
+        x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
+        y = checkpoint(net, x) if rebuilt and checkpointed else net(x)
+        nn.functional.dropout(y, 0.1).sin().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+class Noisy(nn.Module):
+    """With a generator of its own; a parametrised copy is of a class that torch makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.own = nn.Parameter(torch.eye(4, dtype=WIDE)), torch.Generator().manual_seed(4)
+
+    def forward(self, h, noise=None):
+        drawn = torch.rand(h.shape, generator=self.own, dtype=h.dtype) < 0.5
+        return (h @ self.weight).tanh() * drawn * (1 if noise is None else noise(h))
+
+
+@pytest.mark.parametrize("given", ["nothing", "module", "function"])
+@pytest.mark.parametrize("parametrised", [False, True])
+def test_generators_of_classes_that_torch_makes_and_of_arguments(given, parametrised):
+    found = []
+    for activations in ("store", "reconstruct"):
+        torch.manual_seed(0)
+        branches = [parametrizations.weight_norm(Noisy()) if parametrised else Noisy() for _ in range(4)]
+        blocks = [ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
+        own = torch.Generator().manual_seed(9)
+
+        class Source(nn.Module):
+            def __init__(self, generator):
+                super().__init__()
+                self.draw = lambda h: torch.rand(h.shape, generator=generator, dtype=h.dtype)
+
+            def forward(self, h):
+                return self.draw(h)
+
+        source = Source(own)
+        noise = {"nothing": {}, "module": {"noise": source}, "function": {"noise": source.draw}}[given]
+        x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
+        ReversibleSequential(blocks, activations=activations)(x, **noise).sin().sum().backward()
+        found.append([x.grad, torch.rand(3, generator=own)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = nn.Linear(4, 4), []
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, h):
+        self.steps += 1
+        return self.linear(h).tanh()
+
+
+def test_modules_that_are_known_and_not_run():
+    """Each branch knows the next, and all know the head, whose buffers are written elsewhere."""
+    branches, head = [Steps().to(WIDE) for _ in range(4)], Steps().to(WIDE)
+    for branch, other in itertools.pairwise(branches):
+        branch.other = [other, head]
+    net = ReversibleSequential([ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)])
+    for step in range(1, 4):
+        y1, y2 = net(rows()).chunk(2, 1)
+        (head(y1) + y2).sum().backward()
+        assert [branch.steps.item() for branch in branches] == [step] * 4 and head.steps == step
+
+
+total = torch.zeros((), dtype=WIDE)
+
+
+class Names(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.total = nn.Linear(4, 4)
+
+    def forward(self, h):
+        return self.total(h).tanh()
+
+
+def test_an_attribute_of_a_globals_name():
+    y = ReversibleSequential(ReversibleBlock(Names().to(WIDE), nn.Tanh()))(rows()).sum()
+    total.add_(y.detach())
+    y.backward()
+
+
+class Loads(list):
+    def __iter__(self):
+        raise OSError
+
+
+class Anything:
+    def __init__(self):
+        self.d = {}
+
+    def __getattr__(self, name):
+        return self.d[name]
+
+    def __call__(self, h):
+        return h
+
+
+def test_odd_things_are_left_alone():
+    """Proxies, callables that answer any name, lists that load when they are looked at, and much data."""
+    net = ReversibleSequential(ReversibleBlock(nn.Linear(4, 4), Names())).to(WIDE)
+    gone = nn.Linear(1, 1)
+    net[0].G.held = [weakref.proxy(net), weakref.proxy(gone), Anything(), Loads([1]), threading.Lock()]
+    net[0].G.loads, net[0].G.any = Loads([1]), Anything()
+    del gone
+    net(rows()).sum().backward()
+    deep = [[[0.5] * 1000] * 1000] * 1000
+    net[0].G.data = deep
+    net(rows()).sum().backward()
+    looked = behind.beside([net[0].G])
+    assert looked._left > 0  # nothing was found in it, which is remembered
+
+
+@dataclasses.dataclass
+class Unhashable:
+    linear: nn.Linear
+
+    def __call__(self, h):
+        return self.linear(h).tanh()
+
+
+def test_a_branch_without_a_hash():
+    test_a_branch_that_seeds(False)
+    ReversibleSequential(ReversibleBlock(Unhashable(nn.Linear(4, 4).to(WIDE)), nn.Tanh()))(rows()).sum().backward()

@@ -172,6 +172,9 @@ void test_coupling_refusals() {
   const auto refused = [&](const revk_coupling& coupling, const char* text) {
     return revk_couple(&y, &y, &branch, &coupling, &where) == REVK_INVALID_ARGUMENT && says(text);
   };
+  const revk_coupling plain = REVK_COUPLING_INIT;
+  CHECK(plain.struct_size == int32_t(sizeof plain) && plain.grid_exponent == REVK_NO_GRID);
+  CHECK(plain.channel_scale == nullptr && plain.amax == nullptr && plain.value == nullptr);
   revk_coupling good{};
   good.struct_size = int32_t(sizeof good);
   good.grid_exponent = REVK_NO_GRID;

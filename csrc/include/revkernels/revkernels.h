@@ -71,6 +71,9 @@ typedef struct revk_where {
 } revk_where;
 
 #define REVK_NO_GRID INT32_MIN
+/* Start values: revk_coupling coupling = REVK_COUPLING_INIT. One that is zeroed instead has the
+ * grid_exponent 0, which rounds f to whole numbers. */
+#define REVK_COUPLING_INIT {(int32_t)sizeof(revk_coupling), REVK_NO_GRID, 0, 0, 0, 0, 0, 0}
 
 /* What a coupling does to f on its way, and what it reports of the result. NULL in place of the
  * struct is the plain coupling. The addition is made in float64 if either operand is float64, else

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a model's chains, as the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from revkernels.nn.streams import check_options
+
+__all__ = ["WithChains"]
+
+
+class WithChains(nn.Module):
+    """A model whose ``activations``, ``coupling`` and ``backend`` are those of all its chains, to read and to set."""
+
+    def __init__(self, activations: Any, coupling: Any, backend: str | None) -> None:
+        super().__init__()
+        #: For a model whose chains something else has taken the place of.
+        self._options = {"activations": activations, "coupling": coupling, "backend": backend}
+
+    def chains(self) -> Sequence[Any]:
+        """The chains, the first of which is asked."""
+        raise NotImplementedError
+
+    @property
+    def activations(self) -> Any:
+        """ "reconstruct", "store" or a `MemoryBudget`: see `revkernels.nn.ReversibleSequential`."""
+        return self._get("activations")
+
+    @activations.setter
+    def activations(self, value: Any) -> None:
+        self._set(activations=value)
+
+    @property
+    def coupling(self) -> Any:
+        """ "float", "exact" or an `Exact`: see `revkernels.nn.ReversibleSequential`."""
+        return self._get("coupling")
+
+    @coupling.setter
+    def coupling(self, value: Any) -> None:
+        self._set(coupling=value)
+
+    @property
+    def backend(self) -> str | None:
+        """Where couplings, norms and activations run; None picks the fused one of the tensors' device."""
+        found: str | None = self._get("backend")
+        return found
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        self._set(backend=value)
+
+    def _get(self, name: str) -> Any:
+        chains = self.chains()
+        return getattr(chains[0], name) if chains else self._options[name]
+
+    def _set(self, **option: Any) -> None:
+        check_options(1, **{"activations": "store", "coupling": "float", "backend": None} | option)
+        self._options |= option
+        for chain in self.chains():
+            for name, value in option.items():
+                setattr(chain, name, value)
