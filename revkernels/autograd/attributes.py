@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.behind import STANDARD
+from revkernels.autograd.behind import own_names
 
 __all__ = ["attributes_of", "put_attributes_back"]
 
@@ -22,7 +22,7 @@ def attributes_of(modules: Sequence[nn.Module]) -> Attributes:
     """Before a recompute: the modules' own attributes."""
     found: Attributes = []
     for module in modules:
-        own = {name: value for name, value in list(module.__dict__.items()) if name not in STANDARD}
+        own = {name: module.__dict__.get(name) for name in own_names(module.__dict__)}
         containers: list[tuple[Any, Any]] = []
         room = _ROOM
         for value in own.values():
@@ -37,8 +37,9 @@ def put_attributes_back(before: Attributes) -> None:
     forward's again. Those of the recompute belong to a graph that nobody uses, and would hold a stream's memory. What
     has no graph is left: `is_recomputing` is there for who collects such things."""
     for table, own, containers in before:
-        for name, value in list(table.items()):
-            if name not in STANDARD and value is not own.get(name, _MISSING) and _has_graphs(value):
+        for name in own_names(table):
+            value = table.get(name)
+            if value is not own.get(name, _MISSING) and _has_graphs(value):
                 if name in own:
                     table[name] = own[name]
                 else:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["STANDARD", "Reached", "behind", "beside"]
+__all__ = ["Reached", "behind", "beside", "own_names"]
 
 _DEPTH = 3  # containers in containers that are looked into: one may hold itself
 _MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
 #: What every module's ``__dict__`` has.
-STANDARD = frozenset(nn.Module().__dict__)
+_STANDARD = frozenset(nn.Module().__dict__)
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device))
 _CONTAINERS = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)  # others may do anything
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
@@ -94,21 +94,21 @@ class Reached:
         """Look at what the module holds besides parameters, buffers and registered modules."""
         kind: Any = type(module)
         own = module.__dict__
-        forward: Any = getattr(kind, "forward", None)
-        if "forward" not in own and (_is_torchs(forward) or forward is None):
+        torchs, names = _about(getattr(kind, "forward", None))
+        if torchs and "forward" not in own:
             if kind not in _WITH_FUNCTIONS:
                 return  # its forward reads what it has registered
-        else:
-            named = _named(forward)
-            self.seeds = self.seeds or not _SEEDING.isdisjoint(named.names)
-            for name in named.globals:
-                value = forward.__globals__.get(name)
+        elif names is not None:
+            self.seeds = self.seeds or names.seeds
+            for name in names.globals:
+                value = kind.forward.__globals__.get(name)
                 if issubclass(type(value), nn.Module | torch.Generator):
                     self.look(name, value)
         barren = None
-        for name, value in list(own.items()):
+        for name in own_names(own):
+            value = own.get(name)
             type_ = type(value)
-            if name in STANDARD or type_ in _SIMPLE or issubclass(type_, torch.Tensor):
+            if type_ in _SIMPLE or issubclass(type_, torch.Tensor):
                 continue
             if type_ not in _CONTAINERS:
                 self.look(name, value)
@@ -126,8 +126,8 @@ class Reached:
         """Look behind the callables that were met."""
         while self._waiting:
             function = self._waiting.pop()
-            code = getattr(function, "__code__", None) if issubclass(type(function), _FUNCTIONS) else None
-            self.seeds = self.seeds or (code is not None and not _SEEDING.isdisjoint(_named(function).names))
+            if issubclass(type(function), _FUNCTIONS):
+                self.seeds = self.seeds or _named(function).seeds
             for name, held in _held_by(function):
                 self.look(name, held, objects=True)
         return self
@@ -227,15 +227,27 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
 
 
 class _Names:
-    """The names in a function's code, and in that of functions written inside it; and those of globals among them."""
+    """Of the names in a function's code, and in that of functions written inside it: those of globals, and whether some
+    move torch's generators."""
 
     def __init__(self, codes: Iterable[types.CodeType]) -> None:
         codes = list(codes)
-        self.names = frozenset(name for code in codes for name in code.co_names)
+        self.seeds = not _SEEDING.isdisjoint(name for code in codes for name in code.co_names)
         loads = (step for code in codes for step in dis.get_instructions(code))
         self.globals = tuple(
             dict.fromkeys(step.argval for step in loads if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
         )
+
+
+@functools.lru_cache(1024)
+def _about(forward: Any) -> tuple[bool, _Names | None]:
+    """Whether a class's forward is torch's own (or there is none), and the names in it."""
+    return forward is None or _is_torchs(forward), _named(forward) if isinstance(forward, types.FunctionType) else None
+
+
+def own_names(table: dict[str, Any]) -> set[str]:
+    """The names in a module's ``__dict__`` that not every module has. (Made at once: another thread may add some.)"""
+    return table.keys() - _STANDARD
 
 
 def _named(function: Any) -> _Names:

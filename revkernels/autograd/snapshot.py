@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.behind import Reached, behind, beside
+from revkernels.autograd.behind import Reached, behind, beside, own_names
 from revkernels.autograd.ownership import PLAIN
 from revkernels.errors import ReconstructionError
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
 Undo = list[tuple[dict[str, Any], str, Any]]
 
-_PLAIN = frozenset(PLAIN)
 _batchnorm = nn.modules.batchnorm
 #: In training these forwards write running statistics that their output does not depend on.
 _STATISTICS_ONLY = {
@@ -127,10 +126,13 @@ class Snapshot:
                     self.trained.append((name, parameter, parameter.requires_grad))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
-            if not _PLAIN.isdisjoint(map(type, list(module.__dict__.values()))):
-                own = [(name, value) for name, value in list(module.__dict__.items()) if type(value) in PLAIN]
-                self._held += own
-                self.attributes += [(module.__dict__, name, t) for name, t in own if not t.requires_grad]
+            table = module.__dict__
+            for name in own_names(table):
+                value: Any = table.get(name)
+                if type(value) in PLAIN:
+                    self._held.append((name, value))
+                    if not value.requires_grad:
+                        self.attributes.append((table, name, value))
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
             self._held = []
