@@ -217,7 +217,6 @@ def test_a_backend_that_raises_is_a_finding_not_a_crash(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "required"),
         (["nonsense"], "invalid choice"),
         (["info", "--json", "no/such/folder/x.json"], "the folder no/such/folder does not exist"),
         (["bench", "coupling", "--rounds", "1"], "at least 2"),
