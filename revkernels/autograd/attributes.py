@@ -49,8 +49,8 @@ def put_attributes_back(before: Attributes) -> None:
 
 
 def _copy(container: Any, into: list[tuple[Any, Any]], depth: int, room: int) -> int:
-    """Note the container and what is in it. Returns how many of ``room`` items are left; of what
-    has more, which is data, the length is noted alone, so that what is added to it can be taken off."""
+    """Note the container and what is in it. Returns how many of ``room`` items are left; of what has more, which is
+    data, the length is noted alone, so that what is added to it can be taken off."""
     if len(container) > room or len(into) > room:
         if isinstance(container, list | collections.deque) and len(into) <= room:
             into.append((container, len(container)))

@@ -19,6 +19,7 @@ __all__ = ["Reached", "behind", "beside", "own_names"]
 
 _DEPTH = 3  # containers in containers that are looked into: one may hold itself
 _MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
+_BEGINNING = 16  # items of a container by which it is told from data
 #: What every module's ``__dict__`` has.
 _STANDARD = frozenset(nn.Module().__dict__)
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device))
@@ -29,8 +30,6 @@ _SEEDING = frozenset(("manual_seed", "seed", "set_rng_state", "set_state", "fork
 
 #: For a branch, modules that it holds and that contain it.
 _around: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
-#: For a module, containers among its attributes in which nothing was found, by their place, and how long they were.
-_barren: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
 class Reached:
@@ -61,25 +60,44 @@ class Reached:
     def generators(self) -> list[torch.Generator]:
         return list(self._generators.values())
 
-    def look(self, name: str, held: Any, objects: bool = False) -> None:
-        """Note what is in ``held``; ``objects``: modules among the attributes of others too."""
-        for item in self._items(held, _DEPTH):
-            kind = type(item)  # not its class: of a weak proxy that is another's
-            if issubclass(kind, nn.Module):
-                self.take(item)
-            elif issubclass(kind, torch.Tensor):
-                self._tensors.setdefault(id(item), (name, item))
-            elif issubclass(kind, torch.Generator):
-                self._generators.setdefault(id(item), item)
-            elif issubclass(kind, _FUNCTIONS) or (callable(item) and not issubclass(kind, _UNSEEN)):
-                if id(item) not in self._seen and not _is_torchs(item):
-                    self._seen.add(id(item))
-                    self._waiting.append(item)
-            elif objects:
-                for value in _attributes(item).values():
-                    for inner in self._items(value, _DEPTH):
-                        if issubclass(type(inner), nn.Module):
-                            self.take(inner)
+    def look(self, name: str, held: Any, objects: bool = False, depth: int = _DEPTH) -> bool:
+        """Note what is in ``held``; ``objects``: modules among the attributes of others too. Returns whether it is, or
+        has, something that was worth a look: a long container that begins without is data."""
+        kind = type(held)  # not its class: of a weak proxy that is another's
+        if kind in _CONTAINERS:
+            return self._look_into(name, held, objects, depth - 1) if depth and len(held) <= _MANY else False
+        if issubclass(kind, nn.Module):
+            self.take(held)
+        elif issubclass(kind, torch.Tensor):
+            self._tensors.setdefault(id(held), (name, held))
+        elif issubclass(kind, torch.Generator):
+            self._generators.setdefault(id(held), held)
+        elif issubclass(kind, _FUNCTIONS) or (callable(held) and not issubclass(kind, _UNSEEN)):
+            if id(held) not in self._seen and not _is_torchs(held):
+                self._seen.add(id(held))
+                self._waiting.append(held)
+        else:
+            for value in _attributes(held).values() if objects else ():
+                self._take_modules(value, _DEPTH)
+            return objects
+        return True
+
+    def _take_modules(self, value: Any, depth: int) -> None:
+        if issubclass(type(value), nn.Module):
+            self.take(value)
+        elif type(value) in _CONTAINERS and depth and len(value) <= _MANY:
+            for item in list(value.values() if isinstance(value, dict) else value):
+                self._take_modules(item, depth - 1)
+
+    def _look_into(self, name: str, container: Any, objects: bool, depth: int) -> bool:
+        found = False
+        for place, item in enumerate(list(container.values() if isinstance(container, dict) else container)):
+            self._left -= 1
+            if self._left < 0 or (place >= _BEGINNING and not found):
+                break
+            if type(item) not in _SIMPLE:
+                found = self.look(name, item, objects, depth) or found
+        return found
 
     def take(self, module: nn.Module) -> None:
         """Note the module, and all in it."""
@@ -104,23 +122,10 @@ class Reached:
                 value = kind.forward.__globals__.get(name)
                 if issubclass(type(value), nn.Module | torch.Generator):
                     self.look(name, value)
-        barren = None
         for name in own_names(own):
             value = own.get(name)
-            type_ = type(value)
-            if type_ in _SIMPLE or issubclass(type_, torch.Tensor):
-                continue
-            if type_ not in _CONTAINERS:
+            if type(value) not in _SIMPLE and not issubclass(type(value), torch.Tensor):
                 self.look(name, value)
-                continue
-            barren = _barren.get(module) if barren is None else barren
-            if not value or (barren is not None and barren.get(id(value)) == len(value)):
-                continue
-            before = len(self.modules), len(self._tensors), len(self._generators), len(self._waiting)
-            self.look(name, value)
-            if before == (len(self.modules), len(self._tensors), len(self._generators), len(self._waiting)):
-                barren = _barren.setdefault(module, {})
-                barren[id(value)] = len(value)
 
     def follow(self) -> Reached:
         """Look behind the callables that were met."""
@@ -131,20 +136,6 @@ class Reached:
             for name, held in _held_by(function):
                 self.look(name, held, objects=True)
         return self
-
-    def _items(self, held: Any, depth: int) -> Iterator[Any]:
-        """What is in lists, tuples and dictionaries, or the value itself."""
-        if type(held) not in _CONTAINERS:
-            yield held
-            return
-        if not depth or len(held) > _MANY:
-            return
-        for item in list(held.values() if isinstance(held, dict) else held):
-            self._left -= 1
-            if self._left < 0:
-                return
-            if type(item) not in _SIMPLE:
-                yield from self._items(item, depth - 1)
 
 
 _WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

@@ -10,13 +10,13 @@ torch.func, forward-mode differentiation). Results are the same either way, up t
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _torch_module
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -129,7 +129,8 @@ def kernels_for(x: Any) -> Any:
 
 def records_operators() -> bool:
     """Whether `torch.fx.experimental.proxy_tensor.make_fx` writes down what runs here, and would miss the kernels."""
-    return get_proxy_mode() is not None
+    recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import; who records has done so
+    return recorder is not None and recorder.get_proxy_mode() is not None
 
 
 def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Call | None:

@@ -100,6 +100,7 @@ class Snapshot:
             among.look("an argument", list(given))
             self.modules += among.follow().modules
             self.generators += among.generators
+            self.seeds = self.seeds or among.seeds
         if not isinstance(branch, nn.Module):
             self.modules += [module for module in hidden if module not in self.modules]
         #: Behind so many come modules that the branch holds without having registered them, and may not run.

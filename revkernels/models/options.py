@@ -27,7 +27,7 @@ class WithChains(nn.Module):
 
     @property
     def activations(self) -> Any:
-        """ "reconstruct", "store" or a `MemoryBudget`: see `revkernels.nn.ReversibleSequential`."""
+        """One of "reconstruct", "store" and a `MemoryBudget`: see `revkernels.nn.ReversibleSequential`."""
         return self._get("activations")
 
     @activations.setter
@@ -36,7 +36,7 @@ class WithChains(nn.Module):
 
     @property
     def coupling(self) -> Any:
-        """ "float", "exact" or an `Exact`: see `revkernels.nn.ReversibleSequential`."""
+        """One of "float", "exact" and an `Exact`: see `revkernels.nn.ReversibleSequential`."""
         return self._get("coupling")
 
     @coupling.setter
