@@ -110,10 +110,10 @@ def outputs_alone() -> Tape | None:
 
 def kernels_for(x: Any) -> Any:
     """The backend that fuses here, or None where the layers have to run as they are."""
-    if type(x) not in PLAIN or x.dtype not in _FLOATS or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if type(x) not in PLAIN or x.dtype not in _FLOATS or is_recorded():
         return None
     kernels = ambient.kernels
-    if kernels is eager or torch._C._are_functorch_transforms_active() or records_operators():
+    if kernels is eager or torch._C._are_functorch_transforms_active():
         return None
     if torch.autograd.forward_ad._current_level >= 0 or not in_usual_order(x) or x.numel() == 0 or x.is_neg():
         return None
@@ -127,8 +127,11 @@ def kernels_for(x: Any) -> Any:
     return kernels
 
 
-def records_operators() -> bool:
-    """Whether `torch.fx.experimental.proxy_tensor.make_fx` writes down what runs here, and would miss the kernels."""
+def is_recorded() -> bool:
+    """Whether torch.compile, torch.export, torch.jit.trace or make_fx records a graph, which is not to have our hooks
+    and would miss our kernels."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
     recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import; who records has done so
     return recorder is not None and recorder.get_proxy_mode() is not None
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from revkernels import backends, eager
 from revkernels.autograd.behind import behind, beside
-from revkernels.autograd.fusion import records_operators
+from revkernels.autograd.fusion import is_recorded
 from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
@@ -105,7 +105,7 @@ def forward(
         from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
 
         return untraced(forward, owner, x, groups, half_steps, name, through, linked)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or records_operators():  # torch.export, jit.trace, fx
+    if is_recorded():
         if through is not None:
             raise ReconstructionError("blocks have hooks, which a recorded graph would not have: take them off")
         return _traced(owner, x, groups, half_steps, name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from revkernels.autograd.checkpoint import Checkpoint
+from revkernels.autograd.fusion import is_recorded
 from revkernels.autograd.rebuilding import is_within_a_branch
 from revkernels.autograd.selective import Selective
 from revkernels.errors import ReconstructionError
@@ -27,8 +28,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     As in a reversible chain, and other than under `torch.utils.checkpoint`, running statistics of batch norms are
     updated once, fused norms run again on the statistics of the forward, and a parameter, buffer or input that was
     changed in between is an error. Random numbers and autocast are those of the forward. Without grad mode, and in
-    torch.export and torch.jit.trace, it is the plain call; while torch.compile traces, it is torch's own checkpoint,
-    which the compiler knows.
+    torch.export, torch.jit.trace and make_fx, it is the plain call; while torch.compile traces, it is torch's own
+    checkpoint, which the compiler knows.
 
     Args:
         function: a module, or any callable. It must do the same when called twice.
@@ -42,7 +43,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from torch.utils.checkpoint import checkpoint as by_torch
 
         return by_torch(function, *args, use_reentrant=False, **kwargs)
-    if not torch.is_grad_enabled() or _is_recorded():
+    if not torch.is_grad_enabled() or is_recorded():
         return function(*args, **kwargs)
     if torch._C._are_functorch_transforms_active():
         raise ReconstructionError(
@@ -76,18 +77,13 @@ def selective_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any
     """
     _check(function)
     if (
-        _is_recorded()
+        is_recorded()
         or not torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or is_within_a_branch()
     ):
         return function(*args, **kwargs)
     return Selective().run(function, args, kwargs)
-
-
-def _is_recorded() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace records a graph, which is not to have our hooks."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _check(function: Any) -> None:

@@ -22,6 +22,7 @@ from revkernels.nn import (
     ReversibleBlock,
     ReversibleSequential,
     checkpoint,
+    selective_checkpoint,
 )
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -214,7 +215,9 @@ def test_torch_func_over_parameters(compiled):
 def test_a_recorded_graph_has_no_holes(pre_dispatch, compiled):
     layer = FusedSequential(nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8))
     net = ReversibleSequential(ReversibleBlock(copy.deepcopy(layer), layer), split_dim=-1)
-    for function, x in ((layer, torch.randn(5, 8)), (net, torch.randn(5, 16))):
+    again, selective = (functools.partial(run, layer) for run in (checkpoint, selective_checkpoint))
+    for function, x in ((layer, (5, 8)), (again, (5, 8)), (selective, (5, 8)), (net, (5, 16))):
+        x = torch.randn(x)
         graph = make_fx(function, pre_dispatch=pre_dispatch)(x)
         torch.testing.assert_close(graph(x), function(x))
 
