@@ -43,8 +43,9 @@ SANITIZED = (
     "(every_layout and float32+bfloat16) or (coupling_options and grid and amax) or four_dtypes or lists"
     " or ((forward or backward) and float32+bfloat16 and (odd or wide or tokens or last))"
 )
-#: Stages that may run side by side: none of them takes a time.
-TESTS = "tests"
+#: Stages that may run side by side: none of them takes a time. Triton compiles a kernel for every case, which takes all
+#: processors there are for minutes, so that its tests come behind the benchmarks that matter most.
+TESTS, TRITON = "tests", "Triton's tests"
 _LOGS = threading.Lock()
 
 
@@ -95,7 +96,10 @@ def stages(out: Path, site: Path | None) -> list[Stage]:
     if site is not None:
         pip = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(site), str(ROOT)]
         plan.append(Stage("build", "build.log", pip, 160, env={"REVK_CUDA": "ON"}, gpu=False))
-    return plan + _checks() + _tests() + _benchmarks(out)
+    tests = _checks() + _tests()
+    benchmarks = _benchmarks(out)
+    first = [stage for stage in tests if stage.group == TESTS]
+    return plan + first + benchmarks[:_FIRST] + [stage for stage in tests if stage not in first] + benchmarks[_FIRST:]
 
 
 def _checks() -> list[Stage]:
@@ -106,8 +110,13 @@ def _checks() -> list[Stage]:
         ok = rf"\b{backend}\W+(ok \(\d+ calls\))" + r"\W+ok \(\d+ calls\)" * (len(KERNELS) - 1)
         env = {"COLUMNS": "200"}  # so that no cell of the table is broken
         gpu = backend != "cpu"
-        plan.append(Stage(f"check, {backend}", "check.log", check, 100, env=env, proof=ok, gpu=gpu, group=TESTS))
+        group = _group(backend)
+        plan.append(Stage(f"check, {backend}", "check.log", check, 100, env=env, proof=ok, gpu=gpu, group=group))
     return plan
+
+
+def _group(backend: str) -> str:
+    return TRITON if backend == "triton" else TESTS
 
 
 #: Tests of what is above the kernels, on the backend that the environment names.
@@ -118,16 +127,18 @@ _LIBRARIES = ("test_cupy.py", "test_jax_kernels.py")
 
 def _tests() -> list[Stage]:
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
-    workers = max(1, (os.cpu_count() or 1) // 3)
-    spread = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+    cores = os.cpu_count() or 1
     passed = r"\b[1-9]\d* passed.*"
     plan = []
     for backend, norms in (("cuda", "test_cuda_gpu_norm_act.py"), ("triton", "test_triton_norm_gpu.py")):
         # The kernels' own tests name their backend; the chains take the one of the environment.
         names = (f"test_{backend}_gpu.py", norms, *_ANY_BACKEND)
+        workers = cores - 2 if backend == "triton" else cores // 2
+        spread = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
         command = [*pytest, *spread, "-m", "gpu", "-rs", *(str(ROOT / "tests" / name) for name in names)]
         env = {"REVKERNELS_BACKEND": backend}
-        plan.append(Stage(f"gpu tests, {backend}", "tests.log", command, 200, env=env, proof=passed, group=TESTS))
+        limit, group = 200 if backend == "triton" else 150, _group(backend)
+        plan.append(Stage(f"gpu tests, {backend}", "tests.log", command, limit, env=env, proof=passed, group=group))
     command = [*pytest, "-m", "gpu", "-rs", *(str(ROOT / "tests" / name) for name in _LIBRARIES)]
     ran = r"\b[1-9]\d* (?:passed|skipped).*"
     plan.append(Stage("gpu tests, libraries", "tests.log", command, 150, proof=ran, group=TESTS))
@@ -142,15 +153,19 @@ def _tests() -> list[Stage]:
     return plan
 
 
+#: Of the benchmarks, how many come before Triton's tests.
+_FIRST = 3
+
+
 def _benchmarks(out: Path) -> list[Stage]:
     plan = []
     large = ["--batch", "128"]  # a smaller chain would measure launches
     cifar = ["--network", "revnet110", "--batch", "128", "--dtype", "bfloat16", "float32"]
     imagenet = ["--network", "revnet104", "revvit_base", "--batch", "64", "--dtype", "bfloat16"]
     for subject, what, limit, more in (
-        ("passes", "bfloat16", 60, ["--matching", "past cache", "bfloat16"]),  # Triton compiles as it goes
+        ("passes", "bfloat16", 30, ["--matching", "past cache", "bfloat16"]),  # Triton compiles as it goes
         ("network", "cifar, graphs", 60, [*cifar, "--graphs"]),
-        ("network", "imagenet, graphs", 60, [*imagenet, "--graphs"]),
+        ("network", "imagenet, graphs", 90, [*imagenet, "--graphs"]),
         ("network", "cifar", 60, cifar),
         ("network", "imagenet", 60, imagenet),
         ("coupling", "", 45, []),

@@ -31,11 +31,14 @@ def test_plans_flat_and_few_files(tmp_path):
 def test_runs_checks_and_tests_side_by_side_and_times_alone(tmp_path):
     first, *plan = gpu_report.stages(tmp_path, tmp_path / "site")
     assert (first.name, first.group) == ("build", "")
-    assert [stage.group for stage in plan] == [
-        "" if stage.name.startswith("bench ") else gpu_report.TESTS for stage in plan
+    groups = [
+        "" if stage.name.startswith("bench ") else gpu_report.TRITON if "triton" in stage.name else gpu_report.TESTS
+        for stage in plan
     ]
+    assert [stage.group for stage in plan] == groups
+    assert list(dict.fromkeys(filter(None, groups))) == [gpu_report.TESTS, gpu_report.TRITON]
     # Whichever of those side by side takes longest, the passes and the networks by graphs fit.
-    together = max(stage.limit for stage in plan if stage.group)
+    together = max(stage.limit for stage in plan if stage.group == gpu_report.TESTS)
     timed = [stage for stage in plan if not stage.group][:3]
     assert [stage.name for stage in timed[1:]] == ["bench network, cifar, graphs", "bench network, imagenet, graphs"]
     assert first.limit + together + sum(stage.limit for stage in timed) <= gpu_report.BUDGET

@@ -49,11 +49,6 @@ class Grid:
         advice: Callable[[int], str],
     ) -> None:
         self.k, self.storage, self.kernels, self.name, self.advice = k, storage, kernels, name, advice
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ReconstructionError(
-                "an exact coupling looks at its checksums on the host, which the capture of a CUDA graph forbids: "
-                "set coupling='float' there"
-            )
         self.limit = limit(storage, k)
         self._narrow: dict[int, torch.dtype | None] = {}
         count = streams + couplings

@@ -208,8 +208,14 @@ def grid_for(
     if exact is None:
         return None, None
     check_streams(streams)
+    device = streams[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ReconstructionError(
+            "an exact coupling looks at its exponent and its checksums on the host, which the capture of a CUDA graph "
+            "forbids: set coupling='float' there"
+        )
     exponents = Exponents(owner, exact)
-    k, device = exponents.begin(streams), streams[0].device
+    k = exponents.begin(streams)
     make = FixedGrid if exact.storage == "int16" else Grid
     grid = make(k, exact.storage, len(streams), couplings, kernels, device, rebuilds, name, exponents.advice)
     return grid, exponents
