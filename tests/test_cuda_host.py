@@ -120,16 +120,38 @@ NORM_FAULTS = [
         "(plan.units / plan.lanes",
         *FORWARD,
     ),
-    Fault("norm: one line of a slice", "norm_act_slices.cuh", "(wraps ? fields[k]->wrap : 0)", "0", *BACKWARD),
-    Fault("norm: one packet's loads", "norm_act_slices.cuh", "load(u, at[u]);", "load(u, at[0]);", *FORWARD),
+    Fault("norm: one line of a slice", "norm_act_units.cuh", "at[k] += fields[k]->wrap;", "at[k] += 0;", *BACKWARD),
+    Fault(
+        "norm: loads over what is in use",
+        "norm_act_units.cuh",
+        "% kStages, last}",
+        "% kStages, now + 0 * last}",
+        *FORWARD,
+    ),
+    Fault(
+        "norm: another position under way",
+        "norm_act_teams.cuh",
+        "turn = Turn::of(plan, round + gridDim.x);\n    start(turn);\n    sum_over_team(plan.lanes, sum,",
+        "turn = Turn::of(plan, round + 1);\n    start(turn);\n    sum_over_team(plan.lanes, sum,",
+        *FORWARD,
+    ),
+    Fault(
+        "norm: statistics of the position before",
+        "norm_act_teams.cuh",
+        "next_rstd = scaling.rstd[at];",
+        "next_rstd = next_rstd > 0 ? next_rstd : scaling.rstd[at];",
+        *BACKWARD,
+    ),
     Fault(
         "norm: a slice past the last",
-        "norm_act_slices.cuh",
+        "norm_act_units.cuh",
         "gridDim.x - 1 - blockIdx.x",
         "(gridDim.x - blockIdx.x) % gridDim.x / 2",
         *FORWARD,
     ),
-    Fault("norm: packets kept twice", "norm_act_teams.cuh", "body(j, first + j * span);", "body(j, first);", *FORWARD),
+    Fault(
+        "norm: packets kept twice", "norm_act_team_walk.cuh", "body(j, first + j * span);", "body(j, first);", *FORWARD
+    ),
     Fault(
         "norm: sums of the first packet alone",
         "norm_act_teams.cuh",
@@ -138,11 +160,21 @@ NORM_FAULTS = [
         "norm_act_backward",
         ("norm_act_backward",),  # the brief one has no such sums
     ),
-    Fault("norm: no barrier in sums", "norm_act_slices.cuh", "/= fold;\n    __syncthreads();", "/= fold;", *FORWARD),
-    Fault("norm: sums past the lanes", "norm_act_slices.cuh", "m < fold; ++m", "m <= fold; ++m", *BACKWARD),
+    Fault(
+        "norm: no barrier in sums",
+        "norm_act_sums.cuh",
+        "-= log_fold;\n    __syncthreads();",
+        "-= log_fold;",
+        *FORWARD,
+    ),
+    Fault("norm: sums past the lanes", "norm_act_sums.cuh", "m < 1 << log_fold", "m <= 1 << log_fold", *BACKWARD),
     Fault("norm: no shift", "norm_act_slices.cuh", "lanes.rows ? value[e] : value[0];", "A(0);", *FAR_MEAN),
     Fault(
-        "norm: each lane's own origin", "norm_act_slices.cuh", "memory[e][lanes.x() * lanes.x_stride()]", "0", *FAR_MEAN
+        "norm: each lane's own origin",
+        "norm_act_slices.cuh",
+        "shared.sums[e][lanes.x() * lanes.x_stride()]",
+        "0",
+        *FAR_MEAN,
     ),
     Fault("norm: slices of one weight", "norm_act_finish.cuh", "count * away * away", "away * away", *FORWARD),
     Fault("norm: biased running variance", "norm_act_finish.cuh", "to.count - 1.0 :", "to.count :", *FORWARD),
@@ -152,13 +184,17 @@ NORM_FAULTS = [
     Fault(
         "norm: h from what was not stored",
         "norm_act_packet.cuh",
-        "values[e] = widen(bfloat16{",
-        "widen(bfloat16{",
+        "widen_pair(word[0].part[p], values[2 * p], values[2 * p + 1], T{});",
+        "",
         *FORWARD,
     ),
-    Fault("norm: sums of other teams", "norm_act_teams.cuh", "(near < kWarp ? near : kWarp)", "kWarp", *FORWARD),
+    Fault("norm: sums of other teams", "norm_act_team_walk.cuh", "(near < kWarp ? near : kWarp)", "kWarp", *FORWARD),
     Fault(
-        "norm: sums not yet read", "norm_act_teams.cuh", "  __syncthreads();  // the last", "  // the last", *BACKWARD
+        "norm: sums not yet read",
+        "norm_act_team_walk.cuh",
+        "  __syncthreads();  // the last",
+        "  // the last",
+        *BACKWARD,
     ),
     Fault(
         "norm: means over partial sums",

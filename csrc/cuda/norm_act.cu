@@ -30,11 +30,18 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
   const Stream stream =
       coupled ? Stream{plan.field(call.x), plan.field(call.f), s, call.coupling} : stored;
   const Scaling<A> scaling(call.s, norm);
+  // A branch gives f and takes h in the same type.
+  const bool alike = s.dtype == stream.x.dtype && (!coupled || stream.f.dtype == h.dtype);
   if (over_channels(norm) && !norm.statistics_given) {
-    const Teams teams = make_teams(extent, rows, kSize);
-    return with_chunks<kSize>(teams, [&](auto chunks) {
-      launch_blocks("norm_act", norm_teams<A, kSize, decltype(chunks)::value>,
-                    team_blocks(teams, where), where, teams, stream, h, scaling, A(norm.eps));
+    const Teams teams = make_teams(extent, rows, kSize, false);
+    return with_chunks<kSize, kMostChunks>(teams, [&](auto chunks) {
+      // What is read again and again is so from anywhere.
+      constexpr int kKnown = decltype(chunks)::value > 0 ? kSize : 1;
+      with_types_of_training<kKnown>(alike ? s.dtype : -1, h.dtype, [&](auto x, auto f) {
+        launch_blocks("norm_act",
+                      norm_teams<A, kSize, decltype(chunks)::value, decltype(x), decltype(f)>,
+                      team_blocks(teams, where), where, teams, stream, h, scaling, A(norm.eps));
+      });
     });
   }
   // h of what `from` is; X, F and H are the types of x, f and h.
@@ -46,11 +53,9 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
     with_types_of_training<kSize>(
         s.dtype, h.dtype, [&](auto x, auto h_type) { apply(slices, stored, x, None{}, h_type); });
   };
-  // A branch gives f and takes h in the same type.
-  const int32_t f_dtype = s.dtype == stream.x.dtype ? stream.f.dtype : -1;
   if (norm.statistics_given) {
     if (!coupled) return apply_uncoupled(plan);
-    return with_types_of_training<kSize>(s.dtype, h.dtype == f_dtype ? f_dtype : -1,
+    return with_types_of_training<kSize>(alike ? s.dtype : -1, h.dtype,
                                          [&](auto x, auto f) { apply(plan, stream, x, f, f); });
   }
 
@@ -60,7 +65,8 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
                   where, plan, stream, partial);
   };
   if (coupled)
-    with_types_of_training<kSize>(s.dtype, f_dtype, moments);
+    with_types_of_training<kSize>(s.dtype, s.dtype == stream.x.dtype ? stream.f.dtype : -1,
+                                  moments);
   else
     with_types_of_training<kSize>(s.dtype, s.dtype, [&](auto x, auto) { moments(x, None{}); });
   const Entries entries = group
@@ -111,7 +117,7 @@ int64_t norm_workspace(const revk_view& x, const revk_norm& norm, const revk_whe
     for (const int packet : {1, kPacketOf<double>, kPacketOf<float>}) {
       slices = std::max(slices, slice(extent, rows, packet, group).slices);
       if (over_channels(norm))
-        slices = std::max(slices, summing_blocks(make_teams(extent, rows, packet)));
+        slices = std::max(slices, summing_blocks(make_teams(extent, rows, packet, true)));
     }
   const int64_t means = group ? extent.outer * norm.groups : 0;
   return 8 * (partial_count(slices, extent.channels) + 2 * means);

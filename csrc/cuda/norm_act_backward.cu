@@ -49,24 +49,36 @@ class Backward {
     if (means) used = finish_means();
     const Slicing plan = wanted || means ? slicing_.from_the_end() : slicing_;
     const Field dx = slicing_.field(call_.dx), before = base();
-    const bool alike = dx.dtype == x_.dtype && (!before.data || before.dtype == x_.dtype);
-    with_types_of_training<kSize>(alike ? x_.dtype : -1, dh_.dtype, [&](auto x, auto dh) {
-      launch_blocks(kName, norm_gradient<A, kSize, decltype(x), decltype(dh)>, slicing_.blocks(),
-                    where_, plan, dx, before, dh_, x_, scaling_, used);
-    });
+    with_types_of_training<kSize>(
+        alike(dx, before) ? known_type() : -1, dh_.dtype, [&](auto x, auto dh) {
+          launch_blocks(kName, norm_gradient<A, kSize, decltype(x), decltype(dh)>,
+                        slicing_.blocks(), where_, plan, dx, before, dh_, x_, scaling_, used);
+        });
   }
 
  private:
+  bool alike(const Field& dx, const Field& before) const {
+    return dx.dtype == x_.dtype && (!before.data || before.dtype == x_.dtype);
+  }
+  // The type of x, if the slices' kernels for that type can: see by_position.
+  int32_t known_type() const { return scaling_.by_position ? -1 : x_.dtype; }
   Field base() const { return call_.base.data ? slicing_.field(call_.base) : Field{}; }
 
   void over_teams(bool wanted) const {
-    const Teams plan = make_teams(extent_, rows_, kSize);
+    const Teams plan = make_teams(extent_, rows_, kSize, true);
     const bool beside = wanted && sums_beside(plan);
     const int64_t blocks = beside ? summing_blocks(plan) : team_blocks(plan, where_);
-    with_chunks<kSize>(plan, [&](auto chunks) {
-      launch_blocks(kName, norm_gradient_teams<A, kSize, decltype(chunks)::value>, blocks, where_,
-                    plan, slicing_.field(call_.dx), base(), dh_, x_, scaling_,
-                    beside ? partial_ : nullptr);
+    const Field dx = slicing_.field(call_.dx), before = base();
+    with_chunks<kSize, kMostChunksBack>(plan, [&](auto chunks) {
+      // What is read again and again is so from anywhere.
+      constexpr int kKnown = decltype(chunks)::value > 0 ? kSize : 1;
+      with_types_of_training<kKnown>(
+          alike(dx, before) ? x_.dtype : -1, dh_.dtype, [&](auto x, auto dh) {
+            launch_blocks(
+                kName,
+                norm_gradient_teams<A, kSize, decltype(chunks)::value, decltype(x), decltype(dh)>,
+                blocks, where_, plan, dx, before, dh_, x_, scaling_, beside ? partial_ : nullptr);
+          });
     });
     if (beside) {
       finish_sums(blocks);
@@ -77,7 +89,7 @@ class Backward {
   }
 
   void sum_slices() const {
-    with_types_of_training<kSize>(x_.dtype, dh_.dtype, [&](auto x, auto dh) {
+    with_types_of_training<kSize>(known_type(), dh_.dtype, [&](auto x, auto dh) {
       launch_blocks(kName, norm_gradient_sums<A, kSize, decltype(x), decltype(dh)>,
                     slicing_.blocks(), where_, slicing_, dh_, x_, scaling_, partial_);
     });

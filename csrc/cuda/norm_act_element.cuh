@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/norm_act_packet.cuh"
 #include "cuda/norm_act_plan.cuh"
@@ -96,22 +97,48 @@ struct Normals {
   }
 };
 
+// A number for each channel of kLanes threads, in shared memory, so laid out that lanes that are
+// neighbours read neighbours.
+template <class A, int kSize, int kLanes>
+struct PerChannel {
+  static constexpr int kGroup = kSize * int(sizeof(A)) > kWord ? kWord / int(sizeof(A)) : kSize;
+  struct alignas(kGroup * sizeof(A)) Group {
+    A of[kGroup];
+  } cells[kSize / kGroup][kLanes];
+
+  __device__ void write(int lane, int e, A value) {
+    cells[e / kGroup][lane].of[e % kGroup] = value;
+  }
+  __device__ void write(int lane, const A (&values)[kSize]) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) write(lane, e, values[e]);
+  }
+  // Element e, in the order of elements: kGroup of them are read at once, and kept.
+  __device__ A read(int lane, int e, Group& kept) const {
+    if (e % kGroup == 0) kept = cells[e / kGroup][lane];
+    return kept.of[e % kGroup];
+  }
+};
+
 // Calls body(activation) with the type behind revk_activation: a branch that all threads take
 // alike.
 template <class Body>
 __device__ void with_activation(int32_t activation, Body&& body) {
-  switch (activation) {
-    case REVK_IDENTITY:
-      return body(ops::Identity{});
-    case REVK_RELU:
-      return body(ops::Relu{});
-    case REVK_GELU:
-      return body(ops::Gelu{});
-    case REVK_GELU_TANH:
-      return body(ops::GeluTanh{});
-    default:
-      return body(ops::Silu{});
-  }
+  // In the order of how little there is to do behind the question.
+  if (activation == REVK_RELU) return body(ops::Relu{});
+  if (activation == REVK_IDENTITY) return body(ops::Identity{});
+  if (activation == REVK_GELU) return body(ops::Gelu{});
+  if (activation == REVK_GELU_TANH) return body(ops::GeluTanh{});
+  body(ops::Silu{});
+}
+
+// Keeps the compiler from working on several elements at once where an activation takes so many
+// registers that they would spill.
+template <class Activation>
+__device__ void one_by_one() {
+  if constexpr (!std::is_same_v<Activation, ops::Identity> &&
+                !std::is_same_v<Activation, ops::Relu>)
+    asm volatile("" ::: "memory");
 }
 
 // values <- activation(z)
@@ -122,20 +149,6 @@ __device__ void activate(const Normals<A, kSize>& normals, int32_t activation, A
     for (int e = 0; e < kSize; ++e) {
       const ops::Normal<A> normal = normals.of(e);
       values[e] = decltype(kind)::value(normal.z(normal.xhat(values[e])));
-    }
-  });
-}
-
-// x <- xhat, dh <- dz
-template <class A, int kSize>
-__device__ void deactivate(const Normals<A, kSize>& normals, int32_t activation, A (&x)[kSize],
-                           A (&dh)[kSize]) {
-  with_activation(activation, [&](auto kind) {
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      const ops::Normal<A> normal = normals.of(e);
-      x[e] = normal.xhat(x[e]);
-      dh[e] = decltype(kind)::gradient(normal.z(x[e]), dh[e]);
     }
   });
 }

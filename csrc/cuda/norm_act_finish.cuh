@@ -7,8 +7,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/norm_act_packet.cuh"
 #include "cuda/norm_act_plan.cuh"
-#include "cuda/norm_act_slices.cuh"
+#include "cuda/norm_act_sums.cuh"
 #include "cuda/packet.cuh"
 
 namespace revk::cuda {
@@ -68,12 +69,11 @@ struct Statistics {
   int32_t running_dtype;
 };
 
-// to[at] <- (1 - momentum) * to[at] + momentum * value
-__device__ inline void run(void* to, int64_t at, int32_t dtype, double momentum, double value) {
-  Field field{};
-  field.data = to, field.dtype = dtype;
-  double blend[1] = {(1.0 - momentum) * load_any<double>(to, at, dtype) + momentum * value};
-  store_rounded(field, at * element_size(dtype), blend);
+// to[at] <- (1 - momentum) * before + momentum * value
+__device__ inline void run(void* to, int64_t at, int32_t dtype, double momentum, double before,
+                           double value) {
+  double blend[1] = {(1.0 - momentum) * before + momentum * value};
+  store_rounded(int64_t(reinterpret_cast<intptr_t>(to)) + at * element_size(dtype), dtype, blend);
 }
 
 template <class A>
@@ -84,7 +84,13 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double memory[2][kThreads];
   const int64_t statistic = entries.statistic();
   double sum[1] = {0}, squares[1] = {0}, shift = 0;
+  double mean_before = 0, var_before = 0;
+  const bool runs = to.running_mean != nullptr;
   if (statistic < entries.statistics) {
+    if (runs && entries.lanes.y() == 0) {  // on their way while the rest is done
+      mean_before = load_any<double>(to.running_mean, statistic, to.running_dtype);
+      var_before = load_any<double>(to.running_var, statistic, to.running_dtype);
+    }
     // Means lie close together: relative to the first of them, sums of squares lose nothing.
     const int64_t o = entries.groups.divide(statistic);
     const int64_t first = (statistic - o * entries.groups.divisor) * entries.channels_each.divisor;
@@ -108,10 +114,10 @@ __global__ void __launch_bounds__(kThreads)
   if (deviations < 0) deviations = 0;  // a NaN stays
   to.mean[statistic] = narrow<A>(shift + offset);
   to.rstd[statistic] = narrow<A>(1.0 / std::sqrt(deviations / to.count + to.eps));
-  if (to.running_mean == nullptr) return;
-  run(to.running_mean, statistic, to.running_dtype, to.momentum, shift + offset);
+  if (!runs) return;
+  run(to.running_mean, statistic, to.running_dtype, to.momentum, mean_before, shift + offset);
   const double freedom = to.count > 1.0 ? to.count - 1.0 : 1.0;
-  run(to.running_var, statistic, to.running_dtype, to.momentum, deviations / freedom);
+  run(to.running_var, statistic, to.running_dtype, to.momentum, var_before, deviations / freedom);
 }
 
 // a[statistic] and b[statistic] <- the sums of the pairs, each with its channel's weight, divided

@@ -18,162 +18,187 @@ namespace revk::cuda {
 struct Any {};   // a type that is known at run time only
 struct None {};  // no operand
 
+// Where `address` points: to global memory, which the compiler must know for the access to be of
+// that kind.
+template <class T>
+__device__ T* pointer(int64_t address) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<T*>(__cvta_global_to_generic(size_t(address)));
+#else
+  return reinterpret_cast<T*>(intptr_t(address));
+#endif
+}
+
+// In one access: the compiler makes single floats of an assignment, and then not all of them whole.
+__device__ inline void store_word(int64_t to, int w, const Word& word) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to + w * kWord), "r"(word.part[0]),
+               "r"(word.part[1]), "r"(word.part[2]), "r"(word.part[3])
+               : "memory");
+#else
+  at(pointer<Word>(to), w) = word;
+#endif
+}
+
+// Two elements of a half type in one register, the first in its lower half.
+__device__ inline void widen_pair(uint32_t pair, float& first, float& second, bfloat16) {
+  first = bits_as<float>(pair << 16), second = bits_as<float>(pair & 0xffff0000u);
+}
+__device__ inline void widen_pair(uint32_t pair, float& first, float& second, float16) {
+  first = widen(float16{uint16_t(pair)}), second = widen(float16{uint16_t(pair >> 16)});
+}
+template <class T>
+__device__ uint32_t narrow_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  if (std::is_same_v<T, bfloat16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return narrow<T>(first).bits | uint32_t(narrow<T>(second).bits) << 16;
+#endif
+}
+
 // What a thread has read of one operand and not yet looked at: here a single element.
 template <class A, int kSize, class T = Any>
 struct Raw {
   static_assert(kSize == 1 && std::is_same_v<T, Any>, "packets are specialised below");
   A value;
 
-  __device__ void load(const Field& field, int64_t offset) {
-    value = load_any<A>(field.at<char>(offset), 0, field.dtype);
+  __device__ void load(int64_t from, int32_t dtype) {
+    value = load_any<A>(pointer<char>(from), 0, dtype);
   }
-  __device__ void unpack(A (&to)[1], const Field&) const { to[0] = value; }
+  __device__ void unpack(A (&to)[1], int32_t) const { to[0] = value; }
 };
 
 // 8 elements: one word of a half type, or two of float32.
 template <class T>
 struct Raw<float, 8, T> {
-  union {
-    Word word[sizeof(T) / 2];
-    T element[8];
-  };
+  Word word[sizeof(T) / 2];
 
-  __device__ void load(const Field& field, int64_t offset) {
+  __device__ void load(int64_t from, int32_t) {
 #pragma unroll
-    for (int w = 0; w < int(sizeof(T) / 2); ++w) word[w] = at(field.at<const Word>(offset), w);
+    for (int w = 0; w < int(sizeof(T) / 2); ++w) word[w] = at(pointer<const Word>(from), w);
   }
-  __device__ void unpack(float (&to)[8], const Field&) const {
+  __device__ void unpack(float (&to)[8], int32_t) const {
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) to[e] = widen(element[e]);
+      for (int e = 0; e < 8; ++e) to[e] = bits_as<float>(word[e / 4].part[e % 4]);
+    } else {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) widen_pair(word[0].part[p], to[2 * p], to[2 * p + 1], T{});
+    }
+  }
+  // Packs the values, and leaves in them what is packed.
+  __device__ void pack(float (&values)[8]) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) word[e / 4].part[e % 4] = bits_as<uint32_t>(values[e]);
+    } else {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        word[0].part[p] = narrow_pair<T>(values[2 * p], values[2 * p + 1]);
+        widen_pair(word[0].part[p], values[2 * p], values[2 * p + 1], T{});
+      }
+    }
+  }
+  __device__ void store(int64_t to) const {
+#pragma unroll
+    for (int w = 0; w < int(sizeof(T) / 2); ++w) store_word(to, w, word[w]);
   }
 };
 
 template <>
 struct Raw<float, 8, Any> {
-  union {
-    Word word[2];
-    float single[8];
-    uint16_t half[16];
-  };
+  Word word[2];
 
-  __device__ void load(const Field& field, int64_t offset) {
-    const bool wide = field.dtype == REVK_FLOAT32;
-    const Word* from = field.at<const Word>(offset);
-    word[0] = at(from, 0);
-    if (wide) word[1] = at(from, 1);
+  __device__ void load(int64_t from, int32_t dtype) {
+    const Word* const words = pointer<const Word>(from);
+    const bool wide = dtype == REVK_FLOAT32;
+    word[0] = at(words, 0);
+    if (wide) word[1] = at(words, 1);
   }
-  __device__ void unpack(float (&to)[8], const Field& field) const {
-    if (field.dtype == REVK_FLOAT32) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) to[e] = single[e];
-    } else if (field.dtype == REVK_BFLOAT16) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) to[e] = widen(bfloat16{half[e]});
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) to[e] = widen(float16{half[e]});
-    }
+  __device__ void unpack(float (&to)[8], int32_t dtype) const {
+    if (dtype == REVK_FLOAT32)
+      Raw<float, 8, float>{{word[0], word[1]}}.unpack(to, dtype);
+    else if (dtype == REVK_BFLOAT16)
+      Raw<float, 8, bfloat16>{{word[0]}}.unpack(to, dtype);
+    else
+      Raw<float, 8, float16>{{word[0]}}.unpack(to, dtype);
   }
 };
 
 template <>
 struct Raw<double, 2, Any> {
-  union {
-    Word word[1];
-    double value[2];
-  };
+  Word word[1];
 
-  __device__ void load(const Field& field, int64_t offset) {
-    word[0] = at(field.at<const Word>(offset), 0);
-  }
-  __device__ void unpack(double (&to)[2], const Field&) const {
-    to[0] = value[0], to[1] = value[1];
+  __device__ void load(int64_t from, int32_t) { word[0] = at(pointer<const Word>(from), 0); }
+  __device__ void unpack(double (&to)[2], int32_t) const {
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      to[e] = bits_as<double>(word[0].part[2 * e] | uint64_t(word[0].part[2 * e + 1]) << 32);
   }
 };
 
-// What a packet takes in registers, in bytes; not knowing its type takes some more.
-template <int kSize, class T>
-constexpr int kBytes = std::is_same_v<T, None>  ? 0
-                       : std::is_same_v<T, Any> ? 40
-                                                : kSize * int(sizeof(T));
-// Units that a thread of the slices' kernels loads before it looks at the first, each having
-// operands of these types: enough to keep the memory busy, and not so many that they spill.
-template <int kSize, class... Types>
-constexpr int kAtOnce = kSize == 1                               ? 4
-                        : (0 + ... + kBytes<kSize, Types>) <= 16 ? 4
-                        : (0 + ... + kBytes<kSize, Types>) <= 64 ? 2
-                                                                 : 1;
-
 template <class T, class A>
-__device__ A put(const Field& field, int64_t offset, A value) {
+__device__ A put(int64_t to, A value) {
   const T stored = narrow<T>(value);
-  *field.at<T>(offset) = stored;
+  *pointer<T>(to) = stored;
   return A(widen(stored));
 }
 
 // Writes the values, and leaves in them what was stored.
 template <class A>
-__device__ void store_rounded(const Field& field, int64_t offset, A (&values)[1]) {
-  switch (field.dtype) {
+__device__ void store_rounded(int64_t to, int32_t dtype, A (&values)[1]) {
+  switch (dtype) {
     case REVK_FLOAT64:
-      values[0] = put<double>(field, offset, values[0]);
+      values[0] = put<double>(to, values[0]);
       return;
     case REVK_FLOAT32:
-      values[0] = put<float>(field, offset, values[0]);
+      values[0] = put<float>(to, values[0]);
       return;
     case REVK_BFLOAT16:
-      values[0] = put<bfloat16>(field, offset, values[0]);
+      values[0] = put<bfloat16>(to, values[0]);
       return;
     default:
-      values[0] = put<float16>(field, offset, values[0]);
+      values[0] = put<float16>(to, values[0]);
   }
 }
 
-__device__ inline void store_rounded(const Field& field, int64_t offset, float (&values)[8]) {
-  Raw<float, 8> raw;
-  const bool wide = field.dtype == REVK_FLOAT32;
-  if (wide) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) raw.single[e] = values[e];
-  } else if (field.dtype == REVK_BFLOAT16) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      raw.half[e] = narrow<bfloat16>(values[e]).bits;
-      values[e] = widen(bfloat16{raw.half[e]});
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      raw.half[e] = narrow<float16>(values[e]).bits;
-      values[e] = widen(float16{raw.half[e]});
-    }
-  }
-  Word* to = field.at<Word>(offset);
-  at(to, 0) = raw.word[0];
-  if (wide) at(to, 1) = raw.word[1];
+template <class T>
+__device__ void store_packet(int64_t to, float (&values)[8]) {
+  Raw<float, 8, T> raw;
+  raw.pack(values);
+  raw.store(to);
+}
+__device__ inline void store_rounded(int64_t to, int32_t dtype, float (&values)[8]) {
+  if (dtype == REVK_FLOAT32)
+    store_packet<float>(to, values);
+  else if (dtype == REVK_BFLOAT16)
+    store_packet<bfloat16>(to, values);
+  else
+    store_packet<float16>(to, values);
 }
 
-__device__ inline void store_rounded(const Field& field, int64_t offset, double (&values)[2]) {
-  Raw<double, 2> raw;
-  raw.value[0] = values[0], raw.value[1] = values[1];
-  at(field.at<Word>(offset), 0) = raw.word[0];
+__device__ inline void store_rounded(int64_t to, int32_t, double (&values)[2]) {
+  Word word;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const uint64_t bits = bits_as<uint64_t>(values[e]);
+    word.part[2 * e] = uint32_t(bits), word.part[2 * e + 1] = uint32_t(bits >> 32);
+  }
+  store_word(to, 0, word);
 }
 
 // The same for a type that the compiler may know.
 template <class T, class A, int kSize>
-__device__ void store_as(const Field& field, int64_t offset, A (&values)[kSize]) {
-  if constexpr (std::is_same_v<T, Any>) {
-    store_rounded(field, offset, values);
-  } else {
-    Raw<A, kSize, T> raw;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      raw.element[e] = narrow<T>(values[e]);
-      values[e] = widen(raw.element[e]);
-    }
-#pragma unroll
-    for (int w = 0; w < int(sizeof(T) / 2); ++w) at(field.at<Word>(offset), w) = raw.word[w];
-  }
+__device__ void store_as(int64_t to, int32_t dtype, A (&values)[kSize]) {
+  if constexpr (std::is_same_v<T, Any>)
+    store_rounded(to, dtype, values);
+  else
+    store_packet<T>(to, values);
 }
 
 // Calls body(X{}, Y{}) with the types behind two dtypes where they are those of training: a stream
@@ -197,44 +222,40 @@ struct Stream {
 
   __host__ __device__ static Stream of(const Field& s) { return {s, s, s, NormActCall::kNone}; }
 
-  // What has been loaded of one packet. X is the type of x and of s; F is that of f, or None.
-  template <class A, int kSize, class X, class F>
-  struct Loaded {
-    Raw<A, kSize, X> x;
-    Raw<A, kSize, std::conditional_t<std::is_same_v<F, None>, X, F>> f;
-  };
-  template <class A, int kSize, class X, class F>
-  __device__ void load(Loaded<A, kSize, X, F>& loaded, int64_t x_at, int64_t f_at) const {
-    loaded.x.load(x, x_at);
-    if (coupled<F>()) loaded.f.load(f, f_at);
-  }
-  // The packet, coupled and written where that is asked for.
-  template <class A, int kSize, class X, class F>
-  __device__ void finish(const Loaded<A, kSize, X, F>& loaded, int64_t s_at,
-                         A (&values)[kSize]) const {
-    loaded.x.unpack(values, x);
-    if (!coupled<F>()) return;
-    A added[kSize];
-    loaded.f.unpack(added, f);
+  // values <- s, of x in `values` and f in `added`; written, as type X.
+  template <class X, class A, int kSize>
+  __device__ void join(A (&values)[kSize], const A (&added)[kSize], int64_t to) const {
     const bool plus = coupling == NormActCall::kCouple;
 #pragma unroll
     for (int e = 0; e < kSize; ++e)
       values[e] = plus ? ops::Couple{}(values[e], added[e]) : ops::Uncouple{}(values[e], added[e]);
-    store_as<X>(s, s_at, values);
+    store_as<X>(to, s.dtype, values);
   }
-  // Both, at these coordinates.
+  // What has been loaded of one packet, of types known at run time.
+  template <class A, int kSize>
+  struct Loaded {
+    Raw<A, kSize> x, f;
+  };
+  template <class A, int kSize>
+  __device__ void load(Loaded<A, kSize>& loaded, int64_t o, int64_t c, int64_t i) const {
+    loaded.x.load(x.at(o, c, i), x.dtype);
+    if (coupling != NormActCall::kNone) loaded.f.load(f.at(o, c, i), f.dtype);
+  }
+  template <class A, int kSize>
+  __device__ void finish(const Loaded<A, kSize>& loaded, int64_t o, int64_t c, int64_t i,
+                         A (&values)[kSize]) const {
+    loaded.x.unpack(values, x.dtype);
+    if (coupling == NormActCall::kNone) return;
+    A added[kSize];
+    loaded.f.unpack(added, f.dtype);
+    join<Any>(values, added, s.at(o, c, i));
+  }
+  // Both.
   template <class A, int kSize>
   __device__ void read(int64_t o, int64_t c, int64_t i, A (&values)[kSize]) const {
-    Loaded<A, kSize, Any, Any> loaded;
-    load(loaded, x.offset(o, c, i), f.offset(o, c, i));
-    finish(loaded, s.offset(o, c, i), values);
-  }
-
- private:
-  template <class F>
-  __device__ bool coupled() const {
-    if (std::is_same_v<F, None>) return false;
-    return !std::is_same_v<F, Any> || coupling != NormActCall::kNone;
+    Loaded<A, kSize> loaded;
+    load(loaded, o, c, i);
+    finish(loaded, o, c, i, values);
   }
 };
 

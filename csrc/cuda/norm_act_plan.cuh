@@ -20,6 +20,9 @@
 
 namespace revk::cuda {
 
+constexpr int32_t kLogThreads = 8;
+static_assert(1 << kLogThreads == kThreads, "a block's threads are a power of two");
+
 // The 256 threads of a block as xs() lanes over channels and ys() lanes over units. Lanes that are
 // neighbours in memory are neighbours in the warp.
 struct Lanes {
@@ -30,6 +33,7 @@ struct Lanes {
   __host__ __device__ int far_lanes() const { return kThreads >> log_near; }
   __host__ __device__ int xs() const { return rows ? near_lanes() : far_lanes(); }
   __host__ __device__ int ys() const { return rows ? far_lanes() : near_lanes(); }
+  __device__ int log_ys() const { return rows ? kLogThreads - log_near : log_near; }
   __device__ int near() const { return int(threadIdx.x) & (near_lanes() - 1); }
   __device__ int far() const { return int(threadIdx.x) >> log_near; }
   __device__ int x() const { return rows ? near() : far(); }
@@ -59,9 +63,9 @@ struct Field {
   __device__ int64_t offset(int64_t o, int64_t c, int64_t i) const {
     return o * outer + c * channel + i * inner;
   }
-  template <class T>
-  __device__ T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(static_cast<char*>(data) + offset);
+  // An address as a number: that of a field that is not there may be counted on, if not used.
+  __device__ int64_t at(int64_t o, int64_t c, int64_t i) const {
+    return int64_t(reinterpret_cast<intptr_t>(data)) + offset(o, c, i);
   }
 };
 
@@ -83,8 +87,6 @@ constexpr int64_t kManyBlocks = 1024;
 // Units that a thread of a reduction should have, to pay for the reduction, and may have: sums in
 // float32 lose up to that many roundings, everything behind them is summed in float64.
 constexpr int64_t kLeastUnits = 4, kMostUnits = 512;
-constexpr int32_t kLogThreads = 8;
-static_assert(1 << kLogThreads == kThreads, "a block's threads are a power of two");
 
 // The positions cut into slices, for kernels whose blocks walk one slice of some channels: either
 // whole lines (all of inner, some of outer), or a part of one line.
@@ -99,7 +101,10 @@ struct Slicing {
   int64_t unit;   // positions of a unit
   // A thread's next unit is ys() units on: so many lines, and so many units in a line. Found so, it
   // takes no division.
-  int64_t lines_ahead, along_ahead;
+  int64_t lines_ahead;
+  int32_t ys, along_ahead;
+  int32_t line_units_in_reach;  // units in a line, or more than any slice has
+
   bool backwards;  // the last slice first
 
   int64_t blocks() const { return slices * tiles.divisor; }
@@ -163,15 +168,16 @@ inline Slicing slice(const Extent& extent, bool rows, int packet, bool alone) {
   plan.line_units = Divider(divided_up(extent.inner, unit));
   plan.slices = plan.inner_slices.divisor * divided_up(extent.outer, plan.outer_per_slice);
   plan.unit = unit;
+  plan.ys = plan.lanes.ys();
   plan.lines_ahead = plan.lanes.ys() / plan.line_units.divisor;
-  plan.along_ahead = plan.lanes.ys() % plan.line_units.divisor;
+  plan.along_ahead = int32_t(plan.lanes.ys() % plan.line_units.divisor);
+  plan.line_units_in_reach = int32_t(std::min<int64_t>(plan.line_units.divisor, 1 << 30));
   return plan;
 }
 
-// Packets that a thread of a team keeps in registers at most, and the size of teams that keep more
-// than one: with a fourth, kernels spill.
-constexpr int kMostChunks = 3;
-constexpr int32_t kLogTable = 6;
+// Packets that a thread of a team keeps in registers at most: in the forward, and in the backward,
+// which has several numbers for each.
+constexpr int kMostChunks = 3, kMostChunksBack = 2;
 
 // The positions handed out to teams, for kernels that normalise over channels: a team is the lanes
 // over channels, and has one position at a time.
@@ -183,21 +189,27 @@ struct Teams {
   Divider line_units;  // positions in a line
 
   // Whether a thread has several packets, and keeps them all in registers.
-  bool keeps() const { return chunks > 1 && lanes.rows && lanes.log_near <= kLogTable; }
+  bool keeps() const { return chunks > 1 && lanes.rows && chunks <= most_chunks(lanes.log_near); }
+  // Of a team of that many lanes, in the forward: a warp, or two of them.
+  static int64_t most_chunks(int32_t log_near) {
+    return log_near == 5 ? kMostChunks : log_near == 6 ? kMostChunksBack : 1;
+  }
 };
 
-inline Teams make_teams(const Extent& extent, bool rows, int packet) {
+inline Teams make_teams(const Extent& extent, bool rows, int packet, bool backward) {
   Teams plan{};
   plan.channels = extent.channels;
   plan.line_units = Divider(extent.inner);
   plan.units = extent.positions();
   const int64_t packets = divided_up(extent.channels, packet);
-  // As far as packets are words, a warp or two with up to kMostChunks packets a thread; else as
-  // many threads as there are packets. Away from rows, 32 positions side by side and 8 lanes over
-  // channels.
+  // As far as packets are words, a warp or two with a few packets a thread; else as many threads as
+  // there are packets. Away from rows, 32 positions side by side and 8 lanes over channels.
   int32_t log_most = kLogThreads;
-  for (int32_t log = 5; packet > 1 && log <= kLogTable; ++log)
-    if (packets <= int64_t(kMostChunks) << log) log_most = std::min(log_most, log);
+  for (int32_t log = 6; packet > 1 && log >= 5; --log) {
+    const int64_t most = Teams::most_chunks(log);
+    if (packets <= std::min<int64_t>(most, backward ? kMostChunksBack : most) << log)
+      log_most = log;
+  }
   plan.lanes = rows ? Lanes{true, log_of_power(packets, log_most)} : Lanes{false, 5};
   plan.chunks = divided_up(packets, plan.lanes.xs());
   plan.rounds = divided_up(plan.units, plan.lanes.ys());

@@ -60,6 +60,8 @@ REVK_HD float fused(float a, float b, float c) {
 #endif
 }
 
+REVK_HD double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
 // A product p * 2^n, n an integer.
 struct Scaled {
   float p;

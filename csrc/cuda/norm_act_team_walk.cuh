@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a team walks its positions: which is next, which packets of it are whose, sums over the team,
+// the parameters of a thread's channels, and what is under way of the next position.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/norm_act_ahead.cuh"
+#include "cuda/norm_act_element.cuh"
+#include "cuda/norm_act_plan.cuh"
+#include "cuda/reduce.cuh"
+
+namespace revk::cuda {
+
+// Sums over a team, of two values; all of its threads get the result, the same to the bit. All
+// threads of the block must come here.
+template <class A>
+__device__ void sum_over_team(const Lanes& lanes, A& a, A& b, A* shared) {
+  const int near = lanes.near_lanes();
+  if (lanes.rows) {
+    for (int away = (near < kWarp ? near : kWarp) / 2; away > 0; away /= 2) {
+      a += __shfl_xor_sync(~0u, a, away);
+      b += __shfl_xor_sync(~0u, b, away);
+    }
+    if (near <= kWarp) return;
+  }
+  // One cell a warp for rows, which the team's warps have in a row; otherwise one a thread.
+  const int cell = int(threadIdx.x) / (lanes.rows ? kWarp : 1);
+  const int count = lanes.rows ? near / kWarp : lanes.xs();
+  const int first = lanes.rows ? cell / count * count : lanes.y();
+  const int step = lanes.rows ? 1 : lanes.x_stride();
+  __syncthreads();  // the last sum has been read
+  if (!lanes.rows || threadIdx.x % kWarp == 0) shared[2 * cell] = a, shared[2 * cell + 1] = b;
+  __syncthreads();
+  a = b = A(0);
+  for (int x = 0; x < count; ++x)
+    a += shared[2 * (first + x * step)], b += shared[2 * (first + x * step) + 1];
+}
+
+// One team's unit.
+struct Turn {
+  int64_t o, i;
+  bool inside;
+
+  __device__ static Turn of(const Teams& plan, int64_t round) {
+    const int64_t unit = round * plan.lanes.ys() + plan.lanes.y();
+    Turn turn;
+    turn.inside = unit < plan.units;
+    turn.o = plan.line_units.divide(unit);
+    turn.i = unit - turn.o * plan.line_units.divisor;
+    return turn;
+  }
+};
+
+// Calls body(j, c) at each of this thread's packets of channels, c being its first and j its place
+// in registers. kChunks is how many packets stay there; 0: none, and there may be any number of
+// them.
+template <int kSize, int kChunks, class Body>
+__device__ void for_each_chunk(const Teams& plan, const Turn& turn, Body&& body) {
+  if (!turn.inside) return;
+  const int64_t first = plan.lanes.x() * kSize, span = plan.lanes.xs() * kSize;
+  if constexpr (kChunks > 0) {
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j)
+      if (first + j * span < plan.channels) body(j, first + j * span);
+  } else {
+#pragma unroll 1
+    for (int64_t c = first; c < plan.channels; c += span) body(0, c);
+  }
+}
+
+template <class A, int kSize>
+__device__ void set_all(A (&values)[kSize], A to) {
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) values[e] = to;
+}
+
+// The norm's parameters of a thread's channels: in its registers if it has one packet, in shared
+// memory for a few of them, else read where they are.
+template <class A, int kSize, int kChunks>
+struct TeamParameters {
+  static constexpr int kLanes = kChunks > 2 ? 32 : 64;  // of a team: see Teams::most_chunks
+  using Numbers = PerChannel<A, kSize, (kChunks > 1 ? kLanes : 1)>;
+  struct Table {
+    Numbers weight[kChunks > 1 ? kChunks : 1], bias[kChunks > 1 ? kChunks : 1];
+  };
+  Normals<A, kSize>& normals;
+  Table& table;
+
+  // All threads of the block must come here.
+  __device__ void begin(const Teams& plan, const Scaling<A>& scaling) {
+    const int64_t first = plan.lanes.x() * kSize;
+    if (kChunks == 1 && first < plan.channels) normals.read_parameters(scaling, true, first);
+    if constexpr (kChunks > 1) {
+      for (int c = int(threadIdx.x); c < int(plan.channels); c += kThreads) {
+        Normals<A, 1> one;
+        one.read_parameters(scaling, true, c);
+        const int packet = c / kSize, lane = packet & (plan.lanes.xs() - 1);
+        const int chunk = packet >> plan.lanes.log_near;
+        table.weight[chunk].write(lane, c % kSize, one.weight[0]);
+        table.bias[chunk].write(lane, c % kSize, one.bias[0]);
+      }
+      __syncthreads();
+    }
+  }
+  // Before those of packet j, whose first channel is c, are asked for.
+  __device__ void read(const Scaling<A>& scaling, int64_t c) {
+    if (kChunks == 0) normals.read_parameters(scaling, true, c);
+  }
+  __device__ A weight(int lane, int j, int e, typename Numbers::Group& kept) const {
+    return kChunks > 1 ? table.weight[j].read(lane, e, kept) : normals.weight[e];
+  }
+  __device__ A bias(int lane, int j, int e, typename Numbers::Group& kept) const {
+    return kChunks > 1 ? table.bias[j].read(lane, e, kept) : normals.bias[e];
+  }
+};
+
+// The packets of a team's next position that a thread has under way, of one operand.
+template <class A, int kSize, int kChunks, class T>
+struct NextPackets : Ahead<A, kSize, T, (kChunks > 0 ? kChunks : 1)> {
+  using Ahead<A, kSize, T, (kChunks > 0 ? kChunks : 1)>::Ahead;
+  static constexpr int kCells = kChunks * kWordsOf<A, kSize, T>;
+
+  __device__ static Stage stage(int j) {
+    return {j, j * kWordsOf<A, kSize, T> * kThreads + int(threadIdx.x)};
+  }
+};
+
+}  // namespace revk::cuda
