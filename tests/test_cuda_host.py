@@ -113,6 +113,7 @@ BACKWARD = "norm_act_backward", ("norm_act_backward, briefly",)
 FAR_MEAN = "norm_act", ("norm_act, mean 1e4",)
 NORM_FAULTS = [
     Fault("norm: misaligned words", "norm_act_plan.cuh", "(across == 1 || whole(", "(true || whole(", *FORWARD),
+    Fault("norm: lines at any distance", "norm_act_plan.cuh", "outer == line * inner", "true", *FORWARD),
     Fault(
         "norm: units lost",
         "norm_act_plan.cuh",
@@ -131,8 +132,8 @@ NORM_FAULTS = [
     Fault(
         "norm: another position under way",
         "norm_act_teams.cuh",
-        "turn = Turn::of(plan, round + gridDim.x);\n    start(turn);\n    sum_over_team(plan.lanes, sum,",
-        "turn = Turn::of(plan, round + 1);\n    start(turn);\n    sum_over_team(plan.lanes, sum,",
+        "turn = Turn::of(plan, round + gridDim.x);\n    start(turn);\n    if (rms) {",
+        "turn = Turn::of(plan, round + 1);\n    start(turn);\n    if (rms) {",
         *FORWARD,
     ),
     Fault(
@@ -188,7 +189,7 @@ NORM_FAULTS = [
         "",
         *FORWARD,
     ),
-    Fault("norm: sums of other teams", "norm_act_team_walk.cuh", "(near < kWarp ? near : kWarp)", "kWarp", *FORWARD),
+    Fault("norm: sums of other teams", "norm_act_team_walk.cuh", "away = near / 2;", "away = kWarp / 2;", *FORWARD),
     Fault(
         "norm: sums not yet read",
         "norm_act_team_walk.cuh",

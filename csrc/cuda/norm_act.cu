@@ -33,7 +33,10 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
   // A branch gives f and takes h in the same type.
   const bool alike = s.dtype == stream.x.dtype && (!coupled || stream.f.dtype == h.dtype);
   if (over_channels(norm) && !norm.statistics_given) {
-    const Teams teams = make_teams(extent, rows, kSize, false);
+    Teams teams = make_teams(extent, rows, kSize, false);
+    teams.straight = runs_straight(teams, scaling.outer, scaling.inner);
+    for (const Field* field : {&stream.x, &stream.f, &s, &h})
+      teams.straight = teams.straight && runs_straight(teams, field->outer, field->inner);
     return with_chunks<kSize, kMostChunks>(teams, [&](auto chunks) {
       // What is read again and again is so from anywhere.
       constexpr int kKnown = decltype(chunks)::value > 0 ? kSize : 1;

@@ -26,12 +26,17 @@ constexpr int kWordsOfAll = (0 + ... + kWordsOf<A, kSize, Types>);
 // Starts a copy from global to shared memory that passes no register; `close_copies` makes those
 // since the last one a group, and `wait_for_copies` returns when no more than kGroups of this
 // thread's groups are under way. What has arrived is there for this thread alone.
-__device__ inline void copy_ahead(Word& to, const Word& from) {
+//
+// Of a packet of two words each copy takes every other 16 bytes: the L1 cache keeps the sectors for
+// the second one. Past it they would come twice, which took twice the time.
+template <int kWords>
+__device__ void copy_ahead(Word& to, const Word& from) {
 #if defined(__CUDA_ARCH__)
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(&to))),
-      "l"(&from)
-      : "memory");
+  const uint32_t shared = uint32_t(__cvta_generic_to_shared(&to));
+  if constexpr (kWords > 1)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(&from) : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(&from) : "memory");
 #else
   to = from;
 #endif
@@ -66,7 +71,7 @@ struct Ahead {
 #pragma unroll
     for (int w = 0; w < kWords; ++w)
       if (w == 0 || !std::is_same_v<T, Any> || dtype == REVK_FLOAT32)
-        copy_ahead(cells[stage.cell + w * kThreads], at(pointer<const Word>(from), w));
+        copy_ahead<kWords>(cells[stage.cell + w * kThreads], at(pointer<const Word>(from), w));
   }
   __device__ void unpack(Stage stage, A (&to)[kSize], int32_t dtype) const {
     Raw<A, kSize, T> raw;

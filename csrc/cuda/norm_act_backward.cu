@@ -65,10 +65,14 @@ class Backward {
   Field base() const { return call_.base.data ? slicing_.field(call_.base) : Field{}; }
 
   void over_teams(bool wanted) const {
-    const Teams plan = make_teams(extent_, rows_, kSize, true);
+    Teams plan = make_teams(extent_, rows_, kSize, true);
     const bool beside = wanted && sums_beside(plan);
     const int64_t blocks = beside ? summing_blocks(plan) : team_blocks(plan, where_);
     const Field dx = slicing_.field(call_.dx), before = base();
+    plan.straight = runs_straight(plan, scaling_.outer, scaling_.inner);
+    for (const Field* field : {&x_, &dh_, &dx, &before})
+      if (field->data)
+        plan.straight = plan.straight && runs_straight(plan, field->outer, field->inner);
     with_chunks<kSize, kMostChunksBack>(plan, [&](auto chunks) {
       // What is read again and again is so from anywhere.
       constexpr int kKnown = decltype(chunks)::value > 0 ? kSize : 1;

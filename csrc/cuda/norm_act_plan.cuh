@@ -187,6 +187,7 @@ struct Teams {
   int64_t rounds;      // positions a team
   int64_t chunks;      // packets of a position that one thread has
   Divider line_units;  // positions in a line
+  bool straight;       // see runs_straight
 
   // Whether a thread has several packets, and keeps them all in registers.
   bool keeps() const { return chunks > 1 && lanes.rows && chunks <= most_chunks(lanes.log_near); }
@@ -214,6 +215,15 @@ inline Teams make_teams(const Extent& extent, bool rows, int packet, bool backwa
   plan.chunks = divided_up(packets, plan.lanes.xs());
   plan.rounds = divided_up(plan.units, plan.lanes.ys());
   return plan;
+}
+
+// Whether positions lie at equal distances in an operand, and these and their number are of 32
+// bits, so that an address takes one multiplication.
+inline bool runs_straight(const Teams& plan, int64_t outer, int64_t inner) {
+  constexpr int64_t kMost = int64_t(1) << 31;
+  const int64_t line = plan.line_units.divisor;
+  return (plan.units == line || outer == line * inner) && inner >= 0 && inner < kMost &&
+         plan.units < kMost;
 }
 
 // Blocks of the teams' backward, where each leaves sums for all channels: few, because they are

@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, kSize == 1 ? 3 : kBlocksOf<4, A, kSi
     const double by = units > 0 ? double(shift[e]) - origin : 0.0;
     total[e] = double(sum[e]) + units * by;
     total_squares[e] = double(squares[e]) + by * (2.0 * double(sum[e]) + units * by);
+    asm volatile("" ::: "memory");  // one by one: all at once would spill
   }
   sum_over_y(lanes, total, total_squares, shared.sums);
   const double part = 1.0 / place.elements<kSize>(plan);

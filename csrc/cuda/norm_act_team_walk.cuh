@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/norm_act_ahead.cuh"
 #include "cuda/norm_act_element.cuh"
@@ -14,45 +15,74 @@
 
 namespace revk::cuda {
 
-// Sums over a team, of two values; all of its threads get the result, the same to the bit. All
-// threads of the block must come here.
-template <class A>
-__device__ void sum_over_team(const Lanes& lanes, A& a, A& b, A* shared) {
+// Sums over a team, of one value or two; all of its threads get the result, the same to the bit.
+// All threads of the block must come here.
+template <class A, class... More>
+__device__ void sum_over_team(const Lanes& lanes, A* shared, A& a, More&... more) {
   const int near = lanes.near_lanes();
+  const auto add = [&](int away) {
+    a += __shfl_xor_sync(~0u, a, away);
+    ((more += __shfl_xor_sync(~0u, more, away)), ...);
+  };
   if (lanes.rows) {
-    for (int away = (near < kWarp ? near : kWarp) / 2; away > 0; away /= 2) {
-      a += __shfl_xor_sync(~0u, a, away);
-      b += __shfl_xor_sync(~0u, b, away);
+    if (near >= kWarp) {
+#pragma unroll
+      for (int away = kWarp / 2; away > 0; away /= 2) add(away);
+    } else {
+      for (int away = near / 2; away > 0; away /= 2) add(away);
     }
     if (near <= kWarp) return;
   }
   // One cell a warp for rows, which the team's warps have in a row; otherwise one a thread.
   const int cell = int(threadIdx.x) / (lanes.rows ? kWarp : 1);
   const int count = lanes.rows ? near / kWarp : lanes.xs();
-  const int first = lanes.rows ? cell / count * count : lanes.y();
+  const int first = lanes.rows ? cell & -count : lanes.y();  // a power of two
   const int step = lanes.rows ? 1 : lanes.x_stride();
+  constexpr int kValues = 1 + int(sizeof...(More));
+  A* to = shared + kValues * cell;
   __syncthreads();  // the last sum has been read
-  if (!lanes.rows || threadIdx.x % kWarp == 0) shared[2 * cell] = a, shared[2 * cell + 1] = b;
+  if (!lanes.rows || threadIdx.x % kWarp == 0) *to = a, ((*++to = more), ...);
   __syncthreads();
-  a = b = A(0);
-  for (int x = 0; x < count; ++x)
-    a += shared[2 * (first + x * step)], b += shared[2 * (first + x * step) + 1];
+  a = A(0), ((more = A(0)), ...);
+  for (int x = 0; x < count; ++x) {
+    const A* from = shared + kValues * (first + x * step);
+    a += *from, ((more += *++from), ...);
+  }
 }
 
 // One team's unit.
 struct Turn {
-  int64_t o, i;
+  int64_t unit;
   bool inside;
 
   __device__ static Turn of(const Teams& plan, int64_t round) {
     const int64_t unit = round * plan.lanes.ys() + plan.lanes.y();
-    Turn turn;
-    turn.inside = unit < plan.units;
-    turn.o = plan.line_units.divide(unit);
-    turn.i = unit - turn.o * plan.line_units.divisor;
-    return turn;
+    return {unit, unit < plan.units};
   }
+  __device__ int64_t o(const Teams& plan) const { return plan.line_units.divide(unit); }
+  __device__ int64_t i(const Teams& plan) const { return unit - o(plan) * plan.line_units.divisor; }
 };
+
+// Where a thread's packet j of the unit lies, which begins with channel c; T is the field's type.
+template <class T, int kSize>
+__device__ int64_t place_of(const Teams& plan, const Field& field, const Turn& turn, int lane,
+                            int j, int64_t c) {
+  if (kSize == 1 || !plan.straight) return field.at(turn.o(plan), c, turn.i(plan));
+  int size = 0;  // in bytes
+  if constexpr (std::is_same_v<T, Any>)
+    size = int(element_size(field.dtype));
+  else
+    size = int(sizeof(T));
+  return int64_t(reinterpret_cast<intptr_t>(field.data)) +
+         int64_t(int32_t(turn.unit)) * int32_t(field.inner) +
+         ((j << plan.lanes.log_near) + lane) * (kSize * size);
+}
+// The same of its statistics, in elements.
+template <class A, int kSize>
+__device__ int64_t statistic_of(const Teams& plan, const Scaling<A>& scaling, const Turn& turn) {
+  if (kSize == 1 || !plan.straight) return scaling.place(turn.o(plan), 0, turn.i(plan));
+  return int64_t(int32_t(turn.unit)) * int32_t(scaling.inner);
+}
 
 // Calls body(j, c) at each of this thread's packets of channels, c being its first and j its place
 // in registers. kChunks is how many packets stay there; 0: none, and there may be any number of
@@ -64,7 +94,8 @@ __device__ void for_each_chunk(const Teams& plan, const Turn& turn, Body&& body)
   if constexpr (kChunks > 0) {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
-      if (first + j * span < plan.channels) body(j, first + j * span);
+      // Only the last one may be beyond the channels.
+      if (j + 1 < kChunks || first + j * span < plan.channels) body(j, first + j * span);
   } else {
 #pragma unroll 1
     for (int64_t c = first; c < plan.channels; c += span) body(0, c);

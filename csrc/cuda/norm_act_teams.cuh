@@ -51,17 +51,19 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
   __shared__ typename Parameters::Table table;
   __shared__ Word under_way[kCells > 0 ? kCells : 1][kThreads];
   const bool rms = scaling.mean == nullptr, coupled = stream.coupling != NormActCall::kNone;
-  const A channels = A(plan.channels);
+  const A part = A(1) / A(plan.channels);
   const Stream again = Stream::of(stream.s);
   Normals<A, kSize> normals;
+  const int lane = opaque(plan.lanes.x());
   NextX next_x{under_way};
   NextF next_f{under_way + NextX::kCells};
   const auto start = [&](const Turn& turn) {
     if constexpr (kChunks > 0)
       for_each_chunk<kSize, kChunks>(plan, turn, [&](int j, int64_t c) {
-        next_x.load(NextX::stage(j), stream.x.at(turn.o, c, turn.i), stream.x.dtype);
-        if (kNextF && coupled)
-          next_f.load(NextF::stage(j), stream.f.at(turn.o, c, turn.i), stream.f.dtype);
+        const int64_t x = place_of<X, kSize>(plan, stream.x, turn, lane, j, c);
+        const int64_t f = place_of<F, kSize>(plan, stream.f, turn, lane, j, c);
+        next_x.load(NextX::stage(j), x, stream.x.dtype);
+        if (kNextF && coupled) next_f.load(NextF::stage(j), f, stream.f.dtype);
       });
     close_copies();
   };
@@ -69,14 +71,13 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
   start(turn);
   Parameters parameters{normals, table};
   parameters.begin(plan, scaling);
-  const int lane = opaque(plan.lanes.x());
 #pragma unroll 1
   for (int64_t round = blockIdx.x; round < plan.rounds; round += gridDim.x) {
     A values[kKept][kSize], sum = 0, squares = 0, mean = 0, variance;
     wait_for_copies<0>();
     for_each_chunk<kSize, kChunks>(plan, turn, [&](int j, int64_t c) {
       if constexpr (kChunks == 0) {
-        stream.read(turn.o, c, turn.i, values[j]);
+        stream.read(turn.o(plan), c, turn.i(plan), values[j]);
       } else {
         next_x.unpack(NextX::stage(j), values[j], stream.x.dtype);
         if (coupled) {
@@ -85,10 +86,11 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
             next_f.unpack(NextF::stage(j), added, stream.f.dtype);
           } else {
             Raw<A, kSize, F> raw;
-            raw.load(stream.f.at(turn.o, c, turn.i), stream.f.dtype);
+            raw.load(place_of<F, kSize>(plan, stream.f, turn, lane, j, c), stream.f.dtype);
             raw.unpack(added, stream.f.dtype);
           }
-          stream.join<X>(values[j], added, stream.s.at(turn.o, c, turn.i));
+          const int64_t s = place_of<X, kSize>(plan, stream.s, turn, lane, j, c);
+          stream.join<X>(values[j], added, s);
         }
       }
 #pragma unroll
@@ -101,33 +103,35 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
     const Turn here = turn;
     turn = Turn::of(plan, round + gridDim.x);
     start(turn);
-    sum_over_team(plan.lanes, sum, squares, memory);
-    variance = squares / channels;
-    if (!rms) {
-      mean = sum / channels;
+    if (rms) {
+      sum_over_team(plan.lanes, memory, squares);
+      variance = squares * part;
+    } else {
+      sum_over_team(plan.lanes, memory, sum);
+      mean = sum * part;
       sum = squares = 0;
       for_each_chunk<kSize, kChunks>(plan, here, [&](int j, int64_t c) {
-        if (kChunks == 0) again.read(here.o, c, here.i, values[j]);
+        if (kChunks == 0) again.read(here.o(plan), c, here.i(plan), values[j]);
 #pragma unroll
         for (int e = 0; e < kSize; ++e) {
           const A away = values[j][e] - mean;
           sum += away, squares = ops::detail::fused(away, away, squares);
         }
       });
-      sum_over_team(plan.lanes, sum, squares, memory);
-      const A offset = sum / channels;
+      sum_over_team(plan.lanes, memory, sum, squares);
+      const A offset = sum * part;
       mean += offset;
-      variance = (squares - sum * offset) / channels;
+      variance = (squares - sum * offset) * part;
       if (variance < A(0)) variance = A(0);  // a NaN stays
     }
     const A rstd = A(1) / std::sqrt(variance + eps);
     if (here.inside && plan.lanes.x() == 0) {
-      const int64_t at = scaling.place(here.o, 0, here.i);
+      const int64_t at = statistic_of<A, kSize>(plan, scaling, here);
       if (!rms) scaling.mean[at] = mean;
       scaling.rstd[at] = rstd;
     }
     for_each_chunk<kSize, kChunks>(plan, here, [&](int j, int64_t c) {
-      if (kChunks == 0) again.read(here.o, c, here.i, values[j]);
+      if (kChunks == 0) again.read(here.o(plan), c, here.i(plan), values[j]);
       parameters.read(scaling, c);
       with_activation(scaling.activation, [&](auto kind) {
         typename Parameters::Numbers::Group read_w, read_b;
@@ -138,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
           values[j][e] = decltype(kind)::value(normal.z(normal.xhat(values[j][e])));
         }
       });
-      store_as<F>(h.at(here.o, c, here.i), h.dtype, values[j]);
+      store_as<F>(place_of<F, kSize>(plan, h, here, lane, j, c), h.dtype, values[j]);
     });
   }
 }
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
 // every thread keeps to its channels, the sums of dz and dz * xhat over the block's positions
 // besides.
 template <class A, int kSize, int kChunks, class X, class D>
-__global__ void __launch_bounds__(kThreads, kChunks > 1 && std::is_same_v<X, Any> ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     norm_gradient_teams(const __grid_constant__ Teams plan, const __grid_constant__ Field dx,
                         const __grid_constant__ Field base, const __grid_constant__ Field dh,
                         const __grid_constant__ Field x, const __grid_constant__ Scaling<A> scaling,
@@ -164,23 +168,24 @@ __global__ void __launch_bounds__(kThreads, kChunks > 1 && std::is_same_v<X, Any
   __shared__ A memory[2 * kThreads];
   __shared__ typename Parameters::Table table;
   const bool rms = scaling.mean == nullptr;
-  const A channels = A(plan.channels);
+  const A part = A(1) / A(plan.channels);
   Normals<A, kSize> normals;
   A dbias[kKept][kSize], dweight[kKept][kSize];
 #pragma unroll
   for (int j = 0; j < kKept; ++j) set_all(dbias[j], A(0)), set_all(dweight[j], A(0));
+  const int lane = opaque(plan.lanes.x());
   NextX next_x{shared.under_way};
   NextD next_dh{shared.under_way + NextX::kCells};
   A next_mean = 0, next_rstd = 0;
   const auto start = [&](const Turn& turn) {
     if constexpr (kChunks > 0)
       for_each_chunk<kSize, kChunks>(plan, turn, [&](int j, int64_t c) {
-        next_x.load(NextX::stage(j), x.at(turn.o, c, turn.i), x.dtype);
-        next_dh.load(NextD::stage(j), dh.at(turn.o, c, turn.i), dh.dtype);
+        next_x.load(NextX::stage(j), place_of<X, kSize>(plan, x, turn, lane, j, c), x.dtype);
+        next_dh.load(NextD::stage(j), place_of<D, kSize>(plan, dh, turn, lane, j, c), dh.dtype);
       });
     close_copies();
     if (turn.inside) {
-      const int64_t at = scaling.place(turn.o, 0, turn.i);
+      const int64_t at = statistic_of<A, kSize>(plan, scaling, turn);
       next_rstd = scaling.rstd[at];
       if (!rms) next_mean = scaling.mean[at];
     }
@@ -189,7 +194,6 @@ __global__ void __launch_bounds__(kThreads, kChunks > 1 && std::is_same_v<X, Any
   start(turn);
   Parameters parameters{normals, table};
   parameters.begin(plan, scaling);
-  const int lane = opaque(plan.lanes.x());
 #pragma unroll 1
   for (int64_t round = blockIdx.x; round < plan.rounds; round += gridDim.x) {
     Raw<A, kSize, X> raw_base[kKept];
@@ -215,7 +219,8 @@ __global__ void __launch_bounds__(kThreads, kChunks > 1 && std::is_same_v<X, Any
     const auto read = [&](const Turn& at, int j, int64_t c) {
       Raw<A, kSize, X> raw_x;
       Raw<A, kSize, D> raw_dh;
-      raw_x.load(x.at(at.o, c, at.i), x.dtype), raw_dh.load(dh.at(at.o, c, at.i), dh.dtype);
+      raw_x.load(x.at(at.o(plan), c, at.i(plan)), x.dtype);
+      raw_dh.load(dh.at(at.o(plan), c, at.i(plan)), dh.dtype);
       raw_x.unpack(xhat[j], x.dtype), raw_dh.unpack(g[j], dh.dtype);
     };
     wait_for_copies<0>();
@@ -239,16 +244,16 @@ __global__ void __launch_bounds__(kThreads, kChunks > 1 && std::is_same_v<X, Any
     const Turn here = turn;
     if (kChunks > 0 && base.data)
       for_each_chunk<kSize, kChunks>(plan, here, [&](int j, int64_t c) {
-        raw_base[j].load(base.at(here.o, c, here.i), base.dtype);
+        raw_base[j].load(place_of<X, kSize>(plan, base, here, lane, j, c), base.dtype);
       });
     turn = Turn::of(plan, round + gridDim.x);
     start(turn);
-    sum_over_team(plan.lanes, mean_g, mean_gx, memory);
-    mean_g = rms ? A(0) : mean_g / channels, mean_gx = mean_gx / channels;
+    sum_over_team(plan.lanes, memory, mean_g, mean_gx);
+    mean_g = rms ? A(0) : mean_g * part, mean_gx = mean_gx * part;
     for_each_chunk<kSize, kChunks>(plan, here, [&](int j, int64_t c) {
       A before[kSize];
       if constexpr (kChunks == 0) {
-        if (base.data) raw_base[j].load(base.at(here.o, c, here.i), base.dtype);
+        if (base.data) raw_base[j].load(base.at(here.o(plan), c, here.i(plan)), base.dtype);
         read(here, j, c);
         normalise(j, c, [](int, A, A) {});
       }
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kChunks > 1 && std::is_same_v<X, Any
 #pragma unroll
         for (int e = 0; e < kSize; ++e) g[j][e] = before[e] + g[j][e];
       }
-      store_as<X>(dx.at(here.o, c, here.i), dx.dtype, g[j]);
+      store_as<X>(place_of<X, kSize>(plan, dx, here, lane, j, c), dx.dtype, g[j]);
     });
   }
   if (partial == nullptr) return;
