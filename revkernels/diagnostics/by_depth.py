@@ -21,6 +21,7 @@ from revkernels.errors import ReconstructionError
 from revkernels.measure import angle
 from revkernels.nn import PerBlock, ReversibleSequential
 from revkernels.nn.streams import check_options
+from revkernels.options import Activations
 
 __all__ = ["PRECISIONS", "Drift", "DriftRow", "drift"]
 
@@ -277,7 +278,7 @@ def _row(
     whole = _copy(chain, dtype)
     device = next(tensors_in(x)).device
 
-    def cut_to(first: int, last: int, activations: str) -> ReversibleSequential:
+    def cut_to(first: int, last: int, activations: Activations) -> ReversibleSequential:
         blocks = list(whole)[first:last]
         made = ReversibleSequential(
             blocks, split_dim=chain.split_dim, activations=activations, coupling=coupling, backend=chain.backend
@@ -300,7 +301,8 @@ def _row(
             more, named = here((args, kwargs), begin, begin + depth)
             found: dict[str, list[torch.Tensor]] = {}
             errors: list[tuple[float, float]] = []
-            for activations in ("store", "reconstruct"):
+            order: tuple[Activations, ...] = ("store", "reconstruct")
+            for activations in order:
                 with untouched(whole):
                     net = cut_to(begin, begin + depth, activations)
                     net.__dict__["witness"] = _Errors(errors)

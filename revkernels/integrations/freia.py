@@ -17,11 +17,12 @@ from revkernels.integrations._masked import Masked, through
 from revkernels.integrations._swap import Replaced, Swapped, needs, own
 from revkernels.integrations._swap import replace as _replace
 from revkernels.nn import linked
+from revkernels.options import Activations
 
 __all__ = ["replace"]
 
 
-def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
+def replace(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every ``NICECouplingBlock`` in the model run on this package's driver, with what permutes in between.
 
         y1 = x1 + F(x2, c)        y2 = x2 + G(y1, c)        log |det dy/dx| = 0

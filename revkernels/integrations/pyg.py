@@ -19,11 +19,12 @@ from revkernels.integrations._swap import Replaced, Swapped, needs, own
 from revkernels.integrations._swap import replace as _replace
 from revkernels.nn import linked
 from revkernels.nn.chain import run_inverse
+from revkernels.options import Activations
 
 __all__ = ["replace"]
 
 
-def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
+def replace(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every ``GroupAddRev`` in the model run on this package's driver.
 
     The same function of the same parameters:

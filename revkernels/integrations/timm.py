@@ -28,6 +28,7 @@ from revkernels.integrations._swap import (
 )
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
+from revkernels.options import Activations
 
 __all__ = ["make_reversible"]
 
@@ -37,7 +38,7 @@ _NOTE = (
 )
 
 
-def make_reversible(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
+def make_reversible(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
     """Make chains of the model's blocks, of two streams: **a new architecture**, another function of the weights.
 
     A run of blocks, x -> y in the ordinary model, becomes

@@ -27,6 +27,7 @@ from revkernels.integrations._swap import Replaced, Swapped, needs, own
 from revkernels.integrations._swap import replace as _replace
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
+from revkernels.options import Activations
 
 __all__ = ["replace"]
 
@@ -38,7 +39,7 @@ _CACHE_NOTE = (
 )
 
 
-def replace(model: Any, *, activations: str = "reconstruct", backend: str | None = None) -> Replaced:
+def replace(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
     """Let every Reformer in the model run on this package's driver.
 
     Outputs are those of the package's own layers; gradients those of its layers with stored activations, dropout, the

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from revkernels.nn.conv_branches import BLOCKS, BasicBranch, BottleneckBranch, PadShortcut, conv, norm_relu
 from revkernels.nn.fusion import FusedSequential
+from revkernels.options import ActivationsOption, CouplingOption
 
 __all__ = ["BLOCKS", "BasicBranch", "BottleneckBranch", "PadShortcut", "param_groups"]
 
@@ -24,8 +25,8 @@ class ModelOptions(TypedDict, total=False):
     """Keywords that every network of this package takes."""
 
     in_channels: int
-    activations: Any
-    coupling: Any
+    activations: ActivationsOption
+    coupling: CouplingOption
     backend: str | None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from revkernels.nn.streams import check_options
+from revkernels.options import ActivationsOption, CouplingOption
 
 __all__ = ["WithChains"]
 
@@ -16,7 +17,7 @@ __all__ = ["WithChains"]
 class WithChains(nn.Module):
     """A model whose ``activations``, ``coupling`` and ``backend`` are those of all its chains, to read and to set."""
 
-    def __init__(self, activations: Any, coupling: Any, backend: str | None) -> None:
+    def __init__(self, activations: ActivationsOption, coupling: CouplingOption, backend: str | None) -> None:
         super().__init__()
         #: For a model whose chains something else has taken the place of.
         self._options = {"activations": activations, "coupling": coupling, "backend": backend}
@@ -26,21 +27,23 @@ class WithChains(nn.Module):
         raise NotImplementedError
 
     @property
-    def activations(self) -> Any:
+    def activations(self) -> ActivationsOption:
         """One of "reconstruct", "store" and a `MemoryBudget`: see `revkernels.nn.ReversibleSequential`."""
-        return self._get("activations")
+        found: ActivationsOption = self._get("activations")
+        return found
 
     @activations.setter
-    def activations(self, value: Any) -> None:
+    def activations(self, value: ActivationsOption) -> None:
         self._set(activations=value)
 
     @property
-    def coupling(self) -> Any:
+    def coupling(self) -> CouplingOption:
         """One of "float", "exact" and an `Exact`: see `revkernels.nn.ReversibleSequential`."""
-        return self._get("coupling")
+        found: CouplingOption = self._get("coupling")
+        return found
 
     @coupling.setter
-    def coupling(self, value: Any) -> None:
+    def coupling(self, value: CouplingOption) -> None:
         self._set(coupling=value)
 
     @property

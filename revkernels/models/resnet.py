@@ -5,7 +5,7 @@ residual functions, shortcuts and settings as RevNet at full width, with stored 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from revkernels.models.layers import (
 )
 from revkernels.models.plan import Plan, check_positive
 from revkernels.nn.fusion import norms_by
+from revkernels.options import ActivationsOption, CouplingOption
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,8 +72,8 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         *,
         in_channels: int = 3,
-        activations: Any = "store",
-        coupling: Any = "float",
+        activations: ActivationsOption = "store",
+        coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential, ch
 from revkernels.nn.fusion import norms_by
 from revkernels.nn.plan import Plan as NetPlan
 from revkernels.nn.plan import plan_of
+from revkernels.options import ActivationsOption, CouplingOption, Transitions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 __all__ = ["RevNet", "Transition", "revnet38", "revnet56", "revnet104", "revnet110", "revnet164"]
 
 Pair = tuple[Tensor, Tensor]
-TRANSITIONS = ("store", "selective", "recompute")
+TRANSITIONS = get_args(Transitions)
 
 
 class RevNetOptions(ModelOptions, total=False):
     """Keywords that every RevNet takes."""
 
-    transitions: str
+    transitions: Transitions
 
 
 class Transition(nn.Module):
@@ -126,10 +127,10 @@ class RevNet(WithChains):
         num_classes: int = 10,
         *,
         in_channels: int = 3,
-        activations: Any = "reconstruct",
-        coupling: Any = "float",
+        activations: ActivationsOption = "reconstruct",
+        coupling: CouplingOption = "float",
         backend: str | None = None,
-        transitions: str = "store",
+        transitions: Transitions = "store",
     ) -> None:
         super().__init__(activations, coupling, backend)
         if transitions not in TRANSITIONS:

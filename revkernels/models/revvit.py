@@ -19,6 +19,7 @@ from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential
 from revkernels.nn.branches import AttentionBranch, MLPBranch, check_probability
 from revkernels.nn.plan import Plan as NetPlan
 from revkernels.nn.plan import plan_of
+from revkernels.options import ActivationsOption, CouplingOption
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,8 +79,8 @@ class RevViT(WithChains):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         in_channels: int = 3,
-        activations: Any = "reconstruct",
-        coupling: Any = "float",
+        activations: ActivationsOption = "reconstruct",
+        coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__(activations, coupling, backend)

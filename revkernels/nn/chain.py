@@ -30,9 +30,9 @@ from revkernels.autograd.reversal import Reversal
 from revkernels.autograd.surroundings import tensors_in
 from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
-from revkernels.exact import Exact
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
 from revkernels.nn.streams import check_options, dense, is_store, streams_of
+from revkernels.options import ActivationsOption, CouplingOption
 
 __all__ = ["HalfStep", "run", "run_inverse"]
 
@@ -43,8 +43,8 @@ class Options(NamedTuple):
     """The options of a chain, for what is no module; a module has them as attributes."""
 
     split_dim: int = 1
-    activations: str | MemoryBudget = "reconstruct"
-    coupling: str | Exact = "float"
+    activations: ActivationsOption = "reconstruct"
+    coupling: CouplingOption = "float"
     backend: str | None = None
 
 

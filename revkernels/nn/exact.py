@@ -17,6 +17,7 @@ from revkernels.autograd.snapshot import will_write
 from revkernels.errors import ReconstructionError
 from revkernels.exact import EXPONENTS, Exact, exponent_for
 from revkernels.nn.streams import check_coupling
+from revkernels.options import CouplingOption
 
 BUFFER = "grid"  # the name of the buffer, int64: the fields of `Choice`, and `_MARK`
 #: Tells a choice from memory that nobody has written (``to_empty``) or that was averaged (a moving average of a state
@@ -59,12 +60,12 @@ class KeepsGrid(nn.Module):
     witness: Any = None
 
     @property
-    def coupling(self) -> Any:
+    def coupling(self) -> CouplingOption:
         """The option. The buffer is there as soon as an exact one is set, for a chain around this one looks at it."""
         return self._coupling
 
     @coupling.setter
-    def coupling(self, value: Any) -> None:
+    def coupling(self, value: CouplingOption) -> None:
         check_coupling(value)
         self._coupling = value
         if value == "exact" or isinstance(value, Exact):

@@ -24,6 +24,7 @@ from revkernels.autograd.recorded import Rearrangement
 from revkernels.autograd.reversal import Reversal
 from revkernels.nn.chain import Name, Options, forward
 from revkernels.nn.streams import check_options
+from revkernels.options import Activations
 
 __all__ = ["MASKED", "HalfStep", "rearrange", "run"]
 
@@ -38,7 +39,7 @@ def run(
     name: Name,
     *,
     split_dim: int = 1,
-    activations: str = "reconstruct",
+    activations: Activations = "reconstruct",
     backend: str | None = None,
 ) -> Any:
     """Run the half-steps, going on with the linked call that x comes from.

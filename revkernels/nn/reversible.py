@@ -13,14 +13,13 @@ from torch.nn.modules import module as _torch_module
 
 from revkernels.autograd.half_step import HalfStep, grouped
 from revkernels.autograd.reversal import Reversal
-from revkernels.budget import MemoryBudget
-from revkernels.exact import Exact
 from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, input_on_grid, inverse, rebuilds
 from revkernels.nn.exact import KeepsGrid
 from revkernels.nn.fusion import Explanation, explain
 from revkernels.nn.plan import Plan, plan_of
 from revkernels.nn.streams import check_options
+from revkernels.options import ActivationsOption, CouplingOption
 
 _KINDS_OF_HOOK = ("forward_pre", "forward", "backward_pre", "backward")
 _OPTIONS: dict[str, Any] = {"split_dim": 1, "activations": "reconstruct", "coupling": "float", "backend": None}
@@ -65,8 +64,8 @@ class ReversibleBlock(KeepsGrid):
         G: Callable[..., Any],
         *more: Callable[..., Any],
         split_dim: int = 1,
-        activations: str | MemoryBudget = "reconstruct",
-        coupling: str | Exact = "float",
+        activations: ActivationsOption = "reconstruct",
+        coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -155,8 +154,8 @@ class ReversibleSequential(KeepsGrid):
         self,
         *blocks: Any,
         split_dim: int = 1,
-        activations: str | MemoryBudget = "reconstruct",
-        coupling: str | Exact = "float",
+        activations: ActivationsOption = "reconstruct",
+        coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
         super().__init__()

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from revkernels import backends
 from revkernels.budget import MemoryBudget
 from revkernels.exact import Exact
+from revkernels.options import Activations
 
-ACTIVATIONS = ("reconstruct", "store")
+ACTIVATIONS = get_args(Activations)
 COUPLINGS = ("float", "exact")
 
 
