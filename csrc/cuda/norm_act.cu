@@ -5,6 +5,13 @@
 //     statistics given              one pass
 //     layer and RMS norm            one pass, a team of threads a position
 //     batch and group norm          s and partial moments; the statistics; h
+//
+// The kernels are in norm_act_slices.cuh (blocks walk a slice of the positions for some channels),
+// norm_act_teams.cuh (a team of threads has a position) and norm_act_finish.cuh (partial results to
+// statistics). Under them: norm_act_plan.cuh, which threads take which elements; norm_act_units.cuh
+// and norm_act_team_walk.cuh, the loops; norm_act_ahead.cuh, what is under way;
+// norm_act_packet.cuh, memory to registers and back; norm_act_element.cuh and norm_act_sums.cuh,
+// the arithmetic.
 #include <array>
 #include <type_traits>
 
