@@ -63,10 +63,10 @@ struct Turn {
   __device__ int64_t i(const Teams& plan) const { return unit - o(plan) * plan.line_units.divisor; }
 };
 
-// Where a thread's packet j of the unit lies, which begins with channel c; T is the field's type.
+// Where channel c of the unit is, the first of a packet; T is the field's type. Packets of rows lie
+// side by side.
 template <class T, int kSize>
-__device__ int64_t place_of(const Teams& plan, const Field& field, const Turn& turn, int lane,
-                            int j, int64_t c) {
+__device__ int64_t place_of(const Teams& plan, const Field& field, const Turn& turn, int64_t c) {
   if (kSize == 1 || !plan.straight) return field.at(turn.o(plan), c, turn.i(plan));
   int size = 0;  // in bytes
   if constexpr (std::is_same_v<T, Any>)
@@ -74,8 +74,7 @@ __device__ int64_t place_of(const Teams& plan, const Field& field, const Turn& t
   else
     size = int(sizeof(T));
   return int64_t(reinterpret_cast<intptr_t>(field.data)) +
-         int64_t(int32_t(turn.unit)) * int32_t(field.inner) +
-         ((j << plan.lanes.log_near) + lane) * (kSize * size);
+         int64_t(int32_t(turn.unit)) * int32_t(field.inner) + c * size;
 }
 // The same of its statistics, in elements.
 template <class A, int kSize>

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
   const auto start = [&](const Turn& turn) {
     if constexpr (kChunks > 0)
       for_each_chunk<kSize, kChunks>(plan, turn, [&](int j, int64_t c) {
-        const int64_t x = place_of<X, kSize>(plan, stream.x, turn, lane, j, c);
-        const int64_t f = place_of<F, kSize>(plan, stream.f, turn, lane, j, c);
+        const int64_t x = place_of<X, kSize>(plan, stream.x, turn, c);
+        const int64_t f = place_of<F, kSize>(plan, stream.f, turn, c);
         next_x.load(NextX::stage(j), x, stream.x.dtype);
         if (kNextF && coupled) next_f.load(NextF::stage(j), f, stream.f.dtype);
       });
@@ -86,10 +86,10 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
             next_f.unpack(NextF::stage(j), added, stream.f.dtype);
           } else {
             Raw<A, kSize, F> raw;
-            raw.load(place_of<F, kSize>(plan, stream.f, turn, lane, j, c), stream.f.dtype);
+            raw.load(place_of<F, kSize>(plan, stream.f, turn, c), stream.f.dtype);
             raw.unpack(added, stream.f.dtype);
           }
-          const int64_t s = place_of<X, kSize>(plan, stream.s, turn, lane, j, c);
+          const int64_t s = place_of<X, kSize>(plan, stream.s, turn, c);
           stream.join<X>(values[j], added, s);
         }
       }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
           values[j][e] = decltype(kind)::value(normal.z(normal.xhat(values[j][e])));
         }
       });
-      store_as<F>(place_of<F, kSize>(plan, h, here, lane, j, c), h.dtype, values[j]);
+      store_as<F>(place_of<F, kSize>(plan, h, here, c), h.dtype, values[j]);
     });
   }
 }
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto start = [&](const Turn& turn) {
     if constexpr (kChunks > 0)
       for_each_chunk<kSize, kChunks>(plan, turn, [&](int j, int64_t c) {
-        next_x.load(NextX::stage(j), place_of<X, kSize>(plan, x, turn, lane, j, c), x.dtype);
-        next_dh.load(NextD::stage(j), place_of<D, kSize>(plan, dh, turn, lane, j, c), dh.dtype);
+        next_x.load(NextX::stage(j), place_of<X, kSize>(plan, x, turn, c), x.dtype);
+        next_dh.load(NextD::stage(j), place_of<D, kSize>(plan, dh, turn, c), dh.dtype);
       });
     close_copies();
     if (turn.inside) {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Turn here = turn;
     if (kChunks > 0 && base.data)
       for_each_chunk<kSize, kChunks>(plan, here, [&](int j, int64_t c) {
-        raw_base[j].load(place_of<X, kSize>(plan, base, here, lane, j, c), base.dtype);
+        raw_base[j].load(place_of<X, kSize>(plan, base, here, c), base.dtype);
       });
     turn = Turn::of(plan, round + gridDim.x);
     start(turn);
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int e = 0; e < kSize; ++e) g[j][e] = before[e] + g[j][e];
       }
-      store_as<X>(place_of<X, kSize>(plan, dx, here, lane, j, c), dx.dtype, g[j]);
+      store_as<X>(place_of<X, kSize>(plan, dx, here, c), dx.dtype, g[j]);
     });
   }
   if (partial == nullptr) return;

@@ -251,6 +251,8 @@ const Case kCases[] = {
     last_case("one long line", {1, 8, 1100}, 2),
     dense_case("long planes", {1, 2, 2400}, 1),
     last_case("more channels than a team holds", {3, 2064, 1}, 3),
+    // As long, but positions and statistics at equal distances, as a dense tensor's are.
+    last_case("more channels than a team holds, straight", {1, 2064, 3}, 3),
     last_case("two packets a thread", {3, 400, 2}, 5),
     last_case("three packets a thread", {3, 640, 2}, 5),
     last_case("three packets, two warps a team", {3, 1032, 2}, 3),
