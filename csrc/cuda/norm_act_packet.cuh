@@ -231,31 +231,17 @@ struct Stream {
       values[e] = plus ? ops::Couple{}(values[e], added[e]) : ops::Uncouple{}(values[e], added[e]);
     store_as<X>(to, s.dtype, values);
   }
-  // What has been loaded of one packet, of types known at run time.
-  template <class A, int kSize>
-  struct Loaded {
-    Raw<A, kSize> x, f;
-  };
-  template <class A, int kSize>
-  __device__ void load(Loaded<A, kSize>& loaded, int64_t o, int64_t c, int64_t i) const {
-    loaded.x.load(x.at(o, c, i), x.dtype);
-    if (coupling != NormActCall::kNone) loaded.f.load(f.at(o, c, i), f.dtype);
-  }
-  template <class A, int kSize>
-  __device__ void finish(const Loaded<A, kSize>& loaded, int64_t o, int64_t c, int64_t i,
-                         A (&values)[kSize]) const {
-    loaded.x.unpack(values, x.dtype);
-    if (coupling == NormActCall::kNone) return;
-    A added[kSize];
-    loaded.f.unpack(added, f.dtype);
-    join<Any>(values, added, s.at(o, c, i));
-  }
-  // Both.
+  // s at these coordinates, of types known at run time.
   template <class A, int kSize>
   __device__ void read(int64_t o, int64_t c, int64_t i, A (&values)[kSize]) const {
-    Loaded<A, kSize> loaded;
-    load(loaded, o, c, i);
-    finish(loaded, o, c, i, values);
+    Raw<A, kSize> raw_x, raw_f;
+    raw_x.load(x.at(o, c, i), x.dtype);
+    if (coupling != NormActCall::kNone) raw_f.load(f.at(o, c, i), f.dtype);
+    raw_x.unpack(values, x.dtype);
+    if (coupling == NormActCall::kNone) return;
+    A added[kSize];
+    raw_f.unpack(added, f.dtype);
+    join<Any>(values, added, s.at(o, c, i));
   }
 };
 

@@ -104,8 +104,7 @@ struct Slicing {
   int64_t lines_ahead;
   int32_t ys, along_ahead;
   int32_t line_units_in_reach;  // units in a line, or more than any slice has
-
-  bool backwards;  // the last slice first
+  bool backwards;               // the last slice first
 
   int64_t blocks() const { return slices * tiles.divisor; }
 
@@ -113,7 +112,8 @@ struct Slicing {
   Field field(const revk_view& view) const {
     Field field(view);
     field.ahead = lines_ahead * field.outer + along_ahead * unit * field.inner;
-    field.wrap = field.outer - line_units.divisor * unit * field.inner;
+    // Of a single line there is no end to pass, whatever its distance to the next is said to be.
+    field.wrap = outer == 1 ? 0 : field.outer - line_units.divisor * unit * field.inner;
     return field;
   }
   // For a kernel that reads again what one before it has just read: the cache has the end of that.

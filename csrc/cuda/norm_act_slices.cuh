@@ -145,13 +145,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<4, A, kSize, X, F>)
 
 // The backward of statistics by position has kernels of its own but for a few rare cases, which the
 // kernels for any types are enough for.
-template <class X>
-__device__ bool by_position(const Scaling<float>& scaling) {
+template <class X, class A>
+__device__ bool by_position(const Scaling<A>& scaling) {
   return std::is_same_v<X, Any> && scaling.by_position;
-}
-template <class X>
-__device__ bool by_position(const Scaling<double>& scaling) {
-  return scaling.by_position;
 }
 
 // The sums of dz and of dz * xhat of each channel in each slice, into partial.

@@ -135,7 +135,7 @@ struct TeamParameters {
       __syncthreads();
     }
   }
-  // Before those of packet j, whose first channel is c, are asked for.
+  // Before those of the packet that begins with channel c are asked for.
   __device__ void read(const Scaling<A>& scaling, int64_t c) {
     if (kChunks == 0) normals.read_parameters(scaling, true, c);
   }
