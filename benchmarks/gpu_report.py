@@ -2,10 +2,10 @@
 """Everything a GPU host can tell in ten minutes and without a network: ``python -m benchmarks.gpu_report --out DIR``.
 
 Builds the package with CUDA into a throw-away folder, compares the backends with the oracle, tests the kernels of CUDA
-and whole chains on them, runs compute-sanitizer on them, all these side by side, then the benchmarks one after the other,
-with the same tests of Triton's kernels behind the first few. Each stage has a time limit and the whole has a budget: what
-does not fit is left out with a note. DIR keeps the logs, the result lines and the report (eight flat files); a table comes
-last. The exit status is 1 if a stage failed.
+and whole chains on them, runs compute-sanitizer on them, all these side by side, then the benchmarks one after another,
+with the same tests of Triton's kernels behind the first few. Each stage has a time limit and the whole has a budget:
+what does not fit is left out with a note. DIR keeps the logs, the result lines and the report (eight flat files); a
+table comes last. The exit status is 1 if a stage failed.
 """
 
 from __future__ import annotations
