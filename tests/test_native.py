@@ -4,6 +4,7 @@
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,20 @@ def test_torch_tensors():
         total = torch.zeros(2, 4, 5, 4)
         native.accumulate([total], [f])
         assert torch.equal(total, f.float())
+
+
+def test_tensors_are_read_alike_by_their_attributes():
+    """As in a torch before 2.10, which has no table of C functions that describes a tensor: what is read and refused is
+    the same."""
+    code = "import sys, torch, pytest; name = '__dlpack_c_exchange_api__'; name in vars(torch.Tensor) and delattr("
+    code += "torch.Tensor, name); sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    here = Path(__file__).parent
+    tests = ["test_native.py::test_torch_tensors", "test_native_refusals.py::test_torch_refusals"]
+    tests += ["test_norm_act_refusals.py", "test_ownership.py"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(here / test for test in tests)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def python(code):

@@ -140,12 +140,19 @@ def test_option_refusals(case):
 
 def test_torch_refusals():
     torch = pytest.importorskip("torch")
-    x = torch.zeros(3)
+    x, freed = torch.zeros(3), torch.zeros(3)
+    freed.untyped_storage().resize_(0)
     for f, error, match in [
         (torch.zeros(3, dtype=torch.int64), TypeError, "f is torch.int64"),
         (torch.zeros(3).to_sparse(), TypeError, "f has layout torch.sparse_coo"),
         (torch.zeros(3, device="meta"), ValueError, "f is on meta"),
         (torch.ones(3, dtype=torch.complex64).conj().imag, ValueError, "f is a negated view"),
+        (torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)), TypeError, "f is torch.complex64"),
+        (torch.zeros(3, dtype=torch.bool), TypeError, "f is torch.bool"),
+        (torch.zeros(3, 3).to_sparse_csr(), TypeError, "f has layout torch.sparse_csr"),
+        (torch.zeros(3, 3).to_mkldnn(), TypeError, "f has layout torch._mkldnn"),
+        (torch.nested.nested_tensor([torch.zeros(3)]), RuntimeError, "NestedTensorImpl"),
+        (freed, ValueError, "f: data is NULL"),
         (np.zeros(3, "f4"), TypeError, "one library"),
         (torch.zeros(4), ValueError, "f has shape"),
     ]:
@@ -154,4 +161,7 @@ def test_torch_refusals():
     with pytest.raises(ValueError, match="x has several"):
         expanded = torch.zeros(1).expand(3)
         native.couple(expanded, expanded, torch.zeros(3), None)
+    for wrapped in (torch.func.vmap, torch.func.grad):
+        with pytest.raises(RuntimeError, match="doesn't have storage"):
+            wrapped(lambda f: native.couple(x, x, f, None))(torch.zeros(3, 3))
     assert not x.any()

@@ -6,97 +6,12 @@
 #include "bindings/buffer.h"
 #include "bindings/dlpack.h"
 #include "bindings/python.h"
+#include "bindings/torch_tensors.h"
 
 namespace revk::python {
 namespace {
 
 constexpr int kAligned = 0x0100, kWriteable = 0x0400;  // NumPy's array flags, part of its ABI
-
-bool truth(py::handle object, PyObject* name) { return attribute(object, name).ptr() == Py_True; }
-
-std::string text_of(py::handle object) { return py::str(object).cast<std::string>(); }
-
-// torch
-
-// The objects of an imported torch. They live as long as the process, so nothing is released.
-struct Torch {
-  PyObject *tensor = nullptr, *strided, *dtypes[5], *int64, *uint64, *threads, *stream;
-  PyObject* const torch = intern("torch");
-  PyObject* const dtype = intern("dtype");
-  PyObject* const layout = intern("layout");
-  PyObject* const is_cpu = intern("is_cpu");
-  PyObject* const is_cuda = intern("is_cuda");
-  PyObject* const is_neg = intern("is_neg");
-  PyObject* const shape = intern("shape");
-  PyObject* const stride = intern("stride");
-  PyObject* const data_ptr = intern("data_ptr");
-  PyObject* const get_device = intern("get_device");
-
-  // False as long as nobody has imported torch.
-  bool found() {
-    if (tensor != nullptr) return true;
-    const py::object module = imported(torch);
-    if (!module || !py::hasattr(module, "Tensor") || !py::hasattr(module, "get_num_threads"))
-      return false;  // not imported, or in the middle of its own import
-    const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16"};
-    for (int i = 0; i < 5; ++i) dtypes[i] = keep(module, names[i]);
-    int64 = keep(module, "int64");
-    uint64 = py::hasattr(module, "uint64") ? keep(module, "uint64") : int64;
-    strided = keep(module, "strided");
-    threads = keep(module, "get_num_threads");
-    stream = keep(py::module_::import("revkernels.native"), "_torch_stream");
-    tensor = keep(module, "Tensor");
-    return true;
-  }
-  bool owns(py::handle object) {
-    return found() && PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(tensor));
-  }
-};
-
-Torch& torch() {
-  static Torch* const state = new Torch;
-  return *state;
-}
-
-void read_tensor(Array& array, py::handle tensor, Takes takes) {
-  Torch& names = torch();
-  array.library = Library::kTorch;
-  array.frozen = nullptr;
-
-  const py::object dtype = attribute(tensor, names.dtype);
-  array.dtype = -1;
-  if (takes == Takes::kWords) {
-    if (dtype.ptr() == names.int64 || dtype.ptr() == names.uint64) array.dtype = kWordDtype;
-  } else {
-    const int known = takes == Takes::kStream ? 5 : 4;
-    for (int i = 0; i < known; ++i)
-      if (dtype.ptr() == names.dtypes[i])
-        array.dtype = i;  // the codes of revk_dtype, in their order
-  }
-  if (array.dtype < 0) wrong_dtype(array, text_of(dtype), takes);
-
-  const py::object layout = attribute(tensor, names.layout);
-  if (layout.ptr() != names.strided)
-    type_error(std::string(array.name) + " has layout " + text_of(layout) +
-               "; it must be a dense (strided) tensor");
-  if (truth(tensor, names.is_cpu)) {
-    array.device = -1;
-  } else if (truth(tensor, names.is_cuda)) {
-    array.device = call(tensor, names.get_device).cast<int32_t>();
-  } else {
-    value_error(std::string(array.name) + " is on " + text_of(tensor.attr("device")) +
-                "; it must be on the CPU or a CUDA device");
-  }
-  if (call(tensor, names.is_neg).ptr() == Py_True)
-    value_error(std::string(array.name) +
-                " is a negated view (its memory holds -values); it must be resolved, "
-                "with .resolve_neg()");
-  array.rank = read_tuple(array, attribute(tensor, names.shape), array.sizes);
-  if (read_tuple(array, call(tensor, names.stride), array.strides) != array.rank)
-    type_error(std::string(array.name) + " has no plain shape and strides");
-  array.data = PyLong_AsVoidPtr(call(tensor, names.data_ptr).ptr());
-  if (array.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
-}
 
 // NumPy
 
@@ -153,9 +68,7 @@ void read_cupy(Array& array, py::handle object, Takes takes) {
   array.frozen = nullptr;
   array.dtype = numpy_dtype(array, attribute(object, names.dtype), takes);
   array.device = attribute(attribute(object, names.device), names.id).cast<int32_t>();
-  const py::object address = attribute(attribute(object, names.data), names.ptr);
-  array.data = PyLong_AsVoidPtr(address.ptr());
-  if (array.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  array.data = handle_of(attribute(attribute(object, names.data), names.ptr));
   array.rank = read_tuple(array, attribute(object, names.shape), array.sizes);
   if (read_tuple(array, attribute(object, names.strides), array.strides) != array.rank)
     type_error(std::string(array.name) + " has no plain shape and strides");
@@ -277,7 +190,7 @@ std::string Array::shape() const {
 
 void read_array(Array& array, const char* name, py::handle object, Takes takes) {
   array.name = name;
-  if (torch().owns(object))
+  if (is_tensor(object))
     read_tensor(array, object, takes);
   else if (py::isinstance<py::array>(object))
     read_ndarray(array, object, takes);
@@ -299,16 +212,9 @@ void read_array(Array& array, const char* name, py::handle object, Takes takes) 
                 " reaches past the end of the address space");
 }
 
-int32_t torch_threads() {
-  return py::reinterpret_borrow<py::object>(torch().threads)().cast<int32_t>();
-}
-
 void* current_stream(Library library, int32_t device) {
-  PyObject* const ask = library == Library::kTorch ? torch().stream : cupy().stream;
-  const py::object stream = py::reinterpret_borrow<py::object>(ask)(device);
-  void* const handle = PyLong_AsVoidPtr(stream.ptr());
-  if (handle == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return handle;
+  if (library == Library::kTorch) return torch_stream(device);
+  return handle_of(py::reinterpret_borrow<py::object>(cupy().stream)(device));
 }
 
 void rethrow(const Array& array, py::handle object, const char* what,

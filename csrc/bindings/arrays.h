@@ -3,7 +3,7 @@
 // tensors are asked through Python attributes, and torch and CuPy are never imported, only found
 // where they are imported already. Who is asked how, the first that fits:
 //
-//     torch.Tensor    its attributes (a call costs 1 us; __dlpack__ alone would cost more)
+//     torch.Tensor    its C functions, or its attributes (torch_tensors.h)
 //     numpy.ndarray   its C struct
 //     cupy.ndarray    its attributes
 //     __dlpack__      DLPack (dlpack.h)
@@ -80,7 +80,6 @@ int read_tuple(const Array& array, py::handle tuple, int64_t* to);
                           const py::error_already_set& error);
 
 // What a library says about the call's surroundings.
-int32_t torch_threads();
 void* current_stream(Library library, int32_t device);  // of torch or CuPy
 
 std::string device_text(int32_t device);

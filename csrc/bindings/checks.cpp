@@ -3,6 +3,8 @@
 
 #include <atomic>
 
+#include "bindings/torch_tensors.h"
+
 namespace revk::python {
 namespace {
 

@@ -233,3 +233,18 @@ void read_dlpack(Array& array, py::handle object, Takes takes) {
 }
 
 }  // namespace revk::python
+
+namespace revk::dlpack {
+
+const ExchangeApi* exchange_of(PyObject* type) {
+  namespace py = pybind11;
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  const auto* const api =
+      static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  const bool usable = api->major == kMajor && api->dltensor_from_py_object_no_sync != nullptr &&
+                      api->current_work_stream != nullptr;
+  return usable ? api : nullptr;  // it lives as long as the process
+}
+
+}  // namespace revk::dlpack

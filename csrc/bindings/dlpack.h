@@ -55,9 +55,22 @@ struct ManagedVersioned {
   uint64_t flags;
   Tensor tensor;
 };
+// What a type's __dlpack_c_exchange_api__ points to: functions that describe an object without
+// taking it over. 0 is success; otherwise a Python exception is set.
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* previous;  // of an older version
+  void *allocate, *managed_from_object, *managed_to_object;
+  int (*dltensor_from_py_object_no_sync)(void* object, Tensor* out);  // the object keeps it alive
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
+};
 static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, byte_offset) == 40, "DLPack's ABI");
 static_assert(offsetof(Managed, deleter) == 56, "DLPack's ABI");
 static_assert(offsetof(ManagedVersioned, tensor) == 32, "DLPack's ABI");
+static_assert(offsetof(ExchangeApi, dltensor_from_py_object_no_sync) == 40, "DLPack's ABI");
+
+// The exchange API of a type's objects, with both functions above; nullptr if it has none.
+const ExchangeApi* exchange_of(PyObject* type);
 
 }  // namespace revk::dlpack
 

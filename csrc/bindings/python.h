@@ -42,6 +42,14 @@ inline py::object imported(PyObject* name) {
   return py::reinterpret_steal<py::object>(module);
 }
 
+// The address that a Python integer is.
+inline void* handle_of(py::handle integer) {
+  void* const address = PyLong_AsVoidPtr(integer.ptr());
+  if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return address;
+}
+
+inline std::string text_of(py::handle object) { return py::str(object).cast<std::string>(); }
 inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
 }  // namespace revk::python
