@@ -142,11 +142,17 @@ def device_kind(name: str, array: Any) -> str:
     return _DLPACK_DEVICES.get(device_type, f"DLPack's device type {device_type}")
 
 
+_torch_names: dict[Any, str] = {}
+
+
 def dtype_name(array: Any) -> str:
     """Return the dtype's plain name: "float32", "bfloat16", "int64" ..."""
     array = seen("array", array)
     if kind_of(array) == "torch":
-        return str(array.dtype).removeprefix("torch.")
+        name = _torch_names.get(array.dtype)
+        if name is None:
+            name = _torch_names[array.dtype] = str(array.dtype).removeprefix("torch.")
+        return name
     return array.dtype if isinstance(array, Seen) else array.dtype.name
 
 
@@ -163,7 +169,10 @@ def device_name(array: Any) -> str:
 
 def compute_dtype(*arrays: Any) -> str:
     """Return the type the arithmetic is done in: float64 if any operand is, else float32."""
-    return "float64" if any(dtype_name(a) == "float64" for a in arrays) else "float32"
+    for array in arrays:
+        if dtype_name(array) == "float64":
+            return "float64"
+    return "float32"
 
 
 def itemsize_of(array: Any) -> int:

@@ -29,7 +29,7 @@ def norm_act(
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().norm_act(x, norm, statistics, dtype, backend)
     kernels = select(x, backend, "x")
-    checks.check_norm_options(norm, "x", seen("x", x))
+    _check_options(kernels, norm, "x", x)
     if _differentiable("x weight bias", (x, norm.weight, norm.bias)):
         _check_new(kernels, {"x": x}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_norm_act
@@ -56,7 +56,7 @@ def couple_norm_act(
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple_norm_act(x, f, norm, statistics, dtype, backend)
     kernels = select(x, backend, "x")
-    checks.check_norm_options(norm, "x", seen("x", x))
+    _check_options(kernels, norm, "x", x)
     if _differentiable("x f weight bias", (x, f, norm.weight, norm.bias)):
         _check_new(kernels, {"x": x, "f": f}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_couple_norm_act
@@ -85,7 +85,7 @@ def uncouple_norm_act_(
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple_norm_act_(y, f, norm, statistics, dtype, backend)
     kernels = select(y, backend, "y")
-    checks.check_norm_options(norm, "y", seen("y", y))
+    _check_options(kernels, norm, "y", y)
     tracked = tracking.tracks_versions("y f weight bias", (y, f, norm.weight, norm.bias))
     h, (mean, rstd) = _outputs({"y": y, "f": f}, norm, statistics, dtype)
     if not kernels.CHECKS_OPERANDS:
@@ -149,10 +149,18 @@ def _differentiable(names: str, arrays: tuple[Any, ...]) -> bool:
     """Whether autograd is to record the call. What it would lose is refused."""
     if kind_of(arrays[0]) != "torch":
         return False
-    if sys.modules["torch"].is_grad_enabled() and any(getattr(array, "requires_grad", False) for array in arrays):
-        return True
+    if sys.modules["torch"].is_grad_enabled():
+        for array in arrays:
+            if getattr(array, "requires_grad", False):
+                return True
     tracking.refuse_tangents(names, arrays)
     return False
+
+
+def _check_options(kernels: Any, norm: Any, name: str, x: Any) -> None:
+    """Kernels that check their operands look at the norm too, and word it alike: a look from here would only cost."""
+    if not kernels.CHECKS_OPERANDS or not isinstance(norm, Norm):
+        checks.check_norm_options(norm, name, seen(name, x))
 
 
 def _outputs(
@@ -165,12 +173,12 @@ def _outputs(
         return h, checks.statistics_pair(statistics)
     try:
         looks = [seen(other, array) for other, array in operands.items()]
-        wide = compute_dtype(*looks)
-    except AttributeError:
+        rstd = empty(norm.statistics_shape(tuple(looks[0].shape)), name, x, compute_dtype(*looks))
+    except Exception:
         checks.check_arrays(**operands)  # says which is no array
+        checks.check_norm_options(norm, name, seen(name, x))  # or what about the norm has no statistics
         raise
-    shape = norm.statistics_shape(tuple(looks[0].shape))
-    return h, (None if norm.kind == "rms" else empty(shape, name, x, wide), empty(shape, name, x, wide))
+    return h, (None if norm.kind == "rms" else empty_like(name, rstd), rstd)
 
 
 def _check(
