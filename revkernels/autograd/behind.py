@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Reached", "behind", "beside", "own_names"]
+from revkernels.autograd.known_layers import has_global_hooks, has_hooks
+from revkernels.autograd.ownership import PLAIN
+
+__all__ = ["Reached", "behind", "beside", "keep_to_themselves", "own_names"]
 
 _DEPTH = 3  # containers in containers that are looked into: one may hold itself
 _MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
 _BEGINNING = 16  # items of a container by which it is told from data
-#: What every module's ``__dict__`` has.
-_STANDARD = frozenset(nn.Module().__dict__)
+#: What every module's ``__dict__`` has, in the order in which it gets it.
+_STANDARD = list(nn.Module().__dict__)
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device))
 _CONTAINERS = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)  # others may do anything
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
@@ -139,6 +142,34 @@ class Reached:
 
 
 _WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+#: Whose modules read what they have registered and numbers, and leave nothing on themselves.
+_PLAIN_FILES = (
+    "torch.nn.modules.",
+    *(f"revkernels.nn.{name}" for name in ("branches", "conv_branches", "fusion", "norm_act")),
+)
+
+
+def keep_to_themselves(modules: Sequence[nn.Module]) -> bool:
+    """Whether all of them are layers that are known to reach nothing but what they have registered: there is nothing to
+    look for, which would take longer than a small layer runs. A hook may reach, and leave, anything.
+
+    A tensor hung in a parameter's place is an attribute, and read: `holds_tensors`.
+    """
+    for module in modules:
+        kind = type(module)
+        if not kind.__module__.startswith(_PLAIN_FILES) or kind in _WITH_FUNCTIONS:
+            return False
+        if "forward" in module.__dict__ or has_hooks(module):
+            return False
+    return not has_global_hooks()
+
+
+def holds_tensors(module: nn.Module) -> bool:
+    """Whether a tensor is an attribute of the module, neither parameter nor buffer."""
+    return not _TENSORS.isdisjoint(map(type, list(module.__dict__.values())))
+
+
+_TENSORS = frozenset(PLAIN)
 _UNSEEN = (type, types.ModuleType, types.BuiltinFunctionType, *weakref.ProxyTypes)
 
 
@@ -236,9 +267,12 @@ def _about(forward: Any) -> tuple[bool, _Names | None]:
     return forward is None or _is_torchs(forward), _named(forward) if isinstance(forward, types.FunctionType) else None
 
 
-def own_names(table: dict[str, Any]) -> set[str]:
+def own_names(table: dict[str, Any]) -> list[str]:
     """The names in a module's ``__dict__`` that not every module has. (Made at once: another thread may add some.)"""
-    return table.keys() - _STANDARD
+    names = list(table)
+    if names[: len(_STANDARD)] == _STANDARD:  # as long as nobody has set some before `nn.Module.__init__`
+        return names[len(_STANDARD) :]
+    return [name for name in names if name not in _STANDARD]
 
 
 def _named(function: Any) -> _Names:

@@ -60,6 +60,16 @@ def untraced(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @skip
+def uncompiled(function: Callable[[], Any]) -> Any:
+    """Return ``function()``, run with the compiler off: a backward inside compiled code has it on."""
+    before = set_eval_frame(None)
+    try:
+        return function()
+    finally:
+        set_eval_frame(before)
+
+
+@skip
 def active() -> Any:
     """The compiler that would compile a function called now: dynamo's callback, or None."""
     compiler = set_eval_frame(None)

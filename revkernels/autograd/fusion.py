@@ -221,7 +221,7 @@ def _count(layer: Any, batches: Any) -> float:
 
 def _dtype(kind: str, x: torch.Tensor, narrow: bool) -> torch.dtype:
     """What the layers themselves would give under autocast, or what the layer behind them would make of it."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         if narrow:
             return torch.get_autocast_dtype(device)

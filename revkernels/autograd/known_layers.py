@@ -114,7 +114,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 def hooked(branch: nn.Module) -> bool:
     """Whether calling the branch as a module would fire hooks."""
-    return has_hooks(branch) or bool(
+    return has_hooks(branch) or has_global_hooks()
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules."""
+    return bool(
         _torch_module._global_forward_hooks
         or _torch_module._global_forward_pre_hooks
         or _torch_module._global_backward_hooks

@@ -7,6 +7,7 @@ See `revkernels.autograd.reversal`, which is the forward half.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -110,7 +111,7 @@ class Rebuilding:
                 if task != self._task or k > self._cursor:
                     self._begin(task)
                 while self._cursor > k:
-                    self._step_back()
+                    _as_it_is(self._step_back)
             except BaseException:
                 self._end()
                 raise
@@ -299,7 +300,7 @@ class Rebuilding:
             if problem is not None:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
             outer, surroundings, undo = is_recomputing(), None, None
-            attributes = attributes_of(step.snapshot.modules)
+            attributes = attributes_of(step.snapshot.left_on())
             try:  # memory may run out at any of these
                 _local.recomputing = True
                 surroundings = self._surroundings.restore(step.drawn)
@@ -373,6 +374,16 @@ class Rebuilding:
                 "take what its forward has left, or return it beside the branch's output, as (f, aux)"
             )
         return self._frame[index][0]
+
+
+def _as_it_is(function: Callable[[], None]) -> None:
+    """Call it, so that torch.compile traces nothing of it: what compiles a backward meets our frames as well."""
+    if "torch._dynamo" in sys.modules:
+        from revkernels.autograd.compiling import uncompiled  # slow where dynamo is not there already
+
+        uncompiled(function)
+    else:
+        function()
 
 
 def _over(ref: weakref.ref[Rebuilding], grid: Grid | None, task: int) -> None:

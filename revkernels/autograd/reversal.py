@@ -98,7 +98,7 @@ class Reversal(Rebuilding):
         if self.recording:
             self._surroundings = Surroundings(streams[0].device, side_inputs)
             self._states = self._surroundings.states()
-            self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+            self._hooks = self._saving()
 
     # ---- forward
 
@@ -342,7 +342,7 @@ class Reversal(Rebuilding):
         self.streams, self._kept = list(streams), None
         self._surroundings.extend(side_inputs)
         self._states = self._surroundings.states()
-        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks = self._saving()
 
     def shut(self) -> None:
         """After a failure since `reopen`: be what `finish` had left."""
@@ -357,6 +357,9 @@ class Reversal(Rebuilding):
         self.streams, self.aux, self._open, self._states, self._shown = [], [], [], [], ()
         if isinstance(self._grid, FixedGrid):
             self._grid.integers = {}
+
+    def _saving(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(super()._pack if self._keeping is None else self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
         if not self._whole:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.behind import Reached, behind, beside, own_names
+from revkernels.autograd.behind import Reached, behind, beside, holds_tensors, keep_to_themselves, own_names
 from revkernels.autograd.ownership import PLAIN
 from revkernels.errors import ReconstructionError
 
@@ -72,7 +72,7 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("attributes", "branch", "fixed", "flags", "generators", "late", "modules", "others", "rewound"),
+        *("attributes", "branch", "fixed", "flags", "generators", "late", "modules", "others", "plain", "rewound"),
         *("_held", "registered", "seeds", "statistics", "trained", "turn"),
     )
 
@@ -91,23 +91,31 @@ class Snapshot:
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         self._held: list[tuple[str, torch.Tensor]] = []
         self.modules = _tree(branch) if isinstance(branch, nn.Module) else []
-        reached = beside(self.modules) if self.modules else behind(branch)
-        self._held += reached.tensors
-        self.generators, self.seeds = reached.generators, reached.seeds
-        hidden = [module for module in reached.modules if not _is_scripted(module)]
+        self.generators: list[torch.Generator] = []
+        self.seeds = False
+        hidden: list[nn.Module] = []
+        #: Nothing hangs on the modules but what they have registered.
+        self.plain = bool(self.modules) and keep_to_themselves(self.modules)
+        self.plain = self.plain and not any(map(holds_tensors, self.modules))
+        if not self.plain:
+            reached = beside(self.modules) if self.modules else behind(branch)
+            self._held += reached.tensors
+            self.generators, self.seeds = reached.generators, reached.seeds
+            hidden = [module for module in reached.modules if not _is_scripted(module)]
         if given:
             among = Reached(self.modules)
             among.look("an argument", list(given))
             self.modules += among.follow().modules
             self.generators += among.generators
             self.seeds = self.seeds or among.seeds
+            self.plain = self.plain and not among.modules
         if not isinstance(branch, nn.Module):
             self.modules += [module for module in hidden if module not in self.modules]
         #: Behind so many come modules that the branch holds without having registered them, and may not run.
         self.registered = len(self.modules)
         if isinstance(branch, nn.Module) and hidden:
             self.modules += [module for module in hidden if module not in self.modules]
-        for module in self.modules:
+        for module in () if self.plain else self.modules:
             if _is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
                     f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to run "
@@ -120,13 +128,17 @@ class Snapshot:
         """Before the forward: note what there is."""
         self.flags = [module.training for module in self.modules]
         for place, module in enumerate(self.modules):
-            parameters = dict(module._parameters.items()) if _is_scripted(module) else module._parameters
+            parameters = module._parameters
+            if not self.plain and _is_scripted(module):
+                parameters = dict(parameters.items())
             for name, parameter in parameters.items():
                 if parameter is not None:
                     self.fixed.append((parameters, name, parameter, version_of(parameter)))
                     self.trained.append((name, parameter, parameter.requires_grad))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
+            if self.plain:
+                continue
             table = module.__dict__
             for name in own_names(table):
                 value: Any = table.get(name)
@@ -204,6 +216,10 @@ class Snapshot:
         """The branch's parameters and buffers."""
         slots = [*self.fixed, *self.statistics, *(slot for _, slot, _ in self.rewound)]
         return [tensor for _, _, tensor, _ in slots if not isinstance(tensor, UninitializedTensorMixin)]
+
+    def left_on(self) -> Sequence[nn.Module]:
+        """The modules that the recompute may leave something on. (They may have got hooks since the forward.)"""
+        return () if self.plain and keep_to_themselves(self.modules) else self.modules
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
