@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,7 +181,7 @@ def check_norm_options(norm: Any, x_name: str, x: Any) -> None:
         value = getattr(norm, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a float")
-        if not 0 <= value < math.inf:
+        if not 0 <= value <= sys.float_info.max:  # an int may be larger, and no infinity
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
     check_int("groups", norm.groups, "an int")
     if norm.channel_dim is not None:

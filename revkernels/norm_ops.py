@@ -31,7 +31,7 @@ def norm_act(
     kernels = select(x, backend, "x")
     _check_options(kernels, norm, "x", x)
     if _differentiable("x weight bias", (x, norm.weight, norm.bias)):
-        _check_new(kernels, {"x": x}, norm, statistics, dtype)
+        statistics = _check_new(kernels, {"x": x}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_norm_act
 
         result = differentiable_norm_act(kernels, x, norm, statistics, dtype)
@@ -58,7 +58,7 @@ def couple_norm_act(
     kernels = select(x, backend, "x")
     _check_options(kernels, norm, "x", x)
     if _differentiable("x f weight bias", (x, f, norm.weight, norm.bias)):
-        _check_new(kernels, {"x": x, "f": f}, norm, statistics, dtype)
+        statistics = _check_new(kernels, {"x": x, "f": f}, norm, statistics, dtype)
         from revkernels.autograd.norm_act import differentiable_couple_norm_act
 
         result = differentiable_couple_norm_act(kernels, x, f, norm, statistics, dtype)
@@ -158,8 +158,9 @@ def _differentiable(names: str, arrays: tuple[Any, ...]) -> bool:
 
 
 def _check_options(kernels: Any, norm: Any, name: str, x: Any) -> None:
-    """Kernels that check their operands look at the norm too, and word it alike: a look from here would only cost."""
-    if not kernels.CHECKS_OPERANDS or not isinstance(norm, Norm):
+    """Kernels that check their operands look at the norm too, and word it alike: a look from here would only cost. But
+    groups say how much memory there must be for statistics."""
+    if not kernels.CHECKS_OPERANDS or not isinstance(norm, Norm) or norm.kind == "group":
         checks.check_norm_options(norm, name, seen(name, x))
 
 
@@ -198,11 +199,13 @@ def _check(
     checks.check_norm(norm, name, x, statistics=statistics, given=given, sums=sums, writes=tuple(written), **arrays)
 
 
-def _check_new(kernels: Any, operands: dict[str, Any], norm: Norm, statistics: Any, dtype: Any) -> None:
-    """What a call that becomes a node checks beforehand: the node makes its own memory of what it is told."""
+def _check_new(kernels: Any, operands: dict[str, Any], norm: Norm, statistics: Any, dtype: Any) -> Statistics | None:
+    """What a call that becomes a node checks beforehand: the node makes its own memory of what it is told. Returns the
+    statistics that are given."""
     h, pair = _outputs(operands, norm, statistics, dtype)
     if not kernels.CHECKS_OPERANDS:
         _check(norm, {"h": h}, operands, pair, statistics is not None)
+    return None if statistics is None else Statistics(*pair)
 
 
 def _wrote_running(norm: Norm, statistics: Statistics | None) -> None:

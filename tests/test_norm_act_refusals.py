@@ -34,6 +34,13 @@ BAD_NORMS = {
     "no norm": (TypeError, ["norm is a dict", "Norm"], {}),
     "kind": (ValueError, ["kind is 'instance'", "batch, layer, rms, group"], Norm("instance")),
     "activation": (ValueError, ["activation is 'tanh'", "gelu_tanh"], Norm("layer", activation="tanh")),
+    "kind and more": (ValueError, ["kind is 'batch", "must be one of"], Norm("batch\0x")),
+    "activation and more": (ValueError, ["activation is 'relu", "must be one of"], Norm("batch", activation="relu\0")),
+    "eps negative and huge": (ValueError, ["eps is -1", "not negative"], Norm("layer", eps=-(10**400))),
+    "eps huge": (ValueError, ["eps is 1", "finite"], Norm("layer", eps=10**400)),
+    "groups beyond any": (ValueError, ["groups is 1000000"], Norm("batch", groups=10**30)),
+    "groups of a group norm beyond any": (ValueError, ["groups is 1000000", "3 channels"], Norm("group", groups=10**9)),
+    "channel_dim beyond any": (ValueError, ["channel_dim is -1000000"], Norm("layer", channel_dim=-(10**30))),
     "eps negative": (ValueError, ["eps is -1", "not negative"], Norm("layer", eps=-1.0)),
     "eps NaN": (ValueError, ["eps is nan"], Norm("layer", eps=float("nan"))),
     "eps a string": (TypeError, ["eps is a str", "float"], Norm("layer", eps="1e-5")),
@@ -164,6 +171,14 @@ def test_bad_statistics(case, call, backend):
         CALLS[call](operands, Norm("batch"), statistics=make(), backend=backend)
     assert_says(raised, parts)
     assert all((t == 5).all() for t in operands.values())
+
+
+def test_statistics_in_any_tuple(backend):
+    """Also where autograd records the call."""
+    x, pair = ones(2, 3).requires_grad_(), (ones(3), ones(3))
+    h, statistics = ops.norm_act(x, Norm("batch"), statistics=pair, backend=backend)
+    h.sum().backward()
+    assert h.eq(0).all() and x.grad.eq(1).all() and statistics.rstd is pair[1]
 
 
 def test_a_mean_for_an_rms_norm(backend):

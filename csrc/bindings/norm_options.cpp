@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "bindings/checks.h"
+#include "bindings/python.h"
 
 namespace revk::python {
 namespace {
@@ -43,13 +43,12 @@ py::object field(py::handle norm, PyObject* name) {
 // The index of a word among a NULL-terminated list.
 int32_t choice(py::handle norm, PyObject* name, const char* label, const char* const* words) {
   const py::object value = field(norm, name);
-  const char* const text = PyUnicode_Check(value.ptr()) ? PyUnicode_AsUTF8(value.ptr()) : nullptr;
+  for (int32_t i = 0; words[i] != nullptr; ++i)
+    if (PyUnicode_Check(value.ptr()) &&
+        PyUnicode_CompareWithASCIIString(value.ptr(), words[i]) == 0)
+      return i;
   std::string all;
-  for (int32_t i = 0; words[i] != nullptr; ++i) {
-    if (text != nullptr && std::strcmp(text, words[i]) == 0) return i;
-    all += (i > 0 ? ", " : "") + std::string(words[i]);
-  }
-  PyErr_Clear();
+  for (int32_t i = 0; words[i] != nullptr; ++i) all += (i > 0 ? ", " : "") + std::string(words[i]);
   value_error(std::string(label) + " is " + py::repr(value).cast<std::string>() +
               "; it must be one of " + all);
 }
@@ -60,8 +59,9 @@ double number(py::handle norm, PyObject* name, const char* label) {
     type_error(std::string(label) + " is a " + Py_TYPE(value.ptr())->tp_name +
                "; it must be a float");
   const double result = PyFloat_AsDouble(value.ptr());
-  if (result == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  if (!(result >= 0.0) || std::isinf(result))
+  const bool beyond = result == -1.0 && PyErr_Occurred();  // an integer that no float holds
+  if (beyond) PyErr_Clear();
+  if (beyond || !(result >= 0.0) || std::isinf(result))
     value_error(std::string(label) + " is " + py::repr(value).cast<std::string>() +
                 "; it must be finite and not negative");
   return result;
@@ -74,7 +74,10 @@ int64_t integer(py::handle value, const char* label, const char* needs) {
     type_error(std::string(label) + " is a " + Py_TYPE(value.ptr())->tp_name + "; it must be " +
                needs);
   const int64_t result = PyLong_AsLongLong(value.ptr());
-  if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
+  if (result == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    value_error(std::string(label) + " is " + text_of(value) + "; it must fit in 64 bits");
+  }
   return result;
 }
 

@@ -15,10 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.known_layers import has_global_hooks, has_hooks
-from revkernels.autograd.ownership import PLAIN
-
-__all__ = ["Reached", "behind", "beside", "keep_to_themselves", "own_names"]
+__all__ = ["FUNCTIONS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "own_names"]
 
 _DEPTH = 3  # containers in containers that are looked into: one may hold itself
 _MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
@@ -27,7 +24,7 @@ _BEGINNING = 16  # items of a container by which it is told from data
 _STANDARD = list(nn.Module().__dict__)
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device))
 _CONTAINERS = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)  # others may do anything
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 #: Names in the code of a forward that moves torch's generators by itself, and may leave them as it found them.
 _SEEDING = frozenset(("manual_seed", "seed", "set_rng_state", "set_state", "fork_rng", "fork"))
 
@@ -75,7 +72,7 @@ class Reached:
             self._tensors.setdefault(id(held), (name, held))
         elif issubclass(kind, torch.Generator):
             self._generators.setdefault(id(held), held)
-        elif issubclass(kind, _FUNCTIONS) or (callable(held) and not issubclass(kind, _UNSEEN)):
+        elif issubclass(kind, FUNCTIONS) or (callable(held) and not issubclass(kind, _UNSEEN)):
             if id(held) not in self._seen and not _is_torchs(held):
                 self._seen.add(id(held))
                 self._waiting.append(held)
@@ -117,7 +114,7 @@ class Reached:
         own = module.__dict__
         torchs, names = _about(getattr(kind, "forward", None))
         if torchs and "forward" not in own:
-            if kind not in _WITH_FUNCTIONS:
+            if kind not in WITH_FUNCTIONS:
                 return  # its forward reads what it has registered
         elif names is not None:
             self.seeds = self.seeds or names.seeds
@@ -134,42 +131,14 @@ class Reached:
         """Look behind the callables that were met."""
         while self._waiting:
             function = self._waiting.pop()
-            if issubclass(type(function), _FUNCTIONS):
+            if issubclass(type(function), FUNCTIONS):
                 self.seeds = self.seeds or _named(function).seeds
             for name, held in _held_by(function):
                 self.look(name, held, objects=True)
         return self
 
 
-_WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-#: Whose modules read what they have registered and numbers, and leave nothing on themselves.
-_PLAIN_FILES = (
-    "torch.nn.modules.",
-    *(f"revkernels.nn.{name}" for name in ("branches", "conv_branches", "fusion", "norm_act")),
-)
-
-
-def keep_to_themselves(modules: Sequence[nn.Module]) -> bool:
-    """Whether all of them are layers that are known to reach nothing but what they have registered: there is nothing to
-    look for, which would take longer than a small layer runs. A hook may reach, and leave, anything.
-
-    A tensor hung in a parameter's place is an attribute, and read: `holds_tensors`.
-    """
-    for module in modules:
-        kind = type(module)
-        if not kind.__module__.startswith(_PLAIN_FILES) or kind in _WITH_FUNCTIONS:
-            return False
-        if "forward" in module.__dict__ or has_hooks(module):
-            return False
-    return not has_global_hooks()
-
-
-def holds_tensors(module: nn.Module) -> bool:
-    """Whether a tensor is an attribute of the module, neither parameter nor buffer."""
-    return not _TENSORS.isdisjoint(map(type, list(module.__dict__.values())))
-
-
-_TENSORS = frozenset(PLAIN)
+WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _UNSEEN = (type, types.ModuleType, types.BuiltinFunctionType, *weakref.ProxyTypes)
 
 
@@ -209,8 +178,13 @@ def _contains(module: nn.Module, branch: nn.Module | None) -> bool:
 
 
 def _is_torchs(function: Any) -> bool:
-    """Whether it is a function of torch's own, such as functional.relu, or a layer's forward."""
-    return issubclass(type(function), types.FunctionType) and str(function.__module__).startswith("torch.")
+    """Whether it is a function of torch's own, such as functional.relu or a layer's forward.
+
+    Not a wrapper of one, which takes its names over, nor one that torch wraps.
+    """
+    if not issubclass(type(function), types.FunctionType):
+        return False
+    return all(str(name).startswith("torch.") for name in (function.__module__, function.__globals__.get("__name__")))
 
 
 def _attributes(item: Any) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.behind import Reached, behind, beside, holds_tensors, keep_to_themselves, own_names
+from revkernels.autograd.behind import Reached, behind, beside, own_names
 from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.plain_layers import are_plain, holds_more
 from revkernels.errors import ReconstructionError
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
@@ -95,8 +96,8 @@ class Snapshot:
         self.seeds = False
         hidden: list[nn.Module] = []
         #: Nothing hangs on the modules but what they have registered.
-        self.plain = bool(self.modules) and keep_to_themselves(self.modules)
-        self.plain = self.plain and not any(map(holds_tensors, self.modules))
+        self.plain = bool(self.modules) and are_plain(self.modules)
+        self.plain = self.plain and not any(map(holds_more, self.modules))
         if not self.plain:
             reached = beside(self.modules) if self.modules else behind(branch)
             self._held += reached.tensors
@@ -219,7 +220,7 @@ class Snapshot:
 
     def left_on(self) -> Sequence[nn.Module]:
         """The modules that the recompute may leave something on. (They may have got hooks since the forward.)"""
-        return () if self.plain and keep_to_themselves(self.modules) else self.modules
+        return () if self.plain and are_plain(self.modules) else self.modules
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""

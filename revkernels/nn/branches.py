@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from revkernels.autograd.known_layers import NORM_LAYERS
+from revkernels.autograd.plain_layers import plain
 from revkernels.nn.conv_branches import BasicBranch, BottleneckBranch
 from revkernels.nn.fusion import FusedSequential
 
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+@plain
 class MLPBranch(FusedSequential):
     """Feed-forward residual function of a pre-norm transformer: LayerNorm - Linear - GELU - Linear.
 
@@ -61,6 +63,7 @@ class MLPBranch(FusedSequential):
         )
 
 
+@plain
 class AttentionBranch(FusedSequential):
     """Attention residual function of a pre-norm transformer: LayerNorm - `SelfAttention`.
 
@@ -89,6 +92,7 @@ class AttentionBranch(FusedSequential):
         super().__init__(nn.LayerNorm(dim, eps=eps), SelfAttention(dim, heads, dropout, causal), *_drop_path(drop_path))
 
 
+@plain
 class ConvNeXtBranch(FusedSequential):
     """Residual function of ConvNeXt (Liu et al. 2022, "A ConvNet for the 2020s", figure 4).
 
@@ -129,6 +133,7 @@ class ConvNeXtBranch(FusedSequential):
         )
 
 
+@plain
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2): (N, T, dim) -> (N, T, dim).
 
@@ -199,6 +204,7 @@ class SelfAttention(nn.Module):
         return f"heads={self.heads}, dropout={self.dropout}, causal={self.causal}"
 
 
+@plain
 class LayerNorm2d(nn.Module):
     """Layer normalisation of each position over its channels, dimension 1: (N, channels, ...) -> the same.
 
@@ -231,6 +237,7 @@ class LayerNorm2d(nn.Module):
 NORM_LAYERS[LayerNorm2d] = ("layer", 1)
 
 
+@plain
 class LayerScale(nn.Module):
     """f * gamma, one learnt factor for each channel, dimension 1 (Touvron et al. 2021, CaiT, section 2)."""
 
@@ -246,6 +253,7 @@ class LayerScale(nn.Module):
         return str(self.gamma.numel())
 
 
+@plain
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, f of a sample (dimension 0) is 0, or f / (1 - p).
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from revkernels.autograd.plain_layers import plain
 from revkernels.nn.fusion import FusedSequential
 
 __all__ = ["BLOCKS", "BasicBranch", "BottleneckBranch", "PadShortcut", "conv", "norm_relu"]
@@ -30,6 +31,7 @@ def norm_relu(channels: int) -> Iterator[nn.Module]:
     yield nn.ReLU(inplace=True)
 
 
+@plain
 class BasicBranch(FusedSequential):
     """Basic residual function: BN-ReLU-conv3x3(stride) - BN-ReLU-conv3x3 (paper, figure 1).
 
@@ -50,6 +52,7 @@ class BasicBranch(FusedSequential):
         return PadShortcut(in_channels, out_channels, stride)
 
 
+@plain
 class BottleneckBranch(FusedSequential):
     """Bottleneck residual function: BN-ReLU-conv1x1(stride) - BN-ReLU-conv3x3 - BN-ReLU-conv1x1 (figure 1).
 
@@ -74,6 +77,7 @@ class BottleneckBranch(FusedSequential):
         return conv(in_channels, out_channels, 1, stride)  # linear: no norm behind it
 
 
+@plain
 class PadShortcut(nn.Module):
     """Shortcut without parameters: average pool stride x stride, then zero channels, equally many on both sides.
 

@@ -18,6 +18,7 @@ from revkernels.autograd.entry import entry_of
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.keywords import keywords_of, passes_keywords
 from revkernels.autograd.known_layers import NORM_LAYERS, Fusable, fusable_at, has_hooks, hooked, is_sequential
+from revkernels.autograd.plain_layers import plain
 
 __all__ = ["BranchFusion", "Explanation", "FusedSequential", "norms_by"]
 
@@ -26,6 +27,7 @@ __all__ = ["BranchFusion", "Explanation", "FusedSequential", "norms_by"]
 _used: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
+@plain
 class FusedSequential(nn.Sequential):
     """A `torch.nn.Sequential` in which a norm and the activation behind it are one kernel, forward and backward.
 

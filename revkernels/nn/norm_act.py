@@ -9,11 +9,13 @@ from torch import nn
 
 from revkernels.autograd import fusion
 from revkernels.autograd.known_layers import ACTIVATION_LAYERS, fusable_at
+from revkernels.autograd.plain_layers import plain
 from revkernels.nn.fusion import FusedSequential, norms_by
 
 __all__ = ["NormAct"]
 
 
+@plain
 class NormAct(FusedSequential):
     """h = activation(norm(x)) in one kernel, and one for its backward, with nothing but x kept in between.
 

@@ -9,10 +9,9 @@ import threading
 import pytest
 from torch import nn
 
-import revkernels as rk
 from behaviour.common import WIDE, rows, torch
 from revkernels.measure import peak_bytes
-from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing
+from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing
 
 
 class Keeps(nn.Module):
@@ -269,65 +268,3 @@ def test_what_another_thread_puts_in_stays():
     for thread in threads:
         thread.join()
     assert not problems
-
-
-def layers():
-    """Layers of torch's and of ours alone: nothing is looked for on them that they are known not to read."""
-    torch.manual_seed(0)
-    return FusedSequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()).to(WIDE)
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_tensor_in_a_weights_place(trained):
-    """As a hypernetwork sets it: an attribute, which torch's own layers read like any parameter."""
-    branch = layers()
-    generated = [torch.randn(4, 4, dtype=WIDE, requires_grad=trained) for _ in range(2)]
-    del branch[0].weight
-    found = []
-    for activations in ("store", "reconstruct"):
-        net = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()), activations=activations)
-        x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
-        total = 0
-        for weight in generated[: 1 if trained else 2]:  # the second hangs there when the first's branch runs again
-            branch[0].weight = weight * 1 if trained else weight
-            total = total + net(x).sin().sum()
-        total.backward()
-        found.append([x.grad, *(weight.grad for weight in generated if weight.grad is not None)])
-        for weight in generated:
-            weight.grad = None
-    for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected)
-
-    branch[0].weight = generated[0].detach().clone()
-    y = net(x)
-    branch[0].weight.mul_(2)
-    with pytest.raises(rk.ReconstructionError, match="the tensor weight, which is no parameter or buffer"):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("way", ["layer", "late", "everywhere"])
-def test_what_a_hook_keeps_on_a_layer_is_the_forwards(way):
-    """With its graph, to be added to a loss; of a hook of the layer's, one that came after the forward, and one on all
-    modules."""
-    branch = layers()
-    layer = branch[0]
-
-    def hook(module, _inputs, output):
-        if module is layer:
-            module.seen = output
-
-    net = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))
-    handle = None if way == "late" else layer.register_forward_hook(hook) if way == "layer" else hook_on_all(hook)
-    y = net(rows())
-    if way == "late":
-        layer.seen = "nothing"
-        handle = layer.register_forward_hook(hook)
-    seen = layer.seen
-    try:
-        y.sum().backward()
-        assert layer.seen is seen
-    finally:
-        handle.remove()
-
-
-hook_on_all = nn.modules.module.register_module_forward_hook

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that are known to reach nothing but what they have registered.
+
+Looking for what a branch holds and reads besides (`revkernels.autograd.behind`) takes longer than a small layer runs.
+torch's own layers and this package's need no look, unless somebody has hung a tensor, a function or a hook on one of
+them, or replaced what their class is called through.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS
+from revkernels.autograd.known_layers import has_global_hooks, has_hooks
+from revkernels.autograd.ownership import PLAIN
+
+__all__ = ["are_plain", "holds_more", "plain"]
+
+Kind = TypeVar("Kind", bound=type)
+
+#: The classes, each with what its modules are called through.
+_known: dict[type, tuple[Any, Any]] = {}
+_call_impl = nn.Module._call_impl
+
+
+def plain(kind: Kind) -> Kind:
+    """Say of a class, as a decorator, that its modules read what they have registered and numbers, and leave nothing on
+    themselves."""
+    _known[kind] = kind.forward, kind.__call__  # type: ignore[attr-defined]
+    return kind
+
+
+def are_plain(modules: Sequence[nn.Module]) -> bool:
+    """Whether all of them are of such classes, as these were at the start, and without hooks."""
+    for module in modules:
+        kind: Any = type(module)
+        known = _known.get(kind)
+        if known is None or kind.forward is not known[0] or kind.__call__ is not known[1]:
+            return False
+        if "forward" in module.__dict__ or has_hooks(module):
+            return False
+    return nn.Module._call_impl is _call_impl and not has_global_hooks()
+
+
+def holds_more(module: nn.Module) -> bool:
+    """Whether a tensor is an attribute of the module, as one in a parameter's place is, or a function, as in a method's
+    place."""
+    return not _MORE.isdisjoint(map(type, list(module.__dict__.values())))
+
+
+_MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
+
+
+def _is_torchs(kind: Any) -> bool:
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module) or kind in WITH_FUNCTIONS:
+        return False
+    written_in: str = getattr(kind.forward, "__globals__", {}).get("__name__", "")  # a wrapper copies __module__
+    return written_in.startswith("torch.nn.modules.")
+
+
+for _kind in filter(_is_torchs, list(vars(nn.modules).values())):
+    plain(_kind)

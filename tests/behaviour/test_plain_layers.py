@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Branches of layers that are not searched for what they hold: what somebody hangs on them, or does to their class, is
+found all the same."""
+
+import functools
+
+import pytest
+from torch import nn
+
+import revkernels as rk
+from behaviour.common import WIDE, rows, torch
+from revkernels.autograd import plain_layers
+from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential
+from revkernels.nn.branches import DropPath
+
+
+def layers():
+    """Layers of torch's and of ours alone: nothing is looked for on them that they are known not to read."""
+    torch.manual_seed(0)
+    return FusedSequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()).to(WIDE)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_tensor_in_a_weights_place(trained):
+    """As a hypernetwork sets it: an attribute, which torch's own layers read like any parameter."""
+    branch = layers()
+    generated = [torch.randn(4, 4, dtype=WIDE, requires_grad=trained) for _ in range(2)]
+    del branch[0].weight
+    found = []
+    for activations in ("store", "reconstruct"):
+        net = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()), activations=activations)
+        x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
+        total = 0
+        for weight in generated[: 1 if trained else 2]:  # the second hangs there when the first's branch runs again
+            branch[0].weight = weight * 1 if trained else weight
+            total = total + net(x).sin().sum()
+        total.backward()
+        found.append([x.grad, *(weight.grad for weight in generated if weight.grad is not None)])
+        for weight in generated:
+            weight.grad = None
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+    branch[0].weight = generated[0].detach().clone()
+    y = net(x)
+    branch[0].weight.mul_(2)
+    with pytest.raises(rk.ReconstructionError, match="the tensor weight, which is no parameter or buffer"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["layer", "late", "everywhere"])
+def test_what_a_hook_keeps_on_a_layer_is_the_forwards(way):
+    """With its graph, to be added to a loss; of a hook of the layer's, one that came after the forward, and one on all
+    modules."""
+    branch = layers()
+    layer = branch[0]
+
+    def hook(module, _inputs, output):
+        if module is layer:
+            module.seen = output
+
+    net = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))
+    handle = None if way == "late" else layer.register_forward_hook(hook) if way == "layer" else hook_on_all(hook)
+    y = net(rows())
+    if way == "late":
+        layer.seen = "nothing"
+        handle = layer.register_forward_hook(hook)
+    seen = layer.seen
+    try:
+        y.sum().backward()
+        assert layer.seen is seen
+    finally:
+        handle.remove()
+
+
+hook_on_all = nn.modules.module.register_module_forward_hook
+
+
+def test_the_layers_are_not_searched():
+    """Else nothing here would say anything."""
+    assert plain_layers.are_plain(list(layers().modules()))
+
+
+@pytest.fixture(params=[nn.Linear, DropPath], ids=lambda kind: kind.__name__)
+def branch_with(request):
+    """A class of layers, and a branch with one of them."""
+    drop = DropPath(0.5) if request.param is DropPath else nn.Identity()
+    return request.param, nn.Sequential(nn.Linear(4, 4), drop).to(WIDE)
+
+
+def test_a_forward_that_was_replaced_draws(branch_with, monkeypatch):
+    """From a generator that its module knows nothing of; the wrapper calls itself torch's."""
+    kind, branch = branch_with
+    original = kind.forward
+
+    @functools.wraps(original)
+    def forward(self, x):
+        return original(self, x) * torch.rand(x.shape, dtype=x.dtype, generator=GENERATOR)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    GENERATOR.manual_seed(1)
+    state = GENERATOR.get_state()
+    found = []
+    for activations in ("store", "reconstruct"):
+        torch.manual_seed(3)
+        GENERATOR.set_state(state)
+        net = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()), activations=activations)
+        x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8).requires_grad_()
+        net(x).sin().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+GENERATOR = torch.Generator()
+
+
+def test_a_forward_that_was_replaced_reads(branch_with, monkeypatch):
+    """A list on its module, of a tensor that is written to before the backward."""
+    kind, branch = branch_with
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: original(self, x) * vars(self).get("masks", [1.0])[0])
+    layer = next(module for module in branch.modules() if type(module) is kind)
+    layer.masks = [torch.full((4,), 0.5, dtype=WIDE)]
+    y = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))(rows())
+    layer.masks[0].mul_(3)
+    with pytest.raises(rk.ReconstructionError, match="the tensor masks, which is no parameter or buffer"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["forward", "__call__", "_call_impl", "the layer's own"])
+def test_what_a_replaced_call_keeps_is_the_forwards(way, monkeypatch):
+    """With its graph, differentiated once more behind the step."""
+    branch = layers()
+    layer, name = branch[0], "_call_impl" if way == "the layer's own" else way
+    original = getattr(nn.Linear if way == "forward" else nn.Module, name)
+
+    def keeping(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if self is layer:
+            self.seen = result
+        return result
+
+    if way == "the layer's own":
+        monkeypatch.setattr(layer, name, functools.partial(keeping, layer), raising=False)
+    else:
+        monkeypatch.setattr(nn.Linear if way == "forward" else nn.Module, name, keeping)
+    y = ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))(rows())
+    seen = layer.seen
+    y.sum().backward(retain_graph=True)
+    assert layer.seen is seen
+    layer.seen.sum().backward()
+
+
+class Helped(nn.Module):
+    """Holds a norm that it has not registered, and says that it is torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.held = nn.Linear(4, 4), [nn.BatchNorm1d(4)]
+
+    def forward(self, x):
+        return self.held[0](self.linear(x))
+
+
+@pytest.mark.parametrize("says", ["torch.nn.modules.linear", None])
+def test_what_a_class_says_of_its_file_counts_for_nothing(says, monkeypatch):
+    monkeypatch.setattr(Helped, "__module__", says)
+    branch = Helped().to(WIDE)
+    branch.held[0].to(WIDE)
+    ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))(rows()).sum().backward()
+    assert branch.held[0].num_batches_tracked == 1
