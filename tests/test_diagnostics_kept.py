@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import revkernels as rk  # noqa: E402
+from revkernels.autograd.costs import Choice  # noqa: E402
 from revkernels.diagnostics import memory_report  # noqa: E402
 from revkernels.diagnostics.report import CHAIN, HELD, OUTSIDE, SAVED  # noqa: E402
 from revkernels.models import revnet38  # noqa: E402
@@ -38,6 +39,21 @@ def test_a_memory_budget():
     # The plan counts every half-step's source stream, and two may be one tensor; statistics are small.
     assert 0.6 * kept < sum(row.bytes for row in mine) <= kept + 2**12
     assert not any("no reversible library" in sentence for sentence in report.advice)
+
+
+def test_operators_under_a_memory_budget():
+    """Their outputs are the budget's too."""
+    torch.manual_seed(0)
+    net = ReversibleSequential(ReversibleBlock(BasicBranch(8, 8), BasicBranch(8, 8)), activations=rk.MemoryBudget(0.5))
+    x = torch.randn(4, 16, 16, 16)
+    net(x).sum().backward()
+    made = net.activations.planner.latest
+    for k, cost in enumerate(made.calls[0].steps):
+        ops = {op.number: op.print for op in cost.ops if op.name.startswith("aten.convolution")}
+        made.choices[0][k] = Choice.nothing()._replace(ops=ops)
+    report = memory_report(net, x)
+    rows = [row for row in report.rows if row.kind == CHAIN and row.holder == "its memory budget"]
+    assert sum(row.bytes for row in rows) == 4 * x.nbytes // 2  # two convolutions a branch, of half the channels
 
 
 def test_a_selective_checkpoint():

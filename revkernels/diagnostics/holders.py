@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
 
+from revkernels.diagnostics.untouched import tensors_in
 from revkernels.diagnostics.watching import address, has_memory
 
 _SKIPPED = ("_parameters", "_buffers", "_modules")
@@ -49,6 +50,13 @@ def notes(reversal: Any) -> Iterator[torch.Tensor]:
     """The tensors that a call of a chain holds, besides its outputs: statistics, random states, copies of buffers."""
     if reversal is not None:
         yield from held(reversal, ours=True)
+
+
+def kept_operators(reversal: Any) -> Iterator[torch.Tensor]:
+    """Of these, the outputs of operators that a memory budget keeps."""
+    for step in () if reversal is None else reversal._steps:
+        for _, outputs, _ in getattr(step, "kept", {}).values():
+            yield from tensors_in(outputs)
 
 
 def held(value: Any, ours: bool = False) -> Iterator[torch.Tensor]:

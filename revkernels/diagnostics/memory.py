@@ -219,7 +219,9 @@ def _between(
     outputs = {address(t) for t in tensors_in((y, total)) if has_memory(t)}
     kept = {place for chain in watch.chains for place in chain.outputs}
     noted: set[int] = set()
+    of_budgets: set[int] = set()
     for chain in watch.chains:
+        of_budgets.update(address(t) for t in holders.kept_operators(chain.reversal()) if has_memory(t))
         watch.stack.append(chain.module)
         for tensor in holders.notes(chain.reversal()):
             if watch.note(tensor) is not None:
@@ -234,6 +236,8 @@ def _between(
         operator = holder = None
         if place in outputs:
             kind = OUTPUT
+        elif place in of_budgets and place not in kept:
+            kind, holder = CHAIN, "its memory budget"
         elif place in kept or (place in noted and not made.saved):
             kind, holder = CHAIN, "its outputs" if place in kept else "statistics, random states, arguments"
         elif made.saved and made.budget:

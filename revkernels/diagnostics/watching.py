@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd import fusion
 from revkernels.autograd.kept import KeptTensor
+from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.reversal import Reversal, is_recomputing
 from revkernels.autograd.selective import Selective
 from revkernels.diagnostics.untouched import tensors_in
@@ -96,7 +97,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and note what memory it returned for the first time."""
-        if types:  # of a subclass, whose own operators come here one by one
+        # Of a subclass, whose own operators come here one by one. (Torch 2.6 names plain tensors as well.)
+        if any(kind not in PLAIN for kind in types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
