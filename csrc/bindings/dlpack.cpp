@@ -242,8 +242,7 @@ const ExchangeApi* exchange_of(PyObject* type) {
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   const auto* const api =
       static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  const bool usable = api->major == kMajor && api->dltensor_from_py_object_no_sync != nullptr &&
-                      api->current_work_stream != nullptr;
+  const bool usable = api->major == kMajor && api->dltensor_from_py_object_no_sync != nullptr;
   return usable ? api : nullptr;  // it lives as long as the process
 }
 

@@ -69,7 +69,7 @@ static_assert(offsetof(Managed, deleter) == 56, "DLPack's ABI");
 static_assert(offsetof(ManagedVersioned, tensor) == 32, "DLPack's ABI");
 static_assert(offsetof(ExchangeApi, dltensor_from_py_object_no_sync) == 40, "DLPack's ABI");
 
-// The exchange API of a type's objects, with both functions above; nullptr if it has none.
+// The exchange API of a type's objects, if it describes tensors; nullptr otherwise.
 const ExchangeApi* exchange_of(PyObject* type);
 
 }  // namespace revk::dlpack

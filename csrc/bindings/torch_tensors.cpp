@@ -154,14 +154,10 @@ int32_t torch_threads() {
   return py::reinterpret_borrow<py::object>(torch().threads)().cast<int32_t>();
 }
 
+// Not by the exchange API: a torch that was built without CUDA answers it with success and no
+// stream, which is the legacy default stream. Only torch's own word is taken for which it is.
 void* torch_stream(int32_t device) {
-  const Torch& names = torch();
-  void* stream = nullptr;
-  if (names.exchange != nullptr) {
-    if (names.exchange->current_work_stream(dlpack::kCuda, device, &stream) == 0) return stream;
-    PyErr_Clear();
-  }
-  return handle_of(py::reinterpret_borrow<py::object>(names.stream)(device));
+  return handle_of(py::reinterpret_borrow<py::object>(torch().stream)(device));
 }
 
 }  // namespace revk::python
