@@ -55,14 +55,13 @@ struct ManagedVersioned {
   uint64_t flags;
   Tensor tensor;
 };
-// What a type's __dlpack_c_exchange_api__ points to: functions that describe an object without
-// taking it over. 0 is success; otherwise a Python exception is set.
+// The beginning of what a type's __dlpack_c_exchange_api__ points to: functions, of which one
+// describes an object without taking it over. 0 is success; otherwise a Python exception is set.
 struct ExchangeApi {
   uint32_t major, minor;
   ExchangeApi* previous;  // of an older version
   void *allocate, *managed_from_object, *managed_to_object;
   int (*dltensor_from_py_object_no_sync)(void* object, Tensor* out);  // the object keeps it alive
-  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, byte_offset) == 40, "DLPack's ABI");
 static_assert(offsetof(Managed, deleter) == 56, "DLPack's ABI");

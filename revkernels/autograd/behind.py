@@ -138,6 +138,7 @@ class Reached:
         return self
 
 
+#: torch's own layers that are given a function, and hold it.
 WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _UNSEEN = (type, types.ModuleType, types.BuiltinFunctionType, *weakref.ProxyTypes)
 

@@ -359,6 +359,7 @@ class Reversal(Rebuilding):
             self._grid.integers = {}
 
     def _saving(self) -> saved_tensors_hooks:
+        # Nothing is kept whole but under a memory budget: without one, `_pack` would only ask.
         return saved_tensors_hooks(super()._pack if self._keeping is None else self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
