@@ -38,6 +38,12 @@ from revkernels.reference import coupling as oracle  # noqa: E402
 from revkernels.triton_kernels import backend  # noqa: E402
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+#: Options of a coupling. Those that others contain are left to `make test-all`, for the interpreter is slow.
+OPTIONS = [
+    *(pytest.param(alone, marks=pytest.mark.slow) for alone in ("channel", "sample", "checksum amax")),
+    "channel sample grid",
+    "all",
+]
 
 
 @triton.jit
@@ -150,7 +156,7 @@ class TestInterpreted:
         assert_same(dy, dx)
 
     @pytest.mark.parametrize("layout", [name for name in LAYOUTS if " of " in name or name in ("channels-last", "5-D")])
-    @pytest.mark.parametrize("which", ["channel", "sample", "channel sample grid", "checksum amax", "all"])
+    @pytest.mark.parametrize("which", OPTIONS)
     def test_coupling_options(self, layout, which, truncates):
         which = "channel sample grid checksum amax" if which == "all" else which
         for stream, branch in PAIRS:
@@ -218,10 +224,10 @@ class TestInterpreted:
             assert torch.equal(surroundings(q), around[0]) and torch.equal(surroundings(value), around[1])
 
     @pytest.mark.parametrize("layout", [name for name in LAYOUTS if " of " in name or name in ("channels-last", "5-D")])
-    @pytest.mark.parametrize("which", ["channel", "sample", "channel sample", "checksum amax", "all"])
+    @pytest.mark.parametrize("which", OPTIONS)
     def test_options_of_int16_streams(self, layout, which, truncates):
         """The amax is of the result before it wraps."""
-        which = "channel sample checksum amax" if which == "all" else which
+        which = "channel sample checksum amax" if which == "all" else which.replace(" grid", "")  # it has one
         for branch in DTYPES:
             y, f, dy, df = LAYOUTS[layout](make_int16()), *(LAYOUTS[layout](make(d)) for d in (branch, F32, F16))
             f, value = (f * 9).contiguous(), torch.empty(y.shape, dtype=F16)
@@ -237,7 +243,9 @@ class TestInterpreted:
             assert_reports(coupling, y, x, amax)
 
     @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "dtype", [BF16, *(pytest.param(other, marks=pytest.mark.slow) for other in DTYPES if other != BF16)], ids=str
+    )
     def test_edges_of_int16_streams(self, dtype):
         """Ties, both limits, what is infinite or NaN, and an amax of each."""
         sizes = [
@@ -389,9 +397,10 @@ class TestInterpreted:
             assert torch.equal(whole[:, :, :2], want + 1)
 
 
-def test_in_a_process_of_its_own():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_a_process_of_its_own(which):
     """Run the class above under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-m", which]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
     )

@@ -62,7 +62,7 @@ def rounding(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", to_nearest(interpreter._convert_float))
 
 
-@pytest.fixture(params=TILES)
+@pytest.fixture(params=[pytest.param("as they are", marks=pytest.mark.slow), "many"])
 def tiles(request, monkeypatch):
     """Once with the tiles as they are; once so that programs take several of them, and rows take several tiles."""
     for name, value in TILES[request.param].items():
@@ -122,9 +122,20 @@ class TestInterpreted:
             assert_same_bits(*h.outside(), "memory beside h")
             assert_same_bits(as_float64(x.memory), x.before, "x")
 
-    @pytest.mark.parametrize("subtract", [False, True], ids=["couple", "uncouple"])
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("layout", ["half of rows", "channels last", "half of an image", "channels first of all"])
+    @pytest.mark.parametrize(
+        ("layout", "subtract"),
+        [
+            ("half of rows", False),
+            ("channels last", False),
+            ("half of an image", True),
+            ("channels first of all", True),
+            pytest.param("half of rows", True, marks=pytest.mark.slow),
+            pytest.param("channels last", True, marks=pytest.mark.slow),
+            pytest.param("half of an image", False, marks=pytest.mark.slow),
+            pytest.param("channels first of all", False, marks=pytest.mark.slow),
+        ],
+    )
     def test_coupled(self, layout, kind, subtract, tiles):
         """The stream has `couple`'s bits; h those that it has of the stream as it was stored."""
         layout = few_samples(layout, kind)
@@ -392,9 +403,23 @@ class TestPlane:
                 assert tile[0] * tile[1] <= most
 
 
-def test_in_a_process_of_its_own():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_a_process_of_its_own(which):
     """Run the class above under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "Interpreted"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-m",
+        which,
+        "-k",
+        "Interpreted",
+    ]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
     )

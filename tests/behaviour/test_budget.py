@@ -268,7 +268,7 @@ def play(case):
 
 def test_random_chains(compiled):
     ended = []
-    always = settings(max_examples=60, phases=[Phase.generate], **QUIET)
+    always = settings(max_examples=30, phases=[Phase.generate], **QUIET)
     seed(20265)(always(given(any_case)(lambda case: ended.append(play(case)))))()
     assert sum(ended) > 0.9 * len(ended)
 

@@ -156,8 +156,8 @@ def soak(steps, growth, warm=200):
 
 
 def test_memory_is_flat(compiled):
-    """2,000 steps. A generator's state kept at each step would be 10 MB."""
-    soak(2000, growth=3 * 2**20)
+    """1,000 steps. A generator's state kept at each step would be 5 MB."""
+    soak(1000, growth=3 * 2**20)
 
 
 @pytest.mark.slow
