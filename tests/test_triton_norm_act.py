@@ -125,15 +125,10 @@ class TestInterpreted:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(
         ("layout", "subtract"),
-        [
-            ("half of rows", False),
-            ("channels last", False),
-            ("half of an image", True),
-            ("channels first of all", True),
-            pytest.param("half of rows", True, marks=pytest.mark.slow),
-            pytest.param("channels last", True, marks=pytest.mark.slow),
-            pytest.param("half of an image", False, marks=pytest.mark.slow),
-            pytest.param("channels first of all", False, marks=pytest.mark.slow),
+        [  # every layout and both signs; the other half in `make test-all`
+            pytest.param(layout, subtract, marks=pytest.mark.slow if subtract == layout.startswith("c") else [])
+            for layout in ("half of rows", "channels last", "half of an image", "channels first of all")
+            for subtract in (False, True)
         ],
     )
     def test_coupled(self, layout, kind, subtract, tiles):
@@ -406,20 +401,8 @@ class TestPlane:
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_a_process_of_its_own(which):
     """Run the class above under TRITON_INTERPRET=1."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-m",
-        which,
-        "-k",
-        "Interpreted",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-m", which]
+    command += ["-k", "Interpreted"]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
     )
