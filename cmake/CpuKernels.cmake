@@ -4,10 +4,16 @@ target_sources(revkernels PRIVATE
   csrc/cpu/loops.cpp csrc/cpu/coupling.cpp csrc/cpu/accumulate.cpp csrc/cpu/norm_plan.cpp csrc/cpu/norm_act.cpp
   csrc/cpu/isa_baseline.cpp)
 target_link_libraries(revkernels PRIVATE OpenMP::OpenMP_CXX)
+include(CheckCXXCompilerFlag)
 
 # -O3 vectorises; no traps and no errno let it vectorise comparisons and rint, and change no result. Stored floats are
 # read back as bits, hence no strict aliasing.
 set(loop_flags -O3 -fno-trapping-math -fno-math-errno -fno-strict-aliasing)
+# Short loops that straddle two lines of 64 bytes run up to a third slower on some processors (measured on Zen 3).
+check_cxx_compiler_flag(-falign-loops=64 REVK_ALIGNS_LOOPS)
+if(REVK_ALIGNS_LOOPS)
+  list(APPEND loop_flags -falign-loops=64)
+endif()
 set_source_files_properties(csrc/cpu/isa_baseline.cpp PROPERTIES COMPILE_OPTIONS "${loop_flags}")
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

@@ -53,13 +53,16 @@ REVK_HD float widen(float16 value) {
 #endif
 }
 
+// `value` rounded to bfloat16 in the upper half of what is returned, whatever is in the lower. NaN
+// stays a quiet NaN.
+REVK_HD uint32_t above_rounded_off(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // The bits of `value` rounded to bfloat16, in float32: the lower half is 0. In whole 32-bit lanes,
 // for whoever wants both the stored number and its value.
-REVK_HD uint32_t rounded_to_bfloat16(float value) {
-  const uint32_t bits = bits_as<uint32_t>(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;  // stays a quiet NaN
-  return (is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-}
+REVK_HD uint32_t rounded_to_bfloat16(float value) { return above_rounded_off(value) & 0xffff0000u; }
 
 template <class To>
 REVK_HD To narrow(double value);
@@ -89,7 +92,7 @@ REVK_HD bfloat16 narrow<bfloat16>(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
   return half;
 #else
-  return bfloat16{uint16_t(rounded_to_bfloat16(value) >> 16)};
+  return bfloat16{uint16_t(above_rounded_off(value) >> 16)};
 #endif
 }
 template <>

@@ -39,17 +39,18 @@ void sum_runs(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, int64_t row, 
     const X* const from = x.data + r * x.step;
     const D* const above = dh.data + r * dh.step;
     const int64_t c = row + r;
-    const ops::Normal<A> normal{p.mean[c], p.rstd[c], p.weight[c], p.bias[c]};
-    alignas(64) A first[kPartials] = {}, second[kPartials] = {};
-    const auto element = [&](int64_t i, int64_t k) {
-      const A xhat = normal.xhat(A(widen(from[i])));
-      const A dz = Activation::gradient(normal.z(xhat), A(widen(above[i])));
-      first[k] += dz;
-      second[k] += dz * xhat;
+    const ops::Normal<A> own{p.mean[c], p.rstd[c], p.weight[c], p.bias[c]};
+    const auto add = [&](auto e, auto& first, auto& second, int64_t i) {
+      const ops::Normal<typename decltype(e)::Number> normal{e.all(own.mean), e.all(own.rstd),
+                                                             e.all(own.weight), e.all(own.bias)};
+      const auto xhat = normal.xhat(e.load(from + i));
+      const auto dz = Activation::gradient(normal.z(xhat), e.load(above + i));
+      first += dz;
+      second += dz * xhat;
     };
-    in_partials(shape.cols, element, from, above);
-    p.sum[c] += double(total(first));
-    p.square[c] += double(total(second));
+    const TwoSums<A> sums = two_sums<A>(shape.cols, add, from, above);
+    p.sum[c] += double(sums.first);
+    p.square[c] += double(sums.second);
   }
 }
 
@@ -159,24 +160,27 @@ void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const 
     B* const to = dx.data + r * dx.step;
     const B *const from = x.data + r * x.step, *const before = base.data + r * base.step;
     const D* const above = dh.data + r * dh.step;
-    const auto element = [&](int64_t c, int64_t i) {
-      const ops::Normal<A> normal{p.mean[i], p.rstd[i], p.weight[i], p.bias[i]};
-      const A xhat = normal.xhat(A(widen(from[c])));
-      const A dz = Activation::gradient(normal.z(xhat), A(widen(above[c])));
-      A gradient;
-      if constexpr (kKind == NormGradient::kBatch)
-        gradient = ops::MeansGradient<A>{p.shift[i], p.dbias[i], p.dweight[i]}(dz, xhat);
-      else if constexpr (kKind == NormGradient::kConstant)
-        gradient = p.shift[i] * dz;
-      else
+    using Own = Parameter<kVary == Vary::kAll, A>;
+    const Own mean(p.mean, row + r), rstd(p.rstd, row + r), weight(p.weight, row + r),
+        bias(p.bias, row + r), factor(p.shift, row + r), mean_g(p.dbias, row + r),
+        mean_gx(p.dweight, row + r);
+    const auto element = [&](auto e, int64_t c) {
+      using V = typename decltype(e)::Number;
+      const ops::Normal<V> normal{mean.at(e, c), rstd.at(e, c), weight.at(e, c), bias.at(e, c)};
+      const V xhat = normal.xhat(e.load(from + c));
+      const V dz = Activation::gradient(normal.z(xhat), e.load(above + c));
+      V gradient;
+      if constexpr (kKind == NormGradient::kConstant)
+        gradient = factor.at(e, c) * dz;
+      else if constexpr (kKind == NormGradient::kBatch)
         gradient =
-            ops::MeansGradient<A>{p.rstd[i], p.dbias[i], p.dweight[i]}(dz * p.weight[i], xhat);
-      to[c] = narrow<B>(A(widen(before[c])) + gradient);
+            ops::MeansGradient<V>{factor.at(e, c), mean_g.at(e, c), mean_gx.at(e, c)}(dz, xhat);
+      else
+        gradient = ops::MeansGradient<V>{normal.rstd, mean_g.at(e, c), mean_gx.at(e, c)}(
+            dz * normal.weight, xhat);
+      e.store(to + c, e.load(before + c) + gradient);
     };
-    const auto chunk = [&](int64_t begin, int64_t end) {
-      REVK_INDEPENDENT
-      for (int64_t c = begin; c < end; ++c) element(c, kVary == Vary::kAll ? c : row + r);
-    };
+    const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
     in_chunks(shape.cols, chunk, from, above, before);
   }
 }
@@ -276,20 +280,21 @@ void sum_row(const D* dh, const X* x, int64_t r, const NormJob& job, NormScratch
   const int64_t channels = job.channels;
   double sum = 0.0, slope = 0.0;
   for (int64_t from = 0; from < channels; from += kNormTile) {
-    alignas(64) A of_g[kPartials] = {}, of_gx[kPartials] = {};
-    const auto element = [&](int64_t i, int64_t k) {
+    const auto add = [&](auto e, auto& of_g, auto& of_gx, int64_t i) {
       const int64_t c = from + i;
-      const ops::Normal<A> normal{mean, rstd, p.weight[c], p.bias[c]};
-      const A xhat = normal.xhat(A(widen(x[c])));
-      const A dz = Activation::gradient(normal.z(xhat), A(widen(dh[c]))), g = dz * normal.weight;
-      p.first[c] += dz;
-      p.second[c] += dz * xhat;
-      of_g[k] += g;
-      of_gx[k] += g * xhat;
+      const ops::Normal<typename decltype(e)::Number> normal{
+          e.all(mean), e.all(rstd), e.load(p.weight + c), e.load(p.bias + c)};
+      const auto xhat = normal.xhat(e.load(x + c));
+      const auto dz = Activation::gradient(normal.z(xhat), e.load(dh + c)), g = dz * normal.weight;
+      e.store(p.first + c, e.load(p.first + c) + dz);
+      e.store(p.second + c, e.load(p.second + c) + dz * xhat);
+      of_g += g;
+      of_gx += g * xhat;
     };
-    in_partials(least(kNormTile, channels - from), element, x + from, dh + from);
-    sum += double(total(of_g));
-    slope += double(total(of_gx));
+    const TwoSums<A> sums =
+        two_sums<A>(least(kNormTile, channels - from), add, x + from, dh + from);
+    sum += double(sums.first);
+    slope += double(sums.second);
   }
   p.dbias[r] = job.has_mean ? A(sum / double(channels)) : A(0);
   p.dweight[r] = A(slope / double(channels));
@@ -298,17 +303,16 @@ void sum_row(const D* dh, const X* x, int64_t r, const NormJob& job, NormScratch
 template <class Activation, class B, class D, class A>
 void gradient_row(B* dx, const B* base, const D* dh, const B* x, int64_t r, int64_t channels,
                   NormScratch<A> p) {
-  const A mean = p.mean[r];
-  const ops::MeansGradient<A> gradient{p.rstd[r], p.dbias[r], p.dweight[r]};
-  const auto chunk = [&](int64_t begin, int64_t end) {
-    REVK_INDEPENDENT
-    for (int64_t c = begin; c < end; ++c) {
-      const ops::Normal<A> normal{mean, gradient.scale, p.weight[c], p.bias[c]};
-      const A xhat = normal.xhat(A(widen(x[c])));
-      const A dz = Activation::gradient(normal.z(xhat), A(widen(dh[c])));
-      dx[c] = narrow<B>(A(widen(base[c])) + gradient(dz * normal.weight, xhat));
-    }
+  const A mean = p.mean[r], rstd = p.rstd[r], mean_g = p.dbias[r], mean_gx = p.dweight[r];
+  const auto element = [&](auto e, int64_t c) {
+    using V = typename decltype(e)::Number;
+    const ops::Normal<V> normal{e.all(mean), e.all(rstd), e.load(p.weight + c), e.load(p.bias + c)};
+    const V xhat = normal.xhat(e.load(x + c));
+    const V dz = Activation::gradient(normal.z(xhat), e.load(dh + c));
+    const ops::MeansGradient<V> gradient{normal.rstd, e.all(mean_g), e.all(mean_gx)};
+    e.store(dx + c, e.load(base + c) + gradient(dz * normal.weight, xhat));
   };
+  const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
   in_chunks(channels, chunk, base);
 }
 

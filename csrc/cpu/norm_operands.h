@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cpu/norm_job.h"
-#include "cpu/rows.h"
+#include "cpu/vectors.h"
 #include "ops/coupling.h"
 
 namespace revk::cpu::REVK_ISA {
@@ -128,12 +128,10 @@ inline Rows<const float> coupled_bfloats(Op op, const NormJob& job, char* to, ch
     const bfloat16 *const before = x.data + r * x.step, *const added = f.data + r * f.step;
     float* const stored = scratch.s + r * shape.cols;
     const auto chunk = [&](int64_t begin, int64_t end) {
-      REVK_INDEPENDENT
-      for (int64_t c = begin; c < end; ++c) {
-        const uint32_t sum = rounded_to_bfloat16(op(widen(before[c]), widen(added[c])));
-        row[c].bits = uint16_t(sum >> 16);
-        stored[c] = bits_as<float>(sum);
-      }
+      by_vectors<float>(begin, end, [&](auto e, int64_t c) {
+        const auto sum = op(e.load(before + c), e.load(added + c));
+        e.store(stored + c, e.stored(row + c, sum));
+      });
     };
     in_chunks(shape.cols, chunk, before, added);
   }

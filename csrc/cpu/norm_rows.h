@@ -1,69 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norm's forward and backward loops share, compiled once per instruction set: sums of a
-// row, parameters beside the lanes they belong to, activations.
+// What the norm's forward and backward loops share, compiled once per instruction set: parameters
+// beside the lanes they belong to, activations.
 #pragma once
 
 #include "cpu/norm_operands.h"
+#include "cpu/partials.h"
 #include "ops/norm_act.h"
 
 namespace revk::cpu::REVK_ISA {
 namespace {
-
-// Partial sums of a row: how many there are is part of the result, so it is the same everywhere.
-// Short rows pay for adding them up.
-constexpr int kPartials = 32;
-
-template <int kWidth, class A>
-inline A total_of(A* partial) {
-  if constexpr (kWidth > 1) {
-    constexpr int kHalf = kWidth / 2;  // a constant, so that no level is a loop
-    REVK_INDEPENDENT
-    for (int i = 0; i < kHalf; ++i) partial[i] += partial[i + kHalf];
-    return total_of<kHalf>(partial);
-  }
-  return partial[0];
-}
-
-template <class A>
-inline A total(A* partial) {
-  return total_of<kPartials>(partial);
-}
-
-// body(i, k) for every i, k being its partial sum. `rows` are those that come from memory.
-template <class Body, class... T>
-inline void in_partials(int64_t count, Body&& body, const T*... rows) {
-  int64_t i = 0;
-  for (; i + kPartials <= count; i += kPartials) {
-    (ask_ahead(rows + i, kPartials), ...);
-    REVK_INDEPENDENT
-    for (int64_t k = 0; k < kPartials; ++k) body(i + k, k);
-  }
-  const int64_t rest = count - i;
-  REVK_INDEPENDENT
-  for (int64_t k = 0; k < rest; ++k) body(i + k, k);
-}
-
-template <class A, class X>
-inline A sum_of(const X* x, int64_t count) {
-  alignas(64) A partial[kPartials] = {};
-  const auto element = [&](int64_t i, int64_t k) { partial[k] += A(widen(x[i])); };
-  in_partials(count, element, x);
-  return total(partial);
-}
-
-// Sums of x - shift and of its square. With a shift near the mean neither loses digits.
-template <class A, class X>
-inline void sum_deviations(const X* x, int64_t count, A shift, double& sum, double& square) {
-  alignas(64) A first[kPartials] = {}, second[kPartials] = {};
-  const auto element = [&](int64_t i, int64_t k) {
-    const A deviation = A(widen(x[i])) - shift;
-    first[k] += deviation;
-    second[k] += deviation * deviation;
-  };
-  in_partials(count, element, x);
-  sum += double(total(first));
-  square += double(total(second));
-}
 
 // The parameters of a strip's channels, one beside each lane (or row): folded rows repeat them.
 template <class A>
@@ -116,27 +61,34 @@ inline bool is_transcendental(int32_t activation) {
   return activation != REVK_IDENTITY && activation != REVK_RELU;
 }
 
+// A parameter of the loops: a lane's own, or the row's. That is read before the loop, whose stores
+// might change it for all that a compiler knows.
+template <bool kOfLanes, class A>
+struct Parameter {
+  const A* lanes;
+  A of_row;
+
+  Parameter(const A* values, int64_t row) : lanes(values), of_row(values[kOfLanes ? 0 : row]) {}
+  template <class E>
+  REVK_INLINED typename E::Number at(E, int64_t lane) const {
+    if constexpr (kOfLanes) return E::load(lanes + lane);
+    return E::all(of_row);
+  }
+};
+
 template <Vary kVary, class Activation, class H, class X, class A>
 void normalise(Rows<H> h, Rows<const X> x, const NormScratch<A>& p, int64_t row, Shape shape) {
-  const A *const mean = p.mean, *const rstd = p.rstd, *const weight = p.weight,
-                 *const bias = p.bias;
   for (int64_t r = 0; r < shape.rows; ++r) {
     H* const to = h.data + r * h.step;
     const X* const from = x.data + r * x.step;
-    const int64_t own = kVary == Vary::kAll ? 0 : row + r;  // of the row's own parameters
-    const int64_t weights = kVary == Vary::kNone ? own : 0;
-    const A row_mean = mean[own], row_rstd = rstd[own];
-    const A row_weight = weight[weights], row_bias = bias[weights];
-    const auto chunk = [&](int64_t begin, int64_t end) {
-      REVK_INDEPENDENT
-      for (int64_t c = begin; c < end; ++c) {
-        const ops::Normal<A> normal{kVary == Vary::kAll ? mean[c] : row_mean,
-                                    kVary == Vary::kAll ? rstd[c] : row_rstd,
-                                    kVary == Vary::kNone ? row_weight : weight[c],
-                                    kVary == Vary::kNone ? row_bias : bias[c]};
-        to[c] = narrow<H>(Activation::value(normal.z(normal.xhat(A(widen(from[c]))))));
-      }
+    const Parameter<kVary == Vary::kAll, A> mean(p.mean, row + r), rstd(p.rstd, row + r);
+    const Parameter<kVary != Vary::kNone, A> weight(p.weight, row + r), bias(p.bias, row + r);
+    const auto element = [&](auto e, int64_t c) {
+      const ops::Normal<typename decltype(e)::Number> normal{mean.at(e, c), rstd.at(e, c),
+                                                             weight.at(e, c), bias.at(e, c)};
+      e.store(to + c, Activation::value(normal.z(normal.xhat(e.load(from + c)))));
     };
+    const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
     in_chunks(shape.cols, chunk, from);
   }
 }

@@ -173,15 +173,15 @@ struct Identity {
   }
 };
 
-// NaN stays NaN, and lets its gradient pass.
+// NaN stays NaN, and lets its gradient pass. A may be a vector.
 struct Relu {
   template <class A>
   static REVK_HD A value(A z) {
-    return z <= A(0) ? A(0) : z;
+    return z <= A{} ? A{} : z;
   }
   template <class A>
   static REVK_HD A gradient(A z, A dh) {
-    return z <= A(0) ? A(0) : dh;
+    return z <= A{} ? A{} : dh;
   }
 };
 

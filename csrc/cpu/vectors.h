@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loops along a row in vectors of the compute type, compiled once per instruction set.
+//
+// Compilers vectorise such loops by themselves, but badly where bfloat16 goes in or out (they pack
+// the masks of every comparison beside it) and where a row has few elements (they keep its partial
+// sums in memory).
+#pragma once
+
+#include "cpu/rows.h"
+
+// What is to stay in registers must not be handed to a function by address.
+#define REVK_INLINED __attribute__((always_inline)) inline
+
+namespace revk::cpu::REVK_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// `Anywhere` is one in memory, which need not be aligned.
+template <class T>
+struct VectorTypes {
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+  typedef T Anywhere __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vector = typename VectorTypes<T>::Vector;
+
+// What the body of a loop is written in: one element, or a vector of them. The same arithmetic,
+// with the same roundings.
+template <class A>
+struct Element {
+  using Number = A;
+  static constexpr int kCount = 1;
+
+  template <class T>
+  static A load(const T* from) {
+    return A(widen(*from));
+  }
+  template <class T>
+  static void store(T* to, A value) {
+    *to = narrow<T>(value);
+  }
+  // Stores it, and returns it as it was stored.
+  static float stored(bfloat16* to, float value) {
+    const uint32_t rounded = rounded_to_bfloat16(value);
+    to->bits = uint16_t(rounded >> 16);
+    return bits_as<float>(rounded);
+  }
+  static A all(A value) { return value; }
+};
+
+template <class A>
+struct Elements {
+  using Number = Vector<A>;
+  using Bits = Vector<uint32_t>;
+  static constexpr int kCount = kVectorBytes / int(sizeof(A));
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+  static Number load(const A* from) {
+    return *reinterpret_cast<const typename VectorTypes<A>::Anywhere*>(from);
+  }
+  static Number load(const bfloat16* from) {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return Number(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return Number(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+    return Number(__builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Bits) << 16);
+#endif
+  }
+
+  static void store(A* to, Number value) {
+    *reinterpret_cast<typename VectorTypes<A>::Anywhere*>(to) = value;
+  }
+  static void store(bfloat16* to, Number value) { store_upper(to, above_rounded_off(value)); }
+  static Number stored(bfloat16* to, Number value) {
+    const Bits rounded = above_rounded_off(value);
+    store_upper(to, rounded);
+    return Number(rounded & 0xffff0000u);
+  }
+
+  static Number all(A value) { return value - Number{}; }  // value + 0 would lose the sign of -0
+
+ private:
+  // As in scalar.h.
+  static Bits above_rounded_off(Number value) {
+    const Bits bits = Bits(value);
+    return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+  static void store_upper(bfloat16* to, Bits bits) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(bits), 16)));
+#elif defined(__AVX2__)
+    const __m256i upper = _mm256_srli_epi32(__m256i(bits), 16);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(to),
+        _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+#else
+    *reinterpret_cast<Narrow*>(to) = __builtin_convertvector(bits >> 16, Narrow);
+#endif
+  }
+};
+
+// body(E, i) for elements begin..end-1, E::kCount of them from i on.
+template <class A, class Body>
+REVK_INLINED void by_vectors(int64_t begin, int64_t end, Body&& body) {
+  int64_t i = begin;
+  for (; i + Elements<A>::kCount <= end; i += Elements<A>::kCount) body(Elements<A>{}, i);
+  for (; i < end; ++i) {
+    asm("");  // too few to be vectorised
+    body(Element<A>{}, i);
+  }
+}
+
+}  // namespace
+}  // namespace revk::cpu::REVK_ISA
