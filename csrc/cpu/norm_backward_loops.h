@@ -14,7 +14,7 @@ namespace {
 
 // Channels side by side: a sum for each lane.
 template <class Activation, class D, class X, class A>
-void sum_lanes(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, Shape shape) {
+REVK_APART void sum_lanes(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
     const X* const from = x.data + r * x.step;
     const D* const above = dh.data + r * dh.step;
@@ -34,7 +34,8 @@ void sum_lanes(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, Shape shape)
 
 // A channel in a run: a sum for each row of the tile.
 template <class Activation, class D, class X, class A>
-void sum_runs(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, int64_t row, Shape shape) {
+REVK_APART void sum_runs(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, int64_t row,
+                         Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
     const X* const from = x.data + r * x.step;
     const D* const above = dh.data + r * dh.step;
@@ -154,8 +155,8 @@ void gradient_sums(const NormJob& job, int64_t begin, int64_t end, char* memory)
 // In these loops p.dweight and p.dbias are the means of g * xhat and of g, where g is dz, of a
 // group norm dz * weight; p.shift is the batch norm's factor, weight * rstd.
 template <NormGradient kKind, Vary kVary, class Activation, class B, class D, class A>
-void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const B> x,
-                   NormScratch<A> p, int64_t row, Shape shape) {
+REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const B> x,
+                              NormScratch<A> p, int64_t row, Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
     B* const to = dx.data + r * dx.step;
     const B *const from = x.data + r * x.step, *const before = base.data + r * base.step;
@@ -273,47 +274,59 @@ void gradient(const NormJob& job, int64_t begin, int64_t end, char* memory) {
 
 // Layer and RMS norm
 
-// A row's means of g and of g * xhat, and its share of the parameters' gradients.
+// The rows' means of g and of g * xhat, and their share of the parameters' gradients.
 template <class Activation, class D, class X, class A>
-void sum_row(const D* dh, const X* x, int64_t r, const NormJob& job, NormScratch<A> p) {
-  const A mean = p.mean[r], rstd = p.rstd[r];
-  const int64_t channels = job.channels;
-  double sum = 0.0, slope = 0.0;
-  for (int64_t from = 0; from < channels; from += kNormTile) {
-    const auto add = [&](auto e, auto& of_g, auto& of_gx, int64_t i) {
-      const int64_t c = from + i;
-      const ops::Normal<typename decltype(e)::Number> normal{
-          e.all(mean), e.all(rstd), e.load(p.weight + c), e.load(p.bias + c)};
-      const auto xhat = normal.xhat(e.load(x + c));
-      const auto dz = Activation::gradient(normal.z(xhat), e.load(dh + c)), g = dz * normal.weight;
-      e.store(p.first + c, e.load(p.first + c) + dz);
-      e.store(p.second + c, e.load(p.second + c) + dz * xhat);
-      of_g += g;
-      of_gx += g * xhat;
-    };
-    const TwoSums<A> sums =
-        two_sums<A>(least(kNormTile, channels - from), add, x + from, dh + from);
-    sum += double(sums.first);
-    slope += double(sums.second);
+REVK_APART void sum_rows(Rows<const D> dh, Rows<const X> x, bool has_mean, Shape shape,
+                         NormScratch<A> p) {
+  const int64_t channels = shape.cols;
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const X* const from = x.data + r * x.step;
+    const D* const above = dh.data + r * dh.step;
+    const A mean = p.mean[r], rstd = p.rstd[r];
+    double sum = 0.0, slope = 0.0;
+    for (int64_t begin = 0; begin < channels; begin += kNormTile) {
+      const auto add = [&](auto e, auto& of_g, auto& of_gx, int64_t i) {
+        const int64_t c = begin + i;
+        const ops::Normal<typename decltype(e)::Number> normal{
+            e.all(mean), e.all(rstd), e.load(p.weight + c), e.load(p.bias + c)};
+        const auto xhat = normal.xhat(e.load(from + c));
+        const auto dz = Activation::gradient(normal.z(xhat), e.load(above + c));
+        const auto g = dz * normal.weight;
+        e.store(p.first + c, e.load(p.first + c) + dz);
+        e.store(p.second + c, e.load(p.second + c) + dz * xhat);
+        of_g += g;
+        of_gx += g * xhat;
+      };
+      const int64_t count = least(kNormTile, channels - begin);
+      const TwoSums<A> sums = two_sums<A>(count, add, from + begin, above + begin);
+      sum += double(sums.first);
+      slope += double(sums.second);
+    }
+    p.dbias[r] = has_mean ? A(sum / double(channels)) : A(0);
+    p.dweight[r] = A(slope / double(channels));
   }
-  p.dbias[r] = job.has_mean ? A(sum / double(channels)) : A(0);
-  p.dweight[r] = A(slope / double(channels));
 }
 
 template <class Activation, class B, class D, class A>
-void gradient_row(B* dx, const B* base, const D* dh, const B* x, int64_t r, int64_t channels,
-                  NormScratch<A> p) {
-  const A mean = p.mean[r], rstd = p.rstd[r], mean_g = p.dbias[r], mean_gx = p.dweight[r];
-  const auto element = [&](auto e, int64_t c) {
-    using V = typename decltype(e)::Number;
-    const ops::Normal<V> normal{e.all(mean), e.all(rstd), e.load(p.weight + c), e.load(p.bias + c)};
-    const V xhat = normal.xhat(e.load(x + c));
-    const V dz = Activation::gradient(normal.z(xhat), e.load(dh + c));
-    const ops::MeansGradient<V> gradient{normal.rstd, e.all(mean_g), e.all(mean_gx)};
-    e.store(dx + c, e.load(base + c) + gradient(dz * normal.weight, xhat));
-  };
-  const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
-  in_chunks(channels, chunk, base);
+REVK_APART void differentiate_norm(Rows<B> dx, Rows<const B> base, Rows<const D> dh,
+                                   Rows<const B> x, Shape shape, NormScratch<A> p) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    B* const to = dx.data + r * dx.step;
+    const B *const from = x.data + r * x.step, *const before = base.data + r * base.step;
+    const D* const above = dh.data + r * dh.step;
+    const A mean = p.mean[r], rstd = p.rstd[r], mean_g = p.dbias[r], mean_gx = p.dweight[r];
+    const auto element = [&](auto e, int64_t c) {
+      using V = typename decltype(e)::Number;
+      const ops::Normal<V> normal{e.all(mean), e.all(rstd), e.load(p.weight + c),
+                                  e.load(p.bias + c)};
+      const V xhat = normal.xhat(e.load(from + c));
+      const V dz = Activation::gradient(normal.z(xhat), e.load(above + c));
+      const ops::MeansGradient<V> gradient{normal.rstd, e.all(mean_g), e.all(mean_gx)};
+      e.store(to + c, e.load(before + c) + gradient(dz * normal.weight, xhat));
+    };
+    const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
+    in_chunks(shape.cols, chunk, before);
+  }
 }
 
 template <class A>
@@ -341,12 +354,8 @@ void gradient_rows(const NormJob& job, int64_t begin, int64_t end, char* memory)
           make_dx(x, job, strip, row, col, shape, scratch, [&](auto dx, auto base) {
             with_mask(job.activation, [&](auto activation) {
               using Activation = decltype(activation);
-              for (int64_t r = 0; r < shape.rows; ++r)
-                sum_row<Activation>(dh.data + r * dh.step, x.data + r * x.step, r, job, scratch);
-              for (int64_t r = 0; r < shape.rows; ++r)
-                gradient_row<Activation>(dx.data + r * dx.step, base.data + r * base.step,
-                                         dh.data + r * dh.step, x.data + r * x.step, r,
-                                         job.channels, scratch);
+              sum_rows<Activation>(dh, x, job.has_mean, shape, scratch);
+              differentiate_norm<Activation>(dx, base, dh, x, shape, scratch);
             });
           });
         };

@@ -47,8 +47,8 @@ void finish_block(const NormJob& job, const Strip& strip, int64_t count,
 
 // Adds a tile to the sums: of each lane in the compute type, or of each row.
 template <class A, class X>
-void sum_tile(const NormJob& job, Rows<const X> s, int64_t row, Shape shape,
-              const NormScratch<A>& scratch) {
+REVK_APART void sum_tile(const NormJob& job, Rows<const X> s, int64_t row, Shape shape,
+                         const NormScratch<A>& scratch) {
   A *const first = scratch.first, *const second = scratch.second;
   const A* const shift = scratch.shift;
   for (int64_t r = 0; r < shape.rows; ++r) {
@@ -177,7 +177,8 @@ void apply(const NormJob& job, int64_t begin, int64_t end, char* memory) {
 // distance D from the row's mean, its variance is D^2 / 8 at least: squares around such a shift are
 // at most nine times those around the mean, and so is what rounding takes from them.
 template <class A, class X>
-void measure_rows(const NormJob& job, Rows<const X> s, Shape shape, const NormScratch<A>& to) {
+REVK_APART void measure_rows(const NormJob& job, Rows<const X> s, Shape shape,
+                             const NormScratch<A>& to) {
   const int64_t eighth = (job.channels / 8 + kPartials - 1) / kPartials * kPartials;
   const int64_t few = least(job.channels, eighth > 0 ? eighth : kPartials);
   for (int64_t r = 0; r < shape.rows; ++r) {

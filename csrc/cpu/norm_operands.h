@@ -117,9 +117,9 @@ inline void finish(const NormOperand& operand, char* to, const T* buffer, Rows<T
 
 // s's tile made of x and f, written, and taken as it was stored.
 template <class Op>
-inline Rows<const float> coupled_bfloats(Op op, const NormJob& job, char* to, char* from,
-                                         char* branch, Shape shape,
-                                         const NormScratch<float>& scratch) {
+REVK_APART Rows<const float> coupled_bfloats(Op op, const NormJob& job, char* to, char* from,
+                                             char* branch, Shape shape,
+                                             const NormScratch<float>& scratch) {
   const Rows<bfloat16> x = rows_of<bfloat16>(job.x, from), f = rows_of<bfloat16>(job.f, branch);
   bfloat16* const buffer = reinterpret_cast<bfloat16*>(scratch.out);
   const Rows<bfloat16> s = place_of(job.s, to, buffer, shape);

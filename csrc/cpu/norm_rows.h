@@ -77,7 +77,8 @@ struct Parameter {
 };
 
 template <Vary kVary, class Activation, class H, class X, class A>
-void normalise(Rows<H> h, Rows<const X> x, const NormScratch<A>& p, int64_t row, Shape shape) {
+REVK_APART void normalise(Rows<H> h, Rows<const X> x, const NormScratch<A>& p, int64_t row,
+                          Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
     H* const to = h.data + r * h.step;
     const X* const from = x.data + r * x.step;

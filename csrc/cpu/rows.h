@@ -26,6 +26,9 @@
 #define REVK_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+// Loops over a tile: within the functions that walk the tiles they would run out of registers.
+#define REVK_APART __attribute__((noinline))
+
 namespace revk::cpu::REVK_ISA {
 namespace {
 
