@@ -19,7 +19,8 @@ class MemoryBudget:
     The peak is that of the live bytes from the entry of the first chain to the end of the backward of all of them,
     their inputs and outputs included, without the gradients of parameters and without what lies outside the chains. The
     first step with inputs of a new shape reconstructs everything and measures; from the second on the plan holds
-    (`net.plan()` prints it). Chains that are given one budget share it.
+    (`net.plan()` prints it). Chains that are given one budget share it. Plans rest on measured times: two runs may make
+    different ones, and then differ by the rounding of what they rebuild (`coupling="exact"` has none).
 
     Args:
         amount: an int is bytes; a float from 0 to 1 the share of the way from reconstructing to storing; a string has a
