@@ -66,6 +66,7 @@ struct Elements {
     return *reinterpret_cast<const typename VectorTypes<A>::Anywhere*>(from);
   }
   static Number load(const bfloat16* from) {
+    static_assert(sizeof(A) == sizeof(float));
 #if defined(__AVX512F__)
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return Number(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -92,6 +93,7 @@ struct Elements {
  private:
   // As in scalar.h.
   static Bits above_rounded_off(Number value) {
+    static_assert(sizeof(A) == sizeof(float));
     const Bits bits = Bits(value);
     return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
   }
