@@ -5,6 +5,7 @@
 
 #include "cpu/tiles_extras.h"
 #include "cpu/tiles_int16.h"
+#include "cpu/vectors.h"
 #include "ops/coupling.h"
 
 namespace revk::cpu::REVK_ISA {
@@ -12,13 +13,22 @@ namespace {
 
 // Both operands and the result in one half type, the commonest case after float itself: straight
 // from memory to memory, for the detour by way of L1 buffers costs more than the arithmetic.
-template <class T, class Op>
-inline void combine_row(Op op, T* to, const T* x, const T* f, int64_t count) {
-  REVK_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(op(widen(x[i]), widen(f[i])));
+template <class Op>
+inline void combine_row(Op op, bfloat16* to, const bfloat16* x, const bfloat16* f, int64_t count) {
+  const auto element = [&](auto e, int64_t i) {
+    e.store(to + i, op(e.load(x + i), e.load(f + i)));
+  };
+  const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<float>(begin, end, element); };
+  in_chunks(count, chunk, x, f);
 }
 
-#if defined(__F16C__)
+#if !defined(__F16C__)
+template <class Op>
+inline void combine_row(Op op, float16* to, const float16* x, const float16* f, int64_t count) {
+  REVK_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow<float16>(op(widen(x[i]), widen(f[i])));
+}
+#else
 template <class Op>
 inline void combine_row(Op op, float16* to, const float16* x, const float16* f, int64_t count) {
   constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
