@@ -152,8 +152,8 @@ void gradient_sums(const NormJob& job, int64_t begin, int64_t end, char* memory)
 
 // dx
 
-// In these loops p.dweight and p.dbias are the means of g * xhat and of g, where g is dz, of a
-// group norm dz * weight; p.shift is the batch norm's factor, weight * rstd.
+// In this loop p.dweight and p.dbias are the means of g * xhat and of g, where g is dz, of group,
+// layer and RMS norms dz * weight; p.shift is the batch norm's factor, weight * rstd.
 template <NormGradient kKind, Vary kVary, class Activation, class B, class D, class A>
 REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const B> x,
                               NormScratch<A> p, int64_t row, Shape shape) {
@@ -161,10 +161,11 @@ REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, 
     B* const to = dx.data + r * dx.step;
     const B *const from = x.data + r * x.step, *const before = base.data + r * base.step;
     const D* const above = dh.data + r * dh.step;
-    using Own = Parameter<kVary == Vary::kAll, A>;
-    const Own mean(p.mean, row + r), rstd(p.rstd, row + r), weight(p.weight, row + r),
-        bias(p.bias, row + r), factor(p.shift, row + r), mean_g(p.dbias, row + r),
-        mean_gx(p.dweight, row + r);
+    using Statistic = Parameter<kVary == Vary::kAll, A>;
+    using Affine = Parameter<kVary != Vary::kNone, A>;
+    const Statistic mean(p.mean, row + r), rstd(p.rstd, row + r), factor(p.shift, row + r),
+        mean_g(p.dbias, row + r), mean_gx(p.dweight, row + r);
+    const Affine weight(p.weight, row + r), bias(p.bias, row + r);
     const auto element = [&](auto e, int64_t c) {
       using V = typename decltype(e)::Number;
       const ops::Normal<V> normal{mean.at(e, c), rstd.at(e, c), weight.at(e, c), bias.at(e, c)};
@@ -182,7 +183,10 @@ REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, 
       e.store(to + c, e.load(before + c) + gradient);
     };
     const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
-    in_chunks(shape.cols, chunk, from, above, before);
+    if constexpr (kVary == Vary::kWeights)  // sum_rows has read x and dh
+      in_chunks(shape.cols, chunk, before);
+    else
+      in_chunks(shape.cols, chunk, from, above, before);
   }
 }
 
@@ -307,28 +311,6 @@ REVK_APART void sum_rows(Rows<const D> dh, Rows<const X> x, bool has_mean, Shape
   }
 }
 
-template <class Activation, class B, class D, class A>
-REVK_APART void differentiate_norm(Rows<B> dx, Rows<const B> base, Rows<const D> dh,
-                                   Rows<const B> x, Shape shape, NormScratch<A> p) {
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    B* const to = dx.data + r * dx.step;
-    const B *const from = x.data + r * x.step, *const before = base.data + r * base.step;
-    const D* const above = dh.data + r * dh.step;
-    const A mean = p.mean[r], rstd = p.rstd[r], mean_g = p.dbias[r], mean_gx = p.dweight[r];
-    const auto element = [&](auto e, int64_t c) {
-      using V = typename decltype(e)::Number;
-      const ops::Normal<V> normal{e.all(mean), e.all(rstd), e.load(p.weight + c),
-                                  e.load(p.bias + c)};
-      const V xhat = normal.xhat(e.load(from + c));
-      const V dz = Activation::gradient(normal.z(xhat), e.load(above + c));
-      const ops::MeansGradient<V> gradient{normal.rstd, e.all(mean_g), e.all(mean_gx)};
-      e.store(to + c, e.load(before + c) + gradient(dz * normal.weight, xhat));
-    };
-    const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
-    in_chunks(shape.cols, chunk, before);
-  }
-}
-
 template <class A>
 void gradient_rows(const NormJob& job, int64_t begin, int64_t end, char* memory) {
   const NormScratch<A> scratch(job, memory);
@@ -355,7 +337,8 @@ void gradient_rows(const NormJob& job, int64_t begin, int64_t end, char* memory)
             with_mask(job.activation, [&](auto activation) {
               using Activation = decltype(activation);
               sum_rows<Activation>(dh, x, job.has_mean, shape, scratch);
-              differentiate_norm<Activation>(dx, base, dh, x, shape, scratch);
+              gradient_tile<NormGradient::kGroup, Vary::kWeights, Activation>(dx, base, dh, x,
+                                                                              scratch, 0, shape);
             });
           });
         };
