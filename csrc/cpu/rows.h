@@ -47,12 +47,19 @@ inline void ask_ahead(const T* row, int64_t count) {
   for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kLine) __builtin_prefetch(ahead + i);
 }
 
-// body(begin, end) for a row's elements chunk by chunk, few enough for their lines to be asked for
-// at once. `rows` are those that come from memory.
-constexpr int64_t kChunk = 256;
+// body(begin, end) for a row's elements chunk by chunk: 1024 bytes, or of narrow types as many
+// elements as of float. More lines asked for at once wait for each other (float64 on Zen 3: a tenth
+// of a coupling's time). `rows` are those that come from memory.
+template <class... T>
+constexpr int64_t elements_in_a_chunk() {
+  int64_t size = sizeof(float);
+  ((size = int64_t(sizeof(T)) > size ? int64_t(sizeof(T)) : size), ...);
+  return 1024 / size;
+}
 
 template <class Body, class... T>
 inline void in_chunks(int64_t count, Body&& body, const T*... rows) {
+  constexpr int64_t kChunk = elements_in_a_chunk<T...>();
   for (int64_t begin = 0; begin < count; begin += kChunk) {
     const int64_t end = least(begin + kChunk, count);
     (ask_ahead(rows + begin, end - begin), ...);
