@@ -38,11 +38,14 @@ def refuse_grad(names: str, arrays: tuple[Any, ...]) -> None:
 
 
 def refuse_tangents(names: str, arrays: tuple[Any, ...]) -> None:
-    """Refuse forward-mode derivatives, which a kernel would lose without a word. Names and arrays as above.
+    """Refuse forward-mode derivatives, which a kernel would lose without a word, and the transforms of torch.func.
+
+    Names and arrays as above.
 
     Raises:
         NotImplementedError: as torch has it of what knows no forward mode.
     """
+    refuse_transforms(arrays[0])
     forward_ad = sys.modules["torch"].autograd.forward_ad
     if forward_ad._current_level < 0:
         return
@@ -52,6 +55,21 @@ def refuse_tangents(names: str, arrays: tuple[Any, ...]) -> None:
                 f"{names.split()[position]} has a tangent, and the kernels have no forward-mode derivative: "
                 f"differentiate backward, or write it in torch"
             )
+
+
+def refuse_transforms(array: Any) -> None:
+    """Refuse torch.func's: their tensors have no memory to hand to a kernel. ``array``: one of the call's."""
+    if kind_of(array) == "torch" and sys.modules["torch"]._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "the kernels know no transform of torch.func (grad, vmap, jvp and the like): differentiate with "
+            "torch.autograd, or write it in torch"
+        )
+
+
+def met_compiler() -> Any:
+    """The module `revkernels.autograd.compiling`, which is imported where torch.compile meets a chain; else None."""
+    module = sys.modules.get("revkernels.autograd.compiling")
+    return module if hasattr(module, "whole") else None  # another thread may be importing it
 
 
 def wrote(tensor: Any) -> None:

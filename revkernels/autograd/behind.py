@@ -25,8 +25,6 @@ _STANDARD = list(nn.Module().__dict__)
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device))
 _CONTAINERS = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)  # others may do anything
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-#: Names in the code of a forward that moves torch's generators by itself, and may leave them as it found them.
-_SEEDING = frozenset(("manual_seed", "seed", "set_rng_state", "set_state", "fork_rng", "fork"))
 
 #: For a branch, modules that it holds and that contain it.
 _around: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
@@ -39,12 +37,10 @@ class Reached:
         modules: with all that they contain, and hold in turn.
         tensors: each with a name.
         generators: of random numbers.
-        seeds: whether the code moves torch's own generators.
     """
 
     def __init__(self, within: Sequence[nn.Module] = ()) -> None:
         self.modules: dict[nn.Module, None] = {}
-        self.seeds = False
         self._tensors: dict[int, tuple[str, torch.Tensor]] = {}
         self._generators: dict[int, torch.Generator] = {}
         self._within, self._branch = frozenset(within), within[0] if within else None  # known already
@@ -117,7 +113,6 @@ class Reached:
             if kind not in WITH_FUNCTIONS:
                 return  # its forward reads what it has registered
         elif names is not None:
-            self.seeds = self.seeds or names.seeds
             for name in names.globals:
                 value = kind.forward.__globals__.get(name)
                 if issubclass(type(value), nn.Module | torch.Generator):
@@ -131,8 +126,6 @@ class Reached:
         """Look behind the callables that were met."""
         while self._waiting:
             function = self._waiting.pop()
-            if issubclass(type(function), FUNCTIONS):
-                self.seeds = self.seeds or _named(function).seeds
             for name, held in _held_by(function):
                 self.look(name, held, objects=True)
         return self
@@ -224,12 +217,9 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
 
 
 class _Names:
-    """Of the names in a function's code, and in that of functions written inside it: those of globals, and whether some
-    move torch's generators."""
+    """Of the names in a function's code, and in that of functions written inside it, those of globals."""
 
     def __init__(self, codes: Iterable[types.CodeType]) -> None:
-        codes = list(codes)
-        self.seeds = not _SEEDING.isdisjoint(name for code in codes for name in code.co_names)
         loads = (step for code in codes for step in dis.get_instructions(code))
         self.globals = tuple(
             dict.fromkeys(step.argval for step in loads if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))

@@ -79,9 +79,7 @@ class Checkpoint(Rebuilding):
                 with hooks, surroundings.guard, within_a_branch(), fusion.Within(self.kernels, step.tape(False)):
                     result = self._function(*args, **kwargs)
                 snapshot.complete(step.counted())
-            step.drawn = drawn(
-                before, surroundings.states() + states_of(own), surroundings.sown_by(self._function, snapshot)
-            )
+            step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.plain)
             if any(version_of(tensor) != version for tensor, version in self._given):
                 raise ReconstructionError(
                     f"{self.name(0)} wrote to an input of its own in place, which it is to be run again from: make its "

@@ -36,6 +36,8 @@ _OUTSIDE = (
             "planner",
             "rebuilding",
             "recorded",
+            "names",
+            "rewinding",
             "reversal",
             "snapshot",
             "surroundings",
@@ -134,3 +136,6 @@ def _shape(parameter: Any) -> torch.Size | None:
 
 for _name in _OUTSIDE:
     torch._dynamo.trace_rules.add(_name)
+
+
+whole = True  # the last line: `tracking.met_compiler`

@@ -33,14 +33,16 @@ class Entry:
         narrow: the layer behind them is one whose input autocast makes narrow.
         call: how they were applied in the forward.
         given: the statistics for the recompute; None if it computes them (those of rows).
+        running: copies of a batch norm's buffers after it, if code of the branch may look at them.
     """
 
-    __slots__ = ("call", "fusable", "given", "narrow")
+    __slots__ = ("call", "fusable", "given", "narrow", "running")
 
     def __init__(self, fusable: Fusable, narrow: bool) -> None:
         self.fusable, self.narrow = fusable, narrow
         self.call: Call | None = None
         self.given: Statistics | None = None
+        self.running: dict[str, torch.Tensor] | None = None
 
     @property
     def counts(self) -> bool:
@@ -78,6 +80,7 @@ class Entry:
         self.call = call
         if call.norm.kind == "batch":
             self.given = call.statistics
+            self.running = None if call.constant else fusion.running_of(self.fusable.norm)
         else:
             call.statistics = None  # a float for every position: not to be kept
         return h
@@ -87,6 +90,7 @@ class Entry:
         before: Any = self.call
         call = Call(before.kernels, before.norm, before.dtype, self.given, before.constant)
         call.source = before.source
+        fusion.put_running(self.fusable.norm, self.running)
         if ready is not None:
             call.ready, call.given = ready
             call.statistics = call.given

@@ -27,11 +27,13 @@ from revkernels.autograd.keywords import keywords_of, passes_keywords
 from revkernels.autograd.known_layers import (
     ACTIVATION_LAYERS,
     NORM_LAYERS,
-    RANKS,
     READ_THEIR_INPUT,
     Fusable,
+    all_dense,
+    fits,
     fusable_at,
     hooked,
+    is_momentum,
     is_sequential,
     narrows,
     untouchable,
@@ -42,6 +44,10 @@ from revkernels.autograd.ownership import PLAIN
 from revkernels.norm import Norm, Statistics
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+#: A batch norm, the statistics of its batch, and copies of its running ones after it if somebody may look at them.
+Noted = tuple[nn.Module, Statistics, dict[str, torch.Tensor] | None]
 
 
 class Ambient(threading.local):
@@ -67,23 +73,27 @@ class Tape:
     to note what can be made again; None if nobody asks.
     """
 
-    __slots__ = ("at", "entries", "outputs", "replaying", "way", "ways")
+    __slots__ = ("at", "entries", "is_read", "outputs", "replaying", "way", "ways")
 
     def __init__(
         self,
-        entries: list[tuple[nn.Module, Statistics]],
+        entries: list[Noted],
         ways: list[tuple[nn.Module, Any]],
         replaying: bool,
         outputs: Outputs | None = None,
+        is_read: bool = False,
     ) -> None:
         self.entries, self.ways, self.replaying, self.outputs = entries, ways, replaying, outputs
+        self.is_read = is_read  # code of the branch may look at running statistics
         self.at = self.way = 0  # where the recompute is in these
 
     def next(self, norm: nn.Module) -> Statistics | None:
         """The statistics that ``norm`` had at this place of the forward; None if it ran otherwise then."""
         if self.at < len(self.entries) and self.entries[self.at][0] is norm:
             self.at += 1
-            return self.entries[self.at - 1][1]
+            _, statistics, running = self.entries[self.at - 1]
+            put_running(norm, running)
+            return statistics
         return None
 
     def taken(self, layer: nn.Module) -> Any:
@@ -144,12 +154,18 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
     layer: Any = fusable.norm
     parameters, buffers = layer._parameters, layer._buffers
     kind, axis = NORM_LAYERS[type(layer)]
-    if not _fits(layer, kind, axis, x):
+    if not fits(layer, kind, axis, x):
         return None
     given, constant, running, source = None, False, _NOT_RUNNING, None
     eps: float = layer.eps
+    weight = _held(parameters, "weight", layer)
+    bias = None if kind == "rms" else _held(parameters, "bias", layer)
+    if not all_dense(weight, bias):
+        return None
     if kind == "batch":
-        running_mean = _held(buffers, "running_mean", layer)
+        running_mean, running_var = _held(buffers, "running_mean", layer), _held(buffers, "running_var", layer)
+        if not all_dense(running_mean, running_var) or not is_momentum(layer.momentum):
+            return None
         if layer.training or running_mean is None:
             if x.numel() == x.shape[1]:
                 return None  # one value a channel has no variance: torch's own words for that
@@ -161,32 +177,23 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
             elif layer.training and layer.track_running_stats:
                 momentum = _count(layer, _held(buffers, "num_batches_tracked", layer))
                 if running_mean is not None:
-                    running = running_mean, _held(buffers, "running_var", layer), momentum
+                    running = running_mean, running_var, momentum
+        elif running_var is None:
+            return None  # torch's own words for that
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            rstd = (layer.running_var.to(wide) + layer.eps).rsqrt_()
+            rstd = (running_var.to(wide) + layer.eps).rsqrt_()
             # A copy for the backward: a forward in training may write the buffer before that, where no version tells.
             source = running_mean if torch.is_grad_enabled() else None
             given, constant = Statistics(running_mean.to(wide, copy=source is not None), rstd), True
     elif eps is None:  # torch's default for an RMS norm
         wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")  # the layer would be given float32
         eps = default_eps(torch.float32 if wide and x.dtype != torch.float64 else x.dtype)
-    bias = None if kind == "rms" else _held(parameters, "bias", layer)
     groups = layer.num_groups if kind == "group" else 1
-    norm = Norm(kind, _held(parameters, "weight", layer), bias, eps, fusable.activation, groups, axis, *running)
+    norm = Norm(kind, weight, bias, eps, fusable.activation, groups, axis, *running)
     call = Call(kernels, norm, _dtype(kind, x, narrow), given, constant)
     call.source = source
     return call
-
-
-def _fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:
-    if kind == "batch":
-        return x.dim() in RANKS[type(layer)] and x.shape[1] == layer.num_features
-    if x.dim() < 2:
-        return False
-    if axis == 1:
-        return x.shape[1] == (layer.num_channels if kind == "group" else layer.channels)
-    return x.shape[-1] == layer.normalized_shape[0] and x.is_contiguous()
 
 
 _NOT_RUNNING: tuple[Any, Any, float] = (None, None, 0.0)
@@ -234,7 +241,20 @@ def record(fusable: Fusable, call: Call) -> None:
     """After the norm has run: note its batch statistics for the recompute."""
     tape = ambient.tape
     if tape is not None and not tape.replaying and call.norm.kind == "batch" and not call.constant:
-        tape.entries.append((fusable.norm, call.statistics))  # type: ignore[arg-type]
+        tape.entries.append((fusable.norm, call.statistics, running_of(fusable.norm)))  # type: ignore[arg-type]
+
+
+def running_of(norm: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Copies of the norm's buffers as they are now, if code of the branch may look at them."""
+    if ambient.tape is None or not ambient.tape.is_read:
+        return None
+    return {name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None}
+
+
+def put_running(norm: nn.Module, running: dict[str, torch.Tensor] | None) -> None:
+    """In a recompute, which counts no batch: let the throw-away buffers be what they were after the norm."""
+    for name, value in (running or {}).items():
+        norm._buffers[name].copy_(value)  # type: ignore[union-attr]
 
 
 def note(call: Call, s: torch.Tensor, h: torch.Tensor) -> None:

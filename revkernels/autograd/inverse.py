@@ -13,7 +13,8 @@ from revkernels.autograd import fusion
 from revkernels.autograd.coupling import differentiable
 from revkernels.autograd.grid import half_type_of
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
-from revkernels.autograd.snapshot import Snapshot, put_back
+from revkernels.autograd.rewinding import put_back
+from revkernels.autograd.snapshot import Snapshot
 from revkernels.coupling import Coupling
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
@@ -125,3 +126,24 @@ def has_global_hooks() -> bool:
         or _torch_module._global_backward_hooks
         or _torch_module._global_backward_pre_hooks
     )
+
+
+def all_dense(*tensors: torch.Tensor | None) -> bool:
+    """Whether a norm's tensors lie as the kernels take them. Others somebody has put in, as functional_call does."""
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+
+
+def is_momentum(momentum: Any) -> bool:
+    """Whether it is a number that the kernels take, or torch's None for a cumulative average."""
+    return momentum is None or (isinstance(momentum, float | int) and momentum >= 0)
+
+
+def fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:
+    """Whether x has the shape, and of rows the memory, that the norm's kernels take."""
+    if kind == "batch":
+        return x.dim() in RANKS[type(layer)] and x.shape[1] == layer.num_features
+    if x.dim() < 2:
+        return False
+    if axis == 1:
+        return x.shape[1] == (layer.num_channels if kind == "group" else layer.channels)
+    return x.shape[-1] == layer.normalized_shape[0] and x.is_contiguous()

@@ -25,7 +25,8 @@ from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
 from revkernels.autograd.recorded import Frame, Metadata, RearrangedStep, RecordedStep
-from revkernels.autograd.snapshot import put_back, version_of
+from revkernels.autograd.rewinding import put_back
+from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
 from revkernels.errors import ReconstructionError
 
@@ -96,6 +97,9 @@ class Rebuilding:
         return (len(self._steps) - 1) << INDEX_BITS | (len(self._saved) - 1)
 
     def _unpack(self, token: int | KeptTensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():  # where a branch that is run again would record nothing
+            with torch.inference_mode(False):
+                return self._unpack(token)
         if isinstance(token, KeptTensor):
             return self._unpack_kept(token)
         k, index = token >> INDEX_BITS, token & ((1 << INDEX_BITS) - 1)

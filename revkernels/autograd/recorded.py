@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from revkernels.autograd.entry import Entry
-from revkernels.autograd.fusion import Tape
+from revkernels.autograd.fusion import Noted, Tape
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept_ops import KeptOp
 from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.autograd.surroundings import Drawn
-from revkernels.norm import Statistics
 
 Metadata = tuple[torch.dtype, torch.Size]
 Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, with their versions
@@ -45,7 +44,7 @@ class RecordedStep:
         self.half_step = half_step
         self.needs_grad = False
         self.entry: Entry | None = None
-        self.statistics: list[tuple[nn.Module, Statistics]] = []
+        self.statistics: list[Noted] = []
         self.ways: list[tuple[nn.Module, Any]] = []
         self.snapshot = Snapshot(half_step.branch, (*half_step.args, *half_step.kwargs.values()))
         self.saved: list[Metadata] = []
@@ -58,11 +57,11 @@ class RecordedStep:
 
     def tape(self, replaying: bool) -> Tape:
         """The branch's batch statistics, to be noted or to be used again."""
-        return Tape(self.statistics, self.ways, replaying, self.outputs)
+        return Tape(self.statistics, self.ways, replaying, self.outputs, self.snapshot.reads_running)
 
     def counted(self) -> list[nn.Module]:
         """The batch norms whose statistics were noted, once for each call."""
-        layers = [layer for layer, _ in self.statistics]
+        layers = [layer for layer, *_ in self.statistics]
         if self.entry is not None and self.entry.counts:
             layers.append(self.entry.fusable.norm)
         return layers

@@ -20,7 +20,6 @@ budget, some half-steps keep what they save, and others the outputs of their slo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,8 +43,9 @@ from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import Rebuilding, is_recomputing, within_a_branch
 from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep
 from revkernels.autograd.snapshot import version_of
-from revkernels.autograd.surroundings import Surroundings, drawn, states_of
+from revkernels.autograd.surroundings import Surroundings, drawn, moved, states_of
 from revkernels.errors import ReconstructionError
+from revkernels.tracking import met_compiler
 
 __all__ = ["Reversal", "is_recomputing"]
 
@@ -86,7 +86,7 @@ class Reversal(Rebuilding):
         self.recording = not keep and torch.is_grad_enabled()
         if torch.is_grad_enabled() and kernels is not eager:
             prepare()
-        compiling = sys.modules.get("revkernels.autograd.compiling")  # imported where torch.compile meets a chain
+        compiling = met_compiler()
         self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
         self.planned = 0  # half-steps that are known to come, for who asks where an error came from
@@ -238,9 +238,8 @@ class Reversal(Rebuilding):
             step.kept = noting.settle()
         self._open = []
         after = self._surroundings.states()
-        seeds = self._surroundings.sown_by(half_step.branch, snapshot)
-        step.drawn = drawn(before, after + states_of(own) if own else after, seeds)
-        if step.drawn:
+        step.drawn = drawn(before, after + states_of(own) if own else after, snapshot.plain)
+        if moved(step.drawn):  # else all steps share one copy
             self._states = after
         return f
 
@@ -251,7 +250,7 @@ class Reversal(Rebuilding):
         if mode is not None:
             with mode:
                 return self._call(step, h, normed)
-        compiling = sys.modules.get("revkernels.autograd.compiling")
+        compiling = met_compiler()
         if compiling is None:
             return fusion.call_branch(step, h, self.kernels, normed)
         if self._compiler is None:

@@ -17,12 +17,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.behind import Reached, behind, beside, own_names
+from revkernels.autograd.names import reads_running, writes_silently
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.plain_layers import are_plain, holds_more
+from revkernels.autograd.rewinding import MISSING, Slot, Undo, copies_of, hang, put_back
 from revkernels.errors import ReconstructionError
-
-Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
-Undo = list[tuple[dict[str, Any], str, Any]]
 
 _batchnorm = nn.modules.batchnorm
 #: In training these forwards write running statistics that their output does not depend on.
@@ -33,7 +32,7 @@ _STATISTICS_ONLY = {
 }
 
 #: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,
-#: statistics aside.
+#: statistics aside; with a dot in front, of attributes that it was found to write in place.
 _written: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -73,8 +72,8 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("attributes", "branch", "fixed", "flags", "generators", "late", "modules", "others", "plain", "rewound"),
-        *("_held", "registered", "seeds", "statistics", "trained", "turn"),
+        *("attributes", "blank", "branch", "fixed", "flags", "generators", "late", "loose", "modules", "others"),
+        *("plain", "reads_running", "registered", "rewound", "statistics", "trained", "turn", "_held", "_tables"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -90,10 +89,14 @@ class Snapshot:
         self.attributes: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
+        #: The same, while the forward runs: with copies of those that it may write in place.
+        self.loose: list[tuple[nn.Module, Slot, torch.Tensor | None]] = []
+        #: What was None, or not there, and is a tensor since: where it hangs, its name, and what it was.
+        self.blank: list[tuple[dict[str, Any], str, Any]] = []
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []  # what hangs where before the forward
         self._held: list[tuple[str, torch.Tensor]] = []
         self.modules = _tree(branch) if isinstance(branch, nn.Module) else []
         self.generators: list[torch.Generator] = []
-        self.seeds = False
         hidden: list[nn.Module] = []
         #: Nothing hangs on the modules but what they have registered.
         self.plain = bool(self.modules) and are_plain(self.modules)
@@ -101,14 +104,13 @@ class Snapshot:
         if not self.plain:
             reached = beside(self.modules) if self.modules else behind(branch)
             self._held += reached.tensors
-            self.generators, self.seeds = reached.generators, reached.seeds
+            self.generators = reached.generators
             hidden = [module for module in reached.modules if not _is_scripted(module)]
         if given:
             among = Reached(self.modules)
             among.look("an argument", list(given))
             self.modules += among.follow().modules
             self.generators += among.generators
-            self.seeds = self.seeds or among.seeds
             self.plain = self.plain and not among.modules
         if not isinstance(branch, nn.Module):
             self.modules += [module for module in hidden if module not in self.modules]
@@ -122,6 +124,8 @@ class Snapshot:
                     f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to run "
                     f"it again: set activations='store', or give the module that it was made of"
                 )
+        #: Running statistics are rewound like other buffers, for code of the branch may look at them.
+        self.reads_running = not self.plain and reads_running(branch, self.modules[: self.registered])
         stateful = [module for module in self.modules if module._buffers]
         self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
 
@@ -141,18 +145,28 @@ class Snapshot:
             if self.plain:
                 continue
             table = module.__dict__
-            for name in own_names(table):
+            names = own_names(table)
+            if place < self.registered:
+                self._tables += [(module._buffers, dict(module._buffers)), (table, {n: table.get(n) for n in names})]
+            written = _written.get(module, {}).get(module.training)
+            for name in names:
                 value: Any = table.get(name)
                 if type(value) in PLAIN:
                     self._held.append((name, value))
                     if not value.requires_grad:
                         self.attributes.append((table, name, value))
+                        slot = (table, name, value, version_of(value))
+                        copied = written is None or f".{name}" in written
+                        self.loose.append((module, slot, value.detach().clone() if copied else None))
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
             self._held = []
 
     def _take_buffers(self, module: nn.Module, hidden: bool) -> None:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
+        if (only_statistics and self.reads_running) or (not self.plain and writes_silently(module)):
+            only_statistics = False
+            _written.setdefault(module, {}).setdefault(module.training, set()).update(module._buffers)
         written = _written.get(module, {}).get(module.training)
         for name, buffer in module._buffers.items():
             if buffer is None:
@@ -190,6 +204,7 @@ class Snapshot:
                 else:
                     self.fixed.append(slot)
             self.rewound = changed
+        self._complete_attributes()
         for _, _, tensor, version in self.fixed:
             if version_of(tensor) != version and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
@@ -202,6 +217,25 @@ class Snapshot:
         # What the forward itself writes there is not rewound, nor is it found fault with.
         if self.others:
             self.others = [held for held in self.others if _version_behind(held[1]) == held[2]]
+
+    def _complete_attributes(self) -> None:
+        for module, slot, value in self.loose:
+            found = _written.setdefault(module, {}).setdefault(module.training, set())
+            if version_of(slot[2]) == slot[3]:
+                continue
+            found.add(f".{slot[1]}")
+            if value is None:
+                self.fixed.append(slot)
+                self.late.add(id(slot[2]))
+            else:
+                self.rewound.append((module, slot, value))
+        self.loose = []
+        for table, before in self._tables:
+            for name, value in list(table.items()):
+                was = before.get(name, MISSING)
+                if (was is None or was is MISSING) and type(value) in PLAIN and not value.requires_grad:
+                    self.blank.append((table, name, was))
+        self._tables = []
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -288,14 +322,17 @@ class Snapshot:
                 )
         for table, name, tensor in self.attributes:
             if table.get(name) is not tensor:
-                undo.append((table, name, table.get(name, _MISSING)))
+                undo.append((table, name, table.get(name, MISSING)))
                 table[name] = tensor
         for slots, name, tensor, _ in self.statistics:
             undo.append((slots, name, slots[name]))
             slots[name] = tensor.detach().clone()
-        for _, (slots, name, _, _), value in self.rewound:
-            undo.append((slots, name, slots[name]))
-            slots[name] = value.clone()
+        for table, name, was in self.blank:
+            undo.append((table, name, table.get(name, MISSING)))
+            hang(table, name, was)
+        for (_, (slots, name, _, _), _), copy in zip(self.rewound, copies_of(self.rewound), strict=True):
+            undo.append((slots, name, slots.get(name, MISSING)))
+            slots[name] = copy
 
     def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:
         for root in [self.branch] if isinstance(self.branch, nn.Module) else self.modules:
@@ -321,18 +358,6 @@ def _tree(module: nn.Module) -> list[nn.Module]:
                     seen.add(child)
                     found.append(child)
     return found
-
-
-def put_back(undo: Undo) -> None:
-    """Undo `Snapshot.restore`: the branch has its own tensors again."""
-    for slots, name, tensor in reversed(undo):
-        if tensor is _MISSING:
-            del slots[name]
-        else:
-            slots[name] = tensor
-
-
-_MISSING = object()
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from revkernels.autograd.snapshot import Snapshot, version_of
+from revkernels.autograd.snapshot import version_of
 from revkernels.errors import ReconstructionError
 
 #: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).
 States = list[tuple[torch.Generator, torch.Tensor, bytes]]
-#: Generators that a branch drew from, with their states before it and a hash of those after; empty if it drew nothing.
-Drawn = list[tuple[torch.Generator, torch.Tensor, int]]
+#: Generators that a branch drew from, with their states before it and a hash of those after; and with the bytes of the
+#: states instead those that it left as they were, or may have moved and put back.
+Drawn = list[tuple[torch.Generator, torch.Tensor, int | bytes]]
 
 
 _IN_A_CAPTURE = (
@@ -39,7 +39,6 @@ class Surroundings:
         kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
         self.autocast = [(kind, *_autocast_state(kind)) for kind in kinds]
         self.shared = [torch.default_generator]
-        self._seed = torch.default_generator.initial_seed()
         self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if device.type == "cuda":
             generator = torch.cuda.default_generators[device.index]
@@ -52,24 +51,6 @@ class Surroundings:
     def states(self) -> States:
         """The shared generators' states as they are now."""
         return states_of(self.shared)
-
-    def sown_by(self, branch: Any, snapshot: Snapshot) -> bool:
-        """Whether the branch, which has just run, seeds torch's generators, or forks them. One that does may leave them
-        as it found them, like one that draws nothing; its code says so, or else it is remembered from the first time,
-        when the seed changed.
-        """
-        seed = torch.default_generator.initial_seed()
-        if seed != self._seed:
-            self._seed = seed
-            with contextlib.suppress(TypeError):  # of what no reference can be weak, or that has no hash
-                _sowers.add(branch)
-            return True
-        if snapshot.seeds or not _sowers:
-            return snapshot.seeds
-        try:
-            return branch in _sowers
-        except TypeError:
-            return False
 
     def extend(self, side_inputs: dict[str, Any]) -> None:
         """Watch these as well, as they are now."""
@@ -99,18 +80,20 @@ class Surroundings:
             if state[1] != torch.is_autocast_enabled(state[0])
             or (state[1] and state[2] != torch.get_autocast_dtype(state[0]))
         ]
-        if not other and not drawn:
+        moved = []
+        for generator, state, after in drawn:
+            now, found = _state_of(generator)
+            if found != after:  # else the branch finds it as it was, and leaves it so
+                moved.append((generator, state, now))
+        if not other and not moved:
             return None
         with ExitStack() as stack:  # undone at once if memory runs out in between
             for kind, enabled, dtype, cache in other:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-            for generator, state, _ in drawn:
-                stack.callback(generator.set_state, _state_of(generator)[0])
+            for generator, state, now in moved:
+                stack.callback(generator.set_state, now)
                 generator.set_state(state)
             return stack.pop_all()
-
-
-_sowers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class RefusesToDraw(TorchDispatchMode):
@@ -157,9 +140,18 @@ def _state_of(generator: torch.Generator) -> tuple[torch.Tensor, bytes]:
     return state, state.numpy().tobytes()
 
 
-def drawn(before: States, after: States, seeds: bool = False) -> Drawn:
-    """Those of ``before`` whose generator was drawn from; all, if the branch ``seeds`` them."""
-    return [(a[0], a[1], hash(b[2])) for a, b in zip(before, after, strict=True) if seeds or a[2] != b[2]]
+def drawn(before: States, after: States, plain: bool) -> Drawn:
+    """Those of ``before`` whose generator was drawn from; all, if the branch is not `Snapshot.plain`.
+
+    Code of somebody else's may fork or seed a generator and leave it as it was, like one that draws nothing.
+    """
+    pairs = ((a, a[2] == b[2], b) for a, b in zip(before, after, strict=True))
+    return [(a[0], a[1], a[2] if stayed else hash(b[2])) for a, stayed, b in pairs if not (stayed and plain)]
+
+
+def moved(drawn: Drawn) -> bool:
+    """Whether a generator is not where it was."""
+    return any(type(after) is int for _, _, after in drawn)
 
 
 def refuses_a_race(name: str) -> RefusesToDraw:
@@ -173,8 +165,7 @@ def refuses_a_race(name: str) -> RefusesToDraw:
 def strayed(drawn: Drawn) -> bool:
     """After the recompute: whether a generator was drawn from, and is not where the forward left it."""
     for generator, before, after in drawn:
-        now = _state_of(generator)[1]
-        if hash(now) != after:
+        if type(after) is int and hash(now := _state_of(generator)[1]) != after:
             with _disable_current_modes():
                 if now != before.numpy().tobytes():
                     return True

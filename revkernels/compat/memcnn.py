@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.snapshot import Snapshot, put_back
+from revkernels.autograd.rewinding import put_back
+from revkernels.autograd.snapshot import Snapshot
 from revkernels.compat import UnsupportedError
 from revkernels.nn.chain import HalfStep, run
 

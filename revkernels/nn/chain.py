@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from revkernels.errors import ReconstructionError
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
 from revkernels.nn.streams import check_options, dense, is_store, streams_of
 from revkernels.options import ActivationsOption, CouplingOption
+from revkernels.tracking import met_compiler
 
 __all__ = ["HalfStep", "run", "run_inverse"]
 
@@ -109,7 +109,7 @@ def forward(
         if through is not None:
             raise ReconstructionError("blocks have hooks, which a recorded graph would not have: take them off")
         return _traced(owner, x, groups, half_steps, name)
-    compiling = sys.modules.get("revkernels.autograd.compiling")
+    compiling = met_compiler()
     if compiling is not None and compiling.active():  # dynamo was here, and has given up
         return compiling.untraced(forward, owner, x, groups, half_steps, name, through, linked)
     streams, joined = streams_of(x, owner.split_dim, groups, "x")

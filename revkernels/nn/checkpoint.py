@@ -68,6 +68,9 @@ def selective_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any
     of such a chain, in torch.func transforms and while torch.compile traces, which decides by itself what to recompute,
     it is the plain call.
 
+    What is written into such an output through ``.data`` or NumPy, of which no version tells, is not in what is made
+    again.
+
     Args:
         function: a module, or any callable.
         *args, **kwargs: of the call.

@@ -81,8 +81,13 @@ class FusedSequential(nn.Sequential):
     forward.passes_keywords = True  # type: ignore[attr-defined]
 
     def __getitem__(self, index: int | slice) -> Any:
-        """A layer; for a slice a `FusedSequential` of these layers, whatever subclass this is."""
-        return FusedSequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+        """A layer; for a slice a `FusedSequential` of these layers under their names, whatever subclass this is."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        made = FusedSequential()
+        for name, layer in list(self._modules.items())[index]:
+            made.add_module(name, layer)
+        return made
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         taken = keywords_of(self)

@@ -49,7 +49,7 @@ def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any)
 def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[torch.Tensor], bool]:
     """Return the ``groups`` streams of ``x``, and whether it was one tensor that has to be joined again."""
     if isinstance(x, torch.Tensor):
-        _check_floating(x, name)
+        _check_stream(x, name)
         if not -x.dim() <= split_dim < x.dim():
             raise ValueError(f"{name} has shape {tuple(x.shape)}; split_dim={split_dim} is not one of its dimensions")
         size = x.shape[split_dim]
@@ -64,7 +64,7 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
         several = f"a pair of tensors ({name}1, {name}2)" if groups == 2 else f"a tuple of {groups} tensors"
         raise TypeError(f"{name} is {_describe(x)}; it must be a tensor, or {several}")
     for stream in x:
-        _check_floating(stream, name)
+        _check_stream(stream, name)
     first = x[0]
     for index, other in enumerate(x[1:], 2):
         for what, expected, got in (
@@ -77,7 +77,10 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
     return list(x), False
 
 
-def _check_floating(stream: torch.Tensor, name: str) -> None:
+def _check_stream(stream: torch.Tensor, name: str) -> None:
+    if stream.layout not in (torch.strided, torch.jagged) or (stream.is_nested and stream.layout is torch.strided):
+        kind = "nested tensor" if stream.is_nested else f"tensor of layout {stream.layout}"
+        raise TypeError(f"{name} is a {kind}; it must be dense (strided), or nested with layout torch.jagged")
     if not stream.is_floating_point():
         raise TypeError(f"{name} is {stream.dtype}; it must be floating point (float64, float32, bfloat16, float16)")
 

@@ -197,3 +197,16 @@ def test_nothing_is_left_of_a_refused_call(options):
         with pytest.raises((TypeError, ValueError)):
             net(bad)
     assert net(rows()).shape == y.shape
+
+
+def test_layouts(options):
+    """What has no strides is refused by name."""
+    net, _ = twins(pairs_of(mlp, 2), **options)
+    x = rows().detach()
+    for bad, word in (
+        (x.to_sparse(), "tensor of layout torch.sparse_coo"),
+        (x.to_sparse_csr(), "tensor of layout torch.sparse_csr"),
+        (torch.nested.nested_tensor([x, x[:2]]), "nested tensor"),
+    ):
+        for given in (bad, (bad, bad)):
+            assert_raises(TypeError, [f"x is a {word}; it must be dense (strided)"], lambda given=given: net(given))

@@ -43,6 +43,8 @@ def test_slices(layers, compiled):
     part = layers[:2]
     assert type(part) is FusedSequential and list(part) == list(layers)[:2]
     assert layers[0] is next(iter(layers))
+    rest = nn.Sequential(*layers)[1:]
+    assert [name for name, _ in layers[1:].named_children()] == [name for name, _ in rest.named_children()]
 
 
 class Inner(nn.Module):

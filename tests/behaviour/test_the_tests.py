@@ -219,13 +219,13 @@ def norm_gradient_always_accumulated(plant):
 
 @found_by(row_6)
 def generator_not_restored(plant):
-    plant.setattr(reversal, "drawn", lambda before, after, seeds: [])
+    plant.setattr(reversal, "drawn", lambda before, after, plain: [])
 
 
 @found_by(row_6)
 def generator_left_where_the_recompute_put_it(plant):
     def restore(self, drawn):
-        for generator, state, _ in drawn:
+        for generator, state, *_ in drawn:
             generator.set_state(state)
 
     plant.setattr(surroundings.Surroundings, "restore", restore)

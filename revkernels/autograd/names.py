@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names in a branch's code, and what they tell of its buffers that nothing else does.
+
+`torch.batch_norm` writes running statistics without counting it as a write, and so does who writes through ``.data``
+or NumPy; what a branch reads of a batch norm's statistics leaves no trace at all. To take every buffer for written and
+read would cost copies in every forward, so it is done where the code names such things: that of the module's class, of
+hooks, and of functions that these name, torch's own left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+__all__ = ["reads_running", "writes_silently"]
+
+_RUNNING = frozenset(
+    ("running_mean", "running_var", "num_batches_tracked", "_buffers", "buffers", "named_buffers", "get_buffer")
+)
+_SILENT = frozenset(("batch_norm", "instance_norm", "native_batch_norm", "data", "numpy", "_buffers"))
+_MANY = 256  # functions that are looked at for one class
+
+_of_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+_of_code: weakref.WeakKeyDictionary[types.CodeType, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def reads_running(branch: Any, modules: list[nn.Module]) -> bool:
+    """Whether code in the branch may look at running statistics, its own or those of a norm inside it."""
+    return any(not _RUNNING.isdisjoint(names) for names in _in(branch, modules))
+
+
+def writes_silently(module: nn.Module) -> bool:
+    """Whether the module's forward may write its buffers so that no version tells."""
+    return not _SILENT.isdisjoint(_names_of_class(type(module)))
+
+
+def _in(branch: Any, modules: list[nn.Module]) -> Iterator[frozenset[str]]:
+    if not isinstance(branch, nn.Module):
+        yield _names_of(branch)
+    for module in modules:
+        yield _names_of_class(type(module))
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hook in list(hooks.values()) if hooks else ():
+                yield _names_of(hook)
+        if "forward" in module.__dict__:
+            yield _names_of(module.__dict__["forward"])
+
+
+def _names_of_class(kind: type) -> frozenset[str]:
+    found = _of_class.get(kind)
+    if found is None:
+        held = [value for base in kind.__mro__ if not _is_torchs(base.__module__) for value in vars(base).values()]
+        found = _of_class[kind] = _follow(held)
+    return found
+
+
+def _names_of(function: Any) -> frozenset[str]:
+    if not isinstance(function, types.FunctionType) or function.__closure__:  # what it closes over may differ
+        return _follow([function])
+    code = function.__code__
+    if code not in _of_code:
+        _of_code[code] = _follow([function])
+    return _of_code[code]
+
+
+def _follow(waiting: list[Any]) -> frozenset[str]:
+    """The names in the code of these, and in that of functions that they name, close over or are made of."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    while waiting and len(seen) < _MANY:
+        held = waiting.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, functools.partial):
+            waiting += [held.func, *held.args, *held.keywords.values()]
+        elif isinstance(held, types.MethodType | staticmethod | classmethod):
+            waiting.append(held.__func__)
+        elif isinstance(held, property):
+            waiting.append(held.fget)
+        elif isinstance(held, types.FunctionType) and not _is_torchs(held.__globals__.get("__name__")):
+            waiting += [cell.cell_contents for cell in held.__closure__ or () if _is_full(cell)]
+            codes = [held.__code__]
+            for code in codes:
+                codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+                names.update(code.co_names)
+                waiting += _named_by(code, held.__globals__)
+    return frozenset(names)
+
+
+def _named_by(code: types.CodeType, table: dict[str, Any]) -> Iterator[Any]:
+    """Functions among the globals that it names, and in modules that it names."""
+    for name in code.co_names:
+        value = table.get(name)
+        if isinstance(value, types.FunctionType | functools.partial):
+            yield value
+        elif isinstance(value, types.ModuleType) and not _is_torchs(value.__name__):
+            inside = (getattr(value, other, None) for other in code.co_names)
+            yield from (found for found in inside if isinstance(found, types.FunctionType))
+
+
+def _is_full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable not assigned yet
+        return False
+
+
+def _is_torchs(module: Any) -> bool:
+    """Torch's own code, and this package's, read no statistics but to normalise with them."""
+    first = str(module).partition(".")[0]
+    return first in ("torch", "revkernels", "builtins", "numpy", "functools", "typing")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hangs on modules while a branch is run again, in the place of their own tensors, and how these come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from revkernels.autograd.ownership import PLAIN
+
+Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
+Undo = list[tuple[dict[str, Any], str, Any]]
+MISSING = object()  # in a tensor's place: nothing hung there
+
+
+def hang(slots: dict[str, Any], name: str, tensor: Any) -> None:
+    """Put it there, or leave nothing there."""
+    if tensor is MISSING:
+        slots.pop(name, None)
+    else:
+        slots[name] = tensor
+
+
+def put_back(undo: Undo) -> None:
+    """The branch has its own tensors again."""
+    for slots, name, tensor in reversed(undo):
+        hang(slots, name, tensor)
+
+
+def copies_of(rewound: Sequence[tuple[nn.Module, Slot, torch.Tensor]]) -> list[torch.Tensor]:
+    """Copies of the values, to be written to. Those of tensors that share memory share it again."""
+    memories = [slot[2].untyped_storage()._cdata if type(slot[2]) in PLAIN else None for _, slot, _ in rewound]
+    bases: dict[int, torch.UntypedStorage] = {}
+    same: dict[int, torch.Tensor] = {}  # by the tensor that it stands for
+    copies = []
+    for memory, (_, (_, _, tensor, _), value) in zip(memories, rewound, strict=True):
+        if memory is None or memories.count(memory) == 1:
+            copies.append(value.clone())
+            continue
+        if memory not in bases:
+            bases[memory] = tensor.untyped_storage().clone()
+        if id(tensor) not in same:
+            view = value.new_empty(0).set_(bases[memory], tensor.storage_offset(), tensor.shape, tensor.stride())
+            same[id(tensor)] = view.copy_(value)
+        copies.append(same[id(tensor)])
+    return copies
