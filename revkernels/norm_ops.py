@@ -152,6 +152,7 @@ def _differentiable(names: str, arrays: tuple[Any, ...]) -> bool:
     if sys.modules["torch"].is_grad_enabled():
         for array in arrays:
             if getattr(array, "requires_grad", False):
+                tracking.refuse_transforms(array)
                 return True
     tracking.refuse_tangents(names, arrays)
     return False

@@ -155,6 +155,7 @@ def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str 
     named = {f"total[{i}]": total for i, total in enumerate(totals)}
     named_parts = {f"part[{i}]": part for i, part in enumerate(parts)}
     if not kernels.CHECKS_OPERANDS:
+        tracking.refuse_transforms(totals[0])
         checks.check_arrays(**named, **named_parts)
         checks.check_same_device(**named)
         for (name, total), (part_name, part) in zip(named.items(), named_parts.items(), strict=True):
@@ -183,6 +184,7 @@ def _out_of_place(name: str, x: Any, f: Any, coupling: Coupling | None, backend:
                 tracking.refuse_grad("f channel_scale sample_scale", (f, *_scales(coupling)))
             from revkernels.autograd.coupling import differentiable
 
+            tracking.refuse_transforms(x)
             return differentiable(kernels, name, x, f, coupling)
         tracking.refuse_tangents(argument + " f channel_scale sample_scale", (x, f, *_scales(coupling)))
         out = torch.empty_like(x)
@@ -202,6 +204,7 @@ def _wrote_value(coupling: Coupling) -> None:
 
 
 def _check(kernels: Any, written: dict[str, Any], read: dict[str, Any], coupling: Coupling | None) -> None:
+    tracking.refuse_transforms(next(iter(read.values())))
     if not kernels.CHECKS_OPERANDS:
         checks.check_operands(written, read, coupling, coupled="f" in read)
     if coupling is not None:

@@ -32,6 +32,8 @@ BAD = {
     "f a list": (TypeError, ["f is a list", "torch.Tensor"], lambda o: o(f=[1.0])),
     "f None": (TypeError, ["f is a NoneType"], lambda o: o(f=None)),
     "x a float": (TypeError, ["x is a float"], lambda o: o(x=1.0)),
+    "f sparse": (TypeError, ["f has layout torch.sparse_coo", "must be"], lambda o: o(f=ones().to_sparse())),
+    "x sparse": (TypeError, ["x has layout torch.sparse_coo", "must be"], lambda o: o(x=ones().to_sparse())),
     "f from NumPy": (TypeError, ["f ", "numpy", "torch", "one library"], lambda o: o(f=np.ones((2, 3), np.float32))),
     "f on another device": (ValueError, ["f is on meta", "must"], lambda o: o(f=ones(device="meta"))),
 }

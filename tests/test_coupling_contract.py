@@ -215,6 +215,11 @@ def test_bad_numpy_arrays(backend):
         ops.couple(np.ones((2, 3)), np.ones((2, 3), object), backend=backend)
     with pytest.raises(TypeError, match=r"^f is.* int64"):
         ops.couple(np.ones((2, 3)), np.ones((2, 3), np.int64), backend=backend)
+    masked = np.ma.masked_array([1.0, 2.0], [False, True])
+    for call in (lambda: ops.couple_(masked, np.ones(2), backend=backend), lambda: ops.couple(np.ones(2), masked)):
+        with pytest.raises(TypeError, match=r"^[xf] is a MaskedArray; it must be a plain array"):
+            call()
+    assert masked.data.tolist() == [1.0, 2.0]
     assert (ops.couple(read_only(), read_only(), backend=backend) == 2).all()
 
 

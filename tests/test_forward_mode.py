@@ -53,6 +53,24 @@ def test_a_tangent_is_refused(name, backend, grad, available):
         call(*(ones() for _ in range(count)), backend=backend)
 
 
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_transforms_of_torch_func_are_refused(name, backend, transform, available):
+    count, call = CALLS[name]
+    backend = available(backend)
+
+    def run(x):
+        operands = [x.reshape(2, 3), *(ones() for _ in range(count - 1))]
+        return torch.as_tensor(call(*operands, backend=backend)).sum()
+
+    with pytest.raises(NotImplementedError, match=r"know no transform of torch\.func"):
+        if transform == "jvp":
+            torch.func.jvp(run, (ones(),), (ones(),))
+        else:
+            getattr(torch.func, transform)(run)(torch.ones(2, 6) if transform == "vmap" else ones())
+
+
 MODULES = {
     "reconstruct": lambda: ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3))),
     "store": lambda: ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3)), activations="store"),

@@ -15,9 +15,20 @@ constexpr int kAligned = 0x0100, kWriteable = 0x0400;  // NumPy's array flags, p
 
 // NumPy
 
+// Its mask would be lost on the way in and wrong on the way out.
+void refuse_masked(const Array& array, py::handle object) {
+  static PyObject* const module_name = intern("numpy.ma");
+  const py::object masked = imported(module_name);
+  if (masked && py::isinstance(object, masked.attr("MaskedArray")))
+    type_error(std::string(array.name) +
+               " is a MaskedArray; it must be a plain array, such as its .data or .filled()");
+}
+
 void read_ndarray(Array& array, py::handle object, Takes takes) {
   const auto* const proxy = py::detail::array_proxy(object.ptr());
   array.library = Library::kNumpy;
+  if (Py_TYPE(object.ptr()) != py::detail::npy_api::get().PyArray_Type_)
+    refuse_masked(array, object);
   array.device = -1;
   array.frozen = (proxy->flags & kWriteable) != 0 ? nullptr : kReadOnly;
   array.dtype = numpy_dtype(array, proxy->descr, takes);

@@ -85,6 +85,26 @@ void reverse_step(py::handle y, py::handle f, py::handle dy, py::handle df, py::
   finish(status, stream, where);
 }
 
+// Raises for arrays that overlap, by the caller's names: the C entry counts views, and an array may
+// be several.
+void check_all_apart(const py::sequence& totals, const py::sequence& parts) {
+  for (size_t i = 0; i < totals.size(); ++i) {
+    Array total, other;
+    const std::string name = "total[" + std::to_string(i) + "]";
+    read_array(total, name.c_str(), totals[i]);
+    for (size_t k = 0; k < totals.size(); ++k) {
+      const std::string index = "[" + std::to_string(k) + "]";
+      const std::string total_name = "total" + index, part_name = "part" + index;
+      if (k > i) {
+        read_array(other, total_name.c_str(), totals[k]);
+        check_apart(total, other);
+      }
+      read_array(other, part_name.c_str(), parts[k]);
+      check_apart(total, other);
+    }
+  }
+}
+
 void accumulate(const py::sequence& totals, const py::sequence& parts) {
   const size_t count = totals.size();
   if (parts.size() != count)
@@ -125,6 +145,7 @@ void accumulate(const py::sequence& totals, const py::sequence& parts) {
     const Unlocked unlocked(is_long(leader, elements));
     status = revk_accumulate(written.data(), read.data(), int64_t(written.size()), &where);
   }
+  if (status == REVK_INVALID_ARGUMENT && count > 1) check_all_apart(totals, parts);
   finish(status, leader, where);
 }
 

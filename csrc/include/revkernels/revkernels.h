@@ -124,8 +124,8 @@ REVK_API revk_status revk_couple(const revk_view* y, const revk_view* x, const r
 REVK_API revk_status revk_uncouple(const revk_view* x, const revk_view* y, const revk_view* f,
                                    const revk_coupling* coupling, const revk_where* where);
 
-/* y <- y - f and dy <- dy + df in one pass (Algorithm 1, lines 4-5 and 6-7). `coupling` acts on f
- * alone. */
+/* y <- y - f and dy <- dy + df in one pass (Algorithm 1, lines 3 to 6: 3 and 5 of one
+ * half of a block, 4 and 6 of the other). `coupling` acts on f alone. */
 REVK_API revk_status revk_reverse_step(const revk_view* y, const revk_view* f, const revk_view* dy,
                                        const revk_view* df, const revk_coupling* coupling,
                                        const revk_where* where);
