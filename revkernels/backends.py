@@ -22,6 +22,18 @@ from typing import Any
 from revkernels.arrays import device_kind, kind_of, not_an_array
 from revkernels.errors import BackendError
 
+#: The functions that every backend's module defines, and `ops` calls.
+KERNELS = (
+    "couple",
+    "uncouple",
+    "reverse_step",
+    "accumulate",
+    "norm_act",
+    "couple_norm_act",
+    "uncouple_norm_act",
+    "norm_act_backward",
+)
+
 #: For each device, the backends in order of preference. A device that is not listed takes "eager".
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
@@ -32,8 +44,8 @@ class Backend:
 
     Attributes:
         name: what `backend=` takes.
-        module: defines couple, uncouple, reverse_step, accumulate, norm_act, couple_norm_act, uncouple_norm_act,
-            norm_act_backward, and ``missing(name)``, why it cannot run here or None.
+        module: defines the functions in `KERNELS`; ``missing(name)``, why it cannot run here or None; and
+            ``CHECKS_OPERANDS``, whether its kernels check what they are given or leave that to `ops`.
         devices: the devices whose arrays it takes; None is all.
         kinds: the kinds of arrays it takes, as in `revkernels.arrays`.
         about: one line for people.

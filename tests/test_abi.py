@@ -8,9 +8,10 @@ import subprocess
 import threading
 from pathlib import Path
 
+import abi
 import numpy as np
 import pytest
-from abi import structs
+from abi import cases, structs, verdict
 from programs import HEADER, ROOT, need, need_extension, run
 
 from revkernels import native, reference
@@ -32,6 +33,13 @@ def version_in_header():
 # ---- symbols
 
 
+def nodes_of_the_map():
+    """{version: the functions that begin with it} of cmake/exports.map."""
+    text = re.sub(r"/\*.*?\*/", "", (ROOT / "cmake" / "exports.map").read_text(), flags=re.DOTALL)
+    nodes = re.findall(r"([\w.]+)\s*\{([^}]*)\}", text)
+    return {node: re.findall(r"\b(revk\w+);", body.partition("local:")[0]) for node, body in nodes}
+
+
 def test_one_version_everywhere(library):
     """In the header, the library, its name in the dynamic linker's eyes, its file's name, and the package."""
     need("readelf")
@@ -46,9 +54,13 @@ def test_only_the_c_interface_is_exported_and_versioned():
     need("nm")
     need_extension()
     symbols = {line.split()[-1] for line in run("nm", "-D", "--defined-only", native.library()).splitlines()}
-    node = f"REVK_{version_in_header()}"
-    expected = {f"{name}@@{node}" for _, name, _ in DECLARED}
-    assert symbols == expected | {"revktest_set_isa@@REVK_PRIVATE", node, "REVK_PRIVATE"}
+    nodes = nodes_of_the_map()
+    assert symbols == {f"{name}@@{node}" for node, names in nodes.items() for name in names} | set(nodes)
+    assert nodes.pop("REVK_PRIVATE") == ["revktest_set_isa"]
+    first = f"REVK_{version_in_header()}"
+    assert first in nodes and all(node == first or node.startswith(f"{first}_") for node in nodes)
+    exported = [name for names in nodes.values() for name in names]
+    assert sorted(exported) == sorted(name for _, name, _ in DECLARED)  # each of them in one node
 
 
 def test_a_program_needs_the_versions_that_it_was_linked_with(tmp_path):
@@ -126,6 +138,20 @@ def test_functions_are_the_headers():
         pairs = [a.rsplit(maxsplit=1) for a in arguments.split(",") if a.strip() != "void"]
         declared[name] = (c_types[result.strip()], {argument: c_types[" ".join(t.split())] for t, argument in pairs})
     assert declared == structs.FUNCTIONS
+
+
+def test_every_entry_is_fuzzed_and_judged():
+    """An entry has arguments. Whoever adds one adds its random calls, the model's word on them and the oracle's."""
+    entries = {name for name, (_, arguments) in structs.FUNCTIONS.items() if arguments}
+    assert set(cases.ENTRIES) == entries, "tests/abi/cases.py"
+    assert set(verdict._ENTRIES) == entries, "tests/abi/verdict.py"
+
+
+def test_every_module_is_listed():
+    """In the docstring of the folder."""
+    folder = Path(abi.__file__).parent
+    listed = re.findall(r"^(\w+) {2,}\w", abi.__doc__, re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 
 # ---- every function, as a host in another language calls it

@@ -233,8 +233,11 @@ def test_importing_the_package_imports_numpy_alone():
 
 
 def test_every_backend_has_every_kernel():
-    """The four functions and missing(), by name."""
+    """By name, missing() and CHECKS_OPERANDS too. A public function has a kernel's name, with an underscore or not."""
     for name in backends.BACKENDS:
         module = module_of(name)
-        for function in ("couple", "uncouple", "reverse_step", "accumulate", "missing"):
-            assert callable(getattr(module, function)), f"{name}.{function}"
+        for function in (*backends.KERNELS, "missing"):
+            assert callable(getattr(module, function, None)), f"{name} has no {function}"
+        assert isinstance(getattr(module, "CHECKS_OPERANDS", None), bool), f"{name} has no CHECKS_OPERANDS"
+    public = {name.removesuffix("_") for name in ops.__all__ if name.islower()}
+    assert public == set(backends.KERNELS)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import revkernels
-from revkernels import backends, norm
+from revkernels import backends, norm, ops
 from revkernels.cli import COMMANDS, cases, check, main, output, stamp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +111,12 @@ def test_check_without_torch_runs_on_numpy_and_says_what_it_left_out():
     if backends.BACKENDS["cpu"].missing() is None:
         (cpu,) = (line for line in done.stdout.splitlines() if line.startswith("cpu "))
         assert cpu.count("ok (") == len(cases.KERNELS)
+
+
+def test_check_covers_every_kernel():
+    """couple and couple_ are one kernel, uncouple and uncouple_ another: either row stands for both."""
+    functions = {name.removesuffix("_") for name in ops.__all__ if name.islower()}
+    assert {name.removesuffix("_") for name in cases.KERNELS} == functions
 
 
 def test_check_covers_dtypes_layouts_and_libraries():

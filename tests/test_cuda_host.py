@@ -37,9 +37,8 @@ def gxx(*arguments):
 
 
 def compile_part(part, csrc, folder, sanitizers):
-    """Compile one kernel file of `csrc`, or one test against it; return the object file."""
-    is_test = part.endswith("_test")
-    source = ROOT / "tests" / "csrc" / f"cuda_{part}.cpp" if is_test else csrc / "cuda" / f"{part}.cu"
+    """Compile one kernel file of `csrc`, or one file of tests against it; return the object file."""
+    source = csrc / "cuda" / f"{part}.cu" if part in KERNELS else ROOT / "tests" / "csrc" / f"cuda_{part}.cpp"
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / f"{part}.o"
     gxx(*COMMON, sanitizers, f"-I{csrc}", f"-I{csrc / 'include'}", "-x", "c++", "-c", source, "-o", made)
@@ -48,7 +47,7 @@ def compile_part(part, csrc, folder, sanitizers):
 
 def build_all(csrc, folder, sanitizers):
     """Compile everything; return {part: object file}."""
-    parts = [*KERNELS, *(f"{name}_test" for name in TESTS)]
+    parts = [*KERNELS, *(f"{name}_test" for name in TESTS), "test_main"]
     with ThreadPoolExecutor(2) as pool:
         made = pool.map(lambda part: compile_part(part, csrc, folder, sanitizers), parts)
         return dict(zip(parts, made, strict=True))

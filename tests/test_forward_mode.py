@@ -36,6 +36,10 @@ CALLS = {
 }
 
 
+def test_every_function_has_a_row():
+    assert {name.split()[0] for name in CALLS} == {name for name in ops.__all__ if name.islower()}
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad mode", "no_grad"])

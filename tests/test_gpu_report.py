@@ -139,8 +139,9 @@ def test_runs_a_group_at_the_same_time(tmp_path):
     assert (tmp_path / "a.log").read_text().count("====") == 3
 
 
-def test_takes_the_build_and_not_the_source_folder(tmp_path):
+def test_takes_the_build_and_not_the_source_folder(tmp_path, monkeypatch):
     """Nor does the repository come before an installed package."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # it is handed on, and may name the repository
     site = tmp_path / "site"
     (site / "revkernels").mkdir(parents=True)
     (site / "revkernels" / "__init__.py").write_text("print('the build')")

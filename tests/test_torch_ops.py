@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch.library import opcheck  # noqa: E402
 
 from revkernels import Coupling, eager, ops, use_backend  # noqa: E402
-from revkernels.autograd import torch_ops  # noqa: F401, E402 (registers them)
+from revkernels.autograd import torch_norm_ops, torch_ops  # noqa: F401, E402 (register them)
 
 OPERATORS = torch.ops.revkernels
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -46,6 +46,12 @@ def scales(dtype, requires_grad=False):
 
 def cells():
     return {"checksum": torch.zeros(1, dtype=torch.int64), "amax": torch.zeros(1)}
+
+
+def test_every_function_has_an_operator():
+    """What is missing would end a graph where it is traced."""
+    functions = [name for name in ops.__all__ if name.islower()]
+    assert [name for name in functions if not hasattr(OPERATORS, name)] == []
 
 
 # ---- torch's checks: schema, fake tensors, autograd registration, AOTAutograd with dynamic shapes

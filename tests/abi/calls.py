@@ -100,7 +100,7 @@ class Memory:
         arguments = []
         for name in ARGUMENTS[call["entry"]]:
             given = call[name]
-            if not isinstance(given, int):
+            if not isinstance(given, int | float):
                 given = ctypes.cast(self.struct(name, given), ctypes.POINTER(struct_type(name)))
             arguments.append(given)
         result = getattr(library, call["entry"])(*arguments)

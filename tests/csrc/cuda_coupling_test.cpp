@@ -196,5 +196,3 @@ const test::Register kFar("far apart", [] {
 });
 
 }  // namespace
-
-int main(int count, char** names) { return test::run(count, names); }

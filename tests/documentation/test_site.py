@@ -17,6 +17,7 @@ pytest.importorskip("sybil", reason="sybil, which finds the pages, is not instal
 from markdown_it import MarkdownIt
 
 from documentation.blocks import ROOT, pages
+from revkernels.backends import KERNELS
 
 PAGES = [page for page in pages() if not page.name.startswith("docs/reference/")]
 SCHEME = re.compile(r"[a-z]+:")
@@ -138,6 +139,16 @@ def test_parts(hooks):
     assert "(../network.png)" in hooks.part("README.md", "introduction", "frameworks/index.md")
     with pytest.raises(Exception, match="none of that name"):
         hooks.part("README.md", "gone", "index.md")
+
+
+WORDS = ("Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
+
+
+def test_every_kernel_is_on_its_page():
+    """The first line of docs/kernels.md counts them, the tables and headings name each."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    assert f"\n{WORDS[len(KERNELS) - 6]} kernels, " in text
+    assert [kernel for kernel in KERNELS if not re.search(rf"`{kernel}_?`", text)] == []
 
 
 MOVES = re.compile(r"^\| (?P<kernels>.*`.*?) \| (?P<reads>\d) R (?P<writes>\d) W \| (\d) R (\d) W \|$", re.MULTILINE)
