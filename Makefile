@@ -47,7 +47,8 @@ $(TOOLS): $(CREATED) constraints.txt
 	@touch $@
 
 # The build, and in the versions of constraints.txt what testing, the demo and linting use. Without build isolation, for
-# the build tools are here already; pip finds everything in place when only a source has changed.
+# the build tools are here already; pip finds everything in place when only a source has changed, and ninja compiles what
+# depends on that source alone (build/editable).
 $(BUILT): $(TOOLS) $(SOURCES)
 	@rm -f $(VENV)/.made-build-*
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'

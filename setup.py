@@ -2,6 +2,7 @@
 """Runs CMake for the C library and the Python module. Everything else is in pyproject.toml."""
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -61,14 +62,43 @@ def reason(lines: list[str]) -> str:
     return "".join(errors[:3]) or "".join(lines[-5:])
 
 
+def forget_findings(build: Path) -> None:
+    """Leaves object files and ninja's logs alone, so that compilers, Python and packages are all looked for again."""
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for path in (build / "CMakeFiles").glob("*"):
+        if path.suffix != ".dir":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clean_after_another_compiler(cmake: str, build: Path) -> None:
+    """Removes object files of other compilers than CMake has just found: ninja looks at their paths alone."""
+    found = {path.name: path.read_text() for path in (build / "CMakeFiles").glob("[0-9]*/CMake*Compiler.cmake")}
+    record = build / "compilers.json"
+    before: dict[str, str] = {}
+    if record.exists():
+        try:
+            before = json.loads(record.read_text())
+        except ValueError:  # its writing was interrupted
+            before = dict.fromkeys(found, "")
+    if any(before.get(name, text) != text for name, text in found.items()):
+        run([cmake, "--build", str(build), "--target", "clean"], "Removing the last build")
+    # A language that is left out for once keeps its entry, for its object files may be kept too.
+    record.write_text(json.dumps({**before, **found}))
+
+
 class CMakeBuild(build_ext):
-    """Installs what CMake builds into the package folder: the wheel's, or the source's when editable."""
+    """Installs what CMake builds into the package folder: the wheel's, or the source's when editable.
+
+    setuptools' folder for an editable build is new every time; ours stays, and ninja compiles what has changed.
+    """
 
     def run(self) -> None:
-        in_source = self.inplace or getattr(self, "editable_mode", False)
+        editable = getattr(self, "editable_mode", False)
+        in_source = self.inplace or editable
         package = ROOT / "revkernels" if in_source else Path(self.build_lib).resolve() / "revkernels"
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = ROOT / "build" / "editable" / "cmake" if editable else Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
+        forget_findings(build)
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-Wno-dev",
@@ -80,6 +110,7 @@ class CMakeBuild(build_ext):
             f"-DREVK_CUDA={os.environ.get('REVK_CUDA', 'AUTO')}",
         ]  # fmt: skip
         run(configure, "The configure step")
+        clean_after_another_compiler(cmake, build)
         run([cmake, "--build", str(build), "--parallel", PARALLEL], "The build")
         run([cmake, "--install", str(build)], "Copying the built files")
 

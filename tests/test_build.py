@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build: the header in C99 and C++, the C++ tests, what the files need, and what failures say."""
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +85,69 @@ def test_a_failed_install_ends_with_the_reason(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "REVK_CUDA": "MAYBE"}, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1] == 'REVK_CUDA is "MAYBE"; AUTO, ON or OFF is needed.'
+
+
+SMALL = """
+cmake_minimum_required(VERSION 3.18...4.0)
+project(small LANGUAGES CXX)
+add_library(small SHARED a.cpp b.cpp)
+install(TARGETS small LIBRARY DESTINATION .)
+"""
+
+
+@pytest.fixture
+def editable(tmp_path, monkeypatch, capfd):
+    """What an editable build of a small project by our setup.py compiles, as a function."""
+    need("g++")
+    for name in ("pybind11", "cmake", "ninja"):
+        if importlib.util.find_spec(name) is None and (name == "pybind11" or shutil.which(name) is None):
+            pytest.skip(f"{name} is not installed")
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "CMakeLists.txt").write_text(SMALL)
+    for name in "ab":
+        (tmp_path / f"{name}.cpp").write_text(f"int {name}() {{ return 1; }}\n")
+
+    def build():
+        command = script.CMakeBuild(setuptools.Distribution())
+        command.ensure_finalized()
+        command.editable_mode = True
+        command.run()
+        return sorted(re.findall(r"Building CXX object \S+/(\w)\.cpp", capfd.readouterr().out))
+
+    return build
+
+
+def test_an_editable_build_compiles_what_changed(editable, tmp_path, monkeypatch):
+    """Nothing the second time; one file; all of them with another compiler, at another path or at the same."""
+    monkeypatch.delenv("CXX", raising=False)
+    assert editable() == ["a", "b"]
+    assert (tmp_path / "revkernels" / "libsmall.so").exists()
+    assert editable() == []
+    (tmp_path / "b.cpp").touch()
+    assert editable() == ["b"]
+    compiler = tmp_path / "c++"
+    monkeypatch.setenv("CXX", str(compiler))
+    for version in (98, 99):
+        redefined = f"-U__GNUC_PATCHLEVEL__ -D__GNUC_PATCHLEVEL__={version}"
+        compiler.write_text(f'#!/bin/sh\nexec g++ {redefined} "$@"\n')
+        compiler.chmod(0o755)
+        assert editable() == ["a", "b"]
+        assert editable() == []
+
+
+def test_an_editable_build_forgets_what_it_found(editable, tmp_path, monkeypatch):
+    """A compiler that went is missed, not taken from the cache; when it is back, its object files are still good."""
+    assert editable() == ["a", "b"]
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "/nowhere/c++")
+        with pytest.raises(Exception, match="The configure step failed"):
+            editable()
+    assert editable() == []
+    (tmp_path / "build" / "editable" / "cmake" / "compilers.json").write_text("{")  # interrupted while it was written
+    assert editable() == ["a", "b"]
+    assert editable() == []
