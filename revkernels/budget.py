@@ -17,10 +17,12 @@ class MemoryBudget:
     """``activations=MemoryBudget(amount)``: keep what buys most time within a peak of memory, rebuild the rest.
 
     The peak is that of the live bytes from the entry of the first chain to the end of the backward of all of them,
-    their inputs and outputs included, without the gradients of parameters and without what lies outside the chains. The
-    first step with inputs of a new shape reconstructs everything and measures; from the second on the plan holds
-    (`net.plan()` prints it). Chains that are given one budget share it. Plans rest on measured times: two runs may make
-    different ones, and then differ by the rounding of what they rebuild (`coupling="exact"` has none).
+    their inputs and outputs included, gradients of parameters and what lies outside the chains excluded. It counts
+    what operators of the branches allocate inside themselves, as far as the measured step sees it (on the host not if a
+    profiler runs then; docs/planner.md says more). The first step with inputs of a new shape reconstructs everything
+    and measures; from the second on the plan holds (`net.plan()` prints it). Chains that are given one budget share it.
+    Plans rest on measured times: two runs may make different ones, and then differ by the rounding of what they rebuild
+    (`coupling="exact"` has none).
 
     Args:
         amount: an int is bytes; a float from 0 to 1 the share of the way from reconstructing to storing; a string has a

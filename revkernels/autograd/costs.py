@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from revkernels.autograd import inside
 from revkernels.autograd.allotment import Option
 from revkernels.autograd.kept_ops import Looking, Measuring, OpCost, overhead
 from revkernels.autograd.level import Level
@@ -39,6 +41,8 @@ class StepCost:
         covers: the stream it reads is saved, and is the one that the next half-step adds to.
         made_again: bytes of ``own`` that are outputs of norms and activations, which can be made again. making: seconds
             that this takes.
+        inside: bytes that were allocated inside an operator of it, or a node of its backward, at most, counted like
+            ``live``; None if nobody tells. scratch: of these, what came on top of the level before.
     """
 
     branch: str
@@ -54,6 +58,8 @@ class StepCost:
     covers: bool = False
     made_again: int = 0
     making: float = 0.0
+    inside: int | None = None
+    scratch: int = 0
 
     @property
     def kind(self) -> Any:
@@ -68,13 +74,15 @@ class StepCost:
         Seen was what there is before each of its nodes runs, and behind each operator of its forward. Between these an
         operator makes one tensor more than it returns, to have its data in another order, and its backward what is
         `OpCost.passing`. Told without looking is what is rebuilt, and the branch's output beside what is made of it
-        next. The larger of both counts: a reading is too low where something else was freed meanwhile.
+        next. The larger of both counts: a reading is too low where something else was freed meanwhile. And so does what
+        was seen inside operators, where that could be.
         """
         largest = max([self.target, *(op.bytes for op in self.ops)])
         passing = max([self.target, *(op.passing for op in self.ops)])
-        told = base + self.own + 2 * self.target + passing + self.parameter
+        rest = base + self.own + 2 * self.target + self.parameter
         if self.live is None:
-            return told
+            return rest + max(passing, self.scratch)
+        told = max(rest + passing, earlier + (self.inside or 0))
         seen = earlier + max(self.live + passing, (self.forward or 0) + largest) + self.parameter
         return max(seen, told)
 
@@ -165,7 +173,8 @@ def smoothed(steps: Sequence[StepCost | None]) -> list[StepCost | None]:
 
 def _at(typical: StepCost, step: StepCost) -> StepCost:
     """What is typical of its kind, in the step's place."""
-    return replace(typical, branch=step.branch, live=step.live, forward=step.forward, covers=step.covers)
+    own: dict[str, Any] = {"live": step.live, "forward": step.forward, "inside": step.inside, "scratch": step.scratch}
+    return replace(typical, branch=step.branch, covers=step.covers, **own)
 
 
 def _typical(alike: Sequence[StepCost]) -> StepCost:
@@ -213,6 +222,7 @@ class Meter:
         self._entered, self._left = self.watch.read(), None
         self._turn: int | None = None
         self._forward: dict[int, int] = {}
+        self._inside = inside.Inside(level, self._count)
         level.watch(p for branch in branches if isinstance(branch, nn.Module) for p in branch.parameters())
 
     def forward_over(self) -> None:
@@ -221,18 +231,29 @@ class Meter:
         self._turn = self._read()
 
     def _read(self) -> int | None:
-        now = self.level.read()
-        return None if now is None else max(0, now - self._offset)
+        return self._count(self.level.raw())
+
+    def _count(self, now: int | None) -> int | None:
+        counted = self.level.count(now)
+        return None if counted is None else max(0, counted - self._offset)
 
     def forward_of(self, k: int) -> Looking:
         """The mode for the forward of half-step k's branch."""
+        seen = self._inside.operators[k] = []
 
-        def look() -> None:
+        def look(func: Any, before: int | None, most: int) -> None:
             now = self._read()
             if now is not None:
                 self._forward[k] = max(now, self._forward.get(k, 0))
+            self._inside.operator(k, before, most)
+            if func is not None:
+                seen.append((func, most))
 
-        return Looking(self.level, look)
+        return Looking(self.level, look, lambda: inside.begin(self.level.device))
+
+    def forward_ran(self, k: int, f: Any, since: int) -> None:
+        """Half-step k's branch has returned ``f``; its graph begins at number ``since``."""
+        self._inside.watch(k, f, since)
 
     def backward_begins(self) -> None:
         """The streams are about to be rebuilt."""
@@ -240,25 +261,34 @@ class Meter:
         if now is not None and self._turn is not None:
             self._turn = max(self._turn, now)
 
+    def asked(self) -> None:
+        """A node of the backward asks for a tensor that it has saved."""
+        self._inside.pause()
+
     def look(self, k: int) -> None:
         """A node of half-step k's backward is about to run."""
+        self._look(k)
+        self._inside.resume()
+
+    def _look(self, k: int) -> None:
         reading, now = self._readings[k], self._read()
         if now is not None:
             reading.live = now if reading.live is None else max(reading.live, now)
 
     def begin(self, k: int) -> Measuring:
         """Half-step k is about to be rebuilt: the mode to run its branch in."""
-        mode = Measuring(self.watch.read, self.level)
+        saw, within = self._inside.operators.get(k, ()), functools.partial(self._inside.operator, k)
+        mode = Measuring(self.watch.read, self.level, saw, within)
         self._readings[k] = _Reading(mode, self.watch.read())
         self.level.recount()
-        self.look(k)
+        self._look(k)
         return mode
 
     def end(self, k: int, step: RecordedStep, frame: Frame, streams: Sequence[torch.Tensor], target: int) -> None:
         """It has been rebuilt, and has saved ``frame``; the stream that it adds to has ``target`` bytes."""
         reading = self._readings[k]
         reading.mode.settle()
-        self.look(k)
+        self._look(k)
         reading.end = self.watch.read()
         theirs = {t.untyped_storage().data_ptr() for t in step.snapshot.tensors() if type(t) in PLAIN}
         of_streams = {
@@ -296,6 +326,7 @@ class Meter:
     def costs(self, names: Sequence[str]) -> CallCost:
         """What was read; waits for a device. ``names``: of the half-steps."""
         between, cost, beside = self.watch.between, overhead(), 0.0
+        self._inside.over()
         found: list[StepCost | None] = [None] * len(names)
         for k, reading in self._readings.items():
             if reading.left is None:
@@ -317,6 +348,8 @@ class Meter:
                 forward=self._forward.get(k),
                 covers=reading.reads is not None and ahead is not None and ahead.target == reading.reads,
                 making=making,
+                inside=self._inside.found.get(k),
+                scratch=self._inside.most.get(k, 0),
             )
         forward = 0.0 if self._left is None else between(self._entered, self._left)
         took = forward + beside + sum(step.rebuild + step.backward for step in found if step is not None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -118,29 +118,47 @@ class Replaying(_Counting):
 
 
 class Looking(_Counting):
-    """Has ``level`` look behind every operator that makes something. Calls ``look`` there."""
+    """Has ``level`` look behind every operator that makes something, and inside it and those that write in place.
 
-    def __init__(self, level: Watched, look: Callable[[], None]) -> None:
+    Calls ``look`` there, with the operator (None for a cast, which the recompute may not have), the level before it
+    and the bytes that it had on top of that at a time. ``begin`` begins a stretch whose ``end()`` tells of the last.
+    """
+
+    def __init__(
+        self, level: Watched, look: Callable[[Any, int | None, int], None], begin: Callable[[], Any | None]
+    ) -> None:
         super().__init__()
-        self.level, self.look = level, look
+        self.level, self.look, self.begin = level, look, begin
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before = self.level.raw()
-        out = func(*args, **kwargs)
-        self.level.learn(before, size_of(out))
-        self.look()
+        before, most = self.level.raw(), 0
+        stretch = self.begin()
+        try:
+            out = func(*args, **kwargs)
+        finally:  # a profiler must not stay
+            if stretch is not None:
+                most = stretch.end()
+        stays = self.level.learn(before, size_of(out)) if _makes(func) else 0
+        self.look(None if func in _CASTS else func, before, max(0, most - stays))
         return out
 
     def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.run(-1, func, args, kwargs) if _makes(func) else func(*args, **kwargs)
+        return self.run(-1, func, args, kwargs) if _works(func) else func(*args, **kwargs)
 
 
 class Measuring(_Counting):
     """Times every operator that counts. ``costs`` may be read when ``clock`` can tell."""
 
-    def __init__(self, clock: Callable[[], Any], level: Watched) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], Any],
+        level: Watched,
+        inside: Sequence[tuple[Any, int]] = (),
+        look: Callable[[int | None, int], None] | None = None,
+    ) -> None:
         super().__init__()
         self.clock, self.level = clock, level
+        self._inside, self._look = iter(inside), look
         self._seen: list[tuple[OpCost, Any, Any, list[tuple[Any, int]]]] = []
         # Outputs by their memory, held weakly so that an address stays theirs: an alias without the version writes too.
         self._memory: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -154,6 +172,7 @@ class Measuring(_Counting):
         end = self.clock()
         size = size_of(out)
         self.level.learn(before, size)
+        self._within(func, before)
         versions = [(weakref.ref(t), t._version) for t in _tensors(out)]  # not held: the step's peak must not rise
         keepable = number >= 0 and _is_plain(out)
         cost = OpCost(number, str(func), 0.0, size, keepable, _passing(func, out, size), self._print)
@@ -168,7 +187,21 @@ class Measuring(_Counting):
         for tensor in _written_by(func, args, kwargs):
             if (place := self._memory.get(tensor.untyped_storage()._cdata)) is not None:
                 self._written.add(place[1])
-        return self.run(-1, func, args, kwargs) if _makes(func) else func(*args, **kwargs)
+        if _makes(func):
+            return self.run(-1, func, args, kwargs)
+        if _works(func):
+            self._within(func, self.level.raw())
+        return func(*args, **kwargs)
+
+    def _within(self, func: Any, before: int | None) -> None:
+        """Tell of what was seen inside the operator in the forward: looking once more would take its time."""
+        if func in _CASTS:
+            return
+        of, most = next(self._inside, (None, 0))
+        if of is not func:  # the branch does otherwise than there
+            self._inside = iter(())
+        elif self._look is not None:
+            self._look(before, most)
 
     def settle(self) -> None:
         """After the branch: see which outputs it wrote over, as far as they are still there. (`Noting` sees to it.)"""
@@ -187,7 +220,7 @@ class Watched(Protocol):
 
     def raw(self) -> int | None: ...
 
-    def learn(self, before: int | None, made: int) -> None: ...
+    def learn(self, before: int | None, made: int) -> int: ...
 
     def since(self) -> tuple[float, float]: ...
 
@@ -219,6 +252,12 @@ def _makes(func: Any) -> bool:
         known = reads and makes and not aliases and not name.startswith(_FACTORIES) and "c10d" not in schema.name
         _KNOWN[func] = known  # (what talks to other processes has to be said again)
     return known
+
+
+def _works(func: Any) -> bool:
+    """Whether the operator makes something new of tensors, or writes to some: no view."""
+    mutable = isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable and func.namespace != "c10d"
+    return mutable or _makes(func)
 
 
 def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:

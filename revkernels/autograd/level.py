@@ -55,16 +55,23 @@ class Level:
             began, beside = since
             self.clock.beside = beside + time.perf_counter() - began - (end - start)
 
-    def learn(self, before: int | None, made: int) -> None:
+    def learn(self, before: int | None, made: int) -> int:
         """Of an operator: what it has allocated beyond what it made stays with a library (buffers of its threads, what
-        it has compiled), which allocates it once. Not this step's. (What a backward does so is not seen.)"""
+        it has compiled), which allocates it once. Not this step's. (What a backward does so is not seen.) Returns those
+        bytes, as far as they are of torch's allocator.
+        """
         now = self.raw()
-        if now is not None and before is not None:
-            more = now - before - made
-            if abs(more) > _FEW:
-                self._others = max(0, self._others + more)
+        if now is None or before is None:
+            return 0
+        more = now - before - made
+        if abs(more) > _FEW:
+            self._others = max(0, self._others + more)
+        return max(0, more) if self.device.type == "cuda" else 0
 
     def read(self) -> int | None:
         """The bytes; None if nobody tells."""
-        now = self.raw()
+        return self.count(self.raw())
+
+    def count(self, now: int | None) -> int | None:
+        """What of a reading of `raw` counts."""
         return None if now is None else max(0, now - self.start - self._gradients - self._others)  # type: ignore[operator]

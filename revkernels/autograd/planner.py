@@ -78,7 +78,7 @@ class Made:
             least = self.reconstructing + max(self.reconstructing // 64, _SPARE)
             raise ValueError(
                 f"{budget!r} cannot be kept to: with everything rebuilt the chains of this step take "
-                f"{words(self.reconstructing)} at their peak, and operators work with memory that nobody sees: the "
+                f"{words(self.reconstructing)} at their peak, and not all that operators work with is seen: the "
                 f"least budget for inputs of this size is {least} bytes ({words(least)})"
             )
         left = iter(numbers)

@@ -110,6 +110,9 @@ class Rebuilding:
             raise ReconstructionError(self._differentiates_too_early(k))
         if task == -1:
             raise ReconstructionError("a reversible chain's saved tensors exist only while a backward runs")
+        meter = None if self._keeping is None else self._keeping.meter
+        if meter is not None:
+            meter.asked()
         with self._lock:
             try:
                 if task != self._task or k > self._cursor:
@@ -120,8 +123,6 @@ class Rebuilding:
                 self._end()
                 raise
             tensor, version = self._frame[index]
-            if self._keeping is not None and self._keeping.meter is not None:
-                self._keeping.meter.look(k)
             if k == self._first:
                 self._unread.discard(index)
                 if not self._unread:
@@ -131,6 +132,8 @@ class Rebuilding:
                 f"{self.name(k)}: a tensor needed for its gradient was changed in place inside the branch "
                 f"(version {version}, now {tensor._version})"
             )
+        if meter is not None:
+            meter.look(k)
         return tensor
 
     def _differentiates_too_early(self, k: int) -> str:

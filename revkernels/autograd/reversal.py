@@ -231,8 +231,11 @@ class Reversal(Rebuilding):
                 at_home = (t for t in snapshot.tensors() if type(t) in PLAIN)
                 step.luggage = Luggage(frozenset(t.untyped_storage().data_ptr() for t in at_home))
             with self._hooks, self._surroundings.guard, within_a_branch():
+                since = torch.autograd._get_sequence_nr()
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
+        if keeping is not None and keeping.meter is not None:
+            keeping.meter.forward_ran(self._count, f, since)
         step.outputs = None
         if isinstance(noting, Noting):
             step.kept = noting.settle()

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes that an operator allocates inside itself and lets go before it is over: a convolution's columns, say.
+
+No reading of the allocator before and behind it shows them. On the host torch tells its profilers of every allocation,
+so a profiler runs round a single operator of the step that is measured, or round a single node of its backward. On CUDA
+the allocator counts all that was ever allocated: what a stretch of few allocations has added to that is a bound.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from revkernels.autograd.level import Level
+from revkernels.autograd.ownership import PLAIN
+
+_FEW = 8  # allocations: of more, their sum is far above what is there at a time
+
+_autograd: Any = torch._C._autograd
+# The profiler of old takes 10 us to begin and end, kineto's 1 ms; where a torch has it no more, nobody looks inside.
+_begin: Any = getattr(_autograd, "_enable_profiler_legacy", None)
+_end: Any = getattr(_autograd, "_disable_profiler_legacy", None)
+_local = threading.local()
+
+
+class _OnHost:
+    """A stretch of one thread's work. Another may lie within it."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    @staticmethod
+    def begin() -> _OnHost | None:
+        running = _running()
+        if running:
+            _turn(running)
+        elif _begin is None or _autograd._profiler_enabled():  # somebody else's
+            return None
+        stretch = _OnHost()
+        running.append(stretch)
+        _start(running)
+        return stretch if running else None
+
+    def end(self) -> int:
+        """The most that it had allocated at a time, above what there was when it began."""
+        running = _running()
+        if self in running:
+            _turn(running)
+            del running[running.index(self) :]
+            if running:
+                _start(running)
+        return self.most
+
+
+def _running() -> list[_OnHost]:
+    """The stretches under way in this thread, the innermost last."""
+    running: list[_OnHost] | None = getattr(_local, "running", None)
+    if running is None:
+        running = _local.running = []
+    # Where an exception leaves a node, the engine puts back the thread's state of before, without our profiler.
+    if running and _autograd._profiler_type() != torch._C._profiler.ActiveProfilerType.LEGACY:
+        running.clear()
+    return running
+
+
+def _start(running: list[_OnHost]) -> None:
+    profiler, experimental = torch._C._profiler, torch._C._profiler._ExperimentalConfig()
+    kind = profiler.ProfilerState.CPU
+    try:
+        _begin(profiler.ProfilerConfig(kind, False, True, False, False, False, experimental))  # True: of memory
+    except (RuntimeError, TypeError):
+        running.clear()
+
+
+def _turn(running: list[_OnHost]) -> None:
+    """Stop the profiler, and tell the stretches what it has seen."""
+    events = itertools.chain.from_iterable(_end())
+    sizes = [event.cpu_memory_usage() for event in events if event.kind() == "memory_alloc"]
+    most = max(itertools.accumulate(sizes, initial=0))
+    for stretch in running:
+        stretch.most = max(stretch.most, stretch.now + most)
+        stretch.now += sum(sizes)
+
+
+class _OnDevice:
+    """The same on CUDA: no statistic is reset, for they are the user's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.at = device, torch.cuda.memory_allocated(device)
+        self.before = self._counters()
+
+    def _counters(self) -> tuple[int, int, int]:
+        told = torch.cuda.memory_stats(self.device)
+        names = "allocation.all.allocated", "allocated_bytes.all.allocated", "allocated_bytes.all.peak"
+        return told.get(names[0], 0), told.get(names[1], 0), told.get(names[2], 0)
+
+    def end(self) -> int:
+        (count, total, peak), (more, larger, now) = self.before, self._counters()
+        if now > peak:  # higher than ever: that was here
+            return max(0, now - self.at)
+        return min(larger - total, now - self.at) if more - count <= _FEW else 0
+
+
+def begin(device: torch.device) -> _OnHost | _OnDevice | None:
+    """A stretch begins, whose ``end()`` tells of it; None if nobody can."""
+    if device.type == "cpu":
+        return _OnHost.begin()
+    # What cuDNN allocates to try its algorithms, it allocates once.
+    return _OnDevice(device) if device.type == "cuda" and not torch.backends.cudnn.benchmark else None
+
+
+class Inside:
+    """What was seen inside the operators of a call's branches, and inside the nodes of their backward.
+
+    ``found``: by half-step, the bytes at the peak there, as ``count`` makes them of a reading of the level and what
+    came on top. ``most``: what came on top alone.
+    """
+
+    def __init__(self, level: Level, count: Callable[[int | None], int | None]) -> None:
+        self.level, self.count = level, count
+        self.found: dict[int, int] = {}
+        self.most: dict[int, int] = {}
+        self.operators: dict[int, list[tuple[Any, int]]] = {}  # of the forward, in order
+        self._node: tuple[int, int, int] | None = None  # the node at work: half-step, thread, backward
+        self._stretch: _OnHost | _OnDevice | None = None
+        self._at: int | None = None
+        self._handles: list[Any] = []
+
+    def operator(self, k: int, before: int | None, most: int) -> None:
+        """An operator of half-step k had ``most`` on top of a level of ``before``."""
+        self.most[k] = max(most, self.most.get(k, 0))
+        level = self.count(before)
+        if level is not None:
+            self.found[k] = max(level + most, self.found.get(k, 0))
+
+    def watch(self, k: int, f: Any, since: int) -> None:
+        """Look inside the nodes of the graph of half-step k's branch, which has begun at number ``since``."""
+        for node in _nodes(f, since):
+            self._handles.append(node.register_prehook(lambda _, k=k: self._begins(k)))
+            self._handles.append(node.register_hook(lambda *_, k=k: self._ends(k)))
+
+    def over(self) -> None:
+        """There is nothing more to see."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _begins(self, k: int) -> None:
+        self._node, self._stretch = (k, *_here()), None
+        self.resume()
+
+    def _ends(self, k: int) -> None:
+        if self._node == (k, *_here()):
+            self.pause()
+            self._node = None
+
+    def pause(self) -> None:
+        """The driver is at work in the midst of a node."""
+        stretch, self._stretch = self._stretch, None
+        if stretch is not None and self._node is not None and self._node[1:] == _here():
+            began = time.perf_counter()
+            self.operator(self._node[0], self._at, stretch.end())
+            self.level.clock.beside += time.perf_counter() - began
+
+    def resume(self) -> None:
+        """The node goes on."""
+        if self._node is not None and self._node[1:] == _here():
+            self._at = self.level.raw()
+            began = time.perf_counter()
+            self._stretch = begin(self.level.device)
+            self.level.clock.beside += time.perf_counter() - began
+
+
+def _here() -> tuple[int, int]:
+    return threading.get_ident(), torch._C._current_graph_task_id()
+
+
+def _nodes(f: Any, since: int) -> Iterator[Any]:
+    """The nodes behind a branch's output that are no older than ``since``, without our own, which work in gradients'
+    memory where nobody else holds it, as a hook does, and without those that gather gradients."""
+    outputs = f if type(f) is tuple else (f,)
+    left = [t.grad_fn for t in outputs if type(t) in PLAIN and t.grad_fn is not None]
+    seen = set(left)
+    while left:
+        node: Any = left.pop()
+        if node.name().endswith("AccumulateGrad") or node._sequence_nr() < since:
+            continue
+        if not getattr(getattr(type(node), "_forward_cls", None), "__module__", "").startswith("revkernels."):
+            yield node
+        following = {behind for behind, _ in node.next_functions if behind is not None and behind not in seen}
+        seen |= following
+        left.extend(following)
