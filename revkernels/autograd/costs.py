@@ -275,10 +275,10 @@ class Meter:
         if now is not None:
             reading.live = now if reading.live is None else max(reading.live, now)
 
-    def begin(self, k: int) -> Measuring:
-        """Half-step k is about to be rebuilt: the mode to run its branch in."""
+    def begin(self, k: int, generators: Sequence[torch.Generator] = ()) -> Measuring:
+        """Half-step k is about to be rebuilt: the mode to run its branch in. ``generators``: it may draw from these."""
         saw, within = self._inside.operators.get(k, ()), functools.partial(self._inside.operator, k)
-        mode = Measuring(self.watch.read, self.level, saw, within)
+        mode = Measuring(self.watch.read, self.level, saw, within, generators)
         self._readings[k] = _Reading(mode, self.watch.read())
         self.level.recount()
         self._look(k)

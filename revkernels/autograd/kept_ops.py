@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd.coupling import CHANNELS_LAST
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.surroundings import draws
+from revkernels.autograd.surroundings import States, draws, states_of
 
 #: Kept outputs of an operator: its print, what it returned, and the versions of the tensors in that.
 KeptOp = tuple[int, Any, list[int]]
@@ -79,16 +79,23 @@ class _Counting(TorchDispatchMode):
 
 
 class Noting(_Counting):
-    """In the forward: keeps the outputs of the ``wanted`` operators (number: print), in ``kept`` by number."""
+    """In the forward: keeps the outputs of the ``wanted`` operators (number: print), in ``kept`` by number.
+
+    ``generators``: where an operator that is not torch's own moves one, its output is not kept.
+    """
 
     def __init__(self, wanted: Mapping[int, int]) -> None:
         super().__init__()
         self.wanted = wanted
+        self.generators: Sequence[torch.Generator] = ()
         self.kept: dict[int, KeptOp] = {}
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        wanted = self.wanted.get(number) == self._print
+        # It may have a probability that was 0 where it was measured.
+        states = states_of(self.generators) if wanted and func.namespace not in _TAGGED else []
         out = func(*args, **kwargs)
-        if self.wanted.get(number) == self._print and _is_plain(out):
+        if wanted and _is_plain(out) and not _drew(states):
             self.kept[number] = self._print, out, [t._version for t in _tensors(out)]
         return out
 
@@ -147,7 +154,11 @@ class Looking(_Counting):
 
 
 class Measuring(_Counting):
-    """Times every operator that counts. ``costs`` may be read when ``clock`` can tell."""
+    """Times every operator that counts. ``costs`` may be read when ``clock`` can tell.
+
+    ``inside``: what `Looking` has seen inside the operators, passed on to ``look``. ``generators``: an operator
+    that moves one of them draws, however it is tagged.
+    """
 
     def __init__(
         self,
@@ -155,9 +166,10 @@ class Measuring(_Counting):
         level: Watched,
         inside: Sequence[tuple[Any, int]] = (),
         look: Callable[[int | None, int], None] | None = None,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         super().__init__()
-        self.clock, self.level = clock, level
+        self.clock, self.level, self.generators = clock, level, generators
         self._inside, self._look = iter(inside), look
         self._seen: list[tuple[OpCost, Any, Any, list[tuple[Any, int]]]] = []
         # Outputs by their memory, held weakly so that an address stays theirs: an alias without the version writes too.
@@ -166,6 +178,7 @@ class Measuring(_Counting):
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         since = self.level.since()
+        states = states_of(self.generators) if number >= 0 else []
         before = self.level.raw()
         start = self.clock()
         out = func(*args, **kwargs)
@@ -174,7 +187,7 @@ class Measuring(_Counting):
         self.level.learn(before, size)
         self._within(func, before)
         versions = [(weakref.ref(t), t._version) for t in _tensors(out)]  # not held: the step's peak must not rise
-        keepable = number >= 0 and _is_plain(out)
+        keepable = number >= 0 and _is_plain(out) and not _drew(states)
         cost = OpCost(number, str(func), 0.0, size, keepable, _passing(func, out, size), self._print)
         for tensor in _tensors(out) if keepable else ():
             storage = tensor.untyped_storage()
@@ -228,6 +241,7 @@ class Watched(Protocol):
 
 
 _KNOWN: dict[Any, bool] = {}
+_TAGGED = ("aten", "prims", "revkernels")  # whose operators say of themselves whether they draw
 #: Autocast casts a leaf once and any other tensor each time, and a stream is a leaf in the recompute alone.
 _CASTS = {torch.ops.aten._to_copy.default}
 _FACTORIES = ("empty", "new_", "zeros_like", "ones_like", "full_like")
@@ -252,6 +266,12 @@ def _makes(func: Any) -> bool:
         known = reads and makes and not aliases and not name.startswith(_FACTORIES) and "c10d" not in schema.name
         _KNOWN[func] = known  # (what talks to other processes has to be said again)
     return known
+
+
+def _drew(states: States) -> bool:
+    """Whether one of the generators has moved since."""
+    now = states_of([generator for generator, *_ in states])
+    return any(one[2] != other[2] for one, other in zip(states, now, strict=True))
 
 
 def _works(func: Any) -> bool:

@@ -270,7 +270,7 @@ class Rebuilding:
             self._keeping.rebuilds(k)
         self._outputs = step.outputs = None if meter is None else Outputs()  # whatever one that failed has left
         if meter is not None:
-            self._mode = meter.begin(k)
+            self._mode = meter.begin(k, [*self._surroundings.shared, *step.snapshot.generators])
         elif step.kept:
             self._mode, step.kept = Replaying(step.kept), {}
         h = self._read(sources)

@@ -223,6 +223,8 @@ class Reversal(Rebuilding):
         if keeping is not None:
             self._whole = keeping.whole(self._count)
             self._mode = noting = None if self._compiler is not None else keeping.mode(self._count)
+            if isinstance(noting, Noting):
+                noting.generators = [*self._surroundings.shared, *own]
             if keeping.makes_again(self._count):
                 step.outputs = Outputs()
         with snapshot.turn:
