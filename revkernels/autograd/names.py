@@ -26,7 +26,7 @@ _SILENT = frozenset(("batch_norm", "instance_norm", "native_batch_norm", "data",
 _MANY = 256  # functions that are looked at for one class
 
 _of_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-_of_code: weakref.WeakKeyDictionary[types.CodeType, frozenset[str]] = weakref.WeakKeyDictionary()
+_of_function: weakref.WeakKeyDictionary[types.FunctionType, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 def reads_running(branch: Any, modules: list[nn.Module]) -> bool:
@@ -54,18 +54,21 @@ def _in(branch: Any, modules: list[nn.Module]) -> Iterator[frozenset[str]]:
 def _names_of_class(kind: type) -> frozenset[str]:
     found = _of_class.get(kind)
     if found is None:
-        held = [value for base in kind.__mro__ if not _is_torchs(base.__module__) for value in vars(base).values()]
-        found = _of_class[kind] = _follow(held)
+        found = _of_class[kind] = _follow(_held_by(kind))
     return found
 
 
+def _held_by(kind: type) -> list[Any]:
+    return [value for base in kind.__mro__ if not _is_torchs(base.__module__) for value in vars(base).values()]
+
+
 def _names_of(function: Any) -> frozenset[str]:
-    if not isinstance(function, types.FunctionType) or function.__closure__:  # what it closes over may differ
+    if not isinstance(function, types.FunctionType):
         return _follow([function])
-    code = function.__code__
-    if code not in _of_code:
-        _of_code[code] = _follow([function])
-    return _of_code[code]
+    found = _of_function.get(function)
+    if found is None:
+        found = _of_function[function] = _follow([function])
+    return found
 
 
 def _follow(waiting: list[Any]) -> frozenset[str]:
@@ -81,6 +84,8 @@ def _follow(waiting: list[Any]) -> frozenset[str]:
             waiting += [held.func, *held.args, *held.keywords.values()]
         elif isinstance(held, types.MethodType | staticmethod | classmethod):
             waiting.append(held.__func__)
+            if isinstance(held, types.MethodType):  # which may call others of its class
+                waiting += _held_by(type(held.__self__))
         elif isinstance(held, property):
             waiting.append(held.fget)
         elif isinstance(held, types.FunctionType) and not _is_torchs(held.__globals__.get("__name__")):

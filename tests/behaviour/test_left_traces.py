@@ -288,6 +288,14 @@ class ByAHelper(nn.Module):
         return h * helper(self.norm).sqrt()
 
 
+class Watcher:
+    def watch(self, h):
+        return self.look(h)
+
+    def look(self, h):
+        return h.buffers()
+
+
 class Writes(nn.Module):
     def forward(self, h):
         functional.instance_norm(h, self.mean, self.var)
@@ -298,7 +306,7 @@ def test_names():
     hooked = nn.Linear(2, 2)
     hooked.register_forward_hook(lambda module, args, out: out * module.running_mean)
     var = functools.partial(helper, nn.BatchNorm1d(2))
-    for branch in (ByAHelper(), hooked, helper, var, lambda h: h * var()):
+    for branch in (ByAHelper(), hooked, helper, var, lambda h: h * var(), Watcher().watch):
         assert reads_running(branch, [branch] if isinstance(branch, nn.Module) else []), branch
     for branch in (Linear(), nn.BatchNorm1d(2), NormAct(nn.BatchNorm1d(2)), lambda h: h.relu()):
         assert not reads_running(branch, [branch] if isinstance(branch, nn.Module) else []), branch
