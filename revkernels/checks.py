@@ -31,28 +31,29 @@ _STREAMS = ("x", "y", "out")  # the arguments that are one in a coupling
 
 
 def check_arrays(**arrays: Any) -> None:
-    """Every argument is an array, and all are from libraries whose arrays go together."""
+    """Every argument is an array, no sparse or masked one, and all are from libraries whose arrays go together."""
     for name, array in arrays.items():
-        if kind_of(array) is None:
+        kind = kind_of(array)
+        if kind is None:
             raise not_an_array(name, array)
+        if kind == "torch" and array.layout is not sys.modules["torch"].strided:
+            raise TypeError(f"{name} has layout {array.layout}; it must be a dense (strided) tensor")
+        if kind == "numpy" and type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} is a {type(array).__name__}; it must be a plain array, such as its .data or .filled()"
+            )
     if len({family_of(array) for array in arrays.values()}) > 1:
         listing = ", ".join(f"{name} is from {kind_of(array)}" for name, array in arrays.items())
         raise TypeError(f"{listing}: all arrays of a call must come from one library")
 
 
 def check_plain(**arrays: Any) -> None:
-    """Every argument is a dense torch tensor or a plain NumPy array: what backends take that are not compiled."""
+    """Every argument is a torch tensor or a NumPy array: what backends take that are not compiled."""
     check_arrays(**arrays)
     for name, array in arrays.items():
         if kind_of(array) not in ("torch", "numpy"):
             raise TypeError(
                 f"{name} is a {type(array).__name__}; for this backend it must be a torch.Tensor or a numpy.ndarray"
-            )
-        if kind_of(array) == "torch" and array.layout is not sys.modules["torch"].strided:
-            raise TypeError(f"{name} has layout {array.layout}; it must be a dense (strided) tensor")
-        if isinstance(array, np.ndarray) and type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
-            raise TypeError(
-                f"{name} is a {type(array).__name__}; it must be a plain array, such as its .data or .filled()"
             )
 
 
