@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,9 +17,9 @@ from revkernels.errors import ReconstructionError
 
 #: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).
 States = list[tuple[torch.Generator, torch.Tensor, bytes]]
-#: Generators that a branch drew from, with their states before it and a hash of those after; and with the bytes of the
-#: states instead those that it left as they were, or may have moved and put back.
-Drawn = list[tuple[torch.Generator, torch.Tensor, int | bytes]]
+#: Generators that a branch drew from, with their states before it and a hash of those after; and those that it left as
+#: they were, or may have moved and put back, with the bytes of their states alone.
+Drawn = list[tuple[torch.Generator, torch.Tensor | None, int | bytes]]
 
 
 _IN_A_CAPTURE = (
@@ -84,7 +85,7 @@ class Surroundings:
         for generator, state, after in drawn:
             now, found = _state_of(generator)
             if found != after:  # else the branch finds it as it was, and leaves it so
-                moved.append((generator, state, now))
+                moved.append((generator, _tensor_of(after) if state is None else state, now))
         if not other and not moved:
             return None
         with ExitStack() as stack:  # undone at once if memory runs out in between
@@ -145,13 +146,34 @@ def drawn(before: States, after: States, plain: bool) -> Drawn:
 
     Code of somebody else's may fork or seed a generator and leave it as it was, like one that draws nothing.
     """
-    pairs = ((a, a[2] == b[2], b) for a, b in zip(before, after, strict=True))
-    return [(a[0], a[1], a[2] if stayed else hash(b[2])) for a, stayed, b in pairs if not (stayed and plain)]
+    found: Drawn = []
+    for (generator, state, then), (_, _, now) in zip(before, after, strict=True):
+        if then != now:
+            found.append((generator, state, hash(now)))
+        elif not plain:
+            found.append((generator, None, _shared(then)))
+    return found
+
+
+_recent = threading.local()
+
+
+def _shared(state: bytes) -> bytes:
+    """The bytes, or equal ones that an earlier half-step of this thread has: one copy for many that draw nothing."""
+    last: bytes = getattr(_recent, "state", b"")
+    if last != state:
+        _recent.state = last = state
+    return last
+
+
+def _tensor_of(state: Any) -> torch.Tensor:
+    with _disable_current_modes():
+        return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 def moved(drawn: Drawn) -> bool:
     """Whether a generator is not where it was."""
-    return any(type(after) is int for _, _, after in drawn)
+    return any(before is not None for _, before, _ in drawn)
 
 
 def refuses_a_race(name: str) -> RefusesToDraw:
@@ -165,7 +187,7 @@ def refuses_a_race(name: str) -> RefusesToDraw:
 def strayed(drawn: Drawn) -> bool:
     """After the recompute: whether a generator was drawn from, and is not where the forward left it."""
     for generator, before, after in drawn:
-        if type(after) is int and hash(now := _state_of(generator)[1]) != after:
+        if before is not None and hash(now := _state_of(generator)[1]) != after:
             with _disable_current_modes():
                 if now != before.numpy().tobytes():
                     return True

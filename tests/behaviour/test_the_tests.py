@@ -225,8 +225,9 @@ def generator_not_restored(plant):
 @found_by(row_6)
 def generator_left_where_the_recompute_put_it(plant):
     def restore(self, drawn):
-        for generator, state, *_ in drawn:
-            generator.set_state(state)
+        for generator, state, _ in drawn:
+            if state is not None:
+                generator.set_state(state)
 
     plant.setattr(surroundings.Surroundings, "restore", restore)
 
