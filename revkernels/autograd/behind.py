@@ -9,13 +9,13 @@ import dis
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["FUNCTIONS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "own_names"]
+__all__ = ["FUNCTIONS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "named", "own_names"]
 
 _DEPTH = 3  # containers in containers that are looked into: one may hold itself
 _MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
@@ -208,7 +208,7 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
             continue
     yield from (("a default", value) for value in function.__defaults__ or ())
     yield from (function.__kwdefaults__ or {}).items()
-    for name in _named(function).globals:
+    for name in named(function).globals:
         value = function.__globals__.get(name)
         if issubclass(type(value), nn.Module | torch.Tensor | torch.Generator) or (
             isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
@@ -217,9 +217,10 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
 
 
 class _Names:
-    """Of the names in a function's code, and in that of functions written inside it, those of globals."""
+    """The names in a function's code, and in that of functions written inside it; which are those of globals."""
 
-    def __init__(self, codes: Iterable[types.CodeType]) -> None:
+    def __init__(self, codes: Sequence[types.CodeType]) -> None:
+        self.all = frozenset(name for code in codes for name in code.co_names)
         loads = (step for code in codes for step in dis.get_instructions(code))
         self.globals = tuple(
             dict.fromkeys(step.argval for step in loads if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
@@ -229,7 +230,7 @@ class _Names:
 @functools.lru_cache(1024)
 def _about(forward: Any) -> tuple[bool, _Names | None]:
     """Whether a class's forward is torch's own (or there is none), and the names in it."""
-    return forward is None or _is_torchs(forward), _named(forward) if isinstance(forward, types.FunctionType) else None
+    return forward is None or _is_torchs(forward), named(forward) if isinstance(forward, types.FunctionType) else None
 
 
 def own_names(table: dict[str, Any]) -> list[str]:
@@ -240,7 +241,8 @@ def own_names(table: dict[str, Any]) -> list[str]:
     return [name for name in names if name not in _STANDARD]
 
 
-def _named(function: Any) -> _Names:
+def named(function: Any) -> _Names:
+    """The names in its code."""
     code = getattr(function, "__code__", None)
     return _NONE if code is None else _names_in(code)
 

@@ -267,13 +267,14 @@ class Meter:
 
     def look(self, k: int) -> None:
         """A node of half-step k's backward is about to run."""
-        self._look(k)
-        self._inside.resume()
+        self._inside.resume(self._look(k))
 
-    def _look(self, k: int) -> None:
-        reading, now = self._readings[k], self._read()
+    def _look(self, k: int) -> int | None:
+        raw = self.level.raw()
+        reading, now = self._readings[k], self._count(raw)
         if now is not None:
             reading.live = now if reading.live is None else max(reading.live, now)
+        return raw
 
     def begin(self, k: int, generators: Sequence[torch.Generator] = ()) -> Measuring:
         """Half-step k is about to be rebuilt: the mode to run its branch in. ``generators``: it may draw from these."""

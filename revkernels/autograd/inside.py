@@ -152,7 +152,7 @@ class Inside:
 
     def _begins(self, k: int) -> None:
         self._node, self._stretch = (k, *_here()), None
-        self.resume()
+        self.resume(self.level.raw())
 
     def _ends(self, k: int) -> None:
         if self._node == (k, *_here()):
@@ -167,10 +167,10 @@ class Inside:
             self.operator(self._node[0], self._at, stretch.end())
             self.level.clock.beside += time.perf_counter() - began
 
-    def resume(self) -> None:
-        """The node goes on."""
+    def resume(self, level: int | None) -> None:
+        """The node goes on, from this reading of the level: with a large heap the next one would take its time."""
         if self._node is not None and self._node[1:] == _here():
-            self._at = self.level.raw()
+            self._at = level
             began = time.perf_counter()
             self._stretch = begin(self.level.device)
             self.level.clock.beside += time.perf_counter() - began

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from revkernels.autograd.behind import named
+
 __all__ = ["reads_running", "writes_silently"]
 
 _RUNNING = frozenset(
@@ -90,22 +92,19 @@ def _follow(waiting: list[Any]) -> frozenset[str]:
             waiting.append(held.fget)
         elif isinstance(held, types.FunctionType) and not _is_torchs(held.__globals__.get("__name__")):
             waiting += [cell.cell_contents for cell in held.__closure__ or () if _is_full(cell)]
-            codes = [held.__code__]
-            for code in codes:
-                codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-                names.update(code.co_names)
-                waiting += _named_by(code, held.__globals__)
+            names |= named(held).all
+            waiting += _named_by(named(held).all, held.__globals__)
     return frozenset(names)
 
 
-def _named_by(code: types.CodeType, table: dict[str, Any]) -> Iterator[Any]:
-    """Functions among the globals that it names, and in modules that it names."""
-    for name in code.co_names:
+def _named_by(names: frozenset[str], table: dict[str, Any]) -> Iterator[Any]:
+    """Functions of these names among the globals, and in modules that are."""
+    for name in names:
         value = table.get(name)
         if isinstance(value, types.FunctionType | functools.partial):
             yield value
         elif isinstance(value, types.ModuleType) and not _is_torchs(value.__name__):
-            inside = (getattr(value, other, None) for other in code.co_names)
+            inside = (getattr(value, other, None) for other in names)
             yield from (found for found in inside if isinstance(found, types.FunctionType))
 
 

@@ -233,7 +233,7 @@ class Reversal(Rebuilding):
                 at_home = (t for t in snapshot.tensors() if type(t) in PLAIN)
                 step.luggage = Luggage(frozenset(t.untyped_storage().data_ptr() for t in at_home))
             with self._hooks, self._surroundings.guard, within_a_branch():
-                since = torch.autograd._get_sequence_nr()
+                since = 0 if keeping is None else torch.autograd._get_sequence_nr()
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
         if keeping is not None and keeping.meter is not None:

@@ -81,17 +81,17 @@ class Surroundings:
             if state[1] != torch.is_autocast_enabled(state[0])
             or (state[1] and state[2] != torch.get_autocast_dtype(state[0]))
         ]
-        moved = []
+        elsewhere = []
         for generator, state, after in drawn:
             now, found = _state_of(generator)
             if found != after:  # else the branch finds it as it was, and leaves it so
-                moved.append((generator, _tensor_of(after) if state is None else state, now))
-        if not other and not moved:
+                elsewhere.append((generator, _tensor_of(after) if state is None else state, now))
+        if not other and not elsewhere:
             return None
         with ExitStack() as stack:  # undone at once if memory runs out in between
             for kind, enabled, dtype, cache in other:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-            for generator, state, now in moved:
+            for generator, state, now in elsewhere:
                 stack.callback(generator.set_state, now)
                 generator.set_state(state)
             return stack.pop_all()

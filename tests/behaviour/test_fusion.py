@@ -301,36 +301,6 @@ def test_norm_act_errors_are_torch_s(compiled):
     assert_raises(RuntimeError, ["running_mean"], lambda: layer(torch.randn(6, 5)))
 
 
-ODD = {
-    "a strided weight": lambda norm: ({"0.weight": torch.rand(4, 2)[:, 0], "0.bias": torch.rand(4, 2)[:, 1]}, norm),
-    "one weight for all": lambda norm: ({"0.weight": torch.rand(1).expand(4)}, norm),
-    "strided statistics": lambda norm: ({"0.running_mean": torch.zeros(4, 2)[:, 0]}, norm),
-    "a momentum of one element": lambda norm: ({}, setattr(norm, "momentum", torch.tensor(0.3)) or norm),
-    "a negative momentum": lambda norm: ({}, setattr(norm, "momentum", -0.1) or norm),
-}
-
-
-@pytest.mark.parametrize("case", ODD)
-@pytest.mark.parametrize("training", [True, False])
-def test_what_the_kernels_cannot_take_runs_as_modules(case, training, compiled):
-    """Torch takes it, put in by `functional_call` or set on the module; so does a `NormAct`, with the same results."""
-    x, found = torch.randn(6, 4), []
-    for kind in (nn.Sequential, NormAct):
-        torch.manual_seed(0)
-        others, norm = ODD[case](nn.BatchNorm1d(4))
-        layers = kind(norm, nn.ReLU()).train(training)
-        h = torch.func.functional_call(layers, others, (x.clone().requires_grad_(),))
-        found.append([h, *layers.buffers()])
-    for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-def test_statistics_that_are_half_there_are_torchs_error(compiled):
-    layer = NormAct(nn.BatchNorm1d(4)).eval()
-    layer[0].running_var = None
-    assert_raises(RuntimeError, ["running_var"], lambda: layer(torch.randn(6, 4)))
-
-
 def test_norm_act_twice_differentiable(compiled):
     """Its backward can be differentiated: every norm and activation, in float64."""
     for norm in (nn.BatchNorm1d(4), nn.LayerNorm(4), nn.RMSNorm(4), nn.GroupNorm(2, 4)):
