@@ -18,10 +18,12 @@ from revkernels.autograd.kept_ops import Looking, Measuring, Noting, Replaying  
 class NoLevel:
     """Of a host where nobody tells how much is allocated."""
 
+    cheap = True
+
     def raw(self):
         return None
 
-    def learn(self, before, made):
+    def learn(self, before, now, made):
         assert before is None
         return 0
 

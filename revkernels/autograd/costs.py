@@ -241,8 +241,8 @@ class Meter:
         """The mode for the forward of half-step k's branch."""
         seen = self._inside.operators[k] = []
 
-        def look(func: Any, before: int | None, most: int) -> None:
-            now = self._read()
+        def look(func: Any, before: int | None, now: int | None, most: int) -> None:
+            now = self._count(now)
             if now is not None:
                 self._forward[k] = max(now, self._forward.get(k, 0))
             self._inside.operator(k, before, most)
@@ -267,14 +267,13 @@ class Meter:
 
     def look(self, k: int) -> None:
         """A node of half-step k's backward is about to run."""
-        self._inside.resume(self._look(k))
+        if self._inside.resume():
+            self._look(k)
 
-    def _look(self, k: int) -> int | None:
-        raw = self.level.raw()
-        reading, now = self._readings[k], self._count(raw)
+    def _look(self, k: int) -> None:
+        reading, now = self._readings[k], self._read()
         if now is not None:
             reading.live = now if reading.live is None else max(reading.live, now)
-        return raw
 
     def begin(self, k: int, generators: Sequence[torch.Generator] = ()) -> Measuring:
         """Half-step k is about to be rebuilt: the mode to run its branch in. ``generators``: it may draw from these."""

@@ -29,7 +29,10 @@ _local = threading.local()
 
 
 class _OnHost:
-    """A stretch of one thread's work. Another may lie within it."""
+    """A stretch of one thread's work. Another may lie within it.
+
+    ``now``: bytes allocated in it and not let go. ``most``: at a time.
+    """
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -91,7 +94,7 @@ class _OnDevice:
     """The same on CUDA: no statistic is reset, for they are the user's."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.at = device, torch.cuda.memory_allocated(device)
+        self.device, self.at, self.now = device, torch.cuda.memory_allocated(device), 0
         self.before = self._counters()
 
     def _counters(self) -> tuple[int, int, int]:
@@ -100,6 +103,7 @@ class _OnDevice:
         return told.get(names[0], 0), told.get(names[1], 0), told.get(names[2], 0)
 
     def end(self) -> int:
+        self.now = torch.cuda.memory_allocated(self.device) - self.at
         (count, total, peak), (more, larger, now) = self.before, self._counters()
         if now > peak:  # higher than ever: that was here
             return max(0, now - self.at)
@@ -128,7 +132,7 @@ class Inside:
         self.operators: dict[int, list[tuple[Any, int]]] = {}  # of the forward, in order
         self._node: tuple[int, int, int] | None = None  # the node at work: half-step, thread, backward
         self._stretch: _OnHost | _OnDevice | None = None
-        self._at: int | None = None
+        self._went_on = False
         self._handles: list[Any] = []
 
     def operator(self, k: int, before: int | None, most: int) -> None:
@@ -152,7 +156,8 @@ class Inside:
 
     def _begins(self, k: int) -> None:
         self._node, self._stretch = (k, *_here()), None
-        self.resume(self.level.raw())
+        self.resume()
+        self._went_on = False
 
     def _ends(self, k: int) -> None:
         if self._node == (k, *_here()):
@@ -164,16 +169,21 @@ class Inside:
         stretch, self._stretch = self._stretch, None
         if stretch is not None and self._node is not None and self._node[1:] == _here():
             began = time.perf_counter()
-            self.operator(self._node[0], self._at, stretch.end())
+            most = stretch.end()
             self.level.clock.beside += time.perf_counter() - began
+            if most > max(0, stretch.now):  # else what is read elsewhere tells: with a large heap this takes its time
+                now = self.level.raw()
+                self.operator(self._node[0], None if now is None else now - stretch.now, most)
 
-    def resume(self, level: int | None) -> None:
-        """The node goes on, from this reading of the level: with a large heap the next one would take its time."""
-        if self._node is not None and self._node[1:] == _here():
-            self._at = level
-            began = time.perf_counter()
-            self._stretch = begin(self.level.device)
-            self.level.clock.beside += time.perf_counter() - began
+    def resume(self) -> bool:
+        """The node goes on. Returns whether it may find another level than when it did so last."""
+        if self._node is None or self._node[1:] != _here():
+            return True
+        began = time.perf_counter()
+        self._stretch = begin(self.level.device)
+        self.level.clock.beside += time.perf_counter() - began
+        before, self._went_on = self._went_on, True
+        return not before
 
 
 def _here() -> tuple[int, int]:

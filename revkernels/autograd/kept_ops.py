@@ -127,12 +127,13 @@ class Replaying(_Counting):
 class Looking(_Counting):
     """Has ``level`` look behind every operator that makes something, and inside it and those that write in place.
 
-    Calls ``look`` there, with the operator (None for a cast, which the recompute may not have), the level before it
-    and the bytes that it had on top of that at a time. ``begin`` begins a stretch whose ``end()`` tells of the last.
+    Calls ``look`` there, with the operator (None for a cast, which the recompute may not have), the level before it and
+    behind it, and the bytes that it had on top of the former at a time. ``begin`` begins a stretch whose ``end()``
+    tells of the last.
     """
 
     def __init__(
-        self, level: Watched, look: Callable[[Any, int | None, int], None], begin: Callable[[], Any | None]
+        self, level: Watched, look: Callable[[Any, int | None, int | None, int], None], begin: Callable[[], Any | None]
     ) -> None:
         super().__init__()
         self.level, self.look, self.begin = level, look, begin
@@ -145,8 +146,9 @@ class Looking(_Counting):
         finally:  # a profiler must not stay
             if stretch is not None:
                 most = stretch.end()
-        stays = self.level.learn(before, size_of(out)) if _makes(func) else 0
-        self.look(None if func in _CASTS else func, before, max(0, most - stays))
+        now = self.level.raw()
+        stays = self.level.learn(before, now, size_of(out)) if _makes(func) else 0
+        self.look(None if func in _CASTS else func, before, now, max(0, most - stays))
         return out
 
     def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,13 +181,13 @@ class Measuring(_Counting):
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         since = self.level.since()
         states = states_of(self.generators) if number >= 0 else []
-        before = self.level.raw()
+        before = self._within(func)
         start = self.clock()
         out = func(*args, **kwargs)
         end = self.clock()
         size = size_of(out)
-        self.level.learn(before, size)
-        self._within(func, before)
+        if self.level.cheap:  # on the host the forward was of the same thread, and has learnt it
+            self.level.learn(before, self.level.raw(), size)
         versions = [(weakref.ref(t), t._version) for t in _tensors(out)]  # not held: the step's peak must not rise
         keepable = number >= 0 and _is_plain(out) and not _drew(states)
         cost = OpCost(number, str(func), 0.0, size, keepable, _passing(func, out, size), self._print)
@@ -203,18 +205,19 @@ class Measuring(_Counting):
         if _makes(func):
             return self.run(-1, func, args, kwargs)
         if _works(func):
-            self._within(func, self.level.raw())
+            self._within(func)
         return func(*args, **kwargs)
 
-    def _within(self, func: Any, before: int | None) -> None:
-        """Tell of what was seen inside the operator in the forward: looking once more would take its time."""
-        if func in _CASTS:
-            return
-        of, most = next(self._inside, (None, 0))
-        if of is not func:  # the branch does otherwise than there
+    def _within(self, func: Any) -> int | None:
+        """Tell of what was seen inside the operator in the forward: looking once more would take its time. Returns the
+        level, if there was something to tell or asking is cheap."""
+        of, most = (None, 0) if func in _CASTS else next(self._inside, (None, 0))
+        if of is not func and func not in _CASTS:  # the branch does otherwise than there
             self._inside = iter(())
-        elif self._look is not None:
+        before = self.level.raw() if most or self.level.cheap else None
+        if of is func and self._look is not None:
             self._look(before, most)
+        return before
 
     def settle(self) -> None:
         """After the branch: see which outputs it wrote over, as far as they are still there. (`Noting` sees to it.)"""
@@ -231,9 +234,11 @@ class Measuring(_Counting):
 class Watched(Protocol):
     """What `revkernels.autograd.costs.Level` does for the modes."""
 
+    cheap: bool
+
     def raw(self) -> int | None: ...
 
-    def learn(self, before: int | None, made: int) -> int: ...
+    def learn(self, before: int | None, now: int | None, made: int) -> int: ...
 
     def since(self) -> tuple[float, float]: ...
 

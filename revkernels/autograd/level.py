@@ -20,6 +20,7 @@ class Level:
 
     def __init__(self, device: torch.device, entered: int) -> None:
         self.device, self.clock = device, Stopwatch(device)
+        self.cheap = device.type == "cuda"  # to ask; glibc looks at all that a process has freed and not used again
         overhead()  # torch imports for the first mode of a process what takes tens of megabytes of the host
         start = live_bytes(device)
         self.start = None if start is None else start - entered  # its input counts
@@ -55,12 +56,11 @@ class Level:
             began, beside = since
             self.clock.beside = beside + time.perf_counter() - began - (end - start)
 
-    def learn(self, before: int | None, made: int) -> int:
-        """Of an operator: what it has allocated beyond what it made stays with a library (buffers of its threads, what
-        it has compiled), which allocates it once. Not this step's. (What a backward does so is not seen.) Returns those
-        bytes, as far as they are of torch's allocator.
+    def learn(self, before: int | None, now: int | None, made: int) -> int:
+        """Of an operator, between two readings of `raw`: what it has allocated beyond what it made stays with a library
+        (buffers of its threads, what it has compiled), which allocates it once. Not this step's. (What a backward does
+        so is not seen.) Returns those bytes, as far as they are of torch's allocator.
         """
-        now = self.raw()
         if now is None or before is None:
             return 0
         more = now - before - made
