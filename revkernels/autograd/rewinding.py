@@ -30,6 +30,18 @@ def put_back(undo: Undo) -> None:
         hang(slots, name, tensor)
 
 
+def hang_flat_weights(modules: Sequence[nn.Module], undo: Undo) -> None:
+    """Let recurrent layers compute with the parameters that hang on them: they read a list of these beside them, which
+    they make anew where they notice that a parameter is another one, and not where that one was assigned to them."""
+    for module in modules:
+        table = module.__dict__
+        flat = table.get("_flat_weights") if isinstance(module, nn.RNNBase) else None
+        if flat:
+            parameters, names = module._parameters, table["_flat_weights_names"]
+            undo.append((table, "_flat_weights", flat))
+            table["_flat_weights"] = [parameters.get(name, weight) for name, weight in zip(names, flat, strict=True)]
+
+
 def copies_of(rewound: Sequence[tuple[nn.Module, Slot, torch.Tensor]]) -> list[torch.Tensor]:
     """Copies of the values, to be written to. Those of tensors that share memory share it again."""
     memories = [slot[2].untyped_storage()._cdata if type(slot[2]) in PLAIN else None for _, slot, _ in rewound]

@@ -20,7 +20,7 @@ from revkernels.autograd.behind import Reached, behind, beside, own_names
 from revkernels.autograd.names import reads_running, writes_silently
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.plain_layers import are_plain, holds_more
-from revkernels.autograd.rewinding import MISSING, Slot, Undo, copies_of, hang, put_back
+from revkernels.autograd.rewinding import MISSING, Slot, Undo, copies_of, hang, hang_flat_weights, put_back
 from revkernels.errors import ReconstructionError
 
 _batchnorm = nn.modules.batchnorm
@@ -307,6 +307,7 @@ class Snapshot:
             if module.training is not flag:
                 undo.append((module.__dict__, "training", module.training))
                 module.__dict__["training"] = flag
+        others = False
         for slots, name, tensor, _ in self.fixed:
             now = slots.get(name)
             if now is tensor or type(tensor) not in PLAIN:  # what was sharded then is its owner's affair
@@ -314,12 +315,15 @@ class Snapshot:
             if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
                 undo.append((slots, name, now))
                 slots[name] = tensor
+                others = True
             elif isinstance(now, nn.Parameter):
                 raise ReconstructionError(
                     f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the "
                     f"group that it is sharded in is not gathered while this branch is run again. Give the branch a "
                     f"group of its own: fully_shard(branch)"
                 )
+        if others:
+            hang_flat_weights(self.modules, undo)
         for table, name, tensor in self.attributes:
             if table.get(name) is not tensor:
                 undo.append((table, name, table.get(name, MISSING)))

@@ -280,3 +280,31 @@ def test_parametrized_weights(options):
         for block in network.children():
             nn.utils.parametrizations.weight_norm(block.F[0])
     check_step(net, plain, rows(), steps=2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(4, 4, batch_first=True)
+
+    def forward(self, h):
+        return self.layer(h)[0]
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN, None], ids=["LSTM", "GRU", "RNN", "MLP"])
+def test_parameters_assigned_between_forward_and_backward(layer, options):
+    """Row 26: the recompute computes with the forward's parameters, of which recurrent layers keep a list besides."""
+    make = mlp if layer is None else lambda: Recurrent(layer).to(WIDE)
+    nets = twins(pairs_of(make, 2), split_dim=-1, **options)
+    x, results = rows(3, 5, 8), []
+    for network in nets:
+        found = []
+        for _ in range(2):
+            leaves, given = fresh(x)
+            before = list(network.parameters())
+            y = network(given)
+            network.load_state_dict({name: 0.5 * p for name, p in network.state_dict().items()}, assign=True)
+            loss_of(y).backward()
+            found += [y, *(leaf.grad for leaf in leaves), *(p.grad for p in before)]
+        results.append(found)
+    assert_all_close(*results)
