@@ -114,14 +114,7 @@ class Rebuilding:
         if meter is not None:
             meter.asked()
         with self._lock:
-            try:
-                if task != self._task or k > self._cursor:
-                    self._begin(task)
-                while self._cursor > k:
-                    _as_it_is(self._step_back)
-            except BaseException:
-                self._end()
-                raise
+            self._reach(k, task)
             tensor, version = self._frame[index]
             if k == self._first:
                 self._unread.discard(index)
@@ -135,6 +128,29 @@ class Rebuilding:
         if meter is not None:
             meter.look(k)
         return tensor
+
+    def _reach(self, k: int, task: int) -> None:
+        """Have half-step k rebuilt, in this backward, and none before it."""
+        try:
+            if task != self._task or k > self._cursor:
+                self._begin(task)
+            while self._cursor > k:
+                _as_it_is(self._step_back)
+        except BaseException:
+            self._end()
+            raise
+
+    def reach(self, k: int) -> None:
+        """A gradient has come to what branch k returned, and may leave it before anything saved is asked for.
+
+        Nothing is run again that has kept all that it saved, or that nothing to be rebuilt lies before.
+        """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                self.reach(k)
+        elif self._kept is not None and self._first is not None and k >= self._first and self._steps[k].before is None:
+            with self._lock:
+                self._reach(k, torch._C._current_graph_task_id())
 
     def _differentiates_too_early(self, k: int) -> str:
         return (

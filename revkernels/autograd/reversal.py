@@ -30,6 +30,7 @@ from revkernels import eager
 from revkernels.autograd import fusion
 from revkernels.autograd.accumulate import prepare
 from revkernels.autograd.coupling import couple, enter
+from revkernels.autograd.early import leaf_comes_first, reach_first
 from revkernels.autograd.entry import Entry, Waiting, entry_of
 from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid
@@ -195,6 +196,8 @@ class Reversal(Rebuilding):
                 f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
                 f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
+        if recorded is not None and leaf_comes_first(f, h):
+            reach_first(self, self._count, f)
         return f
 
     def _entered(self, index: int) -> torch.Tensor:
