@@ -13,6 +13,7 @@ from revkernels.autograd.ownership import PLAIN
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
 Undo = list[tuple[dict[str, Any], str, Any]]
+_FEW = 64  # items of a state: what has more is data
 MISSING = object()  # in a tensor's place: nothing hung there
 
 
@@ -22,6 +23,17 @@ def hang(slots: dict[str, Any], name: str, tensor: Any) -> None:
         slots.pop(name, None)
     else:
         slots[name] = tensor
+
+
+def is_state(value: Any, depth: int = 3) -> bool:
+    """Whether it is what a branch may leave on itself for its next call to read: a tensor without a gradient, or a
+    tuple, list or dictionary of a few, such as the (h, c) of an LSTM."""
+    if type(value) in PLAIN:
+        return not value.requires_grad
+    if type(value) not in (tuple, list, dict) or not depth or len(value) > _FEW:
+        return False
+    items = list(value.values() if type(value) is dict else value)
+    return all(item is None or is_state(item, depth - 1) for item in items)
 
 
 def put_back(undo: Undo) -> None:

@@ -20,7 +20,7 @@ from revkernels.autograd.behind import Reached, behind, beside, own_names
 from revkernels.autograd.names import reads_running, writes_silently
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.plain_layers import are_plain, holds_more
-from revkernels.autograd.rewinding import MISSING, Slot, Undo, copies_of, hang, hang_flat_weights, put_back
+from revkernels.autograd.rewinding import MISSING, Slot, Undo, copies_of, hang, hang_flat_weights, is_state, put_back
 from revkernels.errors import ReconstructionError
 
 _batchnorm = nn.modules.batchnorm
@@ -84,9 +84,9 @@ class Snapshot:
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
-        #: Of these, attributes that need no gradient, such as a mask or a recurrent state: where each hangs. The
-        #: forward, or somebody else, may hang another there.
-        self.attributes: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        #: Of these, attributes that need no gradient, such as a mask or a recurrent state, or a tuple or list of such:
+        #: where each hangs. The forward, or somebody else, may hang another there.
+        self.attributes: list[tuple[dict[str, Any], str, Any]] = []
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         #: The same, while the forward runs: with copies of those that it may write in place.
@@ -158,6 +158,8 @@ class Snapshot:
                         slot = (table, name, value, version_of(value))
                         copied = written is None or f".{name}" in written
                         self.loose.append((module, slot, value.detach().clone() if copied else None))
+                elif is_state(value):
+                    self.attributes.append((table, name, value))
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
             self._held = []
@@ -231,9 +233,10 @@ class Snapshot:
                 self.rewound.append((module, slot, value))
         self.loose = []
         for table, before in self._tables:
-            for name, value in list(table.items()):
-                was = before.get(name, MISSING)
-                if (was is None or was is MISSING) and type(value) in PLAIN and not value.requires_grad:
+            now = dict(table.items())  # a scripted module's is no dictionary
+            for name in own_names(now):
+                was, value = before.get(name, MISSING), now[name]
+                if (was is None or was is MISSING) and is_state(value):
                     self.blank.append((table, name, was))
         self._tables = []
 

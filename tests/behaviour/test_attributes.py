@@ -9,7 +9,7 @@ import threading
 import pytest
 from torch import nn
 
-from behaviour.common import WIDE, rows, torch
+from behaviour.common import WIDE, assert_all_close, loss_of, pairs_of, rows, torch, twins
 from revkernels.measure import peak_bytes
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing
 
@@ -185,6 +185,45 @@ class Recurrent(nn.Module):
         out = (self.linear(h) + self.state).tanh()
         self.state = out.detach().mean(0)
         return out
+
+
+class Remembers(nn.Module):
+    """An LSTM that goes on from where its last call has ended: ``keeps`` makes of (h, c) what hangs on it."""
+
+    def __init__(self, keeps, first):
+        super().__init__()
+        self.layer, self.keeps, self.state = nn.LSTM(4, 4), keeps, first
+
+    def forward(self, h):
+        out, (hidden, cell) = self.layer(h, self.read())
+        self.state = self.keeps(hidden.detach(), cell.detach())
+        return out
+
+    def read(self):
+        found = self.state["of"][0] if type(self.state) is dict else self.state
+        return tuple(found) if found else None
+
+
+KEPT = {
+    "tuple": (lambda *state: state, None),
+    "list": (lambda *state: list(state), []),
+    "dictionary": (lambda *state: {"of": [state, None]}, {"of": [None]}),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_recurrent_state_of_several_tensors(kept, options):
+    """Row 34: the recompute goes on from where the forward did, and leaves what the forward left."""
+    nets, results = twins(pairs_of(lambda: Remembers(*KEPT[kept]).to(WIDE), 2), split_dim=-1, **options), []
+    inputs = [rows(3, 2, 8) for _ in range(3)]
+    for net in nets:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        for leaf in leaves:
+            loss_of(net(leaf)).backward()
+        branches = [branch for block in net.children() for branch in (block.F, block.G)]
+        states = [t for branch in branches for t in branch.read()]
+        results.append([*(leaf.grad for leaf in leaves), *(p.grad for p in net.parameters()), *states])
+    assert_all_close(*results)
 
 
 @pytest.mark.parametrize("shared", [False, True])
