@@ -17,12 +17,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revkernels.autograd import fusion
+from revkernels.autograd.early import leaf_comes_first, reach_first
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept import Kept
 from revkernels.autograd.rebuilding import Rebuilding, within_a_branch
 from revkernels.autograd.recorded import RecordedStep
 from revkernels.autograd.snapshot import version_of
-from revkernels.autograd.surroundings import Surroundings, drawn, states_of
+from revkernels.autograd.surroundings import Surroundings, drawn, states_of, tensors_in
 from revkernels.errors import ReconstructionError
 
 __all__ = ["Checkpoint"]
@@ -85,6 +86,9 @@ class Checkpoint(Rebuilding):
                     f"{self.name(0)} wrote to an input of its own in place, which it is to be run again from: make its "
                     f"first operation out of place (such as ReLU(inplace=False))"
                 )
+            for _, output in tensors_in(result) if step.saved else ():
+                if leaf_comes_first(output, *(tensor for tensor, _ in self._given)):
+                    reach_first(self, 0, output)
         finally:
             self._hooks, self._given = None, []
         self._first = 0 if step.saved else None

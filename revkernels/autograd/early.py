@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Branches that have to be run again before their gradient goes on.
+"""What has to be run again before its gradient goes on.
 
 A recompute is due when autograd asks for a tensor that the branch has saved. Where a branch ends with ``+ bias``, the
 bias has its gradient before anything is asked for, and a hook may have stepped it by then, as optimizers that step
 inside the backward do: the branch would be run again with the new one. Such a branch is run again as soon as a gradient
-comes to what it returned.
+comes to what it returned, and so is what `nn.checkpoint` called.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ _MANY = 64  # nodes that are looked at: behind more, a leaf is taken for granted
 _of_type: weakref.WeakKeyDictionary[type, bool | None] = weakref.WeakKeyDictionary()
 
 
-def leaf_comes_first(f: Any, read: torch.Tensor) -> bool:
+def leaf_comes_first(f: Any, *read: torch.Tensor) -> bool:
     """Whether a gradient of the branch's output f may come to a leaf through nodes that ask for nothing saved.
 
-    Not behind ``read``, the stream that the branch was given.
+    Not behind ``read``, the stream, or whatever it was given.
     """
     node = (f[0] if type(f) is tuple else f).grad_fn
-    if node is None or _asks(node) or node is (end := read.grad_fn):
+    if node is None or _asks(node):
         return False
-    left, seen = [node], {node, end}
+    seen = {tensor.grad_fn for tensor in read}
+    if node in seen:
+        return False
+    left = [node]
     while left and len(seen) < _MANY:
         for following, _ in left.pop().next_functions:
             if following is None or following in seen:

@@ -7,7 +7,7 @@ from torch import nn
 from behaviour.common import WIDE, assert_all_close, loss_of, mlp, pairs_of, rows, torch, twins
 from revkernels import MemoryBudget
 from revkernels.autograd.early import leaf_comes_first
-from revkernels.nn import ReversibleBlock
+from revkernels.nn import ReversibleBlock, checkpoint
 
 
 class Ends(nn.Module):
@@ -51,6 +51,34 @@ def test_under_a_memory_budget(budget):
     """The same, with some half-steps kept."""
     nets = twins(pairs_of(lambda: Ends(ENDS["bias"]), 3), activations=MemoryBudget(budget))
     check_steps_inside_the_backward(nets, True)
+
+
+class Places(nn.Module):
+    """A stem's end, which has its gradient first."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(5, 8, dtype=WIDE))
+
+    def forward(self, x):
+        return x + self.places
+
+
+class Model(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.stem, self.head = call, nn.Sequential(mlp(8, 8), Places()), mlp(8, 8)
+
+    def forward(self, x):
+        return self.head(self.call(self.stem, x).tanh())
+
+
+@pytest.mark.parametrize("through_data", [False, True], ids=["in place", "data"])
+def test_in_a_checkpoint(through_data):
+    """Row 29: what `nn.checkpoint` called is run again as it was too."""
+    plain, net = Model(lambda stem, x: stem(x)), Model(checkpoint)
+    net.load_state_dict(plain.state_dict())
+    check_steps_inside_the_backward((net, plain), through_data)
 
 
 def check_steps_inside_the_backward(nets, through_data):
