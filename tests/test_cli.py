@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line in processes of its own: info, check and bench, with and without torch and rich."""
 
+import argparse
 import itertools
 import json
 import os
@@ -235,6 +236,8 @@ def test_a_backend_that_raises_is_a_finding_not_a_crash(monkeypatch):
         (["bench", "coupling", "--save", "README.md"], "README.md is a file"),
         (["bench", "coupling", "--save", "/proc/nowhere"], "no file can be made there"),
         (["bench", "network", "--plot", "/proc/a.png"], "no file can be made there"),
+        (["info", "--json", ""], "the name is empty"),
+        (["info", "--json", "a" * 300], "name too long"),
         (["bench", "network", "--graphs", "--device", "cpu:0"], "--graphs needs --device cuda"),
         (["exact", "--out", "/proc/a.png"], "no file can be made there"),
         (["drift", "--out", "/proc/a.png"], "no file can be made there"),
@@ -251,6 +254,26 @@ def test_a_bad_call_exits_2_and_says_why(words, complaint, capsys, monkeypatch):
         code = refused.code
     assert code == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["drift"], ["exact"], ["demo"], ["bench", "coupling", "--save"]], ids=" ".join)
+def test_a_default_place_that_cannot_be_written_is_refused_before_the_work(words, capsys, monkeypatch):
+    monkeypatch.chdir("/proc")
+    with pytest.raises(SystemExit) as refused:
+        raise SystemExit(main(words))
+    assert refused.value.code == 2
+    assert "no file can be made there" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_judged_by_itself(tmp_path, capsys, monkeypatch):
+    """Not by its folder: who can make no file in /dev can still write to /dev/stdout."""
+    file = tmp_path / "x.json"
+    file.write_text("")
+    monkeypatch.setattr(output, "check_folder", lambda folder: pytest.fail(f"{folder} was asked"))
+    assert output.file_to_write(str(file)) == file
+    monkeypatch.setattr(output.os, "access", lambda path, mode: False)  # tests may run as root, who can write all
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be written"):
+        output.file_to_write(str(file))
 
 
 def test_the_environment_variable():

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--save",
             metavar="FOLDER",
             nargs="?",
-            const=RESULTS,
+            const=str(RESULTS),
             type=_folder_to_write,
             help=f"append result lines to FOLDER/<device>.jsonl (default folder: {RESULTS})",
         )

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from revkernels.cli import digits, plots, training
 from revkernels.cli.bench_tables import seed
-from revkernels.cli.output import Table, add_json_option, progress, report
+from revkernels.cli.output import Table, add_json_option, file_to_write, progress, report
 from revkernels.measure import angle, branch_calls, multiply_adds, peak_bytes
 from revkernels.models import BasicBranch, RevNet, revnet38
 from revkernels.nn import ReversibleBlock, ReversibleSequential
@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     timed_steps, draws = (5, 1) if args.quick else (TIMED_STEPS, CHAIN_DRAWS)
     try:
         args.out.mkdir(parents=True, exist_ok=True)  # before the work, not after
-    except OSError as error:
-        print(f"revkernels demo: error: --out {args.out}: {error.strerror}", file=sys.stderr)
+        picture = file_to_write(str(args.out / "demo.png"))
+    except (OSError, argparse.ArgumentTypeError) as error:
+        print(f"revkernels demo: error: --out {args.out}: {getattr(error, 'strerror', error)}", file=sys.stderr)
         return 2
     data = digits.load()
     steps = len(MODES) * epochs + 1 + len(DEPTHS)
@@ -75,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
         for depth in DEPTHS:
             begin(f"chains of {depth} blocks")
             depths.append(_chain_costs(depth, args.seed, draws))
-    picture = args.out / "demo.png"
     plots.demo(picture, curves, depths)
     report("demo", [_summary(curves, costs, timed_steps), _by_depth(depths, draws)], args.json)
     print(f"picture: {picture}")

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="of torch, on the CPU")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and images (default 0)")
     parser.add_argument(
-        "--out", type=_picture, default=Path("drift.png"), metavar="FILE", help="the picture (default drift.png)"
+        "--out", type=_picture, default="drift.png", metavar="FILE", help="the picture (default drift.png)"
     )
     add_json_option(parser)
 

@@ -14,7 +14,6 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int16", action="store_true", help="also train on streams that are kept as int16")
     parser.add_argument("--threads", type=positive, metavar="N", help="of torch")
     parser.add_argument(
-        "--out", type=picture, default=Path("exact.png"), metavar="FILE", help="the picture, a PNG (default exact.png)"
+        "--out", type=picture, default="exact.png", metavar="FILE", help="the picture, a PNG (default exact.png)"
     )
     add_json_option(parser)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -161,13 +163,26 @@ def _plain_progress(title: str, total: int) -> Callable[[str], None]:
 
 
 def file_to_write(name: str) -> Path:
-    """A file that can be written, refused at once rather than after the work."""
+    """A file that can be written, refused at once rather than after the work.
+
+    An option's default is to be a string: argparse then hands it here too.
+    """
     path = Path(name)
+    if not name:
+        raise argparse.ArgumentTypeError("the name is empty; a file name is needed")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{name}: the folder {path.parent} does not exist")
-    if path.is_dir():
+    try:
+        there = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        check_folder(path.parent)
+        return path
+    except OSError as error:  # a name that is too long
+        raise argparse.ArgumentTypeError(f"{name}: {error.strerror}") from None
+    if stat.S_ISDIR(there):
         raise argparse.ArgumentTypeError(f"{name} is a folder; a file name is needed")
-    check_folder(path.parent)
+    if not os.access(path, os.W_OK):  # what is there is written over, wherever it lies: /dev/stdout and the like
+        raise argparse.ArgumentTypeError(f"{name} is there and cannot be written")
     return path
 
 
