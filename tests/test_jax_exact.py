@@ -44,6 +44,16 @@ def stored(branch=mlp, depth=DEPTH, backend=None):
     return plain_chain([branch] * depth, [branch] * depth, couple)
 
 
+@pytest.mark.parametrize("coupling", [EXACT, FIXED], ids=["float32", "int16"])
+def test_no_block_rounds_to_the_grid(coupling):
+    """There is nothing to rebuild, so nothing to compare: the gradient is the identity's."""
+    y1, y2 = chain(coupling, depth=0)([], [], *STREAMS)
+    grid = np.float32(2.0**-coupling.k)
+    assert equal((y1, y2), [np.rint(x / grid) * grid for x in map(np.asarray, STREAMS)])
+    got = jax.grad(lambda x1: (chain(coupling, depth=0)([], [], x1, STREAMS[1])[0] * STREAMS[1]).sum())(STREAMS[0])
+    assert equal(got, STREAMS[1])
+
+
 @pytest.mark.parametrize("backend", [None, pytest.param("xla", marks=pytest.mark.slow)])
 def test_outputs_and_inputs_to_the_bit(backend):
     """Outputs are the stored chain's; the inverse gives back what was rounded to the grid."""
