@@ -147,3 +147,17 @@ def test_the_four_arrays_are_checked_before_anything_is_written():
     with pytest.raises(ValueError, match="y2 is read-only"):
         chain.inverse_(y1, Exporter(frozen))
     np.testing.assert_array_equal([y1, y2, dy1, dy2], kept)
+
+
+def test_checksums_and_another_memory_order():
+    """They count elements in memory order, so a copy in another one is refused: no branch is to blame."""
+    chain, checksums = ReversibleChain(blocks_of(2), coupling=rk.Coupling(grid_exponent=20)), Checksums()
+    x1, x2, dy1, dy2 = (np.asfortranarray(x) for x in streams(4))
+    y1, y2 = chain.forward(x1, x2, checksums=checksums)
+    before = y1.copy(), dy1.copy()
+    with pytest.raises(ValueError, match=r"y2 has its dimensions \(0, 1\) from the outermost .* had \(1, 0\)"):
+        chain.backward_(y1, y2.copy(), dy1, dy2, checksums=checksums)
+    assert all(map(np.array_equal, (y1, dy1), before))
+    kept = y1.copy(order="K"), y2.copy(order="K")
+    (r1, _), _, _ = chain.backward_(*kept, dy1, dy2, checksums=checksums)
+    assert np.array_equal(r1, np.rint(x1 * 2**20) / 2**20)

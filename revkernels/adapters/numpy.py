@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from revkernels import checks, ops
 from revkernels.allocation import empty, empty_like
-from revkernels.arrays import FLOATS, device_name, dtype_name, family_of, kind_of, seen
+from revkernels.arrays import FLOATS, device_name, dtype_name, family_of, kind_of, memory_order, seen
 from revkernels.backends import require
 from revkernels.coupling import GRID_EXPONENTS, Coupling
 from revkernels.errors import ReconstructionError
@@ -60,6 +60,7 @@ class Checksums:
     def __init__(self) -> None:
         self.sums: Any = None
         self.sizes: Any = None
+        self.orders: list[tuple[int, ...]] = []
 
 
 class ReversibleChain:
@@ -118,9 +119,9 @@ class ReversibleChain:
             else:
                 ops.couple_(streams[target], f, coupling=self._options(record, k + 2), backend=self.backend)
         if checksums is not None:
-            self._check_sizes(
-                checksums, [dtype_name(seen(name, y)) for name, y in zip(("x1", "x2"), streams, strict=True)]
-            )
+            looks = [seen(name, y) for name, y in zip(("x1", "x2"), streams, strict=True)]
+            checksums.orders = [_order(look) for look in looks]
+            self._check_sizes(checksums, [dtype_name(look) for look in looks])
         return streams[0], streams[1]
 
     def inverse_(self, y1: Any, y2: Any) -> Pair:
@@ -162,6 +163,8 @@ class ReversibleChain:
         ):
             what = "empty" if checksums.sums is None else "of a chain of another length"
             raise ValueError(f"checksums is {what}; it must come from this chain's forward")
+        if isinstance(checksums, Checksums):
+            _check_orders(checksums, written)
         record = self._record(None if checksums is None else Checksums(), y1)
         streams, gradients = [y1, y2], [dy1, dy2]
         parameters: list[Any] = []
@@ -203,6 +206,7 @@ class ReversibleChain:
             raise ValueError("checksums is given; it must be None for a chain without a grid_exponent")
         count = 2 * len(self.blocks) + 2
         checksums.sums, checksums.sizes = empty((count,), "x1", like, "int64"), empty((count,), "x1", like, "float32")
+        checksums.orders = []
         checksums.sums[...] = 0
         checksums.sizes[...] = 0
         return checksums
@@ -290,6 +294,19 @@ def _check_written(**arrays: Any) -> None:
     checks.check_layout(**looks)
     checks.check_writable(**looks)
     checks.check_disjoint(looks, {})
+
+
+def _order(look: Any) -> tuple[int, ...]:  # of the dimensions whose stride counts
+    return () if 0 in look.shape else tuple(d for d in memory_order(look) if look.shape[d] > 1)
+
+
+def _check_orders(forward: Checksums, written: Sequence[Any]) -> None:
+    for name, order, look in zip(("y1", "y2"), forward.orders, written, strict=False):
+        if _order(look) != order:  # the sums would differ, and a branch be blamed for it
+            raise ValueError(
+                f"{name} has its dimensions {_order(look)} from the outermost in memory to the innermost, the "
+                f"forward's had {order}; with checksums it must keep them, as .copy(order='K') does"
+            )
 
 
 def _check_output(
