@@ -234,3 +234,13 @@ def test_under_a_loop():
     found = [jax.jit(jax.grad(lambda *a, f=f: (f(*a) ** 3).sum(), (0, 1)))(x, w) for f in (scanned, unrolled)]
     assert furthest(*found) < 1e-5
     assert list(itertools.chain(*(a.shape for a in found[0]))) == [8, 6, 3, 6]
+
+
+@pytest.mark.parametrize("backend", [None, "xla"])
+def test_a_float64_result_is_for_the_x64_mode(backend):
+    """Elsewhere a custom call would hand out an array of a type that JAX says it does not have."""
+    x, norm = jnp.ones((2, 3), "float32"), rk.Norm("layer")
+    with pytest.raises(TypeError, match="dtype is float64, which JAX has in its x64 mode alone"):
+        rj.norm_act(x, norm, dtype="float64", backend=backend)
+    with x64():
+        assert rj.norm_act(x, norm, dtype="float64", backend=backend)[0].dtype == "float64"

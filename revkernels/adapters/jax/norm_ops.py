@@ -100,6 +100,8 @@ def _forward(
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if dtype.name not in FLOATS:
         raise TypeError(f"dtype is {dtype.name}; it must be one of {', '.join(FLOATS)}")
+    if dtype != x.dtype and dtype != jax.dtypes.canonicalize_dtype(dtype):  # a custom call would make it all the same
+        raise TypeError("dtype is float64, which JAX has in its x64 mode alone (jax_enable_x64)")
     options, weight, bias = _checked_norm(name, x, norm)
     given = None
     if statistics is not None:
