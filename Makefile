@@ -58,10 +58,10 @@ demo: $(BUILT)
 	$(BIN)/python -m revkernels demo $(DEMO_ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(TEST_ARGS)
 
 test-all: $(BUILT) $(PEERS)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # Other reversible libraries, for the tests that set ours beside them, and the packages whose models the integrations
 # change. PyTorch Geometric and transformers ask for the third line, which ends with networks for JAX. timm wants torchvision, whose build on PyPI is for

@@ -13,6 +13,8 @@ import pytest
 
 # JAX would take three quarters of a GPU that other processes test on as well.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Where two workers have two threads each on two cores, threads that spin while they wait take the other worker's core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # For `benchmarks`, which is not installed. Last, so that an installed revkernels is not hidden by its source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -44,7 +46,22 @@ def pytest_configure(config):
                 device.manual_seed_all = lambda seed: None
 
 
+#: Files that go first: what asks for the host's bytes, which glibc tells at a cost that grows with the heap's age, and
+#: what takes long in one piece, which would leave the other workers idle at the end.
+FIRST = (
+    *("behaviour/test_budget*", "behaviour/test_costs.py", "behaviour/test_soak.py", "test_measure.py"),
+    *("test_cuda_host.py", "test_sanitizers.py", "documentation/*", "test_cuda_build.py", "test_coupling_int16.py"),
+)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+
+    def place(item):
+        return next((n for n, pattern in enumerate(FIRST) if item.path.match(str(here / pattern))), len(FIRST))
+
+    items.sort(key=place)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     reason = why_no_gpu()

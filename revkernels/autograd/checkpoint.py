@@ -20,7 +20,8 @@ from revkernels.autograd import fusion
 from revkernels.autograd.early import leaf_comes_first, reach_first
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept import Kept
-from revkernels.autograd.rebuilding import Rebuilding, within_a_branch
+from revkernels.autograd.rebuilding import Rebuilding
+from revkernels.autograd.recomputing import within_a_branch
 from revkernels.autograd.recorded import RecordedStep
 from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, states_of, tensors_in

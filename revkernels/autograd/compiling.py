@@ -29,12 +29,14 @@ _OUTSIDE = (
     *(
         f"revkernels.autograd.{name}"
         for name in (
+            "early",
             "fixed",
             "grid",
             "kept_ops",
             "ownership",
             "planner",
             "rebuilding",
+            "recomputing",
             "recorded",
             "names",
             "rewinding",

@@ -24,6 +24,7 @@ from revkernels.autograd.made_again import AtHand, Outputs, SavedView
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
+from revkernels.autograd.recomputing import is_recomputing, set_recomputing
 from revkernels.autograd.recorded import Frame, Metadata, RearrangedStep, RecordedStep
 from revkernels.autograd.rewinding import put_back
 from revkernels.autograd.snapshot import version_of
@@ -33,28 +34,6 @@ from revkernels.errors import ReconstructionError
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
 _local = threading.local()
 set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled calls, without its object
-
-
-def is_recomputing() -> bool:
-    """Whether this thread is inside the second run of a branch. For hooks and branches that keep count."""
-    return getattr(_local, "recomputing", False)
-
-
-class within_a_branch:  # noqa: N801, as a function it would be a generator, and slow
-    """While a branch runs that may be run again."""
-
-    __slots__ = ("outer",)
-
-    def __enter__(self) -> None:
-        self.outer, _local.within = getattr(_local, "within", False), True
-
-    def __exit__(self, *_: object) -> None:
-        _local.within = self.outer
-
-
-def is_within_a_branch() -> bool:
-    """Whether this thread runs a branch of a chain that rebuilds, for the first or for the second time."""
-    return getattr(_local, "within", False) or is_recomputing()
 
 
 class Rebuilding:
@@ -325,7 +304,7 @@ class Rebuilding:
             outer, surroundings, undo = is_recomputing(), None, None
             attributes = attributes_of(step.snapshot.left_on())
             try:  # memory may run out at any of these
-                _local.recomputing = True
+                set_recomputing(True)
                 surroundings = self._surroundings.restore(step.drawn)
                 undo = step.snapshot.restore()
                 set_grad_enabled(True)
@@ -341,7 +320,7 @@ class Rebuilding:
                 put_attributes_back(attributes)
                 if surroundings is not None:
                     surroundings.close()
-                _local.recomputing = outer
+                set_recomputing(outer)
         if not step.saved_alike(self._frame):
             problem = step.difference(self._frame)
             raise ReconstructionError(

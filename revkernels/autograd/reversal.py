@@ -41,7 +41,8 @@ from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import PLAIN, both_tensors, same_memory
 from revkernels.autograd.planner import Keeping
-from revkernels.autograd.rebuilding import Rebuilding, is_recomputing, within_a_branch
+from revkernels.autograd.rebuilding import Rebuilding
+from revkernels.autograd.recomputing import is_recomputing, within_a_branch
 from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep
 from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, moved, states_of

@@ -24,7 +24,7 @@ from revkernels.autograd.links import Names, ending_in, mark
 from revkernels.autograd.live_bytes import bytes_of
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.planner import Keeping, planner_of
-from revkernels.autograd.rebuilding import is_within_a_branch
+from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.autograd.reversal import Reversal
 from revkernels.autograd.surroundings import tensors_in
 from revkernels.budget import MemoryBudget

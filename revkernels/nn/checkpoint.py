@@ -11,7 +11,7 @@ import torch
 
 from revkernels.autograd.checkpoint import Checkpoint
 from revkernels.autograd.fusion import is_recorded
-from revkernels.autograd.rebuilding import is_within_a_branch
+from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.autograd.selective import Selective
 from revkernels.errors import ReconstructionError
 

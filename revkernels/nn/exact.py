@@ -12,7 +12,7 @@ from torch import nn
 
 from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid, check_streams
-from revkernels.autograd.rebuilding import is_recomputing
+from revkernels.autograd.recomputing import is_recomputing
 from revkernels.autograd.snapshot import will_write
 from revkernels.errors import ReconstructionError
 from revkernels.exact import EXPONENTS, Exact, exponent_for

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from behaviour.common import assert_all_close, assert_raises, check_step, loss_of, norm_mlp, rows, torch, twins
 from behaviour.test_failures import alive  # noqa: F401
-from revkernels.autograd import rebuilding
+from revkernels.autograd import recomputing
 from revkernels.nn import is_recomputing
 
 DEPTH = 3
@@ -42,7 +42,7 @@ class Trap:
 def none_recomputes():
     """What one test leaves behind is not the next one's."""
     yield
-    rebuilding._local.recomputing = False
+    recomputing.set_recomputing(False)
 
 
 class Trapped(torch.autograd.Function):

@@ -29,6 +29,7 @@ from revkernels.autograd import (
     inverse,
     norm_act,
     rebuilding,
+    recomputing,
     recorded,
     reversal,
     snapshot,
@@ -177,8 +178,8 @@ def recomputed_twice(plant):
     def twice(self, k):
         step = self._steps[k]
         with contextlib.ExitStack() as stack:
-            stack.callback(setattr, rebuilding._local, "recomputing", False)
-            rebuilding._local.recomputing = True
+            stack.callback(recomputing.set_recomputing, False)
+            recomputing.set_recomputing(True)
             self._call(step.half_step, self._read(step.half_step.sources))
         rebuild(self, k)
 
