@@ -26,7 +26,7 @@ def leaf_comes_first(f: Any, *read: torch.Tensor) -> bool:
 
     Not behind ``read``, the stream, or whatever it was given.
     """
-    node = (f[0] if type(f) is tuple else f).grad_fn
+    node = getattr(f[0] if type(f) is tuple and f else f, "grad_fn", None)  # that it is a tensor is checked later
     if node is None or _asks(node):
         return False
     seen = {tensor.grad_fn for tensor in read}

@@ -322,7 +322,7 @@ def forward_called_instead_of_the_module(plant):
 
 @found_by(row_22)
 def recompute_not_told_apart(plant):
-    plant.setattr(rebuilding, "_local", type("Forgetful", (), {"__setattr__": lambda *_: None})())
+    plant.setattr(recomputing, "_local", type("Forgetful", (), {"__setattr__": lambda *_: None})())
 
 
 @found_by(row_22_streams)
