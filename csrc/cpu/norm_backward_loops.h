@@ -183,10 +183,11 @@ REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, 
       e.store(to + c, e.load(before + c) + gradient);
     };
     const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
+    // `to` is where base lies too, if there is one and nobody asked for another array.
     if constexpr (kVary == Vary::kWeights)  // sum_rows has read x and dh
-      in_chunks(shape.cols, chunk, before);
+      in_chunks(shape.cols, chunk, to);
     else
-      in_chunks(shape.cols, chunk, from, above, before);
+      in_chunks(shape.cols, chunk, from, above, to);
   }
 }
 

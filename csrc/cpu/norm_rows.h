@@ -90,7 +90,7 @@ REVK_APART void normalise(Rows<H> h, Rows<const X> x, const NormScratch<A>& p, i
       e.store(to + c, Activation::value(normal.z(normal.xhat(e.load(from + c)))));
     };
     const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
-    in_chunks(shape.cols, chunk, from);
+    in_chunks(shape.cols, chunk, from, to);
   }
 }
 

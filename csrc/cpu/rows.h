@@ -38,7 +38,9 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Asks for memory that loops along a row come to kAhead bytes later. By themselves they keep fewer
 // lines on their way than the memory could deliver: as many as fit, with the arithmetic on them,
-// between a load and the instructions that wait for it.
+// between a load and the instructions that wait for it, and of what they write hardly any (Zen 3
+// takes 0.58 ns an element where a loop like theirs writes to memory that no cache holds, and 0.37
+// where it has asked for it).
 constexpr int64_t kAhead = 2048, kLine = 64;
 
 template <class T>
@@ -49,7 +51,7 @@ inline void ask_ahead(const T* row, int64_t count) {
 
 // body(begin, end) for a row's elements chunk by chunk: 1024 bytes, or of narrow types as many
 // elements as of float. More lines asked for at once wait for each other (float64 on Zen 3: a tenth
-// of a coupling's time). `rows` are those that come from memory.
+// of a coupling's time). `rows` are those that come from memory or go there.
 template <class... T>
 constexpr int64_t elements_in_a_chunk() {
   int64_t size = sizeof(float);
@@ -224,7 +226,10 @@ inline void combine(Op op, Rows<A> out, Rows<const A> x, Rows<const A> f, Shape 
       REVK_INDEPENDENT
       for (int64_t c = begin; c < end; ++c) to[c] = op(from[c], branch[c]);
     };
-    in_chunks(shape.cols, chunk, from, branch);
+    if (to == from)
+      in_chunks(shape.cols, chunk, from, branch);
+    else
+      in_chunks(shape.cols, chunk, from, branch, to);
   }
 }
 

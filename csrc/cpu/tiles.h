@@ -19,7 +19,10 @@ inline void combine_row(Op op, bfloat16* to, const bfloat16* x, const bfloat16* 
     e.store(to + i, op(e.load(x + i), e.load(f + i)));
   };
   const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<float>(begin, end, element); };
-  in_chunks(count, chunk, x, f);
+  if (to == x)
+    in_chunks(count, chunk, x, f);
+  else
+    in_chunks(count, chunk, x, f, to);
 }
 
 #if !defined(__F16C__)
