@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test shares: equal seeds, two threads, and a reason to skip where there is no GPU."""
 
+import functools
 import gc
 import importlib.util
 import os
@@ -58,10 +59,11 @@ FIRST = (
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
 
-    def place(item):
-        return next((n for n, pattern in enumerate(FIRST) if item.path.match(str(here / pattern))), len(FIRST))
+    @functools.cache
+    def place(path):
+        return next((n for n, pattern in enumerate(FIRST) if path.match(str(here / pattern))), len(FIRST))
 
-    items.sort(key=place)
+    items.sort(key=lambda item: place(item.path))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     reason = why_no_gpu()
