@@ -124,9 +124,11 @@ class Snapshot:
                     f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to run "
                     f"it again: set activations='store', or give the module that it was made of"
                 )
-        #: Running statistics are rewound like other buffers, for code of the branch may look at them.
-        self.reads_running = not self.plain and reads_running(branch, self.modules[: self.registered])
         stateful = [module for module in self.modules if module._buffers]
+        #: Running statistics are rewound like other buffers, for code of the branch may look at them.
+        self.reads_running = (
+            bool(stateful) and not self.plain and reads_running(branch, self.modules[: self.registered])
+        )
         self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
 
     def take(self) -> None:
