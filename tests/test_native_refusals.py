@@ -152,12 +152,14 @@ def test_torch_refusals():
         (torch.zeros(3, 3).to_sparse_csr(), TypeError, "f has layout torch.sparse_csr"),
         (torch.zeros(3, 3).to_mkldnn(), TypeError, "f has layout torch._mkldnn"),
         (torch.nested.nested_tensor([torch.zeros(3)]), RuntimeError, "NestedTensorImpl"),
-        (freed, ValueError, "f: data is NULL"),
+        (freed, ValueError, r"f has shape \(3,\) and no memory"),
         (np.zeros(3, "f4"), TypeError, "one library"),
         (torch.zeros(4), ValueError, "f has shape"),
     ]:
         with pytest.raises(error, match=match):
             native.couple(x, x, f, None)
+    with pytest.raises(ValueError, match=r"x has shape \(3,\) and no memory"):
+        native.couple(freed, freed, x, None)  # the C function that writes to it would call it y
     with pytest.raises(ValueError, match="x has several"):
         expanded = torch.zeros(1).expand(3)
         native.couple(expanded, expanded, torch.zeros(3), None)

@@ -161,6 +161,12 @@ void check_aligned(const Array& array) {
     value_error(std::string(array.name) + " is not aligned to its dtype; it must be");
 }
 
+void check_has_memory(const Array& array) {
+  if (array.data == nullptr && !array.layout().empty())
+    value_error(std::string(array.name) + " has shape " + array.shape() +
+                " and no memory (NULL); it must have some");
+}
+
 // A tuple of integers into `to`; returns its length.
 int read_tuple(const Array& array, py::handle tuple, int64_t* to) {
   if (!PyTuple_Check(tuple.ptr()))

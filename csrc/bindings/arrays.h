@@ -70,6 +70,7 @@ int32_t numpy_dtype(const Array& array, py::handle descr, Takes takes);
 bool takes_dtype(Takes takes, int32_t dtype);
 void check_rank(const Array& array, int64_t rank);
 void check_aligned(const Array& array);
+void check_has_memory(const Array& array);
 // Turns an array's strides, so far in bytes, into strides in elements.
 void strides_from_bytes(Array& array);
 [[noreturn]] void refuse_negative_stride(const Array& array, int dimension);

@@ -191,14 +191,12 @@ void read_shape(Array& array, const Tensor& tensor) {
 }
 
 void read_address(Array& array, const Tensor& tensor) {
-  uintptr_t address = reinterpret_cast<uintptr_t>(tensor.data);
+  uintptr_t address = reinterpret_cast<uintptr_t>(array.data = tensor.data);
   if (array.layout().empty()) {
     array.data = nullptr;
     return;
   }
-  if (address == 0)
-    value_error(std::string(array.name) + " has shape " + array.shape() +
-                " and no memory (NULL); it must have some");
+  check_has_memory(array);
   if (__builtin_add_overflow(address, tensor.byte_offset, &address))
     value_error(std::string(array.name) + " begins " + std::to_string(tensor.byte_offset) +
                 " bytes behind its memory's start, which is past the end of the address space");

@@ -144,6 +144,7 @@ void read_tensor(Array& array, py::handle tensor, Takes takes) {
   array.library = Library::kTorch;
   array.frozen = nullptr;
   if (!read_exchanged(array, tensor, takes)) read_attributes(array, tensor, takes);
+  if (array.data == nullptr) check_has_memory(array);  // its storage was freed, as a shard's may be
   if (call(tensor, torch().is_neg).ptr() == Py_True)
     value_error(std::string(array.name) +
                 " is a negated view (its memory holds -values); it must be resolved, "
