@@ -2,6 +2,8 @@
 """The command line in processes of its own: info, check and bench, with and without torch and rich."""
 
 import argparse
+import errno
+import io
 import itertools
 import json
 import os
@@ -56,6 +58,22 @@ def test_info_shows_and_writes_the_same(tmp_path):
     for row in found["backends"]["rows"]:
         assert row["name"] in done.stdout
         assert row["available"] == (row["reason"] is None)
+
+
+def test_results_outlive_their_terminal(tmp_path, monkeypatch):
+    table = output.Table("a", {"n": "n"}, [{"n": 1}])
+    monkeypatch.setattr(sys, "stdout", None)  # as after >&-
+    output.report("info", [table], tmp_path / "closed.json")
+    assert list(tables(tmp_path / "closed.json")) == ["a"]
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="No space left"):
+        output.report("info", [table], tmp_path / "full.json")
+    assert list(tables(tmp_path / "full.json")) == ["a"]
 
 
 def test_info_does_not_import_torch():

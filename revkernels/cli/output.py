@@ -61,15 +61,17 @@ def report(command: str, tables: Sequence[Table], json_file: Path | None = None,
 
     The file holds ``{"command", "environment", "tables": [{"title", "columns", "rows", "notes"}]}``.
     """
-    for table in tables:
-        show(table)
-    if json_file is not None:
-        content = {
-            "command": command,
-            "environment": environment(device),
-            "tables": [vars(table) for table in tables],
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    try:
+        for table in tables:
+            show(table)
+    finally:  # what was worked for is not lost to a terminal that is gone
+        if json_file is not None:
+            content = {
+                "command": command,
+                "environment": environment(device),
+                "tables": [vars(table) for table in tables],
+            }
+            json_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def show(table: Table) -> None:
@@ -81,7 +83,8 @@ def show(table: Table) -> None:
         print(plain(table))
         return
     # markup=False: "pip install revkernels[torch]" is text here, not a style.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it is closed
+    console = Console(markup=False, highlight=False, width=None if on_terminal else _UNBOUNDED)
     grid = RichTable(title=table.title, title_justify="left")
     for heading, numeric in zip(table.columns.values(), table.numeric(), strict=True):
         grid.add_column(heading, justify="right" if numeric else "left")
