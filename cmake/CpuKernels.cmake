@@ -21,7 +21,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   target_compile_definitions(revkernels PRIVATE REVK_X86_ISAS)
   set(avx2_flags ${loop_flags} -mavx2 -mf16c -mfma)
   set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
-      -Wno-maybe-uninitialized)  # GCC 12 warns of its own intrinsics
+      -Wno-maybe-uninitialized -Wno-uninitialized)  # GCC 12 warns of its own intrinsics
   set_source_files_properties(csrc/cpu/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "${avx2_flags}")
   set_source_files_properties(csrc/cpu/isa_avx512.cpp PROPERTIES COMPILE_OPTIONS "${avx512_flags}")
 endif()

@@ -272,6 +272,36 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(kind, layout, each_i
         assert all(other == found[0] for other in found[1:]), activation
 
 
+@pytest.mark.parametrize("dtype", ["f4", BFLOAT16])
+def test_activations_of_any_bits_whatever_an_element_lies_beside(dtype, each_isa):  # noqa: F811
+    """Bundles of vectors, single vectors and what is left of a row give the bits of one element at a time, NaN,
+    infinities and subnormals among them."""
+    from revkernels import _native
+
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_003, dtype="u4").view("f4")
+    moderate = np.linspace(-16, 16, 20_011, dtype="f4")
+    edges = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-39, 15, -15, 104, -104, 10.75, -87.4], "f4")
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        x = np.concatenate([bits, moderate, edges]).astype(dtype)[None, None]
+    dh = np.random.default_rng(1).standard_normal(x.shape).astype(dtype)
+    mean, rstd, sums = np.zeros(1, "f4"), np.ones(1, "f4"), (np.empty(1, "f4"), np.empty(1, "f4"))
+
+    def everything():
+        h, dx = np.empty_like(x), np.empty_like(x)
+        native.norm_act(h, x, norm, mean, rstd, True)
+        native.norm_act_backward(dx, None, dh, x, norm, mean, rstd, *sums, 0, 0, True)
+        # Which NaN it is depends on the order of a product's factors, which is the compiler's.
+        return [np.where(np.isnan(a.astype("f4")), np.nan, a.astype("f4")).tobytes() for a in (h, dx)]
+
+    for activation in ACTIVATIONS:
+        norm = Norm("batch", activation=activation)
+        own = everything()
+        _native.set_isa("baseline")
+        one_by_one = everything()
+        _native.set_isa(each_isa)
+        assert own == one_by_one, activation
+
+
 def test_modes_of_the_sums_agree():
     """SUMS_ONLY, then SUMS_GIVEN, are the one-shot call; a batch in two parts is the whole batch."""
     x, dh, base = f4(64, 24, 5, 7), f4(64, 24, 5, 7, seed=3), f4(64, 24, 5, 7, seed=4)

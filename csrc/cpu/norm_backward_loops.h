@@ -61,26 +61,22 @@ template <Vary kVary, class A, class Body>
 void with_operands(const NormJob& job, const Strip& strip, int64_t row, int64_t col, Shape shape,
                    const NormScratch<A>& p, bool direct, int64_t statistics_row, Body&& body) {
   char *const x = at(job.s, strip, row, col), *const dh = at(job.dh, strip, row, col);
-  const auto with_x = [&](auto x) {
-    const Rows<const A> wide = load(job.dh, dh, shape, p.f, false);
-    if (!is_transcendental(job.activation)) return body(x, wide);
+  const auto with_both = [&](auto x, auto above) {
+    if (!is_transcendental(job.activation)) return body(x, above);
     normalise<kVary, ops::Identity>(Rows<A>{p.z, shape.cols}, x, p, statistics_row, shape);
     Upcoming upcoming;
     const NormOperand* const inputs[] = {&job.s, &job.dh, &job.base};
     for (const NormOperand* const input : inputs) upcoming.add(*input, strip, row, col, shape);
     with_transcendental(job.activation, [&](auto activation) {
-      differentiate_rows<decltype(activation)>(p.z, wide, shape, upcoming);
+      differentiate_rows<decltype(activation)>(p.z, above, shape, upcoming);
     });
     body(x, Rows<const A>{p.z, shape.cols});
   };
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (direct) {
-      const Rows<const bfloat16> narrow_x = rows_of<const bfloat16>(job.s, x);
-      if (is_transcendental(job.activation)) return with_x(narrow_x);
-      return body(narrow_x, rows_of<const bfloat16>(job.dh, dh));
-    }
+    if (direct)
+      return with_both(rows_of<const bfloat16>(job.s, x), rows_of<const bfloat16>(job.dh, dh));
   }
-  with_x(load(job.s, x, shape, p.s, false));
+  with_both(load(job.s, x, shape, p.s, false), load(job.dh, dh, shape, p.f, false));
 }
 
 template <class A>

@@ -123,13 +123,7 @@ void normalise_as(const NormJob& job, char* to, H* buffer, Shape shape, Rows<con
     const Rows<A> z{p.z, shape.cols};
     normalise<kVary, ops::Identity>(z, x, p, statistics_row, shape);
     with_transcendental(job.activation, [&](auto activation) {
-      if constexpr (sizeof(H) == sizeof(A)) {
-        activate_rows<decltype(activation)>(h, p.z, shape, upcoming);
-      } else {
-        activate_rows<decltype(activation)>(z, p.z, shape, upcoming);
-        for (int64_t r = 0; r < shape.rows; ++r)
-          narrow_row(h.data + r * h.step, p.z + r * shape.cols, shape.cols);
-      }
+      activate_rows<decltype(activation)>(h, p.z, shape, upcoming);
     });
   }
   finish(job.h, to, buffer, h, shape);

@@ -3,6 +3,7 @@
 // beside the lanes they belong to, activations.
 #pragma once
 
+#include "cpu/bundles.h"
 #include "cpu/norm_operands.h"
 #include "cpu/partials.h"
 #include "ops/norm_act.h"
@@ -102,32 +103,33 @@ inline void with_transcendental(int32_t activation, Body&& body) {
   body(ops::Silu{});
 }
 
-// These two are given and give the compute type: with a narrower type beside it, compilers take
-// twice as many elements at a time, and run out of registers.
-
-// h of a dense z, which may be h.
-template <class Activation, class A>
-void activate_rows(Rows<A> h, const A* z, Shape shape, Upcoming upcoming) {
+// h of a dense z
+template <class Activation, class H, class A>
+REVK_APART void activate_rows(Rows<H> h, const A* z, Shape shape, Upcoming upcoming) {
   for (int64_t r = 0; r < shape.rows; ++r, z += shape.cols) {
-    A* const to = h.data + r * h.step;
+    H* const to = h.data + r * h.step;
+    const auto element = [&](auto e, int64_t c) REVK_INLINED_LAMBDA {
+      e.store(to + c, Activation::value(e.load(z + c)));
+    };
     const auto chunk = [&](int64_t begin, int64_t end) {
       upcoming.ask(r, begin, end);
-      REVK_INDEPENDENT
-      for (int64_t c = begin; c < end; ++c) to[c] = Activation::value(z[c]);
+      by_bundles<A>(begin, end, element);
     };
     in_chunks(shape.cols, chunk);
   }
 }
 
 // z <- dz
-template <class Activation, class A>
-void differentiate_rows(A* z, Rows<const A> dh, Shape shape, Upcoming upcoming) {
+template <class Activation, class D, class A>
+REVK_APART void differentiate_rows(A* z, Rows<const D> dh, Shape shape, Upcoming upcoming) {
   for (int64_t r = 0; r < shape.rows; ++r, z += shape.cols) {
-    const A* const above = dh.data + r * dh.step;
+    const D* const above = dh.data + r * dh.step;
+    const auto element = [&](auto e, int64_t c) REVK_INLINED_LAMBDA {
+      e.store(z + c, Activation::gradient(e.load(z + c), e.load(above + c)));
+    };
     const auto chunk = [&](int64_t begin, int64_t end) {
       upcoming.ask(r, begin, end);
-      REVK_INDEPENDENT
-      for (int64_t c = begin; c < end; ++c) z[c] = Activation::gradient(z[c], above[c]);
+      by_bundles<A>(begin, end, element);
     };
     in_chunks(shape.cols, chunk);
   }

@@ -10,6 +10,7 @@
 
 // What is to stay in registers must not be handed to a function by address.
 #define REVK_INLINED __attribute__((always_inline)) inline
+#define REVK_INLINED_LAMBDA __attribute__((always_inline))
 
 namespace revk::cpu::REVK_ISA {
 namespace {

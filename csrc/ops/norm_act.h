@@ -33,8 +33,9 @@ struct MeansGradient {
   REVK_HD A operator()(A g, A xhat) const { return scale * (g - mean_g - xhat * mean_gx); }
 };
 
-// Transcendental functions. On the host they have no branch and no call, so that a compiler
-// vectorises a loop over them; float64 takes the C library's. In float32, measured against float64
+// Transcendental functions. On the host they have no branch and no call, and are written for any
+// number F of float32: one, or several together, for which cpu/bundles.h has what is asked of it
+// here; float64 takes the C library's. In float32, measured against float64
 // over one float in 61 (tests/csrc/test_norm_act.cpp looks at one in 9973), where the result is
 // 1e-36 or more: exp is within 1.1 units in the last place, silu and gelu_tanh within 3.1, gelu
 // within 6; their derivatives, which have a zero, within 2e-7 times max(1, |derivative|).
@@ -62,102 +63,123 @@ REVK_HD float fused(float a, float b, float c) {
 
 REVK_HD double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-// A product p * 2^n, n an integer.
-struct Scaled {
-  float p;
-  int32_t n;
-};
+template <class A>
+REVK_HD A where(bool mask, A a, A b) {
+  return mask ? a : b;
+}
+// Both let NaN pass.
+template <class A>
+REVK_HD A at_most(A x, A most) {
+  return x > most ? most : x;
+}
+template <class A>
+REVK_HD A at_least(A x, A least) {
+  return x < least ? least : x;
+}
+REVK_HD float magnitude(float x) { return bits_as<float>(bits_as<uint32_t>(x) & 0x7fffffffu); }
+REVK_HD double magnitude(double x) { return x < 0.0 ? -x : x; }
 
-// exp(high + low) for -163 <= high <= 0 and |low| <= 0.06: high's error is nil if it is exact, as
-// -z^2/2 can be made. NaN is in p.
-REVK_HD Scaled exp_of_sum(float high, float low) {
-  // 1.5 * 2^23: its unit in the last place is 1, so that adding it rounds, and leaves the integer
-  // in the last bits.
-  const float shifter = 12582912.0f, shifted = fused(high, 1.44269504f, shifter);
-  const float n = shifted - shifter;
+// 1.5 * 2^23: its unit in the last place is 1, so that adding it rounds, and leaves the integer in
+// the last bits.
+constexpr float kShifter = 12582912.0f;
+
+// 2^(n-127) of kShifter + n, 0 <= n < 255; 0 for n = 0.
+REVK_HD float to_exponent(float shifted) {
+  return bits_as<float>(bits_as<uint32_t>(shifted) << 23);
+}
+
+// exp(high + low) = p * 2^n for -163 <= high <= 0 and |low| <= 0.06, n an integer: returns p, in
+// which NaN is, and kShifter + n. high's error is nil if it is exact, as -z^2/2 can be made.
+template <class F>
+REVK_HD F exp_of_sum(F high, F low, F& shifted) {
+  shifted = fused(high, 1.44269504f, kShifter);
+  const F n = shifted - kShifter;
   // ln 2 in two parts, the first short enough that its multiples are exact.
-  const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, high)) + low;
-  float p = 1.37904671e-3f;
+  const F r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, high)) + low;
+  F p = 1.37904671e-3f;
   p = fused(p, r, 8.38041306e-3f);
   p = fused(p, r, 4.16697077e-2f);
   p = fused(p, r, 1.66664079e-1f);
   p = fused(p, r, 4.99999851e-1f);
-  p = fused(p, r * r, r) + 1.0f;
-  return {p, int32_t(bits_as<uint32_t>(shifted) - bits_as<uint32_t>(shifter))};
+  return fused(p, r * r, r) + 1.0f;
 }
 
 // 2^n as a product of two, for n reaches beyond the exponents: 2^(n+64) * 2^-64.
-REVK_HD float decay_of_sum(float high, float low) {
-  const Scaled made = exp_of_sum(high, low);
-  return (made.p * bits_as<float>(uint32_t(made.n + 191) << 23)) * 5.42101086e-20f;
+template <class F>
+REVK_HD F decay_of_sum(F high, F low) {
+  F shifted;
+  const F p = exp_of_sum(high, low, shifted);
+  return p * to_exponent(shifted + 191.0f) * 5.42101086e-20f;
 }
 
 // The same, but 0 where 2^n is no normal number: subnormal ones cost a processor a hundred cycles
 // each, which is wasted where a factor below 1 is still to come.
-REVK_HD float normal_decay_of_sum(float high, float low) {
-  const Scaled made = exp_of_sum(high, low);
-  return made.p * bits_as<float>(uint32_t(made.n < -127 ? 0 : made.n + 127) << 23);
+template <class F>
+REVK_HD F normal_decay_of_sum(F high, F low) {
+  F shifted;
+  const F p = exp_of_sum(high, low, shifted);
+  return p * to_exponent(at_least(shifted, kShifter - 127.0f) + 127.0f);
 }
 
 // exp(x) for x <= 0
-REVK_HD float decay(float x) {
+template <class F>
+REVK_HD F decay(F x) {
 #if defined(__CUDA_ARCH__)
   return ::expf(x);
 #else
-  return decay_of_sum(x < -104.0f ? -104.0f : x, 0.0f);  // a comparison that lets NaN pass
+  return decay_of_sum<F>(at_least(x, -104.0f), 0.0f);
 #endif
 }
 REVK_HD double decay(double x) { return ::exp(x); }
 
-// The normal distribution's tail, Phi(-|z|) = scale * decay with decay = exp(-z^2/2): both relative
-// to their own size, so that gelu keeps its digits where Phi is tiny. `reach` is |z|, or a limit
-// beyond which the density is 0.
-template <class A>
-struct Tail {
-  A reach, scale, decay;
-};
-
-REVK_HD Tail<double> tail_of(double z) {
-  // Not scaled: erfc underflows where the product with exp would, and loses nothing before.
-  const double a = z < 0.0 ? -z : z;
-  return {a > 1000.0 ? 1000.0 : a, 0.5 * ::erfc(a * 0.70710678118654752440), 1.0};
+// The normal distribution's tail Phi(-|z|), relative to its own size, so that gelu keeps its digits
+// where it is tiny. `reach` is |z|, or a limit beyond which the density is 0; `decay` is
+// exp(-z^2/2), of which float32 makes the tail and its density.
+REVK_HD double tail_of(double z, double& reach, double&) {
+  const double a = magnitude(z);
+  reach = at_most(a, 1000.0);
+  return 0.5 * ::erfc(a * 0.70710678118654752440);
 }
-REVK_HD double density(Tail<double> tail) {
-  return 0.39894228040143267794 * ::exp(-0.5 * tail.reach * tail.reach);
+REVK_HD double density(double reach, double) {
+  return 0.39894228040143267794 * ::exp(-0.5 * reach * reach);
 }
 
-REVK_HD Tail<float> tail_of(float z) {
-  float a = bits_as<float>(bits_as<uint32_t>(z) & 0x7fffffffu);
-  a = a > 15.0f ? 15.0f : a;  // exp(-112.5) is 0
+template <class F>
+REVK_HD F tail_of(F z, F& reach, F& decay) {
+  const F a = at_most(magnitude(z), 15.0f);  // exp(-112.5) is 0
+  reach = a;
   // -a^2 / 2 exactly, as a product and what it lost by rounding.
-  const float half = -0.5f * a, high = half * a;
-  const float exponential = normal_decay_of_sum(high, fused(half, a, -high));
+  const F half = -0.5f * a, high = half * a;
+  decay = normal_decay_of_sum(high, fused(half, a, -high));
   // Phi(-a) * exp(a^2 / 2), a smooth function, as a ratio fitted to it for 0 <= a <= 15; even
   // and odd powers apart: fewer roundings one after another.
-  const float b = a * a;
-  const float p = fused(fused(4.08816462e-2f, b, 4.39285429e-1f), a,
-                        fused(fused(4.15330732e-3f, b, 1.83970653e-1f), b, 0.5f));
-  const float q = fused(fused(fused(1.04106859e-2f, b, 4.71412697e-1f), b, 1.67645587f), a,
-                        fused(fused(1.02481206e-1f, b, 1.20555450f), b, 1.0f));
-  return {a, p / q, exponential};
+  const F b = a * a;
+  const F p = fused(fused(4.08816462e-2f, b, 4.39285429e-1f), a,
+                    fused(fused(4.15330732e-3f, b, 1.83970653e-1f), b, 0.5f));
+  const F q = fused(fused(fused(1.04106859e-2f, b, 4.71412697e-1f), b, 1.67645587f), a,
+                    fused(fused(1.02481206e-1f, b, 1.20555450f), b, 1.0f));
+  return p / q * decay;
 }
-REVK_HD float density(Tail<float> tail) { return 0.398942280f * tail.decay; }
+template <class F>
+REVK_HD F density(F, F decay) {
+  return 0.398942280f * decay;
+}
 
 // exp(-|x|), of which sigmoid(x) and 1 - sigmoid(x) are made without cancellation or overflow.
 template <class A>
 REVK_HD A decay_of(A x) {
-  return decay(x < A(0) ? x : -x);
+  return decay(-magnitude(x));
 }
 
 // Where a gradient has long reached its limit, so that the limit is not infinity times 0.
 template <class A>
 REVK_HD A bounded(A z) {
-  const A most = A(1000);
-  z = z > most ? most : z;
-  return z < -most ? -most : z;
+  return at_least(at_most(z, A(1000)), A(-1000));
 }
 
 }  // namespace detail
+
+using detail::where;
 
 // Activations: value(z), and gradient(z, dh) = dh * value'(z). A value at -infinity follows the
 // formula, infinity times 0, and is NaN, as it is in torch; a gradient there is its limit.
@@ -189,15 +211,16 @@ struct Relu {
 struct Gelu {
   template <class A>
   static REVK_HD A value(A z) {
-    const detail::Tail<A> tail = detail::tail_of(z);
-    const A beyond = tail.scale * tail.decay;
-    return z * (z < A(0) ? beyond : A(1) - beyond);
+    A reach, decay;
+    const A beyond = detail::tail_of(z, reach, decay);
+    return z * where(z < A(0), beyond, A(1) - beyond);
   }
   template <class A>
   static REVK_HD A gradient(A z, A dh) {
-    const detail::Tail<A> tail = detail::tail_of(z);
-    const A beyond = tail.scale * tail.decay, slope = tail.reach * detail::density(tail);
-    return dh * (z < A(0) ? beyond - slope : (A(1) - beyond) + slope);
+    A reach, decay;
+    const A beyond = detail::tail_of(z, reach, decay);
+    const A slope = reach * detail::density(reach, decay);
+    return dh * where(z < A(0), beyond - slope, (A(1) - beyond) + slope);
   }
 };
 
@@ -208,30 +231,33 @@ struct GeluTanh {
   static REVK_HD double decay(double z) {
     return detail::decay_of(z * (1.5957691216057307118 + 0.071354816272600252722 * (z * z)));
   }
-  static REVK_HD float decay(float z) {
+  template <class F>
+  static REVK_HD F decay(F z) {
 #if defined(__CUDA_ARCH__)
     return detail::decay_of(z * (1.59576912f + 0.0713548163f * (z * z)));
 #else
-    // 2u in float alone would cost exp as many units in the last place as 2u is large.
-    const double wide = double(z),
-                 twice_u = wide * (1.5957691216057307118 + 0.071354816272600252722 * (wide * wide));
-    const double exponent = twice_u < 0.0 ? twice_u : -twice_u;
-    const double least = exponent < -104.0 ? -104.0 : exponent;
-    const float high = float(least);
-    return detail::decay_of_sum(high, float(least - double(high)));
+    // 2u in float alone would cost exp as many units in the last place as 2u is large: every
+    // product and sum with what it lost by rounding, the constants too.
+    using detail::at_most, detail::fused, detail::magnitude;
+    const F c = 1.59576912f, d = 0.0713548163f;
+    const F a = at_most(magnitude(z), 10.75f), b = a * a;  // exp(-105) is 0
+    const F cube = d * b, sum = c + cube, rest = sum - c;
+    const F lost = fused(d, b, -cube) + fused(d, fused(a, a, -b), 2.39883240e-9f * b);
+    const F low = ((c - (sum - rest)) + (cube - rest)) + (lost - 4.53406803e-8f), high = a * sum;
+    return detail::decay_of_sum(-high, -fused(a, low, fused(a, sum, -high)));
 #endif
   }
   template <class A>
   static REVK_HD A value(A z) {
     const A e = decay(z);
-    return (z < A(0) ? z * e : z) / (A(1) + e);
+    return where(z < A(0), z * e, z) / (A(1) + e);
   }
   template <class A>
   static REVK_HD A gradient(A z, A dh) {
     z = detail::bounded(z);
     const A e = decay(z), whole = A(1) / (A(1) + e);
     const A slope = A(1.5957691216057307118) + A(0.21406444881780075817) * (z * z);  // d(2u)/dz
-    return dh * ((z < A(0) ? e * whole : whole) + (z * slope) * (e * (whole * whole)));
+    return dh * (where(z < A(0), e * whole, whole) + (z * slope) * (e * (whole * whole)));
   }
 };
 
@@ -240,13 +266,13 @@ struct Silu {
   template <class A>
   static REVK_HD A value(A z) {
     const A e = detail::decay_of(z);
-    return (z < A(0) ? z * e : z) / (A(1) + e);
+    return where(z < A(0), z * e, z) / (A(1) + e);
   }
   template <class A>
   static REVK_HD A gradient(A z, A dh) {
     z = detail::bounded(z);
     const A e = detail::decay_of(z), whole = A(1) / (A(1) + e);
-    return dh * ((z < A(0) ? e * whole : whole) + z * (e * (whole * whole)));
+    return dh * (where(z < A(0), e * whole, whole) + z * (e * (whole * whole)));
   }
 };
 

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Several vectors of floats as one number, compiled once per instruction set.
+//
+// A transcendental function is one long chain of instructions, each waiting for the one before. A
+// processor looks ahead too short a way to have enough of the next vector's in hand meanwhile: so
+// four vectors take every step together.
+#pragma once
+
+#include "cpu/vectors.h"
+
+namespace revk::cpu::REVK_ISA {
+namespace {
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#define REVK_BUNDLES
+
+// What ops/norm_act.h asks of a number, for kVectors vectors. Elements of it are floats.
+template <int kVectors>
+struct Bundle {
+  using V = Vector<float>;
+  using I = Vector<int32_t>;
+  using U = Vector<uint32_t>;
+  struct Mask {
+    I of[kVectors];
+  };
+  V of[kVectors];
+
+  Bundle() = default;
+  REVK_INLINED Bundle(float value) {
+    *this = made([&](int) { return Elements<float>::all(value); });
+  }
+
+  template <class Make>
+  static REVK_INLINED Bundle made(Make&& make) {
+    Bundle result;
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) result.of[k] = make(k);
+    return result;
+  }
+  template <class Make>
+  static REVK_INLINED Mask masked(Make&& make) {
+    Mask result;
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) result.of[k] = make(k);
+    return result;
+  }
+
+  friend REVK_INLINED Bundle operator+(const Bundle& a, const Bundle& b) {
+    return made([&](int k) { return a.of[k] + b.of[k]; });
+  }
+  friend REVK_INLINED Bundle operator-(const Bundle& a, const Bundle& b) {
+    return made([&](int k) { return a.of[k] - b.of[k]; });
+  }
+  friend REVK_INLINED Bundle operator*(const Bundle& a, const Bundle& b) {
+    return made([&](int k) { return a.of[k] * b.of[k]; });
+  }
+  friend REVK_INLINED Bundle operator/(const Bundle& a, const Bundle& b) {
+    return made([&](int k) { return a.of[k] / b.of[k]; });
+  }
+  friend REVK_INLINED Bundle operator-(const Bundle& a) {
+    return made([&](int k) { return -a.of[k]; });
+  }
+  friend REVK_INLINED Mask operator<(const Bundle& a, const Bundle& b) {
+    return masked([&](int k) { return a.of[k] < b.of[k]; });
+  }
+  friend REVK_INLINED Bundle where(const Mask& mask, const Bundle& a, const Bundle& b) {
+    return made([&](int k) { return mask.of[k] ? a.of[k] : b.of[k]; });
+  }
+  friend REVK_INLINED Bundle magnitude(const Bundle& a) {
+    return made([&](int k) { return V(U(a.of[k]) & 0x7fffffffu); });
+  }
+  friend REVK_INLINED Bundle to_exponent(const Bundle& a) {
+    return made([&](int k) { return V(U(a.of[k]) << 23); });
+  }
+#if defined(__AVX512F__)
+  friend REVK_INLINED Bundle fused(const Bundle& a, const Bundle& b, const Bundle& c) {
+    return made([&](int k) { return V(_mm512_fmadd_ps(a.of[k], b.of[k], c.of[k])); });
+  }
+  // Of these instructions a NaN in the second operand passes.
+  friend REVK_INLINED Bundle at_most(const Bundle& a, const Bundle& most) {
+    return made([&](int k) { return V(_mm512_min_ps(most.of[k], a.of[k])); });
+  }
+  friend REVK_INLINED Bundle at_least(const Bundle& a, const Bundle& least) {
+    return made([&](int k) { return V(_mm512_max_ps(least.of[k], a.of[k])); });
+  }
+#else
+  friend REVK_INLINED Bundle fused(const Bundle& a, const Bundle& b, const Bundle& c) {
+    return made([&](int k) { return V(_mm256_fmadd_ps(a.of[k], b.of[k], c.of[k])); });
+  }
+  friend REVK_INLINED Bundle at_most(const Bundle& a, const Bundle& most) {
+    return made([&](int k) { return V(_mm256_min_ps(most.of[k], a.of[k])); });
+  }
+  friend REVK_INLINED Bundle at_least(const Bundle& a, const Bundle& least) {
+    return made([&](int k) { return V(_mm256_max_ps(least.of[k], a.of[k])); });
+  }
+#endif
+};
+
+// What the body of a loop is written in (vectors.h): kVectors vectors of elements.
+template <int kVectors>
+struct Bundles {
+  using Number = Bundle<kVectors>;
+  using Each = Elements<float>;
+  static constexpr int kCount = kVectors * Each::kCount;
+
+  template <class T>
+  static REVK_INLINED Number load(const T* from) {
+    return Number::made([&](int k) { return Each::load(from + k * Each::kCount); });
+  }
+  template <class T>
+  static REVK_INLINED void store(T* to, const Number& value) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) Each::store(to + k * Each::kCount, value.of[k]);
+  }
+};
+#endif
+
+// body(E, i) for elements begin..end-1, E::kCount of them from i on: as by_vectors, for long chains
+// of arithmetic.
+template <class A, class Body>
+REVK_INLINED void by_bundles(int64_t begin, int64_t end, Body&& body) {
+#if defined(REVK_BUNDLES)
+  if constexpr (sizeof(A) == sizeof(float)) {
+    int64_t i = begin;
+    for (; i + Bundles<4>::kCount <= end; i += Bundles<4>::kCount) body(Bundles<4>{}, i);
+    for (; i + Bundles<1>::kCount <= end; i += Bundles<1>::kCount) body(Bundles<1>{}, i);
+    for (; i < end; ++i) {
+      asm("");  // too few to be vectorised
+      body(Element<A>{}, i);
+    }
+    return;
+  }
+#endif
+  REVK_INDEPENDENT
+  for (int64_t i = begin; i < end; ++i) body(Element<A>{}, i);
+}
+
+}  // namespace
+}  // namespace revk::cpu::REVK_ISA
