@@ -88,49 +88,51 @@ REVK_HD float to_exponent(float shifted) {
   return bits_as<float>(bits_as<uint32_t>(shifted) << 23);
 }
 
-// exp(high + low) = p * 2^n for -163 <= high <= 0 and |low| <= 0.06, n an integer: returns p, in
-// which NaN is, and kShifter + n. high's error is nil if it is exact, as -z^2/2 can be made.
+// exp(-(b + lost) / 2) = p * 2^n for 0 <= b <= 326 and |lost| <= 0.12, n an integer: returns p, in
+// which NaN is, and kShifter + bias + n. b's error is nil if it is exact, as z^2 can be made.
 template <class F>
-REVK_HD F exp_of_sum(F high, F low, F& shifted) {
-  shifted = fused(high, 1.44269504f, kShifter);
-  const F n = shifted - kShifter;
-  // ln 2 in two parts, the first short enough that its multiples are exact.
-  const F r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, high)) + low;
-  F p = 1.37904671e-3f;
-  p = fused(p, r, 8.38041306e-3f);
-  p = fused(p, r, 4.16697077e-2f);
-  p = fused(p, r, 1.66664079e-1f);
-  p = fused(p, r, 4.99999851e-1f);
-  return fused(p, r * r, r) + 1.0f;
+REVK_HD F exp_of_half(F b, F lost, float bias, F& shifted) {
+  shifted = fused(b, -0.721347520f, kShifter + bias);
+  const F n = shifted - (kShifter + bias);
+  // r is -2 times what is left of the exponent, whose powers of -1/2 are in the coefficients: all
+  // of that is exact. ln 2 in two parts, the first short enough that its multiples are exact.
+  const F r = fused(n, -4.24388880e-4f, fused(n, 1.38671875f, b)) + lost;
+  F p = -1.37904671e-3f / 32.0f;
+  p = fused(p, r, 8.38041306e-3f / 16.0f);
+  p = fused(p, r, -4.16697077e-2f / 8.0f);
+  p = fused(p, r, 1.66664079e-1f / 4.0f);
+  p = fused(p, r, -4.99999851e-1f / 2.0f);
+  return fused(fused(p, r * r, r), -0.5f, 1.0f);
 }
 
 // 2^n as a product of two, for n reaches beyond the exponents: 2^(n+64) * 2^-64.
 template <class F>
-REVK_HD F decay_of_sum(F high, F low) {
+REVK_HD F decay_of_half(F b, F lost) {
   F shifted;
-  const F p = exp_of_sum(high, low, shifted);
-  return p * to_exponent(shifted + 191.0f) * 5.42101086e-20f;
+  const F p = exp_of_half(b, lost, 191.0f, shifted);
+  return p * to_exponent(shifted) * 5.42101086e-20f;
 }
 
 // The same, but 0 where 2^n is no normal number: subnormal ones cost a processor a hundred cycles
 // each, which is wasted where a factor below 1 is still to come.
 template <class F>
-REVK_HD F normal_decay_of_sum(F high, F low) {
+REVK_HD F normal_decay_of_half(F b, F lost) {
   F shifted;
-  const F p = exp_of_sum(high, low, shifted);
-  return p * to_exponent(at_least(shifted, kShifter - 127.0f) + 127.0f);
+  const F p = exp_of_half(b, lost, 127.0f, shifted);
+  return p * to_exponent(at_least(shifted, kShifter));
 }
 
-// exp(x) for x <= 0
+// exp(-|x|), of which sigmoid(x) and 1 - sigmoid(x) are made without cancellation or overflow.
 template <class F>
-REVK_HD F decay(F x) {
+REVK_HD F decay_of(F x) {
 #if defined(__CUDA_ARCH__)
-  return ::expf(x);
+  return ::expf(-magnitude(x));
 #else
-  return decay_of_sum<F>(at_least(x, -104.0f), 0.0f);
+  const F a = at_most(magnitude(x), 104.0f);
+  return decay_of_half<F>(a + a, 0.0f);
 #endif
 }
-REVK_HD double decay(double x) { return ::exp(x); }
+REVK_HD double decay_of(double x) { return ::exp(-magnitude(x)); }
 
 // The normal distribution's tail Phi(-|z|), relative to its own size, so that gelu keeps its digits
 // where it is tiny. `reach` is |z|, or a limit beyond which the density is 0; `decay` is
@@ -148,12 +150,10 @@ template <class F>
 REVK_HD F tail_of(F z, F& reach, F& decay) {
   const F a = at_most(magnitude(z), 15.0f);  // exp(-112.5) is 0
   reach = a;
-  // -a^2 / 2 exactly, as a product and what it lost by rounding.
-  const F half = -0.5f * a, high = half * a;
-  decay = normal_decay_of_sum(high, fused(half, a, -high));
+  const F b = a * a;
+  decay = normal_decay_of_half(b, fused(a, a, -b));  // a^2 exactly
   // Phi(-a) * exp(a^2 / 2), a smooth function, as a ratio fitted to it for 0 <= a <= 15; even
   // and odd powers apart: fewer roundings one after another.
-  const F b = a * a;
   const F p = fused(fused(4.08816462e-2f, b, 4.39285429e-1f), a,
                     fused(fused(4.15330732e-3f, b, 1.83970653e-1f), b, 0.5f));
   const F q = fused(fused(fused(1.04106859e-2f, b, 4.71412697e-1f), b, 1.67645587f), a,
@@ -163,12 +163,6 @@ REVK_HD F tail_of(F z, F& reach, F& decay) {
 template <class F>
 REVK_HD F density(F, F decay) {
   return 0.398942280f * decay;
-}
-
-// exp(-|x|), of which sigmoid(x) and 1 - sigmoid(x) are made without cancellation or overflow.
-template <class A>
-REVK_HD A decay_of(A x) {
-  return decay(-magnitude(x));
 }
 
 // Where a gradient has long reached its limit, so that the limit is not infinity times 0.
@@ -239,12 +233,12 @@ struct GeluTanh {
     // 2u in float alone would cost exp as many units in the last place as 2u is large: every
     // product and sum with what it lost by rounding, the constants too.
     using detail::at_most, detail::fused, detail::magnitude;
-    const F c = 1.59576912f, d = 0.0713548163f;
+    const F c = 3.19153833f, d = 0.142709633f;             // of 4u
     const F a = at_most(magnitude(z), 10.75f), b = a * a;  // exp(-105) is 0
     const F cube = d * b, sum = c + cube, rest = sum - c;
-    const F lost = fused(d, b, -cube) + fused(d, fused(a, a, -b), 2.39883240e-9f * b);
-    const F low = ((c - (sum - rest)) + (cube - rest)) + (lost - 4.53406803e-8f), high = a * sum;
-    return detail::decay_of_sum(-high, -fused(a, low, fused(a, sum, -high)));
+    const F lost = fused(d, b, -cube) + fused(d, fused(a, a, -b), 4.79766479e-9f * b);
+    const F low = ((c - (sum - rest)) + (cube - rest)) + (lost - 9.06813606e-8f), high = a * sum;
+    return detail::decay_of_half(high, fused(a, low, fused(a, sum, -high)));
 #endif
   }
   template <class A>
