@@ -399,6 +399,19 @@ def test_without_a_command_the_commands_are_listed(capsys):
     assert all(command in told for command in COMMANDS)
 
 
+@pytest.mark.parametrize("when", ["run", "import"])
+def test_ctrl_c_ends_with_one_line(when, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if when == "run":
+        monkeypatch.setattr(check, "run", interrupted)
+    else:
+        monkeypatch.setattr("revkernels.cli.importlib.import_module", interrupted)
+    assert main(["check"]) == 130
+    assert capsys.readouterr().err == "revkernels check: interrupted\n"
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["demo", "--quick", "--out", str(tmp_path / "file" / "folder")]) == 2

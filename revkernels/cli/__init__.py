@@ -40,7 +40,10 @@ _EXTRAS = {"torch": "torch", "triton": "torch", "sklearn": "demo", "matplotlib":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0 is well, 1 a check that failed, 2 a call that cannot be served."""
+    """Run one command.
+
+    Returns the exit status: 0 is well, 1 a check that failed, 2 a call that cannot be served, 130 one ended by Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         _parser(None).print_help(sys.stderr)
@@ -57,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(chosen, f"it needs {package}, which is not installed: pip install revkernels[{extra}]")
     except BackendError as error:
         return _refuse(chosen, str(error))
+    except KeyboardInterrupt:
+        _refuse(chosen, "interrupted")
+        return 130  # 128 + SIGINT, as a shell has it
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
