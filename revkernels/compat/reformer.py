@@ -20,15 +20,16 @@ __all__ = ["ReversibleBlock", "ReversibleSequence"]
 
 
 class _Branch(nn.Module):
-    """``net``, told by ``_reverse`` whether it runs in the backward, and by ``_depth`` in which block, unless None."""
+    """``net``; given a signal, ``_reverse`` says whether it runs in the backward, and ``_depth`` in which block."""
 
-    def __init__(self, net: nn.Module, depth: int | None) -> None:
+    def __init__(self, net: nn.Module, depth: int | None, send_signal: bool) -> None:
         super().__init__()
         self.net = net
         self.depth = depth
+        self.send_signal = send_signal
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
-        if self.depth is not None:
+        if self.send_signal:
             kwargs = {**kwargs, "_reverse": is_recomputing(), "_depth": self.depth}
         return self.net(x, **kwargs)
 
@@ -38,8 +39,8 @@ class ReversibleBlock(nn.Module):
 
     def __init__(self, f: nn.Module, g: nn.Module, depth: int | None = None, send_signal: bool = False) -> None:
         super().__init__()
-        self.f = _Branch(f, depth if send_signal else None)
-        self.g = _Branch(g, depth if send_signal else None)
+        self.f = _Branch(f, depth, send_signal)
+        self.g = _Branch(g, depth, send_signal)
         self.depth = depth
         self.send_signal = send_signal
 

@@ -33,7 +33,7 @@ from compat.common import (
     spelled,
 )
 from revkernels.compat import reformer
-from revkernels.compat.reformer import ReversibleSequence
+from revkernels.compat.reformer import ReversibleBlock, ReversibleSequence
 from revkernels.errors import ReconstructionError
 from revkernels.measure import peak_bytes
 
@@ -140,6 +140,9 @@ def test_signal(backend):
     for depth, block in enumerate(net.blocks):
         for branch in (block.f, block.g):
             assert branch.net.told == [{"_reverse": again, "_depth": depth} for again in (False, True)]
+    numberless = ReversibleBlock(Scaled(), Scaled(), send_signal=True)
+    numberless(tokens()).sum().backward()
+    assert numberless.f.net.told == [{"_reverse": again, "_depth": None} for again in (False, True)]
     silent, _ = sequence(depth=1)
     silent(tokens()).sum().backward()
     assert silent.blocks[0].f.net.told == [{}, {}]
