@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of another library's container can be run together, as one chain."""
+"""Which modules of another library's container can be run together, as one chain, and what others are called."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 from revkernels.nn.reversible import have_hooks
 
 Part = list[tuple[int, Any]]  # modules with their numbers
+
+
+def kind_of(value: Any, wanted: type) -> str:
+    """The name of the class of ``value``, with its module where that is the name of ``wanted`` too."""
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ == wanted.__name__ else kind.__name__
 
 
 def together(

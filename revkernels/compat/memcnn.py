@@ -25,6 +25,7 @@ from torch import nn
 from revkernels.autograd.rewinding import put_back
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.compat import UnsupportedError
+from revkernels.compat._chains import kind_of
 from revkernels.nn.chain import HalfStep, run
 
 __all__ = [
@@ -142,9 +143,9 @@ class InvertibleModuleWrapper(nn.Module):
         couplings = _couplings_of(self._fn)
         if couplings is None:
             raise TypeError(
-                f"fn is a {type(self._fn).__name__}; it must be an AdditiveCoupling, an nn.Sequential of them, or an "
-                f"InvertibleModuleWrapper of one of these (affine couplings and other invertible modules cannot be "
-                f"rebuilt here: disable=True runs them with stored activations)"
+                f"fn is a {kind_of(self._fn, AdditiveCoupling)}; it must be an AdditiveCoupling of {__name__}, an "
+                f"nn.Sequential of them, or an InvertibleModuleWrapper of one of these (affine couplings and other "
+                f"invertible modules cannot be rebuilt here: disable=True runs them with stored activations)"
             )
         return couplings
 

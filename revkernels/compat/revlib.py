@@ -152,6 +152,9 @@ class ReversibleSequential(nn.Sequential):
             (name, module, ((*args, *own_args), {**kwargs, **own_kwargs}))
             for (name, module), (own_args, own_kwargs) in zip(self._modules.items(), own, strict=True)
         ]
+        for name, module in self._modules.items():
+            if not isinstance(module, ReversibleModule):  # appended, or put in the place of one
+                raise TypeError(f"module {name} is a {type(module).__name__}; it must be wrapped in a ReversibleModule")
         for alone, part in together(list(self), alike=lambda module: module.memory_savings):
             if alone:
                 _, module, (its_args, its_kwargs) = steps[part[0][0]]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.compat._chains import together
+from revkernels.compat._chains import kind_of, together
 from revkernels.nn.chain import HalfStep, run
 
 __all__ = ["ReversibleBlock", "ReversibleSequence"]
@@ -69,7 +69,10 @@ class ReversibleSequence(nn.Module):
             raise TypeError(f"reversible_blocks is a {type(reversible_blocks).__name__}; it must be an nn.ModuleList")
         for index, block in enumerate(reversible_blocks):
             if not isinstance(block, ReversibleBlock):
-                raise TypeError(f"reversible_blocks[{index}] is a {type(block).__name__}; it must be a ReversibleBlock")
+                raise TypeError(
+                    f"reversible_blocks[{index}] is a {kind_of(block, ReversibleBlock)}; it must be a "
+                    f"{__name__}.ReversibleBlock"
+                )
         self.reversible_blocks = reversible_blocks
         self.eagerly_discard_variables = eagerly_discard_variables
 

@@ -321,6 +321,12 @@ def test_bad_arguments():
     net = memcnn.InvertibleModuleWrapper(*couplings(mlp, 1))
     assert_raises(ValueError, ["(5, 7)", "even"], lambda: net(rows(5, 7)))
     assert_raises(TypeError, ["one tensor", "2"], lambda: net(rows(5, 8), rows(5, 8)))
+    theirs = type("AdditiveCoupling", (nn.Module,), {"__module__": "memcnn.models.additive"})
+    assert_raises(
+        TypeError,
+        ["fn is a memcnn.models.additive.AdditiveCoupling; it must be an AdditiveCoupling of revkernels.compat.memcnn"],
+        lambda: memcnn.InvertibleModuleWrapper(theirs())(rows(5, 8)),
+    )
     assert_raises(
         NotImplementedError, ["coupling", "'affine'"], lambda: memcnn.create_coupling(mlp(), coupling="affine")
     )

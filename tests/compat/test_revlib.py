@@ -289,6 +289,12 @@ def test_bad_arguments():
         ValueError, ["layerwise_args_kwargs", "1", "2"], lambda: net(rows(5, 8), layerwise_args_kwargs=[((), {})])
     )
 
+    assert_raises(
+        TypeError,
+        ["module 2 is a Sequential; it must be wrapped in a ReversibleModule"],
+        lambda: ReversibleSequential(mlp(), mlp()).append(mlp())(rows(5, 8)),
+    )
+
     class Two(nn.Module):
         def forward(self, x):
             return x, x

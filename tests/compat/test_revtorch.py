@@ -197,6 +197,12 @@ def test_bad_arguments():
         ["reversible_blocks[1]", "Linear", "ReversibleBlock"],
         lambda: revtorch.ReversibleSequence(nn.ModuleList([block, nn.Linear(2, 2)])),
     )
+    theirs = type("ReversibleBlock", (nn.Module,), {"__module__": "revtorch.revtorch"})
+    assert_raises(
+        TypeError,
+        ["[0] is a revtorch.revtorch.ReversibleBlock; it must be a revkernels.compat.revtorch.ReversibleBlock"],
+        lambda: revtorch.ReversibleSequence(nn.ModuleList([theirs()])),
+    )
     assert_raises(ValueError, ["(5, 7)", "even"], lambda: block(rows(5, 7)))
 
 
