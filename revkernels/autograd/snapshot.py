@@ -68,12 +68,14 @@ class Snapshot:
     """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute.
 
     Each of these belongs inside ``with snapshot.turn``, together with the run of the branch. ``given``: its arguments,
-    for the modules among them.
+    for the modules among them. A branch whose ``revkernels_comes_back`` is True comes back, when it is run again, to
+    what it has left on itself: its attributes are not rewound.
     """
 
     __slots__ = (
-        *("attributes", "blank", "branch", "fixed", "flags", "generators", "late", "loose", "modules", "others"),
-        *("plain", "reads_running", "registered", "rewound", "statistics", "trained", "turn", "_held", "_tables"),
+        *("attributes", "blank", "branch", "comes_back", "fixed", "flags", "generators", "late", "loose", "modules"),
+        *("others", "plain", "reads_running", "registered", "rewound", "statistics", "trained", "turn"),
+        *("_held", "_tables"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -101,6 +103,7 @@ class Snapshot:
         #: Nothing hangs on the modules but what they have registered.
         self.plain = bool(self.modules) and are_plain(self.modules)
         self.plain = self.plain and not any(map(holds_more, self.modules))
+        self.comes_back = not self.plain and getattr(branch, "revkernels_comes_back", False) is True
         if not self.plain:
             reached = beside(self.modules) if self.modules else behind(branch)
             self._held += reached.tensors
@@ -149,18 +152,20 @@ class Snapshot:
             table = module.__dict__
             names = own_names(table)
             if place < self.registered:
-                self._tables += [(module._buffers, dict(module._buffers)), (table, {n: table.get(n) for n in names})]
+                self._tables.append((module._buffers, dict(module._buffers)))
+                if not self.comes_back:
+                    self._tables.append((table, {n: table.get(n) for n in names}))
             written = _written.get(module, {}).get(module.training)
             for name in names:
                 value: Any = table.get(name)
                 if type(value) in PLAIN:
                     self._held.append((name, value))
-                    if not value.requires_grad:
+                    if not value.requires_grad and not self.comes_back:
                         self.attributes.append((table, name, value))
                         slot = (table, name, value, version_of(value))
                         copied = written is None or f".{name}" in written
                         self.loose.append((module, slot, value.detach().clone() if copied else None))
-                elif is_state(value):
+                elif not self.comes_back and is_state(value):
                     self.attributes.append((table, name, value))
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]

@@ -27,6 +27,7 @@ class _Branch(nn.Module):
         self.net = net
         self.depth = depth
         self.send_signal = send_signal
+        self.revkernels_comes_back = send_signal  # to the buckets of its forward, as LSH attention does
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
         if self.send_signal:

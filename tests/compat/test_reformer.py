@@ -148,6 +148,30 @@ def test_signal(backend):
     assert silent.blocks[0].f.net.told == [{}, {}]
 
 
+class ComesBack(nn.Module):
+    """Keeps a choice of its forward, and comes back to it when it is told to, as LSH attention does to its buckets."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how, self.kept = mlp(), how, {} if how == "dictionary" else None
+
+    def forward(self, x, _reverse=False, _depth=0):
+        if _reverse:
+            mask = self.kept[_depth] if self.how == "dictionary" else self.kept
+        else:
+            mask = (torch.rand((*x.shape[:2], 1)) > 0.5).to(x)
+            self.kept = {**self.kept, _depth: mask} if self.how == "dictionary" else mask
+        return self.inner(x) * mask
+
+
+@pytest.mark.parametrize("how", ["dictionary", "attribute"])
+def test_what_a_branch_kept_is_there_in_the_second_run(how, backend):
+    """In the first step, where there was nothing before, and in later ones, where there was the last step's."""
+    net, twin = sequence(lambda: ComesBack(how), 2, send_signal=True)
+    for seed in range(3):
+        assert_same(step(net, tokens_once(), seed=seed), step(twin, tokens_once(), seed=seed))
+
+
 @pytest.mark.parametrize("length", [LENGTH, LENGTH + 1])
 def test_no_signal_where_activations_are_stored(length, backend):
     """On short sequences, and in eval mode: nothing is run a second time."""
