@@ -9,7 +9,11 @@ _local = threading.local()
 
 
 def is_recomputing() -> bool:
-    """Whether this thread is inside the second run of a branch. For hooks and branches that keep count."""
+    """Whether this thread is inside the second run of a branch. For hooks and branches that keep count.
+
+    A tensor that a branch keeps in its forward for the second run goes into a list or dictionary that stays. An
+    attribute that it replaces is a recurrent state, which is put back to what it was before the forward.
+    """
     return getattr(_local, "recomputing", False)
 
 

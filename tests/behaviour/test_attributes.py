@@ -257,6 +257,31 @@ def test_a_recurrent_state(shared, checkpointed, backend):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("container", [dict, list])
+def test_what_is_kept_for_the_second_run(container, backend):
+    """In a container that stays; an attribute that is replaced is rewound, as the state of the tests above."""
+
+    class Chooses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.kept = nn.Linear(4, 4).to(WIDE), container([(0, None)])
+
+        def forward(self, h):
+            if not is_recomputing():
+                self.kept[0] = (torch.rand(len(h), 1) > 0.5).to(h)
+            return self.linear(h) * self.kept[0]
+
+    net, twin = twins([(Chooses(), Chooses()) for _ in range(2)])
+    for seed in range(2):
+        results = []
+        for network in (net, twin):
+            torch.manual_seed(seed)
+            network.zero_grad()
+            loss_of(network(torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8))).backward()
+            results.append([p.grad.clone() for p in network.parameters()])
+        assert_all_close(*results)
+
+
 def test_what_is_collected_in_the_recompute_stays():
     """Inputs of layers, one branch's at a time: of use to who looks at curvature. They have no graph."""
     branches, seen = [nn.Linear(4, 4).to(WIDE) for _ in range(4)], []
