@@ -107,8 +107,8 @@ def test_picture(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "got 0, needs at least 1"),
-        (["--epochs", "many"], "invalid"),
+        (["--epochs", "0"], "'0'; it must be a whole number, at least 1"),
+        (["--epochs", "many"], "'many'; it must be a whole number, at least 1"),
         (["--out", __file__], "is a file; a folder is needed"),
         (["--json", "no/such/folder/x.json"], "does not exist"),
     ],

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from revkernels.cli import digits, plots, training
-from revkernels.cli.bench_tables import seed
+from revkernels.cli.bench_tables import positive, seed
 from revkernels.cli.output import Table, add_json_option, file_to_write, progress, report
 from revkernels.measure import angle, branch_calls, multiply_adds, peak_bytes
 from revkernels.models import BasicBranch, RevNet, revnet38
@@ -46,7 +46,7 @@ CHAIN_DRAWS = 3  # of weights and input: one ReLU whose input rounds across 0 mo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer epochs, steps and draws")
-    parser.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training digits (20; quick: 5)")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training digits (20; quick: 5)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, order and shifts (default 0)")
     parser.add_argument(
         "--out", type=_folder, default=Path(), metavar="DIR", help="where demo.png goes (default: here)"
@@ -306,13 +306,6 @@ def _by_depth(depths: Sequence[dict[str, Any]], draws: int) -> Table:
         f"angle: between the gradients of fused reconstruct and fused store, that dtype; draws, median taken: {draws}",
     ]
     return table
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, needs at least 1")
-    return value
 
 
 def _folder(name: str) -> Path:
