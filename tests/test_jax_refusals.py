@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a reversible chain refuses under JAX, and how it says so."""
 
+import numpy as np
 import pytest
 from jax_cases import chain_params, jax, jnp, mlp, mlp_params, stacked, stream_pair
 
@@ -12,6 +13,7 @@ X1, X2 = stream_pair((3, 4))
 CHAIN = rj.reversible([mlp, mlp], [mlp, mlp])
 STACK = rj.reversible_scan(mlp, mlp)
 FS, GS = stacked(F), stacked(G)
+SWAPPED = np.dtype("float32").newbyteorder()
 
 
 def broken(branch):
@@ -35,6 +37,12 @@ def broken(branch):
         (lambda: CHAIN(F, G, X1, X2.astype("float16")), ValueError, "x1 is float32, x2 is float16"),
         (lambda: CHAIN(F, G, X1.astype(int), X2), TypeError, "x1 is int32"),
         (lambda: CHAIN(F, G, (X1, X2), X2), TypeError, "x1 is a tuple"),
+        (
+            lambda: CHAIN(F, G, X1, np.zeros((3, 4), SWAPPED)),
+            TypeError,
+            r"x2 is byte-swapped \([<>]f4\); it must be in",
+        ),
+        (lambda: rj.couple(np.zeros((3, 4), SWAPPED), X1), TypeError, "x is byte-swapped"),
         (lambda: CHAIN.inverse(F, G, X1, X2[0]), ValueError, "y2 has shape"),
         (lambda: broken(lambda p, x: x[0])(F, G, X1, X2), ValueError, r"gs\[1\] returned shape \(4,\); its stream has"),
         (lambda: broken(lambda p, x: (x, x))(F, G, X1, X2), TypeError, r"gs\[1\] returned a tuple"),

@@ -24,10 +24,12 @@ def is_array(value: Any) -> bool:
 
 
 def arrays_of(**named: Any) -> dict[str, jax.Array]:
-    """Return the arguments as JAX arrays under their names; TypeError for one that is none."""
+    """Return the arguments as JAX arrays under their names; TypeError for one that is none, or that JAX cannot take."""
     for name, value in named.items():
         if not is_array(value):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a jax.Array or a numpy.ndarray")
+        if isinstance(value, np.ndarray) and not value.dtype.isnative:
+            raise TypeError(f"{name} is byte-swapped ({value.dtype.str}); it must be in the machine's byte order")
     return {name: jax.numpy.asarray(value) for name, value in named.items()}
 
 
