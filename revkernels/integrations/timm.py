@@ -57,7 +57,8 @@ def make_reversible(model: Any, *, activations: Activations = "reconstruct", bac
     All parameters and buffers are kept, under their names, none is new: a state_dict goes to and from the ordinary
     model. Blocks that change the shape stay ordinary, and are the boundaries between runs, at which a tensor is stored;
     so does a run of a single block. Between the blocks of a run both streams are one tensor, side by side in the last
-    dimension (ViT) or the channels (ResNet): that is what hooks, and ``forward_intermediates``, find there. Leave
+    dimension (ViT) or the channels (ResNet): that is what hooks, and ``forward_intermediates``, find there. Under
+    autocast they are float32, which the branches are not: streams of half precision would be rebuilt badly. Leave
     blocks out (``prune_intermediate_layers``) before, not after.
 
     Args:
@@ -167,9 +168,15 @@ class Block(Swapped):
             for k, (_, branch) in enumerate(branches)
         ]
         names = [name for name, _ in branches].__getitem__
-        streams = torch.cat((x, x), self.dim) if place["first"] else x
+        streams = torch.cat((_widened(x),) * 2, self.dim) if place["first"] else x
         y = linked.run(half_steps, streams, 2, names, split_dim=self.dim, **options)
         return self.merged(*y.chunk(2, self.dim)) if place["last"] else y
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """Under autocast a convolution's output is of half precision; a stream that is rebuilt has to be of float32."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if half and torch.is_autocast_enabled(x.device.type) else x
 
 
 class InOrder:

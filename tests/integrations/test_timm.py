@@ -249,6 +249,24 @@ def test_autocast_and_frozen_blocks():
     assert all(relative_error(a, b) < 2**-6 for a, b in zip(*gradients, strict=True))
 
 
+def test_streams_are_float32_under_autocast():
+    """A stem's convolution returns half precision, of which a chain would rebuild no more than that."""
+    model = resnet((9, 1, 1, 1)).float()
+    timm.make_reversible(model)
+    stored = resnet((9, 1, 1, 1)).float()
+    stored.load_state_dict(model.state_dict())
+    timm.make_reversible(stored, activations="store")
+    x, seen, gradients = images(4, 32).detach().float(), [], []
+    model.layer1[1].register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    for network in (model, stored):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = network(x)
+        loss_of(y).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert seen == [torch.float32]
+    assert relative_error(*gradients) < 2**-6
+
+
 @pytest.mark.parametrize("make", [vit, resnet])
 def test_parameters_names_and_copies(make):
     model = make()
