@@ -309,14 +309,12 @@ class Reversal(Rebuilding):
             (k for k, step in enumerate(self._steps) if step.saved and not (keeping and keeping.whole(k))), None
         )
         if self._first is not None:  # something is kept for the outputs, or for an aux output alone
-            anchor = torch.zeros((), requires_grad=True)
-            self._kept = Kept.apply(anchor, *(output.detach() for output in outputs))
+            self._kept = _keep(outputs)
             self._split = split
         elif keeping is not None and any(step.saved for step in self._steps):
-            # Nothing, of the same shapes: a checkpoint around the chain compares what was saved in its two runs.
-            Kept.apply(
-                torch.zeros((), requires_grad=True), *(output.new_zeros(()).expand_as(output) for output in outputs)
-            )
+            # For nobody, and freed at once. But a checkpoint around the chain compares what was saved in its two runs,
+            # and gives what the second saves to the first, which may have been without a plan.
+            _keep(outputs)
         self._finished = ()
         self.release()
 
@@ -382,3 +380,7 @@ class Reversal(Rebuilding):
             return KeptTensor(again, step=k)
         kept = tensor.detach()
         return KeptTensor(kept if luggage is None else luggage.send(kept), version_of(tensor), k)
+
+
+def _keep(outputs: Sequence[torch.Tensor]) -> Any:
+    return Kept.apply(torch.zeros((), requires_grad=True), *(output.detach() for output in outputs))

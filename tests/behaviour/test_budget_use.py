@@ -139,6 +139,19 @@ def test_inside_a_checkpoint(budget, compiled):
     both(net, plain, lambda network: checkpointed(network, x))
 
 
+@pytest.mark.parametrize("action", [backward_twice, two_forwards, forwards_in_turn, second_order])
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_a_checkpoint_that_runs_again_under_a_plan(action, budget, compiled):
+    """What its first run saved without one is made again by the second: the outputs too, though a plan may keep all."""
+    net, plain = twins(pairs_of(mlp, 2), activations=rk.MemoryBudget(budget))
+    x = rows(6, 8)
+
+    def inside(network):
+        return action(lambda x: checkpoint(network, x, use_reentrant=False), x)
+
+    both(net, plain, inside)
+
+
 def test_a_chain_inside_a_branch(compiled):
     def nested():
         budget = rk.MemoryBudget(0.5)
