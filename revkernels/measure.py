@@ -150,7 +150,7 @@ def angle(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     Raises:
         ValueError: the two differ in their number of elements, or one of them is zero or not finite.
     """
-    u, v = (torch.cat([t.detach().flatten().double() for t in tensors]) for tensors in (a, b))
+    u, v = (torch.cat([t.detach().to_dense().flatten().double() for t in tensors]) for tensors in (a, b))
     if u.numel() != v.numel():
         raise ValueError(f"b has {v.numel()} elements, a has {u.numel()}: they must be equal")
     for name, vector in (("a", u), ("b", v)):

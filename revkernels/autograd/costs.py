@@ -19,7 +19,7 @@ from revkernels.autograd.kept_ops import Looking, Measuring, OpCost, overhead
 from revkernels.autograd.level import Level
 from revkernels.autograd.live_bytes import bytes_of
 from revkernels.autograd.made_again import MadeAgain, SavedView
-from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.ownership import PLAIN, blocks_of
 from revkernels.autograd.recorded import Frame, RecordedStep
 
 _LEAST_SHARE = 0.02  # of a recompute's time: operators below it are not worth a place in the plan
@@ -290,14 +290,15 @@ class Meter:
         reading.mode.settle()
         self._look(k)
         reading.end = self.watch.read()
-        theirs = {t.untyped_storage().data_ptr() for t in step.snapshot.tensors() if type(t) in PLAIN}
+        owned = (t for t in step.snapshot.tensors() if type(t) in PLAIN)
+        theirs = {block.data_ptr() for t in owned for block in blocks_of(t)}
         of_streams = {
             stream.untyped_storage().data_ptr(): bytes_of(stream) for stream in streams if type(stream) in PLAIN
         }
         half_step = step.half_step
         reading.target = half_step.target
-        plain = [saved for saved in frame if type(saved[0]) in PLAIN]
-        saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in plain}
+        plain = [t for t, _ in frame if type(t) in PLAIN]
+        saved = {block.data_ptr(): block.nbytes() for t in plain for block in blocks_of(t)}
         reading.sizes = {
             "own": sum(size for at, size in saved.items() if at not in theirs and at not in of_streams),
             "source": sum(size for at, size in of_streams.items() if at in saved),

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd.coupling import CHANNELS_LAST
-from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.ownership import blocks_of, has_memory
 from revkernels.autograd.surroundings import States, draws, states_of
 
 #: Kept outputs of an operator: its print, what it returned, and the versions of the tensors in that.
@@ -293,7 +293,7 @@ def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
     for place, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from (t for t in _tensors(value) if type(t) in PLAIN and t.layout is torch.strided)
+            yield from filter(has_memory, _tensors(value))
 
 
 def _passing(func: Any, out: Any, size: int) -> int:
@@ -307,9 +307,14 @@ def _passing(func: Any, out: Any, size: int) -> int:
 
 
 def _is_plain(out: Any) -> bool:
-    """Whether it is a tensor, or a tuple of tensors and numbers, that are nothing but tensors."""
+    """Whether it is a tensor, or a tuple of tensors and numbers, that are nothing but tensors, and not sparse."""
     items = out if isinstance(out, (tuple, list)) else (out,)
-    return all(item is None or type(item) in (torch.Tensor, int, float, bool) for item in items)
+    return all(
+        item is None
+        or type(item) in (int, float, bool)
+        or (type(item) is torch.Tensor and item.layout is torch.strided)
+        for item in items
+    )
 
 
 def _tensors(out: Any) -> Iterator[torch.Tensor]:
@@ -324,7 +329,7 @@ def _unwritten(out: Any, versions: list[int]) -> bool:
 
 def size_of(out: Any) -> int:
     """Bytes of the tensors in it."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(out)}.values())
+    return sum({block._cdata: block.nbytes() for t in _tensors(out) for block in blocks_of(t)}.values())
 
 
 def _each(out: Any, action: Callable[[torch.Tensor], torch.Tensor]) -> Any:

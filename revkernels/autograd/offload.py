@@ -79,7 +79,9 @@ class Luggage:
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor | Away:
         """Send the tensor away, unless it stays."""
-        if type(tensor) is not torch.Tensor or tensor.untyped_storage().data_ptr() in self.at_home:
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+            return tensor
+        if tensor.untyped_storage().data_ptr() in self.at_home:
             return tensor
         if tensor.numel() > tensor.untyped_storage().nbytes() // tensor.element_size():  # expanded: there is less of it
             return tensor

@@ -24,6 +24,26 @@ _tensor_use_count: Any = getattr(torch.Tensor, "_use_count", None)
 COUNTABLE = _storage_use_count is not None and _tensor_use_count is not None
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether it is one block of memory: no subclass, and not sparse."""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided
+
+
+def blocks_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """The memory that the tensor lies in: of a sparse one, that of its indices and values."""
+    if tensor.layout is torch.strided:
+        return [tensor.untyped_storage()]
+    if tensor.layout is torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    else:  # of libraries' own
+        parts = []
+    return [part.untyped_storage() for part in parts]
+
+
 def memory_is_free(tensor: torch.Tensor) -> bool:
     """Whether no tensor but ``tensor`` uses its memory, and it uses all of it. (Others may hold ``tensor`` itself.)"""
     if not COUNTABLE:

@@ -39,7 +39,7 @@ from revkernels.autograd.kept import Kept, KeptTensor
 from revkernels.autograd.kept_ops import Noting
 from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Luggage
-from revkernels.autograd.ownership import PLAIN, both_tensors, same_memory
+from revkernels.autograd.ownership import both_tensors, has_memory, same_memory
 from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import Rebuilding
 from revkernels.autograd.recomputing import is_recomputing, within_a_branch
@@ -234,8 +234,8 @@ class Reversal(Rebuilding):
         with snapshot.turn:
             snapshot.take()
             if keeping is not None and keeping.away(self._count):
-                at_home = (t for t in snapshot.tensors() if type(t) in PLAIN)
-                step.luggage = Luggage(frozenset(t.untyped_storage().data_ptr() for t in at_home))
+                at_home = (t.untyped_storage().data_ptr() for t in snapshot.tensors() if has_memory(t))
+                step.luggage = Luggage(frozenset(at_home))
             with self._hooks, self._surroundings.guard, within_a_branch():
                 since = 0 if keeping is None else torch.autograd._get_sequence_nr()
                 f = self._run(half_step, step)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.ownership import PLAIN, has_memory
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
 Undo = list[tuple[dict[str, Any], str, Any]]
@@ -56,7 +56,7 @@ def hang_flat_weights(modules: Sequence[nn.Module], undo: Undo) -> None:
 
 def copies_of(rewound: Sequence[tuple[nn.Module, Slot, torch.Tensor]]) -> list[torch.Tensor]:
     """Copies of the values, to be written to. Those of tensors that share memory share it again."""
-    memories = [slot[2].untyped_storage()._cdata if type(slot[2]) in PLAIN else None for _, slot, _ in rewound]
+    memories = [slot[2].untyped_storage()._cdata if has_memory(slot[2]) else None for _, slot, _ in rewound]
     bases: dict[int, torch.UntypedStorage] = {}
     same: dict[int, torch.Tensor] = {}  # by the tensor that it stands for
     copies = []
