@@ -30,6 +30,8 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
         return ds
     if torch.is_grad_enabled() or type(ds) is not torch.Tensor or type(dh) is not torch.Tensor:
         return ds + dh  # create_graph: the sum itself must be differentiable
+    if ownership.is_batched(ds) or ownership.is_batched(dh):
+        return ds + dh
     if ds.is_neg() or dh.is_neg():  # the imaginary part of a conjugate has a sign that its memory lacks
         return ds + dh
     if ownership.COUNTABLE:
@@ -49,7 +51,7 @@ def owned(gradient: torch.Tensor) -> bool:
     """Whether a node may write over a gradient that it was given. To be called as `gather` is, by its ``backward``."""
     if torch.is_grad_enabled() or type(gradient) is not torch.Tensor or not ownership.COUNTABLE:
         return False
-    return _is_free(gradient, _free.get(ownership.way_of_calling()))
+    return not ownership.is_batched(gradient) and _is_free(gradient, _free.get(ownership.way_of_calling()))
 
 
 def prepare() -> None:

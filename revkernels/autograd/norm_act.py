@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from revkernels.autograd.accumulate import owned
+from revkernels.autograd.ownership import is_batched
 from revkernels.norm import SUMS_COMPUTED, Norm, Statistics
 
 _WIDE = {torch.float64: torch.float64}
@@ -193,6 +194,11 @@ def _gradients(ctx: Any, ds: Any, dh: Any, into: Any = None, over: bool = False)
     constant = Statistics(mean, rstd) if ctx.constant else None
     if torch.is_grad_enabled():
         return _differentiable(s, norm, constant, ds, dh)
+    if is_batched(dh) or (ds is not None and is_batched(ds)):
+        raise NotImplementedError(
+            "batched gradients (is_grads_batched=True, vectorize=True) cannot go through the kernel of a norm: set "
+            "backend='eager' for them"
+        )
     dh, ds = _walkable(dh, s), None if ds is None else _walkable(ds, s)
     if rstd.dtype != (wide := _WIDE.get(s.dtype, torch.float32)):  # a coupling with a float64 branch
         mean, rstd = None if mean is None else mean.to(wide), rstd.to(wide)

@@ -44,6 +44,11 @@ def blocks_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     return [part.untyped_storage() for part in parts]
 
 
+def is_batched(gradient: torch.Tensor) -> bool:
+    """Whether it is one of ``is_grads_batched=True``, a tensor round another one: no kernel can be given it."""
+    return type(gradient) is torch.Tensor and not torch._C._has_storage(gradient)
+
+
 def memory_is_free(tensor: torch.Tensor) -> bool:
     """Whether no tensor but ``tensor`` uses its memory, and it uses all of it. (Others may hold ``tensor`` itself.)"""
     if not COUNTABLE:

@@ -8,6 +8,7 @@ from behaviour.common import (
     WIDE,
     assert_all_close,
     assert_close,
+    assert_raises,
     check_step,
     fresh,
     loss_of,
@@ -167,6 +168,28 @@ def test_two_losses_on_one_forward(kind, options):
         y1.square().sum().backward()
         results.append([*(leaf.grad for leaf in leaves), *(p.grad for p in network.parameters())])
     assert_all_close(*results)
+
+
+def test_batched_gradients(options):
+    """Row 10: many gradients at once, which have no memory that a kernel could walk."""
+    results = []
+    for network in twins(pairs_of(mlp, 3), **options):
+        torch.manual_seed(1)
+        x, seeds = rows(), torch.randn(3, 5, 8, dtype=WIDE)
+        wanted = [x, *network.parameters()]
+        results.append([*torch.autograd.grad(network(x), wanted, seeds, is_grads_batched=True)])
+        results[-1].append(torch.autograd.functional.jacobian(network, x, vectorize=True))
+    assert_all_close(*results)
+
+
+def test_batched_gradients_of_a_fused_norm_are_refused(activations, compiled):
+    net, _ = twins(pairs_of(lambda: nn.Sequential(nn.LayerNorm(4), mlp()).to(WIDE), 2), activations=activations)
+    y = net(rows())
+    assert_raises(
+        NotImplementedError,
+        ["is_grads_batched", "backend='eager'"],
+        lambda: torch.autograd.grad(y, list(net.parameters()), torch.randn(3, 5, 8, dtype=WIDE), is_grads_batched=True),
+    )
 
 
 def test_second_order(kind, options):
