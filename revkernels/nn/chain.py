@@ -365,11 +365,19 @@ def _number(k: int) -> str:
 
 
 def _check(half_steps: Sequence[HalfStep], groups: int) -> None:
+    if not isinstance(half_steps, Sequence):
+        raise TypeError(f"half_steps is a {type(half_steps).__name__}; it must be a list of HalfSteps")
+    if not isinstance(groups, int):
+        raise TypeError(f"groups is a {type(groups).__name__}; it must be an int")
+    if groups < 1:
+        raise ValueError(f"groups is {groups}; it must be at least 1")
     for k, step in enumerate(half_steps):
         if not isinstance(step, HalfStep):
             raise TypeError(f"half_steps[{k}] is a {type(step).__name__}; it must be a HalfStep")
         if not callable(step.branch):
             raise TypeError(f"half_steps[{k}].branch is a {type(step.branch).__name__}; it must be callable")
+        if not isinstance(step.sources, (tuple, list)):
+            raise TypeError(f"half_steps[{k}].sources is a {type(step.sources).__name__}; it must be a tuple of ints")
         numbers = (step.target, *step.sources)
         if not step.sources or any(not 0 <= number < groups for number in numbers) or step.target in step.sources:
             raise ValueError(

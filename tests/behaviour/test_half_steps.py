@@ -127,6 +127,7 @@ def test_errors_have_the_caller_s_words():
 BAD = {
     "not a half-step": (TypeError, ["half_steps[1]", "tuple", "HalfStep"], (nn.Tanh(), 0, (1,))),
     "not callable": (TypeError, ["half_steps[1].branch", "int", "callable"], HalfStep(3, 0, (1,))),
+    "no tuple": (TypeError, ["half_steps[1].sources", "int", "tuple"], HalfStep(nn.Tanh(), 0, 1)),
     "no source": (ValueError, ["half_steps[1]", "()", "0 to 1"], HalfStep(nn.Tanh(), 0, ())),
     "reads its target": (ValueError, ["half_steps[1]", "(0,)", "stream 0"], HalfStep(nn.Tanh(), 0, (0,))),
     "no such source": (ValueError, ["half_steps[1]", "(2,)", "0 to 1"], HalfStep(nn.Tanh(), 0, (2,))),
@@ -150,3 +151,6 @@ def test_bad_options(function):
     assert_raises(ValueError, ["activations", "keep"], lambda: function(good, rows(), activations="keep"))
     assert_raises(TypeError, ["unknown"], lambda: function(good, rows(), unknown=1))
     assert_raises(ValueError, ["dimension 1", "8", "3 streams"], lambda: function(good, rows(), 3))
+    assert_raises(ValueError, ["groups is 0", "at least 1"], lambda: function(good, rows(), 0))
+    assert_raises(TypeError, ["groups", "float", "int"], lambda: function(good, rows(), 2.0))
+    assert_raises(TypeError, ["half_steps", "NoneType", "list"], lambda: function(None, rows()))
