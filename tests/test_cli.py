@@ -412,6 +412,18 @@ def test_ctrl_c_ends_with_one_line(when, monkeypatch, capsys):
     assert capsys.readouterr().err == "revkernels check: interrupted\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", [("info",), ("--library",), ("info", "--json", "/dev/full")])
+def test_a_full_disk_ends_with_one_line(words):
+    with open("/dev/full", "w") as full:
+        out = subprocess.PIPE if "--json" in words else full
+        command = [sys.executable, "-m", "revkernels", *words]
+        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.endswith("what it has to say cannot be written: No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["demo", "--quick", "--out", str(tmp_path / "file" / "folder")]) == 2

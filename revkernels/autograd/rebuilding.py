@@ -313,14 +313,14 @@ class Rebuilding:
                 if step.drawn and strayed(step.drawn):
                     with refuses_a_race(self.name(k)):
                         self._again(step, h)
-            finally:
+            finally:  # what this thread would keep comes first: an interrupt may end this too
+                set_recomputing(outer)
                 set_grad_enabled(higher_order)
                 if undo:
                     put_back(undo)
                 put_attributes_back(attributes)
                 if surroundings is not None:
                     surroundings.close()
-                set_recomputing(outer)
         if not step.saved_alike(self._frame):
             problem = step.difference(self._frame)
             raise ReconstructionError(

@@ -8,7 +8,9 @@ for is imported, so that `info` starts without torch and a missing extra breaks 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _refuse(chosen, "interrupted")
         return 130  # 128 + SIGINT, as a shell has it
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _forget_output()
+        return _refuse(chosen, f"what it has to say cannot be written: {error.strerror}")
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -90,6 +97,12 @@ class _PrintPath(argparse.Action):
 
         print(getattr(native, str(self.const))())
         parser.exit()
+
+
+def _forget_output() -> None:
+    """What Python still holds for stdout it would write at its end, and fail once more."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
 
 def _refuse(command: str | None, why: str) -> int:
