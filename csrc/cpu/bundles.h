@@ -11,9 +11,7 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#define REVK_BUNDLES
-
+#if defined(REVK_VECTOR_FMA)
 // What ops/norm_act.h asks of a number, for kVectors vectors. Elements of it are floats.
 template <int kVectors>
 struct Bundle {
@@ -72,28 +70,15 @@ struct Bundle {
   friend REVK_INLINED Bundle to_exponent(const Bundle& a) {
     return made([&](int k) { return V(U(a.of[k]) << 23); });
   }
-#if defined(__AVX512F__)
   friend REVK_INLINED Bundle fused(const Bundle& a, const Bundle& b, const Bundle& c) {
-    return made([&](int k) { return V(_mm512_fmadd_ps(a.of[k], b.of[k], c.of[k])); });
-  }
-  // Of these instructions a NaN in the second operand passes.
-  friend REVK_INLINED Bundle at_most(const Bundle& a, const Bundle& most) {
-    return made([&](int k) { return V(_mm512_min_ps(most.of[k], a.of[k])); });
-  }
-  friend REVK_INLINED Bundle at_least(const Bundle& a, const Bundle& least) {
-    return made([&](int k) { return V(_mm512_max_ps(least.of[k], a.of[k])); });
-  }
-#else
-  friend REVK_INLINED Bundle fused(const Bundle& a, const Bundle& b, const Bundle& c) {
-    return made([&](int k) { return V(_mm256_fmadd_ps(a.of[k], b.of[k], c.of[k])); });
+    return made([&](int k) { return fused(a.of[k], b.of[k], c.of[k]); });
   }
   friend REVK_INLINED Bundle at_most(const Bundle& a, const Bundle& most) {
-    return made([&](int k) { return V(_mm256_min_ps(most.of[k], a.of[k])); });
+    return made([&](int k) { return at_most(a.of[k], most.of[k]); });
   }
   friend REVK_INLINED Bundle at_least(const Bundle& a, const Bundle& least) {
-    return made([&](int k) { return V(_mm256_max_ps(least.of[k], a.of[k])); });
+    return made([&](int k) { return at_least(a.of[k], least.of[k]); });
   }
-#endif
 };
 
 // What the body of a loop is written in (vectors.h): kVectors vectors of elements.
@@ -118,17 +103,12 @@ struct Bundles {
 // body(E, i) for elements begin..end-1, E::kCount of them from i on: as by_vectors, for long chains
 // of arithmetic.
 template <class A, class Body>
-REVK_INLINED void by_bundles(int64_t begin, int64_t end, Body&& body) {
-#if defined(REVK_BUNDLES)
+REVK_INLINED inline void by_bundles(int64_t begin, int64_t end, Body&& body) {
+#if defined(REVK_VECTOR_FMA)
   if constexpr (sizeof(A) == sizeof(float)) {
     int64_t i = begin;
     for (; i + Bundles<4>::kCount <= end; i += Bundles<4>::kCount) body(Bundles<4>{}, i);
-    for (; i + Bundles<1>::kCount <= end; i += Bundles<1>::kCount) body(Bundles<1>{}, i);
-    for (; i < end; ++i) {
-      asm("");  // too few to be vectorised
-      body(Element<A>{}, i);
-    }
-    return;
+    return by_vectors<A, Bundles<1>>(i, end, body);
   }
 #endif
   REVK_INDEPENDENT

@@ -108,8 +108,9 @@ template <class Activation, class H, class A>
 REVK_APART void activate_rows(Rows<H> h, const A* z, Shape shape, Upcoming upcoming) {
   for (int64_t r = 0; r < shape.rows; ++r, z += shape.cols) {
     H* const to = h.data + r * h.step;
-    const auto element = [&](auto e, int64_t c) REVK_INLINED_LAMBDA {
-      e.store(to + c, Activation::value(e.load(z + c)));
+    const auto element = [&](auto e, int64_t c) REVK_INLINED {
+      const auto value = Activation::value(e.load(z + c));
+      e.store(to + c, value);
     };
     const auto chunk = [&](int64_t begin, int64_t end) {
       upcoming.ask(r, begin, end);
@@ -124,7 +125,7 @@ template <class Activation, class D, class A>
 REVK_APART void differentiate_rows(A* z, Rows<const D> dh, Shape shape, Upcoming upcoming) {
   for (int64_t r = 0; r < shape.rows; ++r, z += shape.cols) {
     const D* const above = dh.data + r * dh.step;
-    const auto element = [&](auto e, int64_t c) REVK_INLINED_LAMBDA {
+    const auto element = [&](auto e, int64_t c) REVK_INLINED {
       e.store(z + c, Activation::gradient(e.load(z + c), e.load(above + c)));
     };
     const auto chunk = [&](int64_t begin, int64_t end) {

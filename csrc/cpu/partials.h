@@ -45,7 +45,7 @@ struct Pairs<A, 1> {
 
 // The sum of a vector's elements, halves added to each other.
 template <class A, int kBytes, class V>
-REVK_INLINED A total_of(V vector) {
+REVK_INLINED inline A total_of(V vector) {
   if constexpr (kBytes > 16) {
     typedef A Half __attribute__((vector_size(kBytes / 2), may_alias));
     const Half* const halves = reinterpret_cast<const Half*>(&vector);
@@ -65,7 +65,7 @@ struct TwoSums {
 // Two sums over i < count. body(E, first, second, i) adds what element i has to them, or elements
 // i, i + 1, ... E::kCount in number; it loads through E. `rows` are those that come from memory.
 template <class A, class Body, class... T>
-REVK_INLINED TwoSums<A> two_sums(int64_t count, Body&& body, const T*... rows) {
+REVK_INLINED inline TwoSums<A> two_sums(int64_t count, Body&& body, const T*... rows) {
   using Wide = Elements<A>;
   Pairs<A, kPartials / Wide::kCount> sums;
   int64_t i = 0;
@@ -101,14 +101,15 @@ REVK_INLINED TwoSums<A> two_sums(int64_t count, Body&& body, const T*... rows) {
 }
 
 template <class A, class X>
-REVK_INLINED A sum_of(const X* x, int64_t count) {
+REVK_INLINED inline A sum_of(const X* x, int64_t count) {
   const auto add = [&](auto e, auto& sum, auto&, int64_t i) { sum += e.load(x + i); };
   return two_sums<A>(count, add, x).first;
 }
 
 // Sums of x - shift and of its square. With a shift near the mean neither loses digits.
 template <class A, class X>
-REVK_INLINED void sum_deviations(const X* x, int64_t count, A shift, double& sum, double& square) {
+REVK_INLINED inline void sum_deviations(const X* x, int64_t count, A shift, double& sum,
+                                        double& square) {
   const auto add = [&](auto e, auto& first, auto& second, int64_t i) {
     const auto deviation = e.load(x + i) - shift;
     first += deviation;

@@ -9,8 +9,7 @@
 #include "cpu/rows.h"
 
 // What is to stay in registers must not be handed to a function by address.
-#define REVK_INLINED __attribute__((always_inline)) inline
-#define REVK_INLINED_LAMBDA __attribute__((always_inline))
+#define REVK_INLINED __attribute__((always_inline))
 
 namespace revk::cpu::REVK_ISA {
 namespace {
@@ -113,11 +112,40 @@ struct Elements {
   }
 };
 
-// body(E, i) for elements begin..end-1, E::kCount of them from i on.
-template <class A, class Body>
-REVK_INLINED void by_vectors(int64_t begin, int64_t end, Body&& body) {
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#define REVK_VECTOR_FMA
+
+// a * b + c, rounded once
+REVK_INLINED inline Vector<float> fused(Vector<float> a, Vector<float> b, Vector<float> c) {
+#if defined(__AVX512F__)
+  return Vector<float>(_mm512_fmadd_ps(a, b, c));
+#else
+  return Vector<float>(_mm256_fmadd_ps(a, b, c));
+#endif
+}
+// Both let a NaN in x pass: the instructions return their second operand then.
+REVK_INLINED inline Vector<float> at_most(Vector<float> x, Vector<float> most) {
+#if defined(__AVX512F__)
+  return Vector<float>(_mm512_min_ps(most, x));
+#else
+  return Vector<float>(_mm256_min_ps(most, x));
+#endif
+}
+REVK_INLINED inline Vector<float> at_least(Vector<float> x, Vector<float> least) {
+#if defined(__AVX512F__)
+  return Vector<float>(_mm512_max_ps(least, x));
+#else
+  return Vector<float>(_mm256_max_ps(least, x));
+#endif
+}
+#endif
+
+// body(E, i) for elements begin..end-1, E::kCount of them from i on: of `Vectors`, and what is left
+// over one by one.
+template <class A, class Vectors = Elements<A>, class Body>
+REVK_INLINED inline void by_vectors(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
-  for (; i + Elements<A>::kCount <= end; i += Elements<A>::kCount) body(Elements<A>{}, i);
+  for (; i + Vectors::kCount <= end; i += Vectors::kCount) body(Vectors{}, i);
   for (; i < end; ++i) {
     asm("");  // too few to be vectorised
     body(Element<A>{}, i);

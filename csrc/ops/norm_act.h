@@ -35,10 +35,10 @@ struct MeansGradient {
 
 // Transcendental functions. On the host they have no branch and no call, and are written for any
 // number F of float32: one, or several together, for which cpu/bundles.h has what is asked of it
-// here; float64 takes the C library's. In float32, measured against float64
-// over one float in 61 (tests/csrc/test_norm_act.cpp looks at one in 9973), where the result is
-// 1e-36 or more: exp is within 1.1 units in the last place, silu and gelu_tanh within 3.1, gelu
-// within 6; their derivatives, which have a zero, within 2e-7 times max(1, |derivative|).
+// here; float64 takes the C library's. In float32, measured against float64 over one float in 61
+// (tests/csrc/test_norm_act.cpp looks at one in 9973), where the result is 1e-36 or more: exp is
+// within 1.1 units in the last place, silu and gelu_tanh within 3.1, gelu within 6; their
+// derivatives, which have a zero, within 2e-7 times max(1, |derivative|).
 //
 // On a device float32 takes CUDA's expf, and gelu_tanh its argument in float32.
 
