@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from revkernels import checks, tracking
+from revkernels import checks, checks_norm, tracking
 from revkernels.allocation import empty, empty_like
 from revkernels.arrays import compute_dtype, kind_of, seen
 from revkernels.backends import select
@@ -126,9 +126,9 @@ def norm_act_backward_(
         return _operators().norm_act_backward_(dx, dh, x, norm, statistics, sums, count, constant, backend)
     kernels = select(x, backend, "x")
     look = seen("x", x)
-    checks.check_norm_options(norm, "x", look)
-    checks.check_sums(norm, dx, sums, count, constant)
-    mean, rstd = checks.statistics_pair(statistics)
+    checks_norm.check_norm_options(norm, "x", look)
+    checks_norm.check_sums(norm, dx, sums, count, constant)
+    mean, rstd = checks_norm.statistics_pair(statistics)
     tracked = tracking.tracks_versions("x dx dh weight bias", (x, dx, dh, norm.weight, norm.bias))
     if sums is None:
         channels, wide = (look.shape[norm.channel_axis(len(look.shape))],), compute_dtype(look)
@@ -162,7 +162,7 @@ def _check_options(kernels: Any, norm: Any, name: str, x: Any) -> None:
     """Kernels that check their operands look at the norm too, and word it alike: a look from here would only cost. But
     groups say how much memory there must be for statistics."""
     if not kernels.CHECKS_OPERANDS or not isinstance(norm, Norm) or norm.kind == "group":
-        checks.check_norm_options(norm, name, seen(name, x))
+        checks_norm.check_norm_options(norm, name, seen(name, x))
 
 
 def _outputs(
@@ -172,13 +172,13 @@ def _outputs(
     name, x = next(iter(operands.items()))
     h = empty_like(name, x, dtype)
     if statistics is not None:
-        return h, checks.statistics_pair(statistics)
+        return h, checks_norm.statistics_pair(statistics)
     try:
         looks = [seen(other, array) for other, array in operands.items()]
         rstd = empty(norm.statistics_shape(tuple(looks[0].shape)), name, x, compute_dtype(*looks))
     except Exception:
         checks.check_arrays(**operands)  # says which is no array
-        checks.check_norm_options(norm, name, seen(name, x))  # or what about the norm has no statistics
+        checks_norm.check_norm_options(norm, name, seen(name, x))  # or what about the norm has no statistics
         raise
     return h, (None if norm.kind == "rms" else empty_like(name, rstd), rstd)
 
@@ -197,7 +197,9 @@ def _check(
     checks.check_arrays(**{name: x})
     checks.check_float(**{name: x})  # before h, which has its dtype where none is named
     checks.check_operands(written, read)
-    checks.check_norm(norm, name, x, statistics=statistics, given=given, sums=sums, writes=tuple(written), **arrays)
+    checks_norm.check_norm(
+        norm, name, x, statistics=statistics, given=given, sums=sums, writes=tuple(written), **arrays
+    )
 
 
 def _check_new(kernels: Any, operands: dict[str, Any], norm: Norm, statistics: Any, dtype: Any) -> Statistics | None:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line in processes of its own: info, check and bench, with and without torch and rich."""
+"""The command line in processes of its own: info and bench, with and without torch and rich."""
 
 import argparse
 import errno
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -14,40 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import revkernels
-from revkernels import backends, norm, ops
-from revkernels.cli import COMMANDS, cases, check, main, output, stamp
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# Put before everything else, this makes the named packages look as if they were not installed.
-BLOCK = """
-import sys
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, *rest):
-        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, *rest)
-    def find_distributions(self, context):
-        find = getattr(self.finder, "find_distributions", lambda context: ())
-        return () if context.name in {names!r} else find(context)
-sys.meta_path[:] = map(Without, sys.meta_path)
-from revkernels.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def revk(*words, without=(), **env):
-    start = ["-c", BLOCK.format(names=set(without))] if without else ["-m", "revkernels"]
-    command = [sys.executable, *start, *map(str, words)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-
-
-def tables(path):
-    content = json.loads(path.read_text())
-    assert content["environment"]["revkernels"] == revkernels.__version__
-    return {table["title"]: table for table in content["tables"]}
+from revkernels import backends
+from revkernels.cli import COMMANDS, check, main, output, stamp
+from tests.commands import revk, tables
+from tests.programs import ROOT
 
 
 def test_info_shows_and_writes_the_same(tmp_path):
@@ -95,151 +64,6 @@ def test_info_without_torch_says_what_is_missing():
     done = revk("info", without=["torch", "triton"])
     assert done.returncode == 0, done.stderr
     assert "torch is not installed" in done.stdout
-
-
-def test_check_agrees_with_the_oracle(tmp_path):
-    done = revk("check", "--json", tmp_path / "check.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (table,) = tables(tmp_path / "check.json").values()
-    rows = {row["backend"]: row for row in table["rows"]}
-    assert set(rows) == set(backends.BACKENDS) - {"reference"}
-    for name, row in rows.items():
-        missing = backends.BACKENDS[name].missing()
-        for kernel in cases.KERNELS:
-            assert row[kernel] == "left out" if missing else row[kernel].startswith("ok (")
-        assert row["reason"] == missing
-
-
-def test_check_of_one_backend_runs_it_or_says_why_not(monkeypatch, tmp_path):
-    pytest.importorskip("torch")
-    monkeypatch.setattr(check, "calls", lambda: itertools.islice(cases.calls(), 0, None, 25))
-    assert main(["check", "--backend", "eager", "--json", str(tmp_path / "check.json")]) == 0
-    (row,) = tables(tmp_path / "check.json").popitem()[1]["rows"]
-    assert row["backend"] == "eager" and all(row[kernel].startswith("ok (") for kernel in cases.KERNELS)
-    done = revk("check", "--backend", "eager", without=["torch", "triton"])
-    assert done.returncode == 2
-    assert "revkernels check: --backend='eager' cannot run here: torch is not installed" in done.stderr
-    assert "Available: reference" in done.stderr
-    assert "ok (" not in done.stdout
-
-
-def test_check_without_torch_runs_on_numpy_and_says_what_it_left_out():
-    done = revk("check", without=["torch", "triton", "rich"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "left out: torch tensors: torch is not installed" in done.stdout
-    if backends.BACKENDS["cpu"].missing() is None:
-        (cpu,) = (line for line in done.stdout.splitlines() if line.startswith("cpu "))
-        assert cpu.count("ok (") == len(cases.KERNELS)
-
-
-def test_check_covers_every_kernel():
-    """couple and couple_ are one kernel, uncouple and uncouple_ another: either row stands for both."""
-    functions = {name.removesuffix("_") for name in ops.__all__ if name.islower()}
-    assert {name.removesuffix("_") for name in cases.KERNELS} == functions
-
-
-def test_check_covers_dtypes_layouts_and_libraries():
-    made = list(cases.calls())
-    for kernel in cases.KERNELS:
-        mine = [call for call in made if call.kernel == kernel]
-        pairs = {(call.stream, call.branch) for call in mine if call.library == "torch"}
-        coupling = kernel in ("couple", "uncouple_", "reverse_step_")
-        assert len({pair for pair in pairs if pair[0] != "int16"}) == 16
-        assert len(pairs) == (20 if coupling else 16)
-        assert {call.layout for call in mine} == {"dense", "NCHW half", "channels-last half"}
-        assert {call.library for call in mine} == {"numpy", "torch"}
-        assert any(call.options for call in mine) == coupling
-        assert {call.norm for call in mine} == (set(norm.KINDS) if "norm" in kernel else {""})
-
-
-def test_a_call_of_an_int16_stream_has_a_value():
-    y, f, value, checksum, amax = cases.Call("uncouple_", "numpy", "int16", "float32", "NCHW half", options=True).run(
-        "reference"
-    )
-    channels = y.shape[1] // 2
-    assert (y.dtype, f.dtype, value.dtype) == ("int16", "float32", "float16")
-    assert np.array_equal(value[:, :channels], (y[:, :channels] / 2.0**9).astype(np.float16))
-    assert checksum.any() and amax > 32767 / 2**9, "nothing has wrapped"
-
-
-def test_a_call_leaves_the_other_half_alone_and_repeats():
-    call = cases.Call("uncouple_", "numpy", "float32", "float32", "NCHW half")
-    y, f = call.run("reference")
-    again = call.run("reference")
-    assert cases.differences([y, f], again) == 0
-    untouched = cases.Call("accumulate_", "numpy", "float32", "float32", "NCHW half").run("reference")[0]
-    channels = call.shape[1]
-    assert np.array_equal(y[:, channels:], untouched[:, channels:], equal_nan=True)
-    assert not np.array_equal(y[:, :channels], untouched[:, :channels], equal_nan=True)
-
-
-def wrong(operand):
-    """A backend like the oracle but for one bit of one element of one operand."""
-
-    class Wrong:
-        CHECKS_OPERANDS = True
-
-        def __getattr__(self, name):
-            from revkernels.reference import backend
-
-            def kernel(*arrays):
-                getattr(backend, name)(*arrays)
-                if name == "reverse_step":
-                    array = arrays[operand]
-                    array[1, 2, 3, 4] = np.nextafter(array[1, 2, 3, 4], np.inf)
-
-            return kernel
-
-    return Wrong()
-
-
-@pytest.mark.parametrize("operand", [0, 1, 2, 3])
-def test_check_finds_one_wrong_bit_in_any_operand(operand, monkeypatch):
-    call = cases.Call("reverse_step_", "numpy", "float32", "float32", "dense")
-    expected = call.run("reference")
-    monkeypatch.setattr(backends.Backend, "load", lambda self: wrong(operand))
-    monkeypatch.setattr(backends.Backend, "missing", lambda self: None)
-    monkeypatch.setattr(backends, "_cache", {})
-    assert cases.differences(call.run("cpu"), expected) == 1
-
-
-def test_check_exits_1_on_a_mismatch(monkeypatch, capsys, tmp_path):
-    real = cases.Call.run
-
-    def run(self, backend, device="cpu"):
-        values = real(self, "reference")
-        if backend == "cpu" and self.kernel == "uncouple_":
-            values[0] = values[0] + 1
-        return values
-
-    monkeypatch.setattr(cases.Call, "run", run)
-    monkeypatch.setattr(check, "calls", lambda: [call for call in cases.calls() if call.stream == "float32"])
-    here = ("cpu", "reference")
-    monkeypatch.setattr(backends.Backend, "missing", lambda self: None if self.name in here else "a test")
-    from revkernels.cli import main
-
-    assert main(["check", "--json", str(tmp_path / "check.json")]) == 1
-    first, second = tables(tmp_path / "check.json").values()
-    cpu = next(row for row in first["rows"] if row["backend"] == "cpu")
-    assert "FAILED" in cpu["uncouple_"]
-    assert cpu["couple"].startswith("ok")
-    assert {row["kernel"] for row in second["rows"]} == {"uncouple_"}
-    assert "calls that failed" in capsys.readouterr().out
-
-
-def test_a_backend_that_raises_is_a_finding_not_a_crash(monkeypatch):
-    real = cases.Call.run
-
-    def run(self, backend, device="cpu"):
-        if backend == "cpu":
-            raise RuntimeError("planted")
-        return real(self, backend)
-
-    monkeypatch.setattr(cases.Call, "run", run)
-    monkeypatch.setattr(backends.Backend, "missing", lambda self: None)
-    verdicts, failures = check.examine(["cpu"], [cases.Call("couple", "numpy", "float32", "float32", "dense")])
-    assert verdicts["cpu", "couple"].failed == 1
-    assert failures[0]["error"] == "RuntimeError: planted"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from revkernels.autograd.kept import Kept
 from revkernels.autograd.rebuilding import Rebuilding
 from revkernels.autograd.recomputing import within_a_branch
 from revkernels.autograd.recorded import RecordedStep
-from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, states_of, tensors_in
+from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
 
 __all__ = ["Checkpoint"]

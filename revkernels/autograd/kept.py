@@ -9,7 +9,7 @@ import torch
 
 from revkernels.autograd.made_again import SavedView
 from revkernels.autograd.offload import Away
-from revkernels.autograd.snapshot import version_of
+from revkernels.autograd.versions import version_of
 
 
 class Kept(torch.autograd.Function):

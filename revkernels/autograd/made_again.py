@@ -16,7 +16,7 @@ import torch
 
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.snapshot import version_of
+from revkernels.autograd.versions import version_of
 
 
 class MadeAgain:

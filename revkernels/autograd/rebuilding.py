@@ -24,11 +24,11 @@ from revkernels.autograd.made_again import AtHand, Outputs, SavedView
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
-from revkernels.autograd.recomputing import is_recomputing, set_recomputing
+from revkernels.autograd.recomputing import recomputes, set_recomputing
 from revkernels.autograd.recorded import Frame, Metadata, RearrangedStep, RecordedStep
 from revkernels.autograd.rewinding import put_back
-from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
+from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
 
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
@@ -301,7 +301,7 @@ class Rebuilding:
             problem = step.snapshot.problem() or self._surroundings.problem()
             if problem is not None:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
-            outer, surroundings, undo = is_recomputing(), None, None
+            outer, surroundings, undo = recomputes(), None, None
             attributes = attributes_of(step.snapshot.left_on())
             try:  # memory may run out at any of these
                 set_recomputing(True)

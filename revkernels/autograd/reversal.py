@@ -44,8 +44,8 @@ from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import Rebuilding
 from revkernels.autograd.recomputing import is_recomputing, within_a_branch
 from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep
-from revkernels.autograd.snapshot import version_of
 from revkernels.autograd.surroundings import Surroundings, drawn, moved, states_of
+from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
 from revkernels.tracking import met_compiler
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,26 @@ Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, 
 Undo = list[tuple[dict[str, Any], str, Any]]
 _FEW = 64  # items of a state: what has more is data
 MISSING = object()  # in a tensor's place: nothing hung there
+
+#: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,
+#: statistics aside; with a dot in front, of attributes that it was found to write in place.
+_written: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = weakref.WeakKeyDictionary()
+
+
+def will_write(module: nn.Module, name: str) -> None:
+    """Tell beforehand that the module's forward writes this buffer, in some calls if not in all."""
+    for training in (False, True):
+        _written.setdefault(module, {}).setdefault(training, set()).add(name)
+
+
+def known_to_write(module: nn.Module) -> set[str] | None:
+    """What the module's forward was found to write in its present mode, or None before its first."""
+    return _written.get(module, {}).get(module.training)
+
+
+def written_by(module: nn.Module) -> set[str]:
+    """The same, to be added to."""
+    return _written.setdefault(module, {}).setdefault(module.training, set())
 
 
 def hang(slots: dict[str, Any], name: str, tensor: Any) -> None:

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revkernels.autograd import fusion
 from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.made_again import AtHand, Outputs, SavedView
-from revkernels.autograd.snapshot import version_of
+from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
 
 

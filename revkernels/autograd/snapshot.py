@@ -16,11 +16,22 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.behind import Reached, behind, beside, own_names
+from revkernels.autograd.behind import Reached, behind, beside
 from revkernels.autograd.names import reads_running, writes_silently
+from revkernels.autograd.own_state import OwnState
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.plain_layers import are_plain, holds_more
-from revkernels.autograd.rewinding import MISSING, Slot, Undo, copies_of, hang, hang_flat_weights, is_state, put_back
+from revkernels.autograd.rewinding import (
+    MISSING,
+    Slot,
+    Undo,
+    copies_of,
+    hang_flat_weights,
+    known_to_write,
+    put_back,
+    written_by,
+)
+from revkernels.autograd.versions import version_behind, version_of
 from revkernels.errors import ReconstructionError
 
 _batchnorm = nn.modules.batchnorm
@@ -31,16 +42,7 @@ _STATISTICS_ONLY = {
     nn.modules.instancenorm._InstanceNorm.forward,
 }
 
-#: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,
-#: statistics aside; with a dot in front, of attributes that it was found to write in place.
-_written: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-
-
-def will_write(module: nn.Module, name: str) -> None:
-    """Tell beforehand that the module's forward writes this buffer, in some calls if not in all."""
-    for training in (False, True):
-        _written.setdefault(module, {}).setdefault(training, set()).add(name)
 
 
 class Turn:
@@ -68,14 +70,12 @@ class Snapshot:
     """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute.
 
     Each of these belongs inside ``with snapshot.turn``, together with the run of the branch. ``given``: its arguments,
-    for the modules among them. A branch whose ``revkernels_comes_back`` is True comes back, when it is run again, to
-    what it has left on itself: its attributes are not rewound.
+    for the modules among them.
     """
 
     __slots__ = (
-        *("attributes", "blank", "branch", "comes_back", "fixed", "flags", "generators", "late", "loose", "modules"),
-        *("others", "plain", "reads_running", "registered", "rewound", "statistics", "trained", "turn"),
-        *("_held", "_tables"),
+        *("branch", "fixed", "flags", "generators", "late", "modules", "others", "own", "plain", "reads_running"),
+        *("registered", "rewound", "statistics", "trained", "turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -86,16 +86,8 @@ class Snapshot:
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
-        #: Of these, attributes that need no gradient, such as a mask or a recurrent state, or a tuple or list of such:
-        #: where each hangs. The forward, or somebody else, may hang another there.
-        self.attributes: list[tuple[dict[str, Any], str, Any]] = []
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
-        #: The same, while the forward runs: with copies of those that it may write in place.
-        self.loose: list[tuple[nn.Module, Slot, torch.Tensor | None]] = []
-        #: What was None, or not there, and is a tensor since: where it hangs, its name, and what it was.
-        self.blank: list[tuple[dict[str, Any], str, Any]] = []
-        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []  # what hangs where before the forward
         self._held: list[tuple[str, torch.Tensor]] = []
         self.modules = _tree(branch) if isinstance(branch, nn.Module) else []
         self.generators: list[torch.Generator] = []
@@ -103,7 +95,6 @@ class Snapshot:
         #: Nothing hangs on the modules but what they have registered.
         self.plain = bool(self.modules) and are_plain(self.modules)
         self.plain = self.plain and not any(map(holds_more, self.modules))
-        self.comes_back = not self.plain and getattr(branch, "revkernels_comes_back", False) is True
         if not self.plain:
             reached = beside(self.modules) if self.modules else behind(branch)
             self._held += reached.tensors
@@ -121,6 +112,7 @@ class Snapshot:
         self.registered = len(self.modules)
         if isinstance(branch, nn.Module) and hidden:
             self.modules += [module for module in hidden if module not in self.modules]
+        self.own = None if self.plain else OwnState(branch)
         for module in () if self.plain else self.modules:
             if _is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
@@ -147,26 +139,8 @@ class Snapshot:
                     self.trained.append((name, parameter, parameter.requires_grad))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
-            if self.plain:
-                continue
-            table = module.__dict__
-            names = own_names(table)
-            if place < self.registered:
-                self._tables.append((module._buffers, dict(module._buffers)))
-                if not self.comes_back:
-                    self._tables.append((table, {n: table.get(n) for n in names}))
-            written = _written.get(module, {}).get(module.training)
-            for name in names:
-                value: Any = table.get(name)
-                if type(value) in PLAIN:
-                    self._held.append((name, value))
-                    if not value.requires_grad and not self.comes_back:
-                        self.attributes.append((table, name, value))
-                        slot = (table, name, value, version_of(value))
-                        copied = written is None or f".{name}" in written
-                        self.loose.append((module, slot, value.detach().clone() if copied else None))
-                elif not self.comes_back and is_state(value):
-                    self.attributes.append((table, name, value))
+            if self.own is not None:
+                self._held += self.own.take(module, place < self.registered)
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
             self._held = []
@@ -175,8 +149,8 @@ class Snapshot:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
         if (only_statistics and self.reads_running) or (not self.plain and writes_silently(module)):
             only_statistics = False
-            _written.setdefault(module, {}).setdefault(module.training, set()).update(module._buffers)
-        written = _written.get(module, {}).get(module.training)
+            written_by(module).update(module._buffers)
+        written = known_to_write(module)
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
@@ -205,7 +179,7 @@ class Snapshot:
                     if _changed(slot) or _differs(value, slot[2]):
                         changed.append((module, slot, value))
                     continue
-                found = _written.setdefault(module, {}).setdefault(module.training, set())
+                found = written_by(module)
                 if slot[1] not in found and (_changed(slot) or _differs(value, slot[2])):
                     found.add(slot[1])
                 if slot[1] in found:  # by this branch, or by another one that shares the module
@@ -213,39 +187,24 @@ class Snapshot:
                 else:
                     self.fixed.append(slot)
             self.rewound = changed
-        self._complete_attributes()
+        for module, slot, before in () if self.own is None else self.own.complete():
+            if before is None:
+                self.fixed.append(slot)
+                self.late.add(id(slot[2]))
+            else:
+                self.rewound.append((module, slot, before))
         for _, _, tensor, version in self.fixed:
             if version_of(tensor) != version and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
         for module in self.modules[: self.registered]:
-            known = _written.get(module, {}).get(module.training) if module._buffers else None
+            known = known_to_write(module) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
                 late = [slot for slot in self.fixed if slot[0] is module._buffers and _changed(slot)]
                 known.update(slot[1] for slot in late)
                 self.late.update(id(slot[2]) for slot in late)
         # What the forward itself writes there is not rewound, nor is it found fault with.
         if self.others:
-            self.others = [held for held in self.others if _version_behind(held[1]) == held[2]]
-
-    def _complete_attributes(self) -> None:
-        for module, slot, value in self.loose:
-            found = _written.setdefault(module, {}).setdefault(module.training, set())
-            if version_of(slot[2]) == slot[3]:
-                continue
-            found.add(f".{slot[1]}")
-            if value is None:
-                self.fixed.append(slot)
-                self.late.add(id(slot[2]))
-            else:
-                self.rewound.append((module, slot, value))
-        self.loose = []
-        for table, before in self._tables:
-            now = dict(table.items())  # a scripted module's is no dictionary
-            for name in own_names(now):
-                was, value = before.get(name, MISSING), now[name]
-                if (was is None or was is MISSING) and is_state(value):
-                    self.blank.append((table, name, was))
-        self._tables = []
+            self.others = [held for held in self.others if version_behind(held[1]) == held[2]]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -293,7 +252,7 @@ class Snapshot:
                     f"forward and {'does not' if wanted else 'does'} now; change requires_grad after the backward"
                 )
         for name, ref, version in self.others:
-            now = _version_behind(ref)
+            now = version_behind(ref)
             if version >= 0 and now is not None and now != version:
                 return (
                     f"the tensor {name}, which is no parameter or buffer, was changed in place between the forward and "
@@ -334,16 +293,11 @@ class Snapshot:
                 )
         if others:
             hang_flat_weights(self.modules, undo)
-        for table, name, tensor in self.attributes:
-            if table.get(name) is not tensor:
-                undo.append((table, name, table.get(name, MISSING)))
-                table[name] = tensor
+        if self.own is not None:
+            self.own.restore(undo)
         for slots, name, tensor, _ in self.statistics:
             undo.append((slots, name, slots[name]))
             slots[name] = tensor.detach().clone()
-        for table, name, was in self.blank:
-            undo.append((table, name, table.get(name, MISSING)))
-            hang(table, name, was)
         for (_, (slots, name, _, _), _), copy in zip(self.rewound, copies_of(self.rewound), strict=True):
             undo.append((slots, name, slots.get(name, MISSING)))
             slots[name] = copy
@@ -372,19 +326,6 @@ def _tree(module: nn.Module) -> list[nn.Module]:
                     seen.add(child)
                     found.append(child)
     return found
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """The tensor's version, or -1 where it has none: in inference mode, and before a lazy module's first call."""
-    try:
-        return -1 if isinstance(tensor, UninitializedTensorMixin) else tensor._version
-    except RuntimeError:  # an inference tensor: it has none
-        return -1
-
-
-def _version_behind(ref: weakref.ref[torch.Tensor]) -> int | None:
-    tensor = ref()
-    return None if tensor is None else version_of(tensor)
 
 
 def _differs(before: torch.Tensor, now: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from revkernels.autograd.snapshot import version_of
+from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
 
 #: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from revkernels import checks, norm_ops, tracking
+from revkernels import checks_norm, norm_ops, tracking
 from revkernels.arrays import compute_dtype
 from revkernels.autograd.norm_act import _differentiable
 from revkernels.autograd.torch_ops import _library, exact_strides
@@ -102,7 +102,7 @@ def _norm_act_backward(
     dx, dweight, dbias = _gradients_fake(base, dh, x, weight, bias, mean, rstd, constant=constant, **options)
     # A gradient has the strides of what came after, which no kernel need take.
     base, dh = (
-        t if t is None or checks.merges(norm, [x, t]) else torch.empty_like(x, dtype=t.dtype).copy_(t)
+        t if t is None or checks_norm.merges(norm, [x, t]) else torch.empty_like(x, dtype=t.dtype).copy_(t)
         for t in (base, dh)
     )
     mean, rstd = (None if t is None else t.to(dbias.dtype) for t in (mean, rstd))  # wider where f was

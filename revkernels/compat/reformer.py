@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.reversal import is_recomputing
+from revkernels.autograd.recomputing import recomputes
 from revkernels.compat._chains import together
 from revkernels.nn.chain import HalfStep, run
 
@@ -31,7 +31,7 @@ class _Branch(nn.Module):
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
         if self.send_signal:
-            kwargs = {**kwargs, "_reverse": is_recomputing(), "_depth": self.depth}
+            kwargs = {**kwargs, "_reverse": recomputes(), "_depth": self.depth}
         return self.net(x, **kwargs)
 
 

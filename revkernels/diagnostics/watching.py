@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revkernels.autograd import fusion
 from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.reversal import Reversal, is_recomputing
+from revkernels.autograd.recomputing import recomputes
+from revkernels.autograd.reversal import Reversal
 from revkernels.autograd.selective import Selective
 from revkernels.diagnostics.untouched import tensors_in
 
@@ -156,7 +157,7 @@ class Watch(TorchDispatchMode):
 
         def watched_finish(reversal: Any, outputs: Any, *args: Any) -> None:
             finish(reversal, outputs, *args)
-            if is_recomputing():  # a chain inside a branch, of which the forward has told already
+            if recomputes():  # a chain inside a branch, of which the forward has told already
                 return
             chain = Chain(
                 self.stack[-1], weakref.ref(reversal), reversal._count, name=reversal.name, stored=reversal.keep

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, zip_longest
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -119,8 +119,6 @@ def forward(
     kernels = _kernels(owner, streams[0])
     streams = [dense(s) for s in streams]
     rebuilding = torch.is_grad_enabled() and not keep
-    if rebuilding and streams[0].dtype in _HALVES and torch.is_autocast_enabled(streams[0].device.type):
-        _warn_of_half_streams(owner, streams[0].dtype)
     grid, exponents = grid_for(owner, streams, len(half_steps), kernels, rebuilding, name)
     if grid is not None:
         streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
@@ -131,6 +129,8 @@ def forward(
     form = (joined, groups, owner.split_dim) if linked and rebuilding and not alone else None
     earlier = None if form is None else ending_in(x, form, streams, kernels)
     if earlier is None:
+        if rebuilding and streams[0].dtype in _HALVES and torch.is_autocast_enabled(streams[0].device.type):
+            _warn_of_half_streams(owner, half_steps[0], streams[0].dtype)
         reversal = Reversal(streams, kernels, keep, side_inputs, name if form is None else Names(name), grid, keeping)
     else:
         reversal = earlier
@@ -165,15 +165,17 @@ _HALVES = (torch.bfloat16, torch.float16)
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _warn_of_half_streams(owner: Any, dtype: torch.dtype) -> None:
+def _warn_of_half_streams(owner: Any, first: HalfStep, dtype: torch.dtype) -> None:
     """What comes out of a convolution under autocast is narrow, and a chain's streams with it: once a chain."""
-    if owner.coupling != "float" or not isinstance(owner, torch.nn.Module) or owner in _warned:
+    whole = isinstance(owner, nn.Module)
+    whose = owner if whole else first.branch  # options are new with every call
+    if owner.coupling != "float" or not isinstance(whose, nn.Module | FunctionType) or whose in _warned:
         return
-    _warned.add(owner)
+    _warned.add(whose)
     warnings.warn(
         f"a chain that rebuilds its activations is given {dtype} streams under autocast, and rebuilds them to within "
         f"the rounding of {dtype}: its gradients drift with depth. Hand it x.float() (its branches run in {dtype} all "
-        f"the same), or set coupling='exact'",
+        f"the same){', or set coupling=' + repr('exact') if whole else ''}",
         UserWarning,
         stacklevel=6,
     )

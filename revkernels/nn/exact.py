@@ -12,8 +12,8 @@ from torch import nn
 
 from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid, check_streams
-from revkernels.autograd.recomputing import is_recomputing
-from revkernels.autograd.snapshot import will_write
+from revkernels.autograd.recomputing import recomputes
+from revkernels.autograd.rewinding import will_write
 from revkernels.errors import ReconstructionError
 from revkernels.exact import EXPONENTS, Exact, exponent_for
 from revkernels.nn.streams import check_coupling
@@ -169,7 +169,7 @@ class Exponents:
 
     def _adapts(self) -> bool:
         """In training. Not where a checkpoint around the chain runs it again, which has to do as it did."""
-        again = torch._C._current_graph_task_id() != -1 and not is_recomputing()
+        again = torch._C._current_graph_task_id() != -1 and not recomputes()
         return self.owner.training and torch.is_grad_enabled() and not again
 
     def _read(self) -> Choice:

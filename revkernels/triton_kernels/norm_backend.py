@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from revkernels import checks
+from revkernels import checks, checks_norm
 from revkernels.norm import SUMS_GIVEN, Norm
 from revkernels.triton_kernels.launch import check_place
 from revkernels.triton_kernels.norm_launch import Empty, Prepared, prepare
@@ -118,7 +118,9 @@ def _check(
     name = "x" if "x" in arrays else "y"
     x = arrays.pop(name)
     check_place(name, x)
-    checks.check_norm(norm, name, x, statistics=(mean, rstd), given=given, sums=sums, writes=tuple(written), **arrays)
+    checks_norm.check_norm(
+        norm, name, x, statistics=(mean, rstd), given=given, sums=sums, writes=tuple(written), **arrays
+    )
     if sums and mode != SUMS_GIVEN:
         own = {other: a for other, a in (("mean", mean), ("rstd", rstd)) if a is not None}
         own |= {other: a for other, a in (("weight", norm.weight), ("bias", norm.bias)) if a is not None}

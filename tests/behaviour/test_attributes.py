@@ -5,6 +5,7 @@ import collections
 import copy
 import gc
 import threading
+import warnings
 
 import pytest
 from torch import nn
@@ -280,6 +281,53 @@ def test_what_is_kept_for_the_second_run(container, backend):
             loss_of(network(torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8))).backward()
             results.append([p.grad.clone() for p in network.parameters()])
         assert_all_close(*results)
+
+
+class Replaces(nn.Module):
+    """Draws a mask in its first run, for both."""
+
+    def __init__(self, comes_back):
+        super().__init__()
+        self.linear, self.kept = nn.Linear(4, 4).to(WIDE), torch.ones(5, 1, dtype=WIDE)
+        self.revkernels_comes_back = comes_back
+
+    def forward(self, h):
+        if not is_recomputing():
+            self.kept = (torch.rand(len(h), 1) > 0.5).to(h)
+        return self.linear(h) * self.kept
+
+
+def test_an_attribute_that_is_replaced_for_the_second_run(backend):
+    """It may be a recurrent state as well, which comes back as the forward found it: a warning tells, once a module."""
+    x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8)
+    net, twin = twins([(Replaces(True), Replaces(True)) for _ in range(2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(2):
+            results = []
+            for network in (net, twin):
+                torch.manual_seed(seed)
+                network.zero_grad()
+                loss_of(network(x)).backward()
+                results.append([p.grad.clone() for p in network.parameters()])
+            assert_all_close(*results)
+    net = ReversibleSequential(ReversibleBlock(Replaces(False), Replaces(True)))
+    with pytest.warns(UserWarning, match="Replaces has got another kept.*revkernels_comes_back = True") as told:
+        for _ in range(2):
+            net(x).sum().backward()
+    assert len(told) == 1
+
+
+def test_who_asks_and_replaces_nothing_is_told_nothing():
+    """Nor is a recurrent state that does not ask, nor what a hook collects in the second run."""
+    branches, seen = [Recurrent().to(WIDE), nn.Linear(4, 4).to(WIDE)], []
+    branches[1].register_forward_hook(lambda module, *_: seen.append(is_recomputing()))
+    net = ReversibleSequential(ReversibleBlock(*branches))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            net(torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8)).sum().backward()
+    assert seen == [False, True] * 2
 
 
 def test_what_is_collected_in_the_recompute_stays():

@@ -9,10 +9,12 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import assert_raises, rows, torch
+from revkernels.compat import revtorch
 from revkernels.diagnostics import memory_report
 from revkernels.models import revnet38
 from revkernels.models.revvit import RevViT
-from revkernels.nn import AttentionBranch, MLPBranch, ReversibleBlock, ReversibleSequential
+from revkernels.nn import AttentionBranch, MLPBranch, ReversibleBlock, ReversibleSequential, linked
+from revkernels.nn import chain as chains
 
 
 def block(**options):
@@ -151,3 +153,26 @@ def test_wide_streams_in_half_precision_are_warned_of():
                 other(x.bfloat16())
             other.activations = "store"
             other(x.bfloat16())
+
+
+def test_whoever_owns_the_chain():
+    """Half-steps of one's own, modules called one by one, other libraries' classes."""
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    steps = [chains.HalfStep(layer, k % 2, (1 - k % 2,)) for k, layer in enumerate(layers)]
+
+    def linked_calls(x):
+        for step in steps:
+            x = linked.run([step], x, 2, str)
+        return x
+
+    revtorchs = revtorch.ReversibleSequence(nn.ModuleList([revtorch.ReversibleBlock(*layers[:2])]))
+    for network in (lambda x: chains.run(steps, x), linked_calls, revtorchs):
+        x = torch.randn(5, 8).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            network(x.bfloat16())
+            network(x.bfloat16())
+            network(x)
+        texts = [str(warning.message) for warning in told]
+        assert len(texts) == 1 and "x.float()" in texts[0] and "coupling" not in texts[0], texts
+        chains._warned.clear()

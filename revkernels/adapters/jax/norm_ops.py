@@ -23,7 +23,7 @@ from revkernels.adapters.jax import calls_norm, manual_axes, plain, plain_norm
 from revkernels.adapters.jax.checks import arrays_of, check_backend, check_float, check_same_shape
 from revkernels.adapters.jax.plain_norm import Options
 from revkernels.arrays import FLOATS
-from revkernels.checks import check_norm_options
+from revkernels.checks_norm import check_norm_options
 from revkernels.norm import Norm, Statistics
 
 __all__ = ["couple_norm_act", "norm_act", "norm_act_backward_", "uncouple_norm_act_"]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that a branch has on itself and has not registered, such as a mask or the state of a recurrent cell.
+
+Where its forward hangs others there, or writes to them, those of before the forward are back while it is run again.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from revkernels.autograd.behind import own_names
+from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.recomputing import times_asked
+from revkernels.autograd.rewinding import MISSING, Slot, Undo, hang, is_state, known_to_write, written_by
+from revkernels.autograd.versions import version_of
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class OwnState:
+    """Of one branch at one half-step, as the `Snapshot` that it is a part of.
+
+    A branch whose ``revkernels_comes_back`` is True comes back, when it is run again, to what it has left on itself:
+    its attributes are not put back.
+    """
+
+    __slots__ = ("asked", "blank", "branch", "comes_back", "hung", "loose", "tables")
+
+    def __init__(self, branch: Any) -> None:
+        self.branch = branch
+        self.comes_back = getattr(branch, "revkernels_comes_back", False) is True
+        #: Attributes that need no gradient, tensors or tuples or lists of such: where each hangs.
+        self.hung: list[tuple[dict[str, Any], str, Any]] = []
+        #: The tensors among them, while the forward runs: with copies of those that it may write in place.
+        self.loose: list[tuple[nn.Module, Slot, torch.Tensor | None]] = []
+        #: What was None, or not there, and is a tensor since: where it hangs, its name, and what it was.
+        self.blank: list[tuple[dict[str, Any], str, Any]] = []
+        #: What hangs where before the forward.
+        self.tables: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self.asked = times_asked()
+
+    def take(self, module: nn.Module, registered: bool) -> list[tuple[str, torch.Tensor]]:
+        """Before the forward: note what the module has. ``registered``: it may run. Returns the tensors, by name."""
+        table, held = module.__dict__, []
+        names = own_names(table)
+        if registered:
+            self.tables.append((module, module._buffers, dict(module._buffers)))
+            if not self.comes_back:
+                self.tables.append((module, table, {name: table.get(name) for name in names}))
+        written = known_to_write(module)
+        for name in names:
+            value: Any = table.get(name)
+            if type(value) in PLAIN:
+                held.append((name, value))
+                if not value.requires_grad and not self.comes_back:
+                    self.hung.append((table, name, value))
+                    slot = (table, name, value, version_of(value))
+                    copied = written is None or f".{name}" in written
+                    self.loose.append((module, slot, value.detach().clone() if copied else None))
+            elif not self.comes_back and is_state(value):
+                self.hung.append((table, name, value))
+        return held
+
+    def complete(self) -> list[tuple[nn.Module, Slot, torch.Tensor | None]]:
+        """After the forward: return what it has written in place, with the copy of before where there is one."""
+        changed = []
+        for module, slot, value in self.loose:
+            found = written_by(module)
+            if version_of(slot[2]) != slot[3]:
+                found.add(f".{slot[1]}")
+                changed.append((module, slot, value))
+        asked = times_asked() != self.asked
+        for module, table, before in self.tables:
+            now = dict(table.items())  # a scripted module's is no dictionary
+            for name in own_names(now):
+                was, value = before.get(name, MISSING), now[name]
+                if was is value or not is_state(value):
+                    continue
+                if was is None or was is MISSING:
+                    self.blank.append((table, name, was))
+                if asked and (was is None or was is MISSING or is_state(was)):
+                    self._tell(module, name)
+        self.loose, self.tables = [], []
+        return changed
+
+    def restore(self, undo: Undo) -> None:
+        """Before the recompute: what hung there then hangs there again."""
+        for table, name, value in self.hung:
+            if table.get(name) is not value:
+                undo.append((table, name, table.get(name, MISSING)))
+                table[name] = value
+        for table, name, was in self.blank:
+            undo.append((table, name, table.get(name, MISSING)))
+            hang(table, name, was)
+
+    def _tell(self, module: nn.Module, name: str) -> None:
+        """It may want the forward's own value in the second run, or the one that the forward found: once a module."""
+        if module in _told:
+            return
+        _told.add(module)
+        warnings.warn(
+            f"{type(module).__name__} has got another {name} from a forward that asks is_recomputing(): the second run "
+            f"finds there what the forward found, as a recurrent cell has to. What the forward keeps for the second "
+            f"run belongs in a list or dictionary that stays; or set revkernels_comes_back = True on the branch "
+            f"({type(self.branch).__name__}), and its attributes are not put back",
+            UserWarning,
+            stacklevel=2,
+        )
