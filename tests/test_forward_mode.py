@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward-mode derivatives: kernels and chains have none, and say so where they would lose a tangent."""
+"""Forward-mode derivatives: kernels have none and say so; chains that rebuild nothing have plain torch's."""
 
 import pytest
 
@@ -10,6 +10,7 @@ from torch.autograd import forward_ad  # noqa: E402
 
 import revkernels as rk  # noqa: E402
 from revkernels import ops  # noqa: E402
+from revkernels.errors import ReconstructionError  # noqa: E402
 from revkernels.nn import NormAct, ReversibleBlock, ReversibleSequential  # noqa: E402
 
 
@@ -75,21 +76,80 @@ def test_transforms_of_torch_func_are_refused(name, backend, transform, availabl
             getattr(torch.func, transform)(run)(torch.ones(2, 6) if transform == "vmap" else ones())
 
 
-MODULES = {
-    "reconstruct": lambda: ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3))),
-    "store": lambda: ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3)), activations="store"),
-}
+def branch():
+    return nn.Sequential(nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 3))
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("grad", [True, False], ids=["grad mode", "no_grad"])
-def test_modules(name, grad):
-    """Torch's own error where autograd records the call, ours elsewhere."""
-    module = MODULES[name]()
-    with torch.set_grad_enabled(grad), forward_ad.dual_level():
-        x = forward_ad.make_dual(torch.randn(2, 6), torch.ones(2, 6))
-        with pytest.raises(NotImplementedError, match="forward"):
-            module(x)
+def chain(**options):
+    torch.manual_seed(0)
+    return ReversibleSequential([ReversibleBlock(branch(), branch()) for _ in range(2)], **options).double()
+
+
+class InPlainTorch(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x):
+        x1, x2 = x.chunk(2, 1)
+        for block in self.blocks:
+            x1 = x1 + block.F(x2)
+            x2 = x2 + block.G(x1)
+        return torch.cat([x1, x2], 1)
+
+
+def tangents(net, where):
+    """Values and tangents of the output and, in grad mode, of the gradient: forward over reverse."""
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 6).requires_grad_(torch.is_grad_enabled())
+    with forward_ad.dual_level():
+        if where == "input":
+            y = net(forward_ad.make_dual(x, x.detach().cos()))
+        else:
+            duals = {name: forward_ad.make_dual(p, p.detach().cos()) for name, p in net.named_parameters()}
+            y = torch.func.functional_call(net, duals, x)
+        found = [forward_ad.unpack_dual(y)]
+        if torch.is_grad_enabled():
+            found.append(forward_ad.unpack_dual(torch.autograd.grad(y.square().sum(), x)[0]))
+        return [part.detach() for pair in found for part in pair]
+
+
+@pytest.mark.parametrize("where", ["input", "parameters"])
+@pytest.mark.parametrize("options", [{}, {"backend": "eager"}], ids=["default", "eager"])
+@pytest.mark.parametrize("grad", [True, False], ids=["stored", "no_grad"])
+def test_a_chain_has_plain_torchs_tangents(where, options, grad):
+    net = chain(activations="store" if grad else "reconstruct", **options)
+    with torch.set_grad_enabled(grad):
+        got, expected = tangents(net, where), tangents(InPlainTorch(net), where)
+    assert len(got) == (4 if grad else 2)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("where", ["input", "parameters"])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({}, ReconstructionError, "set activations='store'"),
+        ({"backend": "eager"}, ReconstructionError, "set activations='store'"),
+        ({"activations": "store", "coupling": "exact"}, ReconstructionError, "set coupling='float'"),
+        ({"activations": "store", "backend": "cpu"}, NotImplementedError, "backend 'cpu' has no forward-mode"),
+    ],
+)
+def test_a_chain_that_has_none_says_so(where, options, error, words, available):
+    net = chain(**options)
+    available(options.get("backend", "eager"))
+    with pytest.raises(error, match=words):
+        tangents(net, where)
+
+
+def test_a_chain_without_tangents_under_dual_level():
+    net, x = chain(), torch.randn(2, 6, dtype=torch.float64)
+    with forward_ad.dual_level():
+        net(x).sum().backward()
+    again = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    net(x).sum().backward()
+    torch.testing.assert_close(again, [parameter.grad for parameter in net.parameters()])
 
 
 def test_a_norm_alone_is_torchs():

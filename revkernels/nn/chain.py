@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from revkernels import backends, eager
 from revkernels.autograd.behind import behind, beside
 from revkernels.autograd.fusion import is_recorded
 from revkernels.autograd.grid import check_streams, to_grid
@@ -30,6 +29,7 @@ from revkernels.autograd.surroundings import tensors_in
 from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
+from revkernels.nn.kernels_of import kernels_of, rebuilds
 from revkernels.nn.streams import check_options, dense, is_store, streams_of
 from revkernels.options import ActivationsOption, CouplingOption
 from revkernels.tracking import met_compiler
@@ -116,7 +116,7 @@ def forward(
     keep = is_store(owner.activations)
     if not half_steps:
         return x
-    kernels = _kernels(owner, streams[0])
+    kernels = kernels_of(owner, streams, half_steps)
     streams = [dense(s) for s in streams]
     rebuilding = torch.is_grad_enabled() and not keep
     grid, exponents = grid_for(owner, streams, len(half_steps), kernels, rebuilding, name)
@@ -194,11 +194,6 @@ def _say_where(error: BaseException, reversal: Reversal, owner: Any) -> None:
         )
 
 
-def rebuilds(owner: Any) -> bool:
-    """Whether a call now would rebuild activations in its backward."""
-    return torch.is_grad_enabled() and not is_store(owner.activations)
-
-
 def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], name: Name) -> Any:
     """`forward` with stored activations, as torch.compile traces it: the couplings are operators of its graph."""
     from revkernels.autograd.torch_ops import couple
@@ -246,7 +241,7 @@ def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], nam
     streams, joined = streams_of(y, owner.split_dim, groups, "y")
     if not half_steps:
         return y
-    kernels, k = _kernels(owner, streams[0]), known_exponent(owner)
+    kernels, k = kernels_of(owner, streams), known_exponent(owner)
     streams = [dense(s) for s in streams]
     if k is not None:
         streams = _on_grid(owner, streams, k, kernels)
@@ -261,28 +256,9 @@ def input_on_grid(owner: Any, x: Any, groups: int) -> Any:
     if exact is None:
         return x
     check_streams(streams)
-    k, kernels = Exponents(owner, exact).begin(streams, adapting=False), _kernels(owner, streams[0])
+    k, kernels = Exponents(owner, exact).begin(streams, adapting=False), kernels_of(owner, streams)
     streams = _on_grid(owner, [dense(s) for s in streams], k, kernels)
     return torch.cat(streams, owner.split_dim) if joined else tuple(streams)
-
-
-def _kernels(owner: Any, x: torch.Tensor) -> Any:
-    # Tensor subclasses, and tensors inside torch.func, have no memory that a kernel could be given.
-    # The transform may be of the parameters alone, x plain.
-    if torch._C._are_functorch_transforms_active():
-        if owner.coupling != "float":
-            raise ReconstructionError(
-                "torch.func transforms cannot look through an exact coupling: set coupling='float'"
-            )
-        if not is_store(owner.activations):
-            raise ReconstructionError(
-                "torch.func transforms cannot run a reversible backward: set activations='store' for them "
-                "(torch.func.functional_call alone needs nothing)"
-            )
-        return eager
-    if owner.backend is None and type(x) not in PLAIN:
-        return eager
-    return backends.select(x, owner.backend)
 
 
 def _on_grid(owner: Any, streams: Sequence[torch.Tensor], k: int, kernels: Any) -> list[torch.Tensor]:

@@ -14,9 +14,10 @@ from torch.nn.modules import module as _torch_module
 from revkernels.autograd.half_step import HalfStep, grouped
 from revkernels.autograd.reversal import Reversal
 from revkernels.nn.arguments import route
-from revkernels.nn.chain import advance, forward, input_on_grid, inverse, rebuilds
+from revkernels.nn.chain import advance, forward, input_on_grid, inverse
 from revkernels.nn.exact import KeepsGrid
 from revkernels.nn.fusion import Explanation, explain
+from revkernels.nn.kernels_of import rebuilds
 from revkernels.nn.plan import Plan, plan_of
 from revkernels.nn.streams import check_options
 from revkernels.options import ActivationsOption, CouplingOption
