@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that a branch has on itself and has not registered, such as a mask or the state of a recurrent cell.
 
-Where its forward hangs others there, or writes to them, those of before the forward are back while it is run again.
+Where its forward hangs others there, or writes to them, those of before the forward are back while it is run again. In
+a list or dictionary that stays, this is so of a branch that does not ask `is_recomputing`: who asks keeps something
+there for the second run.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import nn
 from revkernels.autograd.behind import own_names
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
-from revkernels.autograd.rewinding import MISSING, Slot, Undo, hang, is_state, known_to_write, written_by
+from revkernels.autograd.rewinding import FEW, MISSING, Slot, Undo, hang, is_state, item_of, known_to_write, written_by
 from revkernels.autograd.versions import version_of
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -29,7 +31,7 @@ class OwnState:
     its attributes are not put back.
     """
 
-    __slots__ = ("asked", "blank", "branch", "comes_back", "hung", "loose", "tables")
+    __slots__ = ("asked", "blank", "branch", "comes_back", "containers", "hung", "loose", "replaced", "tables")
 
     def __init__(self, branch: Any) -> None:
         self.branch = branch
@@ -40,6 +42,10 @@ class OwnState:
         self.loose: list[tuple[nn.Module, Slot, torch.Tensor | None]] = []
         #: What was None, or not there, and is a tensor since: where it hangs, its name, and what it was.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
+        #: Items of lists and dictionaries that the forward has replaced: where each was, and what.
+        self.replaced: list[tuple[Any, Any, Any]] = []
+        #: Those lists and dictionaries, while it runs, and what is in them before.
+        self.containers: list[tuple[Any, Any]] = []
         #: What hangs where before the forward.
         self.tables: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self.asked = times_asked()
@@ -62,9 +68,21 @@ class OwnState:
                     slot = (table, name, value, version_of(value))
                     copied = written is None or f".{name}" in written
                     self.loose.append((module, slot, value.detach().clone() if copied else None))
-            elif not self.comes_back and is_state(value):
-                self.hung.append((table, name, value))
+            elif not self.comes_back:
+                if is_state(value):
+                    self.hung.append((table, name, value))
+                if registered and type(value) in (list, dict):
+                    self._note(value)
         return held
+
+    def _note(self, container: Any, depth: int = 3) -> None:
+        if len(container) > FEW or not depth:
+            return
+        before = container.copy()
+        self.containers.append((container, before))
+        for value in before.values() if type(before) is dict else before:
+            if type(value) in (list, dict):
+                self._note(value, depth - 1)
 
     def complete(self) -> list[tuple[nn.Module, Slot, torch.Tensor | None]]:
         """After the forward: return what it has written in place, with the copy of before where there is one."""
@@ -85,7 +103,13 @@ class OwnState:
                     self.blank.append((table, name, was))
                 if asked and (was is None or was is MISSING or is_state(was)):
                     self._tell(module, name)
-        self.loose, self.tables = [], []
+        for container, before in () if asked else self.containers:
+            # What has been added since may be another thread's.
+            for key, was in before.items() if type(before) is dict else enumerate(before):
+                value = item_of(container, key)
+                if value is not was and is_state(value) and (was is None or is_state(was)):
+                    self.replaced.append((container, key, was))
+        self.loose, self.tables, self.containers = [], [], []
         return changed
 
     def restore(self, undo: Undo) -> None:
@@ -94,9 +118,9 @@ class OwnState:
             if table.get(name) is not value:
                 undo.append((table, name, table.get(name, MISSING)))
                 table[name] = value
-        for table, name, was in self.blank:
-            undo.append((table, name, table.get(name, MISSING)))
-            hang(table, name, was)
+        for place, name, was in [*self.blank, *self.replaced]:
+            undo.append((place, name, item_of(place, name)))
+            hang(place, name, was)
 
     def _tell(self, module: nn.Module, name: str) -> None:
         """It may want the forward's own value in the second run, or the one that the forward found: once a module."""

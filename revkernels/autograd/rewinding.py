@@ -13,8 +13,8 @@ from torch import nn
 from revkernels.autograd.ownership import PLAIN, has_memory
 
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
-Undo = list[tuple[dict[str, Any], str, Any]]
-_FEW = 64  # items of a state: what has more is data
+Undo = list[tuple[Any, Any, Any]]
+FEW = 64  # items of a state: what has more is data
 MISSING = object()  # in a tensor's place: nothing hung there
 
 #: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,
@@ -38,9 +38,19 @@ def written_by(module: nn.Module) -> set[str]:
     return _written.setdefault(module, {}).setdefault(module.training, set())
 
 
-def hang(slots: dict[str, Any], name: str, tensor: Any) -> None:
-    """Put it there, or leave nothing there."""
-    if tensor is MISSING:
+def item_of(slots: Any, name: Any) -> Any:
+    """What hangs there, in a dictionary, or a list by its index."""
+    if type(slots) is list:
+        return slots[name] if name < len(slots) else MISSING
+    return slots.get(name, MISSING)
+
+
+def hang(slots: Any, name: Any, tensor: Any) -> None:
+    """Put it there, or leave nothing there. A list keeps its length."""
+    if type(slots) is list:
+        if name < len(slots) and tensor is not MISSING:
+            slots[name] = tensor
+    elif tensor is MISSING:
         slots.pop(name, None)
     else:
         slots[name] = tensor
@@ -51,7 +61,7 @@ def is_state(value: Any, depth: int = 3) -> bool:
     tuple, list or dictionary of a few, such as the (h, c) of an LSTM."""
     if type(value) in PLAIN:
         return not value.requires_grad
-    if type(value) not in (tuple, list, dict) or not depth or len(value) > _FEW:
+    if type(value) not in (tuple, list, dict) or not depth or len(value) > FEW:
         return False
     items = list(value.values() if type(value) is dict else value)
     return all(item is None or is_state(item, depth - 1) for item in items)

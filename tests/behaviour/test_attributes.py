@@ -283,6 +283,42 @@ def test_what_is_kept_for_the_second_run(container, backend):
         assert_all_close(*results)
 
 
+class InContainer(nn.Module):
+    """A recurrent state in a list or dictionary that stays, beside what is no tensor."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.kind = nn.Linear(4, 4), kind
+        self.held = {"list": [None, 3], "dictionary": {0: None, "steps": 3}, "nested": {"of": [None]}}[kind]
+
+    def forward(self, h):
+        held = self.held["of"] if self.kind == "nested" else self.held
+        out = (self.linear(h) + (0 if held[0] is None else held[0])).tanh()
+        held[0] = out.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["a backward each", "one backward"])
+@pytest.mark.parametrize("kind", ["list", "dictionary", "nested"])
+def test_a_recurrent_state_in_a_container_that_stays(kind, each, backend):
+    nets, found = twins([(InContainer(kind).to(WIDE), InContainer(kind).to(WIDE)) for _ in range(2)]), []
+    given = [rows(5, 8).detach() for _ in range(3)]
+    for net in nets:
+        inputs, total = [x.clone().requires_grad_() for x in given], 0
+        for x in inputs:
+            y = loss_of(net(x))
+            if each:
+                y.backward()
+            else:
+                total = total + y
+        if not each:
+            total.backward()
+        branches = [branch for block in net.children() for branch in (block.F, block.G)]
+        states = [b.held["of"][0] if kind == "nested" else b.held[0] for b in branches]
+        found.append([*(p.grad for p in net.parameters()), *(x.grad for x in inputs), *states])
+    assert_all_close(*found)
+
+
 class Replaces(nn.Module):
     """Draws a mask in its first run, for both."""
 
