@@ -44,7 +44,8 @@ _EXTRAS = {"torch": "torch", "triton": "torch", "sklearn": "demo", "matplotlib":
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0 is well, 1 a check that failed, 2 a call that cannot be served, 130 one ended by Ctrl-C.
+    Returns the exit status: 0 is well, 1 a check that failed, 2 a call that cannot be served, 130 one ended by Ctrl-C,
+    141 one whose reader has gone (``revkernels info | head``).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
@@ -52,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     chosen = words[0] if words[0] in COMMANDS else None
     try:
-        args = _parser(chosen).parse_args(words)
-        return args.run(args)
+        return _serve(chosen, words)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
@@ -65,11 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _refuse(chosen, "interrupted")
         return 130  # 128 + SIGINT, as a shell has it
+    except BrokenPipeError:
+        _forget_output()
+        return 141  # 128 + SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _forget_output()
         return _refuse(chosen, f"what it has to say cannot be written: {error.strerror}")
+
+
+def _serve(chosen: str | None, words: Sequence[str]) -> int:
+    try:
+        args = _parser(chosen).parse_args(words)
+        return args.run(args)
+    finally:
+        if sys.stdout is not None:  # None where it is closed
+            sys.stdout.flush()  # at Python's end it would be too late to say in one line that it fails
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ With rich installed tables have borders and progress is a bar; without it both a
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import stat
@@ -90,9 +91,12 @@ def show(table: Table) -> None:
         grid.add_column(heading, justify="right" if numeric else "left")
     for row in table.cells():
         grid.add_row(*row)
-    console.print(grid)
-    for note in table.notes:
-        console.print(note)
+    try:
+        console.print(grid)
+        for note in table.notes:
+            console.print(note)
+    except SystemExit:  # rich's way out where the reader has gone, with the status of a check that failed
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
 
 
 def plain(table: Table) -> str:

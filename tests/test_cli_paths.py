@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the command line writes: pipes, full disks, files and folders. What was worked for is not lost on the way."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from revkernels.cli import check, main
+
+ROOT = Path(__file__).resolve().parent.parent
+SIGPIPE_STATUS = 141  # 128 + SIGPIPE
+
+
+def buffered(*words, **options):
+    """A process whose output Python holds back, as it does for whoever has not set PYTHONUNBUFFERED."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, *words]
+    options = {"cwd": ROOT, "env": environment, "text": True, "timeout": 120, "stderr": subprocess.PIPE} | options
+    return subprocess.run(command, **options)
+
+
+WITHOUT_RICH = "import sys; sys.modules['rich'] = None; from revkernels.cli import main; sys.exit(main())"
+CALLS = {
+    "an option": ["-m", "revkernels", "--library"],
+    "a table by rich": ["-m", "revkernels", "info"],
+    "a table without rich": ["-c", WITHOUT_RICH, "info"],
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("call", CALLS)
+def test_a_full_disk_is_told_where_output_is_buffered(call):
+    with open("/dev/full", "w") as full:
+        done = buffered(*CALLS[call], stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.endswith("what it has to say cannot be written: No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_reader_who_has_gone_ends_it_without_a_word(call):
+    """As `head` goes, and as the shell's own tools end then."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = buffered(*CALLS[call], stdout=writing)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (SIGPIPE_STATUS, "")
+
+
+def test_a_disk_that_cannot_be_read_is_no_failed_write(monkeypatch):
+    def unreadable(args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(check, "run", unreadable)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        main(["check"])
