@@ -2,6 +2,7 @@
 """Where the command line writes: pipes, full disks, files and folders. What was worked for is not lost on the way."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from revkernels.cli import check, main
+from revkernels.cli import check, main, output
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGPIPE_STATUS = 141  # 128 + SIGPIPE
@@ -60,3 +61,26 @@ def test_a_disk_that_cannot_be_read_is_no_failed_write(monkeypatch):
     monkeypatch.setattr(check, "run", unreadable)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         main(["check"])
+
+
+def test_json_on_standard_output_is_all_that_is_there(tmp_path):
+    """For `revkernels info --json - | jq`; the tables go where progress goes."""
+    done = buffered("-m", "revkernels", "info", "--json", "-", stdout=subprocess.PIPE, cwd=tmp_path)
+    assert done.returncode == 0
+    content = json.loads(done.stdout)
+    assert [table["title"] for table in content["tables"]] == ["revkernels", "backends"]
+    assert "why it is missing" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_beside_json_a_remark_is_no_part_of_it(capsys):
+    output.remark("picture: a.png", output.STDOUT)
+    output.remark("picture: b.png", Path("b.json"))
+    assert capsys.readouterr() == ("picture: b.png\n", "picture: a.png\n")
+
+
+def test_a_file_of_that_name_is_still_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "--json", "./-"]) == 0
+    assert json.loads((tmp_path / "-").read_text())["command"] == "info"
+    assert "why it is missing" in capsys.readouterr().out

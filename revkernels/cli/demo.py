@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from revkernels.cli import digits, plots, training
 from revkernels.cli.bench_tables import positive, seed
-from revkernels.cli.output import Table, add_json_option, file_to_write, progress, report
+from revkernels.cli.output import Table, add_json_option, file_to_write, progress, remark, report
 from revkernels.measure import angle, branch_calls, multiply_adds, peak_bytes
 from revkernels.models import BasicBranch, RevNet, revnet38
 from revkernels.nn import ReversibleBlock, ReversibleSequential
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             depths.append(_chain_costs(depth, args.seed, draws))
     plots.demo(picture, curves, depths)
     report("demo", [_summary(curves, costs, timed_steps), _by_depth(depths, draws)], args.json)
-    print(f"picture: {picture}")
+    remark(f"picture: {picture}", args.json)
     return 0
 
 

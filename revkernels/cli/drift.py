@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from revkernels import models
 from revkernels.cli.bench_tables import device_problem, positive, seed
-from revkernels.cli.output import Table, add_json_option, file_to_write, progress, report
+from revkernels.cli.output import Table, add_json_option, file_to_write, progress, remark, report
 from revkernels.diagnostics import PRECISIONS, DriftMonitor, drift
 from revkernels.diagnostics.plots import plot_training
 from revkernels.models import BasicBranch
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         table, draw = (_training if args.digits else _by_depth)(args, stack)
     report("drift", [table], args.json, args.device)
     draw(args.out)
-    print(f"picture: {args.out}")
+    remark(f"picture: {args.out}", args.json)
     return 0
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from revkernels.cli import demo, digits, plots, training
 from revkernels.cli.bench_tables import picture, positive
-from revkernels.cli.output import Table, add_json_option, progress, report
+from revkernels.cli.output import Table, add_json_option, progress, remark, report
 from revkernels.diagnostics import Drift, drift
 from revkernels.exact import Exact
 from revkernels.measure import angle
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     table.title += f": {args.blocks} basic blocks, half width {HALF_WIDTH}, batch {BATCH}, {SIZE} x {SIZE}"
     plots.exact(args.out, [row for row in found.rows if row.problem is None], trained)
     report("exact", [table, _summary(trained, args.epochs), _by_seed(trained)], args.json)
-    print(f"picture: {args.out}")
+    remark(f"picture: {args.out}", args.json)
     return 0
 
 

@@ -17,11 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from revkernels.cli.stamp import environment
 
-__all__ = ["Table", "add_json_option", "check_folder", "display", "file_to_write", "progress", "report"]
+__all__ = ["Table", "add_json_option", "check_folder", "display", "file_to_write", "progress", "remark", "report"]
+
+#: What ``--json -`` gives, and ``./-`` does not. The JSON takes the tables' place on standard output, and they go to
+#: standard error.
+STDOUT = Path("-")
 
 #: Width for a pipe or a file, where rich would otherwise wrap at 80.
 _UNBOUNDED = 200
@@ -54,7 +58,8 @@ class Table:
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json FILE``, refused at once if its folder does not exist rather than after the work."""
-    parser.add_argument("--json", metavar="FILE", type=file_to_write, help="also write what the tables show to FILE")
+    about = "also write what the tables show to FILE; - is standard output, and the tables go to standard error"
+    parser.add_argument("--json", metavar="FILE", type=_json_file, help=about)
 
 
 def report(command: str, tables: Sequence[Table], json_file: Path | None = None, device: str = "cpu") -> None:
@@ -64,7 +69,7 @@ def report(command: str, tables: Sequence[Table], json_file: Path | None = None,
     """
     try:
         for table in tables:
-            show(table)
+            show(table, _stream(json_file))
     finally:  # what was worked for is not lost to a terminal that is gone
         if json_file is not None:
             content = {
@@ -72,20 +77,34 @@ def report(command: str, tables: Sequence[Table], json_file: Path | None = None,
                 "environment": environment(device),
                 "tables": [vars(table) for table in tables],
             }
-            json_file.write_text(json.dumps(content, indent=2) + "\n")
+            text = json.dumps(content, indent=2) + "\n"
+            if json_file is STDOUT:
+                print(text, end="")
+            else:
+                json_file.write_text(text)
 
 
-def show(table: Table) -> None:
-    """Print one table, by rich if it is installed."""
+def remark(line: str, json_file: Path | None = None) -> None:
+    """Print a line where `report` prints the tables."""
+    print(line, file=_stream(json_file))
+
+
+def _stream(json_file: Path | None) -> TextIO:
+    return sys.stderr if json_file is STDOUT else sys.stdout
+
+
+def show(table: Table, stream: TextIO | None = None) -> None:
+    """Print one table, by rich if it is installed, to standard output if no stream is given."""
+    stream = sys.stdout if stream is None else stream
     try:
         from rich.console import Console
         from rich.table import Table as RichTable
     except ImportError:
-        print(plain(table))
+        print(plain(table), file=stream)
         return
     # markup=False: "pip install revkernels[torch]" is text here, not a style.
-    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it is closed
-    console = Console(markup=False, highlight=False, width=None if on_terminal else _UNBOUNDED)
+    on_terminal = stream is not None and stream.isatty()  # None where it is closed
+    console = Console(file=stream, markup=False, highlight=False, width=None if on_terminal else _UNBOUNDED)
     grid = RichTable(title=table.title, title_justify="left")
     for heading, numeric in zip(table.columns.values(), table.numeric(), strict=True):
         grid.add_column(heading, justify="right" if numeric else "left")
@@ -167,6 +186,10 @@ def _plain_progress(title: str, total: int) -> Callable[[str], None]:
         print(f"{title} {begun}/{total}: {step}", file=sys.stderr, flush=True)
 
     return begin
+
+
+def _json_file(name: str) -> Path:
+    return STDOUT if name == str(STDOUT) else file_to_write(name)
 
 
 def file_to_write(name: str) -> Path:
