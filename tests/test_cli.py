@@ -250,5 +250,6 @@ def test_a_full_disk_ends_with_one_line(words):
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["demo", "--quick", "--out", str(tmp_path / "file" / "folder")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--quick", "--out", str(tmp_path / "file" / "folder")])
     assert "--out" in capsys.readouterr().err

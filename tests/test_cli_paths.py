@@ -84,3 +84,43 @@ def test_a_file_of_that_name_is_still_one(tmp_path, monkeypatch, capsys):
     assert main(["info", "--json", "./-"]) == 0
     assert json.loads((tmp_path / "-").read_text())["command"] == "info"
     assert "why it is missing" in capsys.readouterr().out
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["bench", "numpy", "--save", LONG], "File name too long"),
+        (["bench", "numpy", "--save", ""], "the name is empty"),
+        (["info", "--json", f"{LONG}/x.json"], "File name too long"),
+        (["demo", "--out", LONG], "File name too long"),
+        (["demo", "--out", ""], "the name is empty"),
+        (["demo", "--out", "nowhere/picture.png"], "picture.png is the name of a picture; the folder of demo.png"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(words, complaint, tmp_path, monkeypatch, capsys):
+    if words[0] == "demo":
+        pytest.importorskip("sklearn")
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        raise SystemExit(main(words))
+    assert refused.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_makes_its_folder_when_there_is_a_picture(tmp_path, monkeypatch):
+    """Not before: what it cannot serve, or is interrupted, leaves nothing behind."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    from revkernels.cli import demo
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.digits, "load", interrupted)
+    assert main(["demo", "--out", str(tmp_path / "new" / "folder")]) == 130
+    assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from revkernels.cli.bench_tables import (
     rows_of,
     timing,
 )
-from revkernels.cli.output import Table, add_json_option, check_folder, progress, report
+from revkernels.cli.output import Table, add_json_option, folder_to_write, progress, report
 from revkernels.cli.stamp import environment
 from revkernels.threads import set_num_threads
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FOLDER",
             nargs="?",
             const=str(RESULTS),
-            type=_folder_to_write,
+            type=folder_to_write,
             help=f"append result lines to FOLDER/<device>.jsonl (default folder: {RESULTS})",
         )
         add_json_option(subject)
@@ -115,16 +115,6 @@ def run(args: argparse.Namespace) -> int:
         tables[-1].notes.append(f"{len(rows)} lines appended to {path}")
     report(f"bench {args.subject}", tables, args.json, args.device)
     return 0
-
-
-def _folder_to_write(name: str) -> Path:
-    """A folder that files can be written to, or made in; refused at once rather than after the work."""
-    folder = Path(name)
-    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"{name}: {nearest} is a file; a folder is needed")
-    check_folder(nearest)
-    return folder
 
 
 def _chosen(suite: Any, words: list[str]) -> Any:

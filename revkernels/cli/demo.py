@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from torch.nn import functional
 
 from revkernels.cli import digits, plots, training
 from revkernels.cli.bench_tables import positive, seed
-from revkernels.cli.output import Table, add_json_option, file_to_write, progress, remark, report
+from revkernels.cli.output import Table, add_json_option, file_to_write, folder_to_write, progress, remark, report
 from revkernels.measure import angle, branch_calls, multiply_adds, peak_bytes
 from revkernels.models import BasicBranch, RevNet, revnet38
 from revkernels.nn import ReversibleBlock, ReversibleSequential
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training digits (20; quick: 5)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, order and shifts (default 0)")
     parser.add_argument(
-        "--out", type=_folder, default=Path(), metavar="DIR", help="where demo.png goes (default: here)"
+        "--out", type=_folder, default=".", metavar="DIR", help="where demo.png goes (default: here); made if need be"
     )
     add_json_option(parser)
 
@@ -58,12 +57,6 @@ def run(args: argparse.Namespace) -> int:
     """Train, measure, show. Returns 0."""
     epochs = args.epochs or (5 if args.quick else 20)
     timed_steps, draws = (5, 1) if args.quick else (TIMED_STEPS, CHAIN_DRAWS)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)  # before the work, not after
-        picture = file_to_write(str(args.out / "demo.png"))
-    except (OSError, argparse.ArgumentTypeError) as error:
-        print(f"revkernels demo: error: --out {args.out}: {getattr(error, 'strerror', error)}", file=sys.stderr)
-        return 2
     data = digits.load()
     steps = len(MODES) * epochs + 1 + len(DEPTHS)
     with progress("demo", steps) as begin:
@@ -76,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         for depth in DEPTHS:
             begin(f"chains of {depth} blocks")
             depths.append(_chain_costs(depth, args.seed, draws))
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / "demo.png"
     plots.demo(picture, curves, depths)
     report("demo", [_summary(curves, costs, timed_steps), _by_depth(depths, draws)], args.json)
     remark(f"picture: {picture}", args.json)
@@ -309,7 +304,9 @@ def _by_depth(depths: Sequence[dict[str, Any]], draws: int) -> Table:
 
 
 def _folder(name: str) -> Path:
-    path = Path(name)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{name} is a file; a folder is needed")
-    return path
+    folder = folder_to_write(name)
+    if folder.is_dir():
+        file_to_write(str(folder / "demo.png"))
+    elif folder.suffix.lower() in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{folder.name} is the name of a picture; the folder of demo.png is needed")
+    return folder

@@ -21,7 +21,17 @@ from typing import Any, TextIO
 
 from revkernels.cli.stamp import environment
 
-__all__ = ["Table", "add_json_option", "check_folder", "display", "file_to_write", "progress", "remark", "report"]
+__all__ = [
+    "Table",
+    "add_json_option",
+    "check_folder",
+    "display",
+    "file_to_write",
+    "folder_to_write",
+    "progress",
+    "remark",
+    "report",
+]
 
 #: What ``--json -`` gives, and ``./-`` does not. The JSON takes the tables' place on standard output, and they go to
 #: standard error.
@@ -200,20 +210,35 @@ def file_to_write(name: str) -> Path:
     path = Path(name)
     if not name:
         raise argparse.ArgumentTypeError("the name is empty; a file name is needed")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{name}: the folder {path.parent} does not exist")
     try:
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{name}: the folder {path.parent} does not exist")
         there = stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
         check_folder(path.parent)
         return path
-    except OSError as error:  # a name that is too long
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise argparse.ArgumentTypeError(f"{name}: {error.strerror}") from None
     if stat.S_ISDIR(there):
         raise argparse.ArgumentTypeError(f"{name} is a folder; a file name is needed")
     if not os.access(path, os.W_OK):  # what is there is written over, wherever it lies: /dev/stdout and the like
         raise argparse.ArgumentTypeError(f"{name} is there and cannot be written")
     return path
+
+
+def folder_to_write(name: str) -> Path:
+    """A folder that files can be written to, or made in; refused at once rather than after the work."""
+    if not name:
+        raise argparse.ArgumentTypeError("the name is empty; a folder is needed")
+    folder = Path(name)
+    try:
+        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise argparse.ArgumentTypeError(f"{name}: {error.strerror}") from None
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: {nearest} is a file; a folder is needed")
+    check_folder(nearest)
+    return folder
 
 
 def check_folder(folder: Path) -> None:
