@@ -124,3 +124,92 @@ def test_the_demo_makes_its_folder_when_there_is_a_picture(tmp_path, monkeypatch
     monkeypatch.setattr(demo.digits, "load", interrupted)
     assert main(["demo", "--out", str(tmp_path / "new" / "folder")]) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_a_plot_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    from revkernels.bench import network
+
+    monkeypatch.setattr(network, "run", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "revkernels.cli.plots", raising=False)
+    assert main(["bench", "peers", "--plot", str(tmp_path / "a.png")]) == 2
+    assert "pip install revkernels[demo]" in capsys.readouterr().err
+
+
+def a_table():
+    return output.Table("found", {"n": "n"}, [{"n": 1}])
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def nothing_to_do(monkeypatch):
+    """Long work that is done at once, and a picture that cannot be written after it."""
+    pytest.importorskip("sklearn")
+    plots = pytest.importorskip("revkernels.cli.plots", reason="matplotlib is not installed")
+    from revkernels.bench import budget, network
+    from revkernels.cli import bench_budget, bench_network, demo, exact
+
+    class Found:
+        rows = ()
+
+        def table(self):
+            return a_table()
+
+    for module, name, instead in (
+        (demo, "trained", lambda name, *_: (demo.build(name), [])),
+        (demo, "_step_costs", lambda *_: {}),
+        (demo, "_chain_costs", lambda *_: {}),
+        (demo, "_summary", lambda *_: a_table()),
+        (demo, "_by_depth", lambda *_: a_table()),
+        (exact, "_drift", lambda *_: Found()),
+        (exact, "_trained", lambda *_: None),
+        (exact, "_summary", lambda *_: a_table()),
+        (exact, "_by_seed", lambda *_: a_table()),
+        (network, "run", lambda *_: [{"measured": 1}]),
+        (budget, "run", lambda *_: [{"measured": 1}]),
+        (bench_network, "_tables", lambda *_: [a_table()]),
+        (bench_budget, "_table", lambda *_: a_table()),
+        *((plots, name, full) for name in plots.__all__),
+    ):
+        monkeypatch.setattr(module, name, instead)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--quick"],
+        ["exact"],
+        ["bench", "network", "--batch", "2", "--plot", "a.png", "--save", "."],
+        ["bench", "peers", "--plot", "a.png", "--save", "."],
+        ["bench", "budget", "--network", "revnet38", "--plot", "a.png", "--save", "."],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("nothing_to_do")
+def test_what_was_measured_outlives_a_picture_that_cannot_be_written(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("revkernels.cli._forget_output", lambda: None)  # of the tests' own process
+    assert main([*words, "--json", "all.json"]) == 2
+    shown = capsys.readouterr()
+    assert "found" in shown.out and "No space left on device" in shown.err
+    assert json.loads((tmp_path / "all.json").read_text())["tables"][0]["title"].startswith("found")
+    assert "--save" not in words or '"measured": 1' in next(tmp_path.glob("*.jsonl")).read_text()
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    from revkernels.bench import results
+    from revkernels.cli import bench
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("revkernels.cli._forget_output", lambda: None)
+    monkeypatch.setattr(bench, "_numpy", lambda args: ([], [a_table()]))
+    monkeypatch.setattr(results, "append", full)
+    assert main(["bench", "numpy", "--save", ".", "--json", "all.json"]) == 2
+    shown = capsys.readouterr()
+    assert "found" in shown.out and "No space left on device" in shown.err
+    assert (tmp_path / "all.json").exists()

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("jax", "a training step under JAX, stored, checkpointed and rebuilt", bench_jax.chain, 7),
     ):
         subject = subjects.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        subject.set_defaults(measure=measure)
+        subject.set_defaults(measure=measure, draw=None)
         if name == "numpy":
             subject.set_defaults(device="cpu")
         else:
@@ -108,12 +108,16 @@ def run(args: argparse.Namespace) -> int:
         rows, tables = args.measure(args)
     except bench_network.OptionError as error:
         return _refuse(str(error))
-    if args.save is not None:
-        from revkernels.bench.results import append
+    try:
+        if args.save is not None:
+            from revkernels.bench import results
 
-        path = append(rows, environment(args.device), args.save, command_of(args))
-        tables[-1].notes.append(f"{len(rows)} lines appended to {path}")
-    report(f"bench {args.subject}", tables, args.json, args.device)
+            path = results.append(rows, environment(args.device), args.save, command_of(args))
+            tables[-1].notes.append(f"{len(rows)} lines appended to {path}")
+    finally:  # what was worked for is not lost to a folder that is full
+        report(f"bench {args.subject}", tables, args.json, args.device)
+    if args.draw is not None:  # set by the subject, for the same reason: after all else
+        args.draw()
     return 0
 
 

@@ -49,7 +49,7 @@ def budget(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]
     title = f"{workload.title}, batch {batch}, {args.dtype}{' autocast' if args.dtype != 'float32' else ''}"
     table = _table(args, title, rows)
     if args.plot is not None:
-        plots.budgets(title, rows, where(args.device)).savefig(args.plot)
+        args.draw = lambda: plots.budgets(title, rows, where(args.device)).savefig(args.plot)
         table.notes.append(f"picture: {args.plot}")
     return rows, [table]
 

@@ -140,6 +140,8 @@ def _measured(
     if args.graphs and args.device.partition(":")[0] == "cpu":
         raise OptionError("--graphs needs --device cuda: what it times are replays of CUDA graphs")
 
+    if args.plot is not None:
+        from revkernels.cli import plots  # before the work: without matplotlib there is no picture
     clock = clock_for(args.device)
     done: list[tuple[Any, list[dict[str, Any]]]] = []
     kept = memory_kept() if args.keep_memory else nullcontext()
@@ -149,9 +151,8 @@ def _measured(
             done.append((job, list(run(job, clock, begin))))
     tables = [table for job, rows in done for table in _tables(args, job, rows, notes)]
     if args.plot is not None:
-        from revkernels.cli.plots import trade_off
-
-        trade_off([(_title(job), rows) for job, rows in done], where(args.device)).savefig(args.plot)
+        panels = [(_title(job), rows) for job, rows in done]
+        args.draw = lambda: plots.trade_off(panels, where(args.device)).savefig(args.plot)
         tables[-1].notes.append(f"picture: {args.plot}")
     return [row for _, rows in done for row in rows], tables
 

@@ -31,7 +31,7 @@ MIB = 1 << 20
 GOAL = {"goal": "goal", "reached": "reached", "met": "met"}
 
 #: Of the parsed arguments, what does not change what is measured.
-_LEFT_OUT = ("command", "subject", "run", "measure", "save", "json", "plot")
+_LEFT_OUT = ("command", "subject", "run", "measure", "draw", "save", "json", "plot")
 
 
 def positive(text: str) -> int:

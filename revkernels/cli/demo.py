@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
         for depth in DEPTHS:
             begin(f"chains of {depth} blocks")
             depths.append(_chain_costs(depth, args.seed, draws))
+    report("demo", [_summary(curves, costs, timed_steps), _by_depth(depths, draws)], args.json)
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "demo.png"
     plots.demo(picture, curves, depths)
-    report("demo", [_summary(curves, costs, timed_steps), _by_depth(depths, draws)], args.json)
     remark(f"picture: {picture}", args.json)
     return 0
 

@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
                 trained[name].append(_trained(name, options, data, args.epochs, seed, begin))
     table = found.table()
     table.title += f": {args.blocks} basic blocks, half width {HALF_WIDTH}, batch {BATCH}, {SIZE} x {SIZE}"
-    plots.exact(args.out, [row for row in found.rows if row.problem is None], trained)
     report("exact", [table, _summary(trained, args.epochs), _by_seed(trained)], args.json)
+    plots.exact(args.out, [row for row in found.rows if row.problem is None], trained)
     remark(f"picture: {args.out}", args.json)
     return 0
 
