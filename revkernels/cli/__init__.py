@@ -40,6 +40,9 @@ PATHS = {
 #: What a command needs beyond NumPy, and the extra that brings it.
 _EXTRAS = {"torch": "torch", "triton": "torch", "sklearn": "demo", "matplotlib": "demo"}
 
+#: How torch says, in a RuntimeError, that there is no memory: of the host and of a GPU.
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -62,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(chosen, f"it needs {package}, which is not installed: pip install revkernels[{extra}]")
     except BackendError as error:
         return _refuse(chosen, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        return _refuse(chosen, f"there is not enough memory: {error}")
     except KeyboardInterrupt:
         _refuse(chosen, "interrupted")
         return 130  # 128 + SIGINT, as a shell has it

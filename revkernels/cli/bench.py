@@ -21,6 +21,7 @@ from revkernels.cli.bench_tables import (
     positive,
     rounds,
     rows_of,
+    threads,
     timing,
 )
 from revkernels.cli.output import Table, add_json_option, folder_to_write, progress, report
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             subject.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: cpu)")
         if name != "jax":  # which takes the processors that the process may run on
             whose = "OpenMP's" if name == "numpy" else "torch's"
-            subject.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {whose})")
+            subject.add_argument("--threads", type=threads, metavar="N", help=f"CPU threads (default: {whose})")
         subject.add_argument(
             "--save",
             metavar="FOLDER",

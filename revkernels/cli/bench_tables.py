@@ -23,6 +23,7 @@ __all__ = [
     "positive",
     "rounds",
     "rows_of",
+    "threads",
     "timing",
     "where",
 ]
@@ -42,6 +43,13 @@ def positive(text: str) -> int:
 def rounds(text: str) -> int:
     """A whole number of at least 2."""
     return _whole(text, at_least=2)
+
+
+def threads(text: str) -> int:
+    """As many as `revkernels.set_num_threads` takes; torch says nothing of its own limits before it hits them."""
+    if not text.isdecimal() or not 1 <= int(text[:5]) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number, 1 to 4096")
+    return int(text)
 
 
 def depth(text: str) -> int:
@@ -74,16 +82,23 @@ def device_problem(device: str) -> str | None:
     """Why torch cannot work there; None if it can."""
     import torch
 
-    kind = device.partition(":")[0]
-    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        return f"--device {device}: it must be cpu or cuda[:n]"
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if found.type == "cpu" or 0 <= (found.index or 0) < count:
         return None
-    why = "this torch sees no CUDA device" if kind == "cuda" else "it must be cpu or cuda[:n]"
-    return f"--device {device}: {why}"
+    return f"--device {device}: this torch sees {count or 'no'} CUDA device{'s' * (count > 1)}"
 
 
 def _whole(text: str, at_least: int) -> int:
-    if not text.isdigit() or int(text) < at_least:
-        raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number, at least {at_least}")
+    """As sizes and counts go: larger ones end in an overflow somewhere, or before in Python's limit of digits."""
+    if not text.isdecimal() or len(text) > 10 or not at_least <= int(text) < 2**31:
+        above = " and below 2^31" if text.isdecimal() and len(text) > 9 else ""
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number, at least {at_least}{above}")
     return int(text)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from revkernels import models
-from revkernels.cli.bench_tables import device_problem, positive, seed
+from revkernels.cli.bench_tables import device_problem, positive, seed, threads
 from revkernels.cli.output import Table, add_json_option, file_to_write, progress, remark, report
 from revkernels.diagnostics import PRECISIONS, DriftMonitor, drift
 from revkernels.diagnostics.plots import plot_training
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="of --digits (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu); --digits runs on the CPU")
-    parser.add_argument("--threads", type=positive, metavar="N", help="of torch, on the CPU")
+    parser.add_argument("--threads", type=threads, metavar="N", help="of torch, on the CPU")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and images (default 0)")
     parser.add_argument(
         "--out", type=_picture, default="drift.png", metavar="FILE", help="the picture (default drift.png)"

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from revkernels.cli import demo, digits, plots, training
-from revkernels.cli.bench_tables import picture, positive
+from revkernels.cli.bench_tables import picture, positive, threads
 from revkernels.cli.output import Table, add_json_option, progress, remark, report
 from revkernels.diagnostics import Drift, drift
 from revkernels.exact import Exact
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="trainings each (default 3)")
     parser.add_argument("--blocks", type=positive, default=64, metavar="N", help="of the chain (default 64)")
     parser.add_argument("--int16", action="store_true", help="also train on streams that are kept as int16")
-    parser.add_argument("--threads", type=positive, metavar="N", help="of torch")
+    parser.add_argument("--threads", type=threads, metavar="N", help="of torch")
     parser.add_argument(
         "--out", type=picture, default="exact.png", metavar="FILE", help="the picture, a PNG (default exact.png)"
     )
