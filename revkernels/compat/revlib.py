@@ -106,7 +106,8 @@ class ReversibleSequential(nn.Sequential):
     Args:
         *modules: modules that keep the shape of what they are given, or `ReversibleModule`s.
         split_dim: the dimension that the input is halved along. (RevLib's None fails in its own forward.)
-        coupling_forward, coupling_inverse: None, or lists of None and of the additive coupling.
+        coupling_forward, coupling_inverse: None, or lists of None and of the additive coupling, this module's or
+            RevLib's own.
         memory_mode: `MemoryModes`.
         target_device: the empty string.
         fused_optimizer: None. An optimizer that steps inside the backward is torch's
@@ -228,17 +229,23 @@ def momentum_net(
     )
 
 
+def _name_of(coupling: Any) -> str:
+    named = coupling if hasattr(coupling, "__name__") else type(coupling)
+    return f"{named.__module__}.{named.__name__}"
+
+
 def _check_refused(forward: Sequence[Any], inverse: Sequence[Any], target_device: str, fused_optimizer: Any) -> None:
     for what, given, additive in (
         ("coupling_forward", forward, additive_coupling_forward),
         ("coupling_inverse", inverse, additive_coupling_inverse),
     ):
         for coupling in given:
-            if coupling is not None and coupling is not additive:
-                name = getattr(coupling, "__name__", type(coupling).__name__)
+            # RevLib's own is the same function of tensors: code may have changed one import and not the other.
+            taken = (_name_of(additive), f"revlib.core.{additive.__name__}")
+            if coupling is not None and _name_of(coupling) not in taken:
                 raise UnsupportedError(
-                    f"{what} has {name}; it must be None or {additive.__name__}: the additive coupling is the only one "
-                    f"here (momentum_net builds a MomentumNet of it)"
+                    f"{what} has {_name_of(coupling)}; it must be None or {taken[0]}: the additive coupling is the "
+                    f"only one here (momentum_net builds a MomentumNet of it)"
                 )
     if target_device:
         raise UnsupportedError(f"target_device is {target_device!r}; it must be '': parameters stay where they are")

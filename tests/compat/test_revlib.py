@@ -280,6 +280,21 @@ def test_the_additive_coupling_is_taken():
     assert_close(revlib.additive_coupling_inverse(revlib.additive_coupling_forward(x, f), f), x)
 
 
+def test_so_are_the_functions_of_revlib_itself():
+    """Code of which one import was changed and not the other."""
+
+    def additive_coupling_forward(other_stream, fn_out):
+        return other_stream + fn_out
+
+    assert_raises(
+        NotImplementedError,
+        [f"coupling_forward has {__name__}.additive_coupling_forward; it must be None or revkernels.compat.revlib."],
+        lambda: ReversibleSequential(mlp(), mlp(), coupling_forward=[additive_coupling_forward]),
+    )
+    additive_coupling_forward.__module__ = "revlib.core"
+    check_step(*chain(mlp, 2, coupling_forward=[additive_coupling_forward]), rows(5, 8))
+
+
 def test_bad_arguments():
     net = ReversibleSequential(mlp(), mlp())
     assert_raises(TypeError, ["split_dim", "NoneType"], lambda: ReversibleSequential(mlp(), split_dim=None))

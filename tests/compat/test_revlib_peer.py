@@ -22,6 +22,13 @@ def test_signatures_are_the_peers():
     assert {mode.name: int(mode) for mode in MemoryModes} == {mode.name: int(mode) for mode in peer.MemoryModes}
 
 
+def test_couplings_of_the_peer_are_taken():
+    peer = installed("revlib")
+    couplings = {f"coupling_{way}": [getattr(peer, f"additive_coupling_{way}")] for way in ("forward", "inverse")}
+    theirs = peer.ReversibleSequential(*[mlp() for _ in range(2)])
+    check_against_peer(chain(mlp, 2, **couplings)[0], theirs, rows(6, 8))
+
+
 @pytest.mark.parametrize("make", [mlp, norm_mlp, dropout_mlp], ids=["mlp", "norm", "dropout"])
 @pytest.mark.parametrize("depth", [2, 5])
 @pytest.mark.parametrize("memory_mode", ["no_savings", "autograd_function"])
