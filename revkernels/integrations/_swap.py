@@ -48,7 +48,7 @@ def _class_of(way: type, original: type) -> type:
     found = _classes.get((way, original))
     if found is None:
         names = {"original": original, "way": way, "__doc__": way.__doc__, "__module__": way.__module__}
-        found = _classes[way, original] = type(f"revkernels.{original.__name__}", (way, original), names)
+        found = _classes[way, original] = type(f"revkernels_{original.__name__}", (way, original), names)
     return found
 
 

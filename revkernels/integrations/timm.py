@@ -57,7 +57,8 @@ def make_reversible(model: Any, *, activations: Activations = "reconstruct", bac
     All parameters and buffers are kept, under their names, none is new: a state_dict goes to and from the ordinary
     model. Blocks that change the shape stay ordinary, and are the boundaries between runs, at which a tensor is stored;
     so does a run of a single block. Between the blocks of a run both streams are one tensor, side by side in the last
-    dimension (ViT) or the channels (ResNet): that is what hooks, and ``forward_intermediates``, find there. Under
+    dimension (ViT) or the channels (ResNet): that is what hooks, and ``forward_intermediates``, find there; with
+    ``norm=True``, which a norm of the ordinary width would take, ask it for the run's last block alone. Under
     autocast they are float32, which the branches are not: streams of half precision would be rebuilt badly. Leave
     blocks out (``prune_intermediate_layers``) before, not after.
 

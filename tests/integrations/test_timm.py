@@ -307,6 +307,18 @@ def test_what_is_left_and_why():
     assert_raises(TypeError, ["model is a str"], lambda: timm.make_reversible("vit"))
 
 
+@pytest.mark.parametrize("make", [vit, resnet])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_a_trace(make, grad):
+    """TorchScript asks the class of every module for a name that is an identifier."""
+    model, x = make(), images()
+    timm.make_reversible(model)
+    model.eval()
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, x)
+        assert_close(traced(x), model(x))
+
+
 def test_wrong_use_is_named():
     model = vit(2)
     timm.make_reversible(model)
