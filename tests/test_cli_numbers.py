@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers and devices on the command line that no machine has: one line says so, before the work or without memory."""
 
+import argparse
+import shlex
+
 import pytest
 
-from revkernels.cli import check, main
+from revkernels.cli import bench, check, main
+from revkernels.cli.bench_tables import command_of
 
 
 @pytest.mark.parametrize(
@@ -54,3 +58,15 @@ def test_another_error_is_not_taken_for_it(monkeypatch):
     monkeypatch.setattr(check, "run", run)
     with pytest.raises(RuntimeError, match="planted"):
         main(["check"])
+
+
+@pytest.mark.parametrize(
+    "subject", ["coupling", "numpy", "passes", "block", "network", "budget", "peers", "memory", "overhead", "jax"]
+)
+def test_the_command_of_a_result_line_asks_for_the_same_again(subject):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args([subject])
+    words = shlex.split(command_of(args))
+    assert words[:3] == ["revkernels", "bench", subject]
+    assert parser.parse_args(words[2:]) == args

@@ -152,7 +152,8 @@ def command_of(args: argparse.Namespace) -> str:
     """Return the command line that asks for the same again."""
     words = ["revkernels", "bench", args.subject]
     for name, value in vars(args).items():
-        if name in _LEFT_OUT or value is None or value is False:
+        not_given = value is None or value is False or value == []
+        if name in _LEFT_OUT or not_given or (args.subject, name) == ("numpy", "device"):  # which numpy has not
             continue
         words.append("--" + name.replace("_", "-"))
         if value is not True:
