@@ -9,12 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 PARALLEL = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # without build isolation nobody else looks
+    sys.exit(f"error: setuptools is {setuptools.__version__}; 77 or later is needed: pip install 'setuptools>=77'")
 
 
 def find_tool(name: str, folder_attribute: str) -> str:

@@ -87,6 +87,15 @@ def test_a_failed_install_ends_with_the_reason(tmp_path):
     assert done.stderr.strip().splitlines()[-1] == 'REVK_CUDA is "MAYBE"; AUTO, ON or OFF is needed.'
 
 
+def test_old_setuptools_are_named():
+    """`pip install --no-build-isolation` takes what is there; what older ones say is about project.license."""
+    pytest.importorskip("setuptools")
+    code = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr == "error: setuptools is 65.5.0; 77 or later is needed: pip install 'setuptools>=77'\n"
+
+
 SMALL = """
 cmake_minimum_required(VERSION 3.18...4.0)
 project(small LANGUAGES CXX)
