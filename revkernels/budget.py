@@ -8,6 +8,8 @@ import math
 import re
 from typing import Any
 
+from revkernels.integers import as_int
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{prefix}i": 2 ** (10 * power) for power, prefix in enumerate("kmgt", 1)}
 _AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(?:(%)|([kmgt]?i?)b)\s*", re.IGNORECASE)
@@ -40,6 +42,7 @@ class MemoryBudget:
     def __init__(self, amount: int | float | str, *, offload: bool = False) -> None:
         if not isinstance(offload, bool):
             raise TypeError(f"offload is a {type(offload).__name__}; it must be a bool")
+        amount = as_int(amount)
         self.amount, self.offload = amount, offload
         self.bytes: float | None = None
         self.share: float | None = None

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from revkernels.integers import as_int
+
 #: Bits below the sign: a stream stays exact while |s| < 2^(bits - k).
 BITS = {"float32": 24, "int16": 15}
 #: The k that keep both 2^-k and 2^(bits - k) normal float32 numbers.
@@ -40,6 +42,7 @@ class Exact:
             raise ValueError(f"storage is {self.storage!r}; it must be {' or '.join(map(repr, BITS))}")
         if self.k is None:
             return
+        object.__setattr__(self, "k", as_int(self.k))
         if isinstance(self.k, bool) or not isinstance(self.k, int):
             raise TypeError(f"k is a {type(self.k).__name__}; it must be an int, or None")
         allowed = EXPONENTS[self.storage]

@@ -19,10 +19,12 @@ def set_num_threads(number: int | None) -> None:
     """
     from revkernels import _native
     from revkernels.checks import check_int
+    from revkernels.integers import as_int
 
     if number is None:
         _native.set_threads(0)
         return
+    number = as_int(number)
     check_int("number", number, "an int or None")
     if not 1 <= number <= _LARGEST:
         raise ValueError(f"number is {number}; it must be 1 to {_LARGEST}, or None")

@@ -18,6 +18,7 @@ from revkernels.diagnostics.chains import chains_of
 from revkernels.diagnostics.errors import relative_errors
 from revkernels.diagnostics.untouched import default_loss, detached, tensors_in, untouched
 from revkernels.errors import ReconstructionError
+from revkernels.integers import as_int
 from revkernels.measure import angle
 from revkernels.nn import PerBlock, ReversibleSequential
 from revkernels.nn.streams import check_options
@@ -179,6 +180,8 @@ def drift(
     for what, value in (("depths", depths), ("couplings", couplings), ("precisions", precisions)):
         if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise TypeError(f"{what} is {value!r}; it must be a list, even of one")
+    if depths is not None:
+        depths = [as_int(depth) for depth in depths]
     names, chains = list(precisions or _supported(x)), chains_of(net)
     for name in names:
         if name not in _DTYPES:
@@ -186,7 +189,7 @@ def drift(
     if cut not in ("last", "first"):
         raise ValueError(f"cut is {cut!r}; it must be 'last' or 'first'")
     if any(isinstance(depth, bool) or not isinstance(depth, int) or depth < 1 for depth in depths or ()):
-        raise ValueError(f"depths is {list(depths or ())}; it must be whole numbers of blocks, from 1 on")
+        raise ValueError(f"depths is {depths}; it must be whole numbers of blocks, from 1 on")
     couplings = [coupling for coupling in couplings if _exists(coupling)]
     calls = _calls(net, chains, x, args, dict(kwargs or {}))
     cuts = [

@@ -17,6 +17,7 @@ from revkernels.diagnostics.chains import chains_of
 from revkernels.diagnostics.errors import relative_errors
 from revkernels.diagnostics.untouched import untouched
 from revkernels.errors import ReconstructionError
+from revkernels.integers import as_int
 from revkernels.measure import angle
 
 __all__ = ["AngleRecord", "DriftMonitor", "DriftRecord"]
@@ -89,6 +90,7 @@ class DriftMonitor:
         angle_every: int | None = None,
     ) -> None:
         self._chains: dict[str, Any] = chains_of(net)
+        every, angle_every = as_int(every), as_int(angle_every)
         for name, number in (("every", every), ("angle_every", 1 if angle_every is None else angle_every)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} is {number!r}; it must be a whole number of steps, from 1 on")

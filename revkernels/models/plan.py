@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from revkernels.integers import as_int
 from revkernels.models.layers import BLOCKS
 
 __all__ = ["Plan"]
@@ -72,12 +73,14 @@ class Plan:
         return zip(self.units, self.widths, self.strides, strict=True)
 
 
-def check_positive(name: str, value: int) -> None:
-    """``value`` is a whole number of at least 1."""
+def check_positive(name: str, value: int) -> int:
+    """Return ``value``, a whole number of at least 1, as an int."""
+    value = as_int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int")
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
+    return value
 
 
 def _check_name(name: str, value: str, known: Sequence[str] | dict[str, type]) -> None:

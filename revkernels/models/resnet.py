@@ -86,8 +86,8 @@ class ResNet(nn.Module):
             raise ValueError(f"coupling is {coupling!r}; it must be 'float': a ResNet has no coupling to invert")
         if backend is not None:
             require(backend)
-        check_positive("num_classes", num_classes)
-        check_positive("in_channels", in_channels)
+        num_classes = check_positive("num_classes", num_classes)
+        in_channels = check_positive("in_channels", in_channels)
         plan.check_streams(1)
         self.in_channels = in_channels
         self.backend = backend

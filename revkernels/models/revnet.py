@@ -135,8 +135,8 @@ class RevNet(WithChains):
         super().__init__(activations, coupling, backend)
         if transitions not in TRANSITIONS:
             raise ValueError(f"transitions is {transitions!r}; it must be one of {', '.join(map(repr, TRANSITIONS))}")
-        check_positive("num_classes", num_classes)
-        check_positive("in_channels", in_channels)
+        num_classes = check_positive("num_classes", num_classes)
+        in_channels = check_positive("in_channels", in_channels)
         plan.check_streams(2)
         self.in_channels = in_channels
         self.transitions = transitions

@@ -85,8 +85,10 @@ class RevViT(WithChains):
     ) -> None:
         super().__init__(activations, coupling, backend)
         sizes = {"dim": dim, "depth": depth, "heads": heads, "num_classes": num_classes, "patch_size": patch_size}
-        for name, size in {**sizes, "mlp_ratio": mlp_ratio, "in_channels": in_channels}.items():
-            check_positive(name, size)
+        sizes |= {"mlp_ratio": mlp_ratio, "in_channels": in_channels}
+        dim, depth, heads, num_classes, patch_size, mlp_ratio, in_channels = (
+            check_positive(name, size) for name, size in sizes.items()
+        )
         check_probability("dropout", dropout)
         check_probability("drop_path", drop_path)
         if pool not in POOLS:
@@ -159,11 +161,10 @@ def _image_size(size: int | tuple[int, int], patch_size: int) -> tuple[int, int]
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2:
         raise ValueError(f"image_size has length {len(pair)}; it must be an int or a pair (rows, columns)")
-    for value in pair:
-        check_positive("image_size", value)
-        if value % patch_size:
-            raise ValueError(f"image_size is {size}; it must be a multiple of patch_size, {patch_size}")
-    return pair
+    rows, columns = (check_positive("image_size", value) for value in pair)
+    if rows % patch_size or columns % patch_size:
+        raise ValueError(f"image_size is {size}; it must be a multiple of patch_size, {patch_size}")
+    return rows, columns
 
 
 def _initialise(model: RevViT) -> None:
