@@ -63,11 +63,18 @@ def test_the_figure_of_the_paper_on_digits(tmp_path, capsys):
         (["--network", "resnet32"], "invalid choice: 'resnet32'"),
         (["--digits", "--network", "revnet38"], "not allowed with argument"),
         (["--blocks", "0"], "0"),
+        (["--network", "revnet38", "--blocks", "3"], "--blocks: not allowed with --network"),
+        (["--digits", "--blocks", "3"], "--blocks: not allowed with --digits"),
+        (["--digits", "--batch", "3"], "--batch: not allowed with --digits"),
+        (["--digits", "--precision", "float32"], "--precision: not allowed with --digits"),
+        (["--digits", "--cut", "first"], "--cut: not allowed with --digits"),
+        (["--epochs", "3"], "--epochs: it is of --digits alone"),
+        (["--digits", "--device", "cuda"], "--device cuda: not allowed with --digits"),
     ],
 )
 def test_what_it_cannot_serve(words, why, capsys):
     with pytest.raises(SystemExit) as left:
-        main(["drift", *words])
+        raise SystemExit(main(["drift", *words]))
     assert left.value.code == 2
     assert why in capsys.readouterr().err
 

@@ -28,6 +28,8 @@ __all__ = ["add_arguments", "run"]
 #: Networks for images of CIFAR's size.
 NETWORKS = ("revnet38", "revnet110", "revnet164")
 CHAIN = {"blocks": 32, "half_width": 16, "batch": 8, "size": 8}
+#: What options are that were not given: None until it is seen whether they would be looked at.
+DEFAULTS = {"blocks": CHAIN["blocks"], "batch": CHAIN["batch"], "cut": "last", "epochs": 10, "device": "cpu"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,19 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the paper's figure: RevNet-38 learns handwritten digits, stored and rebuilt",
     )
     parser.add_argument(
-        "--blocks", type=positive, metavar="N", help=f"of the built-in chain (default {CHAIN['blocks']})"
+        "--blocks", type=positive, metavar="N", help=f"of the built-in chain (default {DEFAULTS['blocks']})"
     )
-    parser.add_argument(
-        "--batch", type=positive, default=CHAIN["batch"], metavar="N", help="images (default %(default)s)"
-    )
+    parser.add_argument("--batch", type=positive, metavar="N", help=f"images (default {DEFAULTS['batch']})")
     parser.add_argument(
         "--precision", action="append", choices=PRECISIONS, help="may be repeated (default: all but float64)"
     )
-    parser.add_argument(
-        "--cut", choices=("last", "first"), default="last", help="which end of a chain is run (default last)"
-    )
-    parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="of --digits (default %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu); --digits runs on the CPU")
+    parser.add_argument("--cut", choices=("last", "first"), help="which end of a chain is run (default last)")
+    parser.add_argument("--epochs", type=positive, metavar="N", help=f"of --digits (default {DEFAULTS['epochs']})")
+    parser.add_argument("--device", help="cpu or cuda (default cpu); --digits runs on the CPU")
     parser.add_argument("--threads", type=threads, metavar="N", help="of torch, on the CPU")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and images (default 0)")
     parser.add_argument(
@@ -62,12 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show, draw. Returns 0, or 2 for a device that is not there."""
+    """Measure, show, draw. Returns 0, or 2 for a device that is not there or an option without a place."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if args.digits:
-        args.device = "cpu"
-    problem = device_problem(args.device)
+    problem = _not_looked_at(args)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    problem = problem or device_problem(args.device)
     if problem is not None:
         print(f"revkernels drift: {problem}", file=sys.stderr)
         return 2
@@ -78,6 +78,18 @@ def run(args: argparse.Namespace) -> int:
     draw(args.out)
     remark(f"picture: {args.out}", args.json)
     return 0
+
+
+def _not_looked_at(args: argparse.Namespace) -> str | None:
+    """Why an option that was given has no place in what is asked for; None if there is no such option."""
+    if args.digits:
+        for name in ("blocks", "batch", "precision", "cut"):
+            if getattr(args, name) is not None:
+                return f"--{name}: not allowed with --digits"
+        return None if args.device in (None, "cpu") else f"--device {args.device}: not allowed with --digits"
+    if args.network is not None and args.blocks is not None:
+        return "--blocks: not allowed with --network, whose chains are as long as they are"
+    return "--epochs: it is of --digits alone" if args.epochs is not None else None
 
 
 # ---- by depth
@@ -104,9 +116,7 @@ def _network(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         net = getattr(models, args.network)().to(args.device)
         return net, torch.randn(args.batch, 3, 32, 32, device=args.device)
     half, size = CHAIN["half_width"], CHAIN["size"]
-    blocks = (
-        ReversibleBlock(BasicBranch(half, half), BasicBranch(half, half)) for _ in range(args.blocks or CHAIN["blocks"])
-    )
+    blocks = (ReversibleBlock(BasicBranch(half, half), BasicBranch(half, half)) for _ in range(args.blocks))
     net = ReversibleSequential(*blocks).to(args.device)
     return net, torch.randn(args.batch, 2 * half, size, size, device=args.device)
 
@@ -115,7 +125,7 @@ def _words(args: argparse.Namespace) -> str:
     if args.network is not None:
         return f"{args.network}, batch {args.batch}"
     half, size = CHAIN["half_width"], CHAIN["size"]
-    return f"{args.blocks or CHAIN['blocks']} basic blocks, half width {half}, batch {args.batch}, {size} x {size}"
+    return f"{args.blocks} basic blocks, half width {half}, batch {args.batch}, {size} x {size}"
 
 
 # ---- through a training
@@ -199,6 +209,6 @@ def _error(epoch: Any) -> float:
 
 def _picture(name: str) -> Path:
     path = file_to_write(name)
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"{name} ends in {path.suffix or 'nothing'}; .png, .svg or .pdf is needed")
     return path
