@@ -39,6 +39,7 @@ STDOUT = Path("-")
 
 #: Width for a pipe or a file, where rich would otherwise wrap at 80.
 _UNBOUNDED = 200
+_LONG_WORD = 30  # a longer one, such as a path, is broken in a narrow terminal
 
 
 @dataclass
@@ -115,17 +116,44 @@ def show(table: Table, stream: TextIO | None = None) -> None:
     # markup=False: "pip install revkernels[torch]" is text here, not a style.
     on_terminal = stream is not None and stream.isatty()  # None where it is closed
     console = Console(file=stream, markup=False, highlight=False, width=None if on_terminal else _UNBOUNDED)
-    grid = RichTable(title=table.title, title_justify="left")
-    for heading, numeric in zip(table.columns.values(), table.numeric(), strict=True):
-        grid.add_column(heading, justify="right" if numeric else "left")
-    for row in table.cells():
-        grid.add_row(*row)
+    widths = _widths(table, console.width)
+    shown: Any = records(table)
+    if widths is not None:
+        shown = RichTable(title=table.title, title_justify="left")
+        for heading, numeric, width in zip(table.columns.values(), table.numeric(), widths, strict=True):
+            shown.add_column(heading, justify="right" if numeric else "left", width=width, overflow="fold")
+        for row in table.cells():
+            shown.add_row(*row)
     try:
-        console.print(grid)
+        console.print(shown)
         for note in table.notes:
             console.print(note)
     except SystemExit:  # rich's way out where the reader has gone, with the status of a check that failed
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+
+
+def _widths(table: Table, room: int) -> list[int] | None:
+    """Return the widths of columns between lines in which no word is broken, or None: rich would cut words off."""
+    columns = list(zip(table.columns.values(), *table.cells(), strict=True))
+    widths = [min(_LONG_WORD, max(len(word) for cell in column for word in cell.split() or [""])) for column in columns]
+    spare = room - 1 - sum(width + 3 for width in widths)
+    if spare < 0:
+        return None
+    wanted = [max(map(len, column)) for column in columns]
+    while spare and widths != wanted:
+        index = min((k for k in range(len(widths)) if widths[k] < wanted[k]), key=widths.__getitem__)
+        widths[index] += 1
+        spare -= 1
+    return widths
+
+
+def records(table: Table) -> str:
+    """Return the table as text for a narrow terminal: one row after the other, a line a cell."""
+    width = max(map(len, table.columns.values()))
+    lines = ["", table.title]
+    for row in table.cells():
+        lines += ["", *(f"{name:{width}}  {cell}" for name, cell in zip(table.columns.values(), row, strict=True))]
+    return "\n".join(lines)
 
 
 def plain(table: Table) -> str:
