@@ -89,6 +89,9 @@ class Surroundings:
         if not other and not elsewhere:
             return None
         with ExitStack() as stack:  # undone at once if memory runs out in between
+            if other:  # torch finds a weight's cast again by the weight, in whichever dtype it was cast to
+                torch.clear_autocast_cache()
+                stack.callback(torch.clear_autocast_cache)
             for kind, enabled, dtype, cache in other:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
             for generator, state, now in elsewhere:

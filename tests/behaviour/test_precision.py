@@ -100,6 +100,36 @@ def test_backward_inside_autocast_that_the_forward_did_not_have(kind, options):
     check_autocast(kind, contextlib.nullcontext, bf16, **options)
 
 
+@pytest.mark.parametrize("order", ["forward first", "backward first"])
+@pytest.mark.parametrize("then", [torch.bfloat16, torch.float16])
+def test_weights_cast_to_two_dtypes_in_one_autocast(order, then, kind, options):
+    """Row 8: torch keeps casts of weights until the outermost autocast ends. Those of the recompute are not taken for
+    those of another forward in there, nor the other way round."""
+
+    def train(network, now):
+        leaves, x = copies_of(kind.x(dtype=torch.float32, requires_grad=False).requires_grad_())
+        network.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", then):
+            y = network(x)
+        with torch.autocast("cpu", now):
+            if order == "backward first":
+                y.float().square().mean().backward()
+            z = network(x)
+            loss = z.float().square().mean()
+            (loss if order == "backward first" else loss + y.float().square().mean()).backward()
+        return gathered(network, [y, z], leaves)
+
+    now = torch.float16 if then is torch.bfloat16 else torch.bfloat16
+    net, plain = kind.within(lambda branch: Logged(branch)).twins(3, **options)
+    outcomes = []
+    for network in (net, plain):
+        torch.manual_seed(0)
+        outcomes.append(train(network, now))
+    for mine, theirs in zip(branches_of(net), branches_of(plain), strict=True):
+        assert {str(seen) for seen in mine.log} == {str(seen) for seen in theirs.log}
+    assert_same(*outcomes, tolerance=0.1)  # roundings of half precision, in small gradients; the logs tell the rest
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_autocast_inside_a_branch(dtype, enabled, kind, options):
