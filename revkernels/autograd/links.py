@@ -27,14 +27,15 @@ class End:
     Args:
         reversal: open or shut, it is not kept alive.
         outputs: one tensor that holds all streams, or the streams.
-        form: how the streams lie in them; a call of another form does not go on here.
+        form: how the streams lie in them; a call of another form does not go on here, nor one under other saved-tensor
+            hooks: a checkpoint, run again, would find that its call cannot go on once more.
     """
 
-    __slots__ = ("form", "places", "reversal")
+    __slots__ = ("form", "hooks", "places", "reversal")
 
     def __init__(self, reversal: Reversal, outputs: Sequence[torch.Tensor], form: Any) -> None:
         self.reversal = weakref.ref(reversal)
-        self.form = form
+        self.form, self.hooks = form, _outer_hooks()
         self.places = [(output.output_nr, output._version) for output in outputs]
 
 
@@ -63,9 +64,18 @@ def ending_in(inputs: Any, form: Any, streams: Sequence[torch.Tensor], kernels: 
     if end is None or end.form != form or marks != [(end, index) for index in range(len(end.places))]:
         return None
     reversal = end.reversal()
-    if reversal is None or [(x.output_nr, x._version) for x in inputs] != end.places:
+    if reversal is None or [(x.output_nr, x._version) for x in inputs] != end.places or end.hooks != _outer_hooks():
         return None
     return reversal if reversal.claim(end, streams, kernels) else None
+
+
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
+
+def _outer_hooks() -> int:
+    """Which saved-tensor hooks are on: the id of the one that the graph holds with what a reversal keeps, or 0."""
+    hooks = _top_hooks(True)
+    return 0 if hooks is None else id(hooks[1])
 
 
 def _as_tuple(tensors: Any) -> tuple[torch.Tensor, ...]:

@@ -7,8 +7,9 @@
 `revkernels.nn.chain.run` would keep an output for every call. Here a call that is given exactly what the last linked
 call returned goes on with that one, and its output takes the place of the earlier one: memory does not grow with the
 number of layers. Whatever happens in between, an operation, a hook that puts another tensor in the output's place, a
-change in place, other options, makes the next call a chain of its own, and keeps one output more. Results are the same
-either way. As in one chain, the backward of an early output needs the parameters of the calls behind it unchanged.
+change in place, other options, the begin or end of a checkpoint or of other saved-tensor hooks, makes the next call a
+chain of its own, and keeps one output more. Results are the same either way. As in one chain, the backward of an early
+output needs the parameters of the calls behind it unchanged.
 """
 
 from __future__ import annotations

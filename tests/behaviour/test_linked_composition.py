@@ -2,6 +2,7 @@
 """What a user does around modules that are called one by one and are one chain all the same."""
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -24,8 +25,11 @@ from behaviour.linked_cases import Layer, Stack, chains, flow, twins
 from revkernels.autograd.links import ending_in
 from revkernels.autograd.reversal import Reversal
 from revkernels.errors import ReconstructionError
+from revkernels.nn import checkpoint as by_this_package
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
+
+by_torch = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 def test_outputs_are_used_elsewhere_too(backend):
@@ -142,13 +146,11 @@ def test_without_gradients_nothing_is_linked():
 
 def test_checkpoint_and_a_chain_inside_a_branch(backend):
     """Around some of the layers; and layers inside a branch, which is run again as a whole."""
-    from torch.utils.checkpoint import checkpoint
-
     net, plain = twins([Layer(backend=backend) for _ in range(4)])
 
     def forward(self, x):
         a, b, c, d = self.layers
-        return d(checkpoint(lambda x: c(b(x)), a(x), use_reentrant=False))
+        return d(by_torch(lambda x: c(b(x)), a(x)))
 
     net.forward = forward.__get__(net)
     check_step(net, plain, rows())
@@ -159,6 +161,18 @@ def test_checkpoint_and_a_chain_inside_a_branch(backend):
         return twins([Layer(inner, backend) for _ in range(2)])[plain]
 
     check_step(nest(False), nest(True), rows(5, 8))
+
+
+@pytest.mark.parametrize("by", [by_torch, by_this_package], ids=["torch", "revkernels"])
+def test_a_checkpoint_begins_within_a_chain(by, backend):
+    """What it saves is the same in both of its runs, though only the first could go on with the chain before it."""
+    for place in range(4):
+        net, plain = twins(flow(2, backend))
+        for network, checkpoint in ((net, by), (plain, lambda forward, x: forward(x))):
+            layer = network.layers[place]
+            layer.forward = functools.partial(checkpoint, layer.forward)
+        check_step(net, plain, rows())
+        check_step(net, plain, rows(requires_grad=False))
 
 
 def test_a_branch_goes_on_with_a_chain_from_outside(backend):
