@@ -22,7 +22,7 @@ from revkernels.autograd.grid import Grid
 from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.made_again import AtHand, Outputs, SavedView
 from revkernels.autograd.offload import Away, Luggage
-from revkernels.autograd.ownership import memory_is_free
+from revkernels.autograd.ownership import has_memory, memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
 from revkernels.autograd.recomputing import recomputes, set_recomputing
 from revkernels.autograd.recorded import Frame, Metadata, RearrangedStep, RecordedStep
@@ -279,7 +279,9 @@ class Rebuilding:
         else:
             f = (f[0] if type(f) is tuple else f).detach().resolve_neg()
             # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
-            free = not higher_order and target.stride() == step.strides and memory_is_free(target)
+            free = (
+                not higher_order and target.stride() == step.strides and has_memory(target) and memory_is_free(target)
+            )
             self._rebuilt[index] = target if free else _empty(target, step.strides)
             self._strides_now[index] = step.strides
             self._uncouple(k, index, target, f)
@@ -341,8 +343,10 @@ class Rebuilding:
             and may_be_one(out, f)
         ):
             self._ready = before.entry.uncouple(out, target, f)
-        else:
+        elif has_memory(out):
             self.kernels.uncouple(out, target, f, None)
+        else:  # a DTensor, say, which may know no out=
+            out.copy_(target - f)
         if k == 0:
             if self.witness is not None:
                 self.witness(self._rebuilt if grid is None else [grid.value(stream) for stream in self._rebuilt])
@@ -398,4 +402,4 @@ def _over(ref: weakref.ref[Rebuilding], grid: Grid | None, task: int) -> None:
 
 
 def _empty(like: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+    return like.new_empty_strided(like.shape, strides)  # of its class

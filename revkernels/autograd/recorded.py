@@ -108,9 +108,7 @@ class RearrangedStep:
         with torch.no_grad():
             before = [stream.detach() for stream in self.rearrangement.back(*streams)]
             return [
-                s
-                if s.stride() == strides
-                else torch.empty_strided(s.shape, strides, dtype=s.dtype, device=s.device).copy_(s)
+                s if s.stride() == strides else s.new_empty_strided(s.shape, strides).copy_(s)
                 for s, strides in zip(before, self.strides, strict=True)
             ]
 
