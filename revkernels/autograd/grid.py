@@ -231,7 +231,12 @@ def half_type_of(branch: Any) -> torch.dtype | None:
 
 
 def check_streams(streams: Sequence[torch.Tensor]) -> None:
-    """TypeError for a dtype that the grid cannot hold."""
+    """TypeError for a dtype that the grid cannot hold, and for what has no values to put on it."""
+    if streams[0].is_meta:
+        raise TypeError(
+            "x is on meta: an exact coupling looks at its streams' values, of which there are none there; set "
+            "coupling='float'"
+        )
     if streams[0].dtype == torch.float64:
         raise TypeError(
             "x is torch.float64; an exact coupling keeps float32 streams (bfloat16 and float16 are widened): hand it "

@@ -202,6 +202,12 @@ def _autocast_state(kind: str) -> tuple[bool, torch.dtype, bool]:
     return enabled, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype of autocast for devices of this kind; None where it is off, and where there is none, as for "meta"."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in nested lists, tuples and dicts, each with its path."""
     if isinstance(value, torch.Tensor):

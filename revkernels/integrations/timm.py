@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from revkernels.autograd.surroundings import autocast_dtype
 from revkernels.integrations._swap import (
     Replaced,
     Swapped,
@@ -177,7 +178,7 @@ class Block(Swapped):
 def _widened(x: torch.Tensor) -> torch.Tensor:
     """Under autocast a convolution's output is of half precision; a stream that is rebuilt has to be of float32."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if half and torch.is_autocast_enabled(x.device.type) else x
+    return x.float() if half and autocast_dtype(x.device.type) else x
 
 
 class InOrder:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
+from revkernels.autograd.surroundings import autocast_dtype
 from revkernels.models.layers import (
     BLOCKS,
     ModelOptions,
@@ -92,7 +93,7 @@ def _call(module: nn.Module, x: Any) -> Any:
 
 def _wide(stream: Tensor) -> Tensor:
     """A stream in float32 also where autocast made its values in a half type: a stream of halves drifts."""
-    if stream.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(stream.device.type):
+    if stream.dtype in (torch.bfloat16, torch.float16) and autocast_dtype(stream.device.type):
         return stream.float()
     return stream
 

@@ -25,7 +25,7 @@ from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.planner import Keeping, planner_of
 from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.autograd.reversal import Reversal
-from revkernels.autograd.surroundings import tensors_in
+from revkernels.autograd.surroundings import autocast_dtype, tensors_in
 from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
@@ -129,7 +129,7 @@ def forward(
     form = (joined, groups, owner.split_dim) if linked and rebuilding and not alone else None
     earlier = None if form is None else ending_in(x, form, streams, kernels)
     if earlier is None:
-        if rebuilding and streams[0].dtype in _HALVES and torch.is_autocast_enabled(streams[0].device.type):
+        if rebuilding and streams[0].dtype in _HALVES and autocast_dtype(streams[0].device.type):
             _warn_of_half_streams(owner, half_steps[0], streams[0].dtype)
         reversal = Reversal(streams, kernels, keep, side_inputs, name if form is None else Names(name), grid, keeping)
     else:
@@ -294,12 +294,11 @@ def _keeping(
     # What a branch keeps is the outer chain's affair: kept in its forward too, it would be there twice.
     if not isinstance(budget, MemoryBudget) or is_within_a_branch():
         return None
-    device = streams[0].device.type
     kind = (
         tuple(_ById(step.branch) for step in half_steps),
         tuple((s.shape, s.stride(), s.dtype, s.device, s.requires_grad) for s in streams),
         tuple((path, t.shape, t.dtype, t.requires_grad) for path, t in tensors_in(side_inputs)),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        autocast_dtype(streams[0].device.type),
         owner.backend,
         owner.coupling,
         hash(tuple(map(_mode_of, half_steps))),

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+import revkernels as rk
 from behaviour.common import WIDE, assert_raises, rows, torch
 from revkernels.autograd import accumulate
 from revkernels.errors import ReconstructionError
+from revkernels.models import revnet38
 from revkernels.nn import (
     AttentionBranch,
     FusedSequential,
@@ -283,6 +285,23 @@ def test_fake_tensors(compiled):
         x = torch.randn(5, 8, requires_grad=True)
         net(x).sum().backward()
         assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activations", ["reconstruct", "store", rk.MemoryBudget("50%")], ids=str)
+def test_on_meta(activations, dtype):
+    """Where there are shapes alone, and no autocast: steps, and a whole network."""
+    with torch.device("meta"):
+        net = ReversibleSequential(
+            [ReversibleBlock(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.ReLU())) for _ in range(3)],
+            activations=activations,
+        )
+        models = net.to(dtype), revnet38(activations=activations).to(dtype)
+        inputs = torch.ones(5, 8, dtype=dtype), torch.ones(2, 3, 8, 8, dtype=dtype)
+    for model, x in zip(models, inputs, strict=True):
+        for _ in range(2):
+            model(x).sum().backward()
+        assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 # ---- tensors of other kinds

@@ -257,3 +257,7 @@ def test_bad_streams(backend):
     assert_raises(TypeError, ["torch.int64"], lambda: net(torch.ones(3, 8, dtype=torch.int64)))
     x = rows(3, 8, dtype=torch.float32, requires_grad=False)
     assert_raises(rk.ReconstructionError, ["coupling='float'"], lambda: torch.func.vmap(net)(x[None]))
+    net.backend = None
+    x = torch.ones(3, 8, device="meta")
+    assert_raises(TypeError, ["x is on meta", "coupling='float'"], lambda: net(x))
+    assert_raises(TypeError, ["x is on meta"], lambda: net.to_grid(x))
