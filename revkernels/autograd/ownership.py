@@ -29,6 +29,15 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return type(tensor) in PLAIN and tensor.layout is torch.strided
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """Which block of memory it lies in, also where that is freed and taken again, as FSDP2 does. 0 if it is not one
+    block, or if somebody has put a mark on the tensor, as other ways to shard do: what they move is their affair."""
+    if not has_memory(tensor) or tensor.__dict__:
+        return 0
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
 def blocks_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """The memory that the tensor lies in: of a sparse one, that of its indices and values."""
     if tensor.layout is torch.strided:

@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from revkernels.autograd.behind import Reached, behind, beside
 from revkernels.autograd.names import reads_running, writes_silently
 from revkernels.autograd.own_state import OwnState
-from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.ownership import PLAIN, memory_of
 from revkernels.autograd.plain_layers import are_plain, holds_more
 from revkernels.autograd.rewinding import (
     MISSING,
@@ -82,7 +82,8 @@ class Snapshot:
         self.branch = branch
         self.fixed: list[Slot] = []
         self.late: set[int] = set()  # of the fixed, by id, those that the branch itself turned out to write
-        self.trained: list[tuple[str, torch.Tensor, bool]] = []  # parameters, and whether they required grad
+        #: Parameters, whether they required grad, and their memory.
+        self.trained: list[tuple[str, torch.Tensor, bool, int]] = []
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
@@ -136,7 +137,7 @@ class Snapshot:
             for name, parameter in parameters.items():
                 if parameter is not None:
                     self.fixed.append((parameters, name, parameter, version_of(parameter)))
-                    self.trained.append((name, parameter, parameter.requires_grad))
+                    self.trained.append((name, parameter, parameter.requires_grad, memory_of(parameter)))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
             if self.own is not None:
@@ -245,11 +246,17 @@ class Snapshot:
                     f"(version {version}, now {tensor._version}), so the branch cannot be run again as it was; step "
                     f"the optimizer, or write to it, after the backward"
                 )
-        for name, tensor, wanted in self.trained:
+        for name, tensor, wanted, memory in self.trained:
             if tensor.requires_grad is not wanted:
                 return (
                     f"{self._tensor_name(tensor, name)} {'required' if wanted else 'did not require'} grad in the "
                     f"forward and {'does not' if wanted else 'does'} now; change requires_grad after the backward"
+                )
+            if memory and memory_of(tensor) not in (0, memory):
+                return (
+                    f"{self._tensor_name(tensor, name)} was given other memory between the forward and the backward "
+                    f"(through .data, as .to(dtype) and vector_to_parameters do it), so the branch cannot be run again "
+                    f"as it was; do that after the backward"
                 )
         for name, ref, version in self.others:
             now = version_behind(ref)

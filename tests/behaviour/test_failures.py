@@ -239,6 +239,53 @@ def test_an_optimizer_step_between_forward_and_backward(backend):
         assert_raises(rk.ReconstructionError, ["block 1, branch G", f"parameter 2.{kind}"], loss.backward)
 
 
+class Assigned:
+    """Ways to give a parameter's object other memory, of which its version does not tell."""
+
+    @staticmethod
+    def data(net):
+        for p in net.parameters():
+            p.data = 2 * p.data
+
+    @staticmethod
+    def to_another_dtype(net):
+        net.float()
+
+    @staticmethod
+    def vector_to_parameters(net):
+        vector = nn.utils.parameters_to_vector(net.parameters()).detach()
+        nn.utils.vector_to_parameters(2 * vector, net.parameters())
+
+
+@pytest.mark.parametrize("way", [Assigned.data, Assigned.to_another_dtype, Assigned.vector_to_parameters])
+def test_other_memory_for_a_parameter(way, backend):
+    """Row 33: with stored activations torch keeps the old one; here it is gone, and so are the values."""
+    net, _ = twins(pairs_of(mlp, 2), backend=backend)
+    loss = loss_of(net(rows()))
+    way(net)
+    parts = ["block 1, branch G", "parameter 0.weight was given other memory", ".data"]
+    assert_raises(rk.ReconstructionError, parts, loss.backward)
+    net.double()
+    loss_of(net(rows())).backward()
+
+
+def test_a_parameter_that_has_its_memory_back(backend):
+    """Row 33: averaged weights hang in there for an evaluation, and the trained ones again for the backward."""
+    net, plain = twins(pairs_of(mlp, 2), backend=backend)
+    x, gradients = rows(), []
+    for network in (net, plain):
+        loss = loss_of(network(x))
+        trained = [p.data for p in network.parameters()]
+        for p in network.parameters():
+            p.data = 0.9 * p.data
+        with torch.no_grad():
+            network(x)
+        for p, value in zip(network.parameters(), trained, strict=True):
+            p.data = value
+        gradients.append(torch.autograd.grad(loss, [x, *network.parameters()]))
+    assert_all_close(*gradients)
+
+
 def test_what_a_function_reaches_is_watched(backend):
     """Row 33: a branch that is a function, a bound method or a partial of modules."""
     modules = [mlp() for _ in range(4)]
