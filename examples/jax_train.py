@@ -92,6 +92,8 @@ def main(argv=None):
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args(argv)
+    if min(options.blocks, options.epochs) < 1:
+        parser.error("--blocks and --epochs must be at least 1")
 
     digits = load_digits()
     images, labels = (digits.data / 8 - 1).astype("float32"), digits.target

@@ -152,6 +152,8 @@ def main():
     parser.add_argument("--blocks", type=int, default=8, help="reversible blocks, two branches each (default: 8)")
     parser.add_argument("--epochs", type=int, default=12, help="passes over the data (default: 12)")
     args = parser.parse_args()
+    if min(args.blocks, args.epochs) < 1:
+        parser.error("--blocks and --epochs must be at least 1")
 
     images, labels, source = digits()
     order = np.random.default_rng(0).permutation(len(images))

@@ -117,6 +117,8 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], flo
     parser.add_argument("--epochs", type=int, default=20, help="2 or more")
     parser.add_argument("--dropout", type=float, default=0.2)
     options = parser.parse_args(arguments)
+    if options.epochs < 2:
+        parser.error("--epochs must be at least 2: the first one warms up")
 
     torch.manual_seed(0)
     graph = communities(options.nodes)
