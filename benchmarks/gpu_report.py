@@ -30,7 +30,7 @@ from pathlib import Path
 
 from revkernels.bench import results
 from revkernels.cli.cases import KERNELS
-from revkernels.cli.output import Table, plain, report
+from revkernels.cli.output import Table, folder_to_write, plain, report
 from revkernels.cli.stamp import commit, environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,11 +287,23 @@ def table_of(outcomes: Sequence[Outcome], device: str) -> Table:
     return table
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:  # nor NaN
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be a number of seconds, more than 0")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report. Returns 1 if a stage failed or timed out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and results go")
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"in all (default: {BUDGET})")
+    parser.add_argument("--out", type=folder_to_write, required=True, metavar="DIR", help="where logs and results go")
+    parser.add_argument(
+        "--budget", type=_seconds, default=BUDGET, metavar="SECONDS", help=f"in all (default: {BUDGET})"
+    )
     parser.add_argument("--no-build", action="store_true", help="use the installed package")
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="the build and stages that have one of these in the name"
@@ -299,6 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show and write the plan, run nothing")
     args = parser.parse_args(argv)
     out = args.out.resolve()
+    names = [stage.name for stage in stages(out, None if args.no_build else out)]
+    for word in args.only or ():
+        if not any(word in name for name in names):
+            parser.error(f"--only {word!r}: no stage has it in its name; there are {', '.join(map(repr, names))}")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="revkernels-") as folder:
         work = Path(folder)
@@ -306,8 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = [
             s for s in stages(out, site) if not args.only or s.name == "build" or any(w in s.name for w in args.only)
         ]
-        for log in {stage.log for stage in plan}:
-            (out / log).unlink(missing_ok=True)
+        if not args.dry_run:
+            for log in {stage.log for stage in plan}:
+                (out / log).unlink(missing_ok=True)
         no_gpu = why_no_gpu()
         device = "cpu" if no_gpu else "cuda"
         name = no_gpu or environment(device)["device"]

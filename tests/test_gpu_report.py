@@ -28,6 +28,36 @@ def test_plans_flat_and_few_files(tmp_path):
     assert [row["result"] for row in report["tables"][0]["rows"]] == ["planned"] * len(plan)
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--out", __file__], "is a file; a folder is needed"),
+        (["--out", "/proc/x"], "no file can be made there"),
+        (["--out", "new", "--budget", "nan"], "'nan'; it must be a number of seconds, more than 0"),
+        (["--out", "new", "--budget", "-1"], "'-1'; it must be a number of seconds, more than 0"),
+        (
+            ["--out", "new", "--only", "passes", "pases"],
+            "--only 'pases': no stage has it in its name; there are 'build', ",
+        ),
+    ],
+    ids=lambda value: " ".join(value[-2:])[-20:] if isinstance(value, list) else "",
+)
+def test_a_bad_call_is_refused_before_anything_is_made(words, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_report.main([*words, "--dry-run"])
+    assert complaint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_leaves_the_logs_of_the_last_report(tmp_path):
+    logs = [tmp_path / stage.log for stage in gpu_report.stages(tmp_path, None)]
+    for log in logs:
+        log.write_text("of the last report")
+    assert gpu_report.main(["--out", str(tmp_path), "--dry-run"]) == 0
+    assert {log.read_text() for log in logs} == {"of the last report"}
+
+
 def test_runs_checks_and_tests_side_by_side_and_times_alone(tmp_path):
     first, *plan = gpu_report.stages(tmp_path, tmp_path / "site")
     assert (first.name, first.group) == ("build", "")
