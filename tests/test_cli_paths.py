@@ -214,3 +214,17 @@ def test_what_was_measured_is_shown_where_it_cannot_be_saved(tmp_path, monkeypat
     shown = capsys.readouterr()
     assert "found" in shown.out and "No space left on device" in shown.err
     assert (tmp_path / "all.json").exists()
+
+
+@pytest.mark.parametrize("rich", ["by rich", "without rich"])
+def test_a_closed_standard_error(rich, monkeypatch, capsys):
+    """As after 2>&-: progress goes nowhere, least of all between the lines of what is asked for."""
+    if rich == "without rich":
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with output.progress("work", 1) as begin:
+        begin("step")
+    output.remark("picture: a.png", output.STDOUT)
+    output.report("info", [a_table()], output.STDOUT)
+    assert json.loads(capsys.readouterr().out)["tables"][0]["title"] == "found"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import stat
@@ -101,12 +102,17 @@ def remark(line: str, json_file: Path | None = None) -> None:
 
 
 def _stream(json_file: Path | None) -> TextIO:
-    return sys.stderr if json_file is STDOUT else sys.stdout
+    return _open(sys.stderr if json_file is STDOUT else sys.stdout)
+
+
+def _open(stream: TextIO | None) -> TextIO:
+    """One that is closed is None, for which print would take standard output."""
+    return io.StringIO() if stream is None else stream
 
 
 def show(table: Table, stream: TextIO | None = None) -> None:
     """Print one table, by rich if it is installed, to standard output if no stream is given."""
-    stream = sys.stdout if stream is None else stream
+    stream = _open(sys.stdout) if stream is None else stream
     try:
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -114,8 +120,7 @@ def show(table: Table, stream: TextIO | None = None) -> None:
         print(plain(table), file=stream)
         return
     # markup=False: "pip install revkernels[torch]" is text here, not a style.
-    on_terminal = stream is not None and stream.isatty()  # None where it is closed
-    console = Console(file=stream, markup=False, highlight=False, width=None if on_terminal else _UNBOUNDED)
+    console = Console(file=stream, markup=False, highlight=False, width=None if stream.isatty() else _UNBOUNDED)
     widths = _widths(table, console.width)
     shown: Any = records(table)
     if widths is not None:
@@ -199,7 +204,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         rich_here = False
     else:
         rich_here = True
-    if not (rich_here and sys.stderr.isatty()):
+    if not (rich_here and _open(sys.stderr).isatty()):
         yield _plain_progress(title, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -221,7 +226,7 @@ def _plain_progress(title: str, total: int) -> Callable[[str], None]:
     def begin(step: str) -> None:
         nonlocal begun
         begun += 1
-        print(f"{title} {begun}/{total}: {step}", file=sys.stderr, flush=True)
+        print(f"{title} {begun}/{total}: {step}", file=_open(sys.stderr), flush=True)
 
     return begin
 
