@@ -77,7 +77,7 @@ def test_kernels_give_the_oracles_bits(sanitized):
     assert all(int(checks) > 0 for checks in ran.values())
 
 
-SPECIAL = [f"norm_act, {what}" for what in ("mean 1e4", "NaN", "the same everywhere")]
+SPECIAL = [f"norm_act, {what}" for what in ("mean 1e4", "NaN", "one line", "the same everywhere")]
 
 
 @pytest.mark.parametrize("name", ["norm_act, briefly", "norm_act_backward, briefly", *SPECIAL])
@@ -143,6 +143,25 @@ NORM_FAULTS = [
         *FORWARD,
     ),
     Fault(
+        "norm: a stage not waited for",
+        "norm_act_units.cuh",
+        "wait_for_copies<kStages - 1>();",
+        "wait_for_copies<kStages>();",
+        *FORWARD,
+    ),
+    Fault(
+        "norm: stages not told apart", "norm_act_units.cuh", "    close_copies();\n    ahead.", "    ahead.", *BACKWARD
+    ),
+    Fault(
+        "norm: a position not waited for",
+        "norm_act_teams.cuh",
+        "wait_for_copies<0>();\n    for_each_chunk<kSize, kChunks>(plan, turn, [&](int j, int64_t c) {\n"
+        "      if constexpr (kChunks == 0) {\n        read(",
+        "for_each_chunk<kSize, kChunks>(plan, turn, [&](int j, int64_t c) {\n"
+        "      if constexpr (kChunks == 0) {\n        read(",
+        *BACKWARD,
+    ),
+    Fault(
         "norm: another position under way",
         "norm_act_teams.cuh",
         "turn = Turn::of(plan, round + gridDim.x);\n    start(turn);\n    if (rms) {",
@@ -165,6 +184,14 @@ NORM_FAULTS = [
     ),
     Fault(
         "norm: packets kept twice", "norm_act_team_walk.cuh", "body(j, first + j * span);", "body(j, first);", *FORWARD
+    ),
+    Fault(
+        "norm: packets stored in the first one's place",
+        "norm_act_team_walk.cuh",
+        "int32_t(field.inner) + c * size;",
+        "int32_t(field.inner) + plan.lanes.x() * kSize * size;",
+        "norm_act",
+        ("norm_act, one line",),
     ),
     Fault(
         "norm: sums of the first packet alone",

@@ -334,6 +334,34 @@ const test::Register kNaN(
     },
     false);
 
+// Tokens of a dense tensor, and halves of them: one line, in which an address takes one
+// multiplication. Teams of a warp with one packet a thread, two and three, of two warps, and of a
+// block; several positions a team.
+const test::Register kOneLine(
+    "norm_act, one line",
+    [] {
+      std::mt19937 random(27);
+      const int types[][2] = {{REVK_FLOAT32, REVK_BFLOAT16},
+                              {REVK_FLOAT32, REVK_FLOAT32},
+                              {REVK_FLOAT16, REVK_FLOAT16}};
+      const Shape shapes[] = {{1, 256, 45},  {1, 384, 61}, {1, 392, 57}, {1, 640, 53},
+                              {1, 1024, 29}, {1, 1536, 5}, {1, 2064, 3}};
+      int turn = 0;
+      for (const Shape& shape : shapes) {
+        Case c = last_case("one line", shape, 1);
+        if (shape.channels == 392) c.stream.inner = 784, c.stream.offset = 392;
+        for (const auto& [stream, branch] : types) {
+          const int kind = turn % 2 ? REVK_LAYER_NORM : REVK_RMS_NORM;
+          Options o = some(kind, turn, random);
+          o.stream = stream, o.branch = o.h = branch, o.given = false;
+          try_forward(c, o, random);
+          o.branch = stream;  // the type of dx
+          try_backward(c, o, kWays[turn++ % 3], random);
+        }
+      }
+    },
+    false);
+
 // The device's size and the order of blocks change nothing, and no launch goes anywhere else.
 const test::Register kSame(
     "norm_act, the same everywhere",

@@ -255,7 +255,7 @@ const Case kCases[] = {
     last_case("more channels than a team holds, straight", {1, 2064, 3}, 3),
     last_case("two packets a thread", {3, 400, 2}, 5),
     last_case("three packets a thread", {3, 640, 2}, 5),
-    last_case("three packets, two warps a team", {3, 1032, 2}, 3),
+    last_case("a block a position", {3, 1032, 2}, 3),
     last_case("two packets a thread, several rounds", {90, 384, 1}, 3),
 };
 

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <utility>
+#include <vector>
 
 #include "fibres.h"
 
@@ -69,6 +71,35 @@ struct Machine {
 inline Machine machine;
 }  // namespace shim
 
+// A thread's copies to shared memory that are under way. They are made as late as they may be, when
+// the thread waits for them, and until then there is garbage: whoever reads too early, starts one
+// over what is still to be read, or writes where one still reads, gives other results.
+namespace shim {
+class Copies {
+ public:
+  void start(void* to, const void* from, size_t bytes) {
+    std::memset(to, 0xa5, bytes);
+    open_.push_back({to, from, bytes});
+  }
+  void close() { groups_.push_back(std::exchange(open_, {})); }
+  void wait(size_t most) {
+    for (; groups_.size() > most; groups_.pop_front())
+      for (const Copy& copy : groups_.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  void drop() { open_.clear(), groups_.clear(); }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<Copy> open_;
+  std::deque<std::vector<Copy>> groups_;
+};
+inline Copies copies[1024];  // of each thread of a block
+}  // namespace shim
+
 extern char __start_shim_shared[] __attribute__((weak));
 extern char __stop_shim_shared[] __attribute__((weak));
 
@@ -125,6 +156,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     blockIdx.x = machine.backwards ? blocks - 1 - turn : turn;
     if (__start_shim_shared)
       std::memset(__start_shim_shared, 0xa5, size_t(__stop_shim_shared - __start_shim_shared));
+    for (unsigned thread = 0; thread < threads; ++thread) shim::copies[thread].drop();
     shim::Block::current().run(
         int(threads), machine.backwards, [&] { kernel(arguments...); }, enter);
   }
@@ -134,6 +166,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 // ---- What a kernel may call.
 
 inline void __syncthreads() { shim::Block::current().barrier(); }
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  shim::copies[threadIdx.x].start(to, from, bytes);
+}
+inline void __pipeline_commit() { shim::copies[threadIdx.x].close(); }
+inline void __pipeline_wait_prior(size_t most) { shim::copies[threadIdx.x].wait(most); }
 
 namespace shim {
 template <class T>
