@@ -42,6 +42,7 @@ _OUTSIDE = (
             "rewinding",
             "reversal",
             "snapshot",
+            "structure",
             "surroundings",
         )
     ),

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS
+from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 
-__all__ = ["are_plain", "holds_more", "plain"]
+__all__ = ["are_plain", "holds_more", "options_of", "plain"]
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -52,6 +52,19 @@ def holds_more(module: nn.Module) -> bool:
     return not _MORE.isdisjoint(map(type, list(module.__dict__.values())))
 
 
+def options_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """The names and values of a layer's options, such as ``p`` of a dropout, if it is of one of those classes."""
+    kind = type(module)
+    if kind not in _known:
+        return (), ()
+    table, names = module.__dict__, _options.get(kind)
+    if names is None:
+        names = _options[kind] = tuple(name for name in own_names(table) if type(table[name]) in _OPTIONS)
+    return names, tuple([table.get(name) for name in names])
+
+
+_options: dict[type, tuple[str, ...]] = {}  # of each class, by the first of its modules that was met
+_OPTIONS = frozenset((int, float, bool, str, tuple, type(None)))
 _MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
 
 

@@ -31,6 +31,7 @@ from revkernels.autograd.rewinding import (
     put_back,
     written_by,
 )
+from revkernels.autograd.structure import Structure
 from revkernels.autograd.versions import version_behind, version_of
 from revkernels.errors import ReconstructionError
 
@@ -75,7 +76,7 @@ class Snapshot:
 
     __slots__ = (
         *("branch", "fixed", "flags", "generators", "late", "modules", "others", "own", "plain", "reads_running"),
-        *("registered", "rewound", "statistics", "trained", "turn", "_held"),
+        *("registered", "rewound", "statistics", "structure", "trained", "turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -87,6 +88,7 @@ class Snapshot:
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
+        self.structure: Structure | None = None  # once the forward is over
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         self._held: list[tuple[str, torch.Tensor]] = []
@@ -169,6 +171,7 @@ class Snapshot:
         ``counted``: batch norms that the recompute runs with the forward's statistics, so that it writes no buffers,
         once for each call.
         """
+        self.structure = Structure(self.modules)
         if counted:
             self._set_aside(counted)
         if self.rewound:
@@ -283,6 +286,8 @@ class Snapshot:
             if module.training is not flag:
                 undo.append((module.__dict__, "training", module.training))
                 module.__dict__["training"] = flag
+        if self.structure is not None:
+            self.structure.hang(undo)
         others = False
         for slots, name, tensor, _ in self.fixed:
             now = slots.get(name)

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import revkernels as rk
-from behaviour.common import WIDE, rows, torch
+from behaviour.common import WIDE, assert_all_close, fresh, loss_of, rows, torch, twins
 from revkernels.autograd import plain_layers
 from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential
 from revkernels.nn.branches import DropPath
@@ -169,3 +169,90 @@ def test_what_a_class_says_of_its_file_counts_for_nothing(says, monkeypatch):
     branch.held[0].to(WIDE)
     ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))(rows()).sum().backward()
     assert branch.held[0].num_batches_tracked == 1
+
+
+# ---- layers and options that are others by the time of the recompute
+
+
+class Holds(nn.Module):
+    """A module of somebody's, with layers of torch's in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = made_of_layers()
+        self.body.append(nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def made_of_layers():
+    return nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.Dropout(0.2), nn.Tanh()).to(WIDE)
+
+
+def other_options(layers):
+    layers[0].eps, layers[0].momentum, layers[3].p = 0.5, 0.7, 0.6
+
+
+def other_layers(layers):
+    layers[2], layers[4] = nn.Linear(4, 4, dtype=WIDE), nn.Sigmoid()
+
+
+def a_layer_more(layers):
+    layers.append(nn.Sigmoid())
+
+
+def a_layer_less(layers):
+    del layers[1]
+
+
+def renamed(layers):
+    """Others in another order, as a Sequential of an OrderedDict may have them."""
+    held = list(layers._modules.values())
+    layers._modules.clear()
+    layers._modules.update(zip("edcba", reversed(held[:5]), strict=True))
+
+
+@pytest.mark.parametrize("change", [other_options, other_layers, a_layer_more, a_layer_less, renamed])
+@pytest.mark.parametrize("make", [made_of_layers, Holds, lambda: FusedSequential(*made_of_layers())])
+def test_run_again_on_the_layers_of_the_forward(make, change, options):
+    """Two forwards before the backward: each is differentiated through the layers, and with the options, that it ran
+    with; and what is there then stays."""
+    net, plain = twins([(make(), make()) for _ in range(2)], **options)
+    outcomes = []
+    for network in (net, plain):
+        torch.manual_seed(0)
+        leaves, x = fresh(rows(5, 8))
+        first, learnt = network(x), list(network.parameters())
+        made = []
+        for block in network.children():
+            for branch in (block.F, block.G):
+                layers = branch if isinstance(branch, nn.Sequential) else branch.body
+                change(layers)
+                made.append((layers, dict(layers._modules), [dict(layer.__dict__) for layer in layers]))
+        second = network(x)
+        learnt += [p for p in network.parameters() if all(p is not other for other in learnt)]
+        gradients = torch.autograd.grad(loss_of([first, second]), [*leaves, *learnt], allow_unused=True)
+        outcomes.append([first, second, *gradients, *network.buffers()])
+        for layers, children, tables in made:
+            assert list(layers._modules.items()) == list(children.items())
+            assert [dict(layer.__dict__) for layer in layers] == tables
+    assert_all_close(*outcomes)
+
+
+def test_layers_that_a_forward_makes_are_run_again(options):
+    """As some are made of the first input's shape."""
+
+    class Lazy(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "layer"):
+                self.layer = nn.Linear(x.shape[1], x.shape[1], dtype=x.dtype)
+            return self.layer(x).tanh()
+
+    outcomes = []
+    for network in twins([(Lazy(), Lazy()) for _ in range(2)], **options):
+        torch.manual_seed(0)
+        leaves, x = fresh(rows(5, 8))
+        loss = loss_of(network(x))
+        outcomes.append(torch.autograd.grad(loss, [*leaves, *network.parameters()]))
+    assert_all_close(*outcomes)
