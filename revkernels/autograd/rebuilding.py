@@ -279,10 +279,8 @@ class Rebuilding:
         else:
             f = (f[0] if type(f) is tuple else f).detach().resolve_neg()
             # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
-            free = (
-                not higher_order and target.stride() == step.strides and has_memory(target) and memory_is_free(target)
-            )
-            self._rebuilt[index] = target if free else _empty(target, step.strides)
+            free = not higher_order and target.stride() == step.strides and memory_is_free(target)
+            self._rebuilt[index] = target if free or not has_memory(target) else _empty(target, step.strides)
             self._strides_now[index] = step.strides
             self._uncouple(k, index, target, f)
         if meter is not None:
@@ -345,8 +343,8 @@ class Rebuilding:
             self._ready = before.entry.uncouple(out, target, f)
         elif has_memory(out):
             self.kernels.uncouple(out, target, f, None)
-        else:  # a DTensor, say, which may know no out=
-            out.copy_(target - f)
+        else:  # a DTensor, say, or a nested one: written nowhere, for it may know no out=
+            self._rebuilt[index] = (target - f).to(target.dtype)
         if k == 0:
             if self.witness is not None:
                 self.witness(self._rebuilt if grid is None else [grid.value(stream) for stream in self._rebuilt])

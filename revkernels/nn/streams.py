@@ -50,6 +50,10 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
     """Return the ``groups`` streams of ``x``, and whether it was one tensor that has to be joined again."""
     if isinstance(x, torch.Tensor):
         _check_stream(x, name)
+        if x.is_nested:
+            raise TypeError(
+                f"{name} is a nested tensor, which is not cut into streams: hand over a tuple of {groups}, one a stream"
+            )
         if not -x.dim() <= split_dim < x.dim():
             raise ValueError(f"{name} has shape {tuple(x.shape)}; split_dim={split_dim} is not one of its dimensions")
         size = x.shape[split_dim]

@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams that are tensor subclasses without memory of their own: DTensors, and two tensors under one name."""
+"""Streams that are tensor subclasses without memory of their own: DTensors, nested tensors, and two tensors under one
+name."""
 
 import pytest
 from torch import nn
 
 import revkernels as rk
-from behaviour.common import WIDE, assert_all_close, mlp, norm_mlp, pairs_of, rows, tensors_in, torch, twins
+from behaviour.common import (
+    WIDE,
+    assert_all_close,
+    assert_raises,
+    mlp,
+    norm_mlp,
+    pairs_of,
+    rows,
+    tensors_in,
+    torch,
+    twins,
+)
 
 distributed = pytest.importorskip("torch.distributed.tensor")
 TwoTensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
@@ -25,6 +37,8 @@ def mesh():
 
 def parts(tensor):
     """As plain tensors."""
+    if tensor.is_nested:
+        return [tensor.values()]
     if isinstance(tensor, TwoTensor):
         return [tensor.a, tensor.b]
     return [tensor.full_tensor() if isinstance(tensor, distributed.DTensor) else tensor]
@@ -61,3 +75,21 @@ def test_as_plain_pytorch(kind, activations, pair, make, mesh):
     for order in (1, 2):
         x = x.chunk(2, 1) if pair and torch.is_tensor(x) else x
         assert_all_close(run(net, x, wrap, order), run(plain, x, wrap, order))
+
+
+@pytest.mark.parametrize("make", [mlp, layer_norm])
+@pytest.mark.parametrize("activations", ["reconstruct", "store", rk.MemoryBudget("50%")], ids=str)
+def test_nested_pairs(activations, make):
+    """Sequences of different lengths, which are not cut: a pair of them."""
+    net, plain = twins(pairs_of(make, 3), activations=activations)
+    outcomes = []
+    for network in (net, plain):
+        torch.manual_seed(0)
+        sequences = [torch.randn(n, 4, dtype=WIDE) for n in (3, 5)]
+        x1 = torch.nested.nested_tensor(sequences, layout=torch.jagged, requires_grad=True)
+        x2 = (0.5 * x1).detach().requires_grad_()
+        y1, y2 = network((x1, x2))
+        gradients = torch.autograd.grad((y1 * y2).values().sum(), [x1, x2, *network.parameters()])
+        outcomes.append([part for t in (y1, y2, *gradients) for part in parts(t)])
+    assert_all_close(*outcomes)
+    assert_raises(TypeError, ["x is a nested tensor", "a tuple of 2"], lambda: net(x1))
