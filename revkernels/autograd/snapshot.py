@@ -31,7 +31,7 @@ from revkernels.autograd.rewinding import (
     put_back,
     written_by,
 )
-from revkernels.autograd.structure import Structure
+from revkernels.autograd.structure import Hooks, Structure
 from revkernels.autograd.versions import version_behind, version_of
 from revkernels.errors import ReconstructionError
 
@@ -75,8 +75,8 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("branch", "fixed", "flags", "generators", "late", "modules", "others", "own", "plain", "reads_running"),
-        *("registered", "rewound", "statistics", "structure", "trained", "turn", "_held"),
+        *("branch", "fixed", "flags", "generators", "hooks", "late", "modules", "others", "own", "plain"),
+        *("reads_running", "registered", "rewound", "statistics", "structure", "trained", "turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -132,6 +132,7 @@ class Snapshot:
     def take(self) -> None:
         """Before the forward: note what there is."""
         self.flags = [module.training for module in self.modules]
+        self.hooks = Hooks(self.modules)
         for place, module in enumerate(self.modules):
             parameters = module._parameters
             if not self.plain and _is_scripted(module):
@@ -286,6 +287,7 @@ class Snapshot:
             if module.training is not flag:
                 undo.append((module.__dict__, "training", module.training))
                 module.__dict__["training"] = flag
+        self.hooks.hang(undo)
         if self.structure is not None:
             self.structure.hang(undo)
         others = False

@@ -240,6 +240,44 @@ def test_run_again_on_the_layers_of_the_forward(make, change, options):
     assert_all_close(*outcomes)
 
 
+@pytest.mark.parametrize("way", ["removed", "added", "once"])
+@pytest.mark.parametrize("make", [made_of_layers, Holds, lambda: FusedSequential(*made_of_layers())])
+def test_run_again_under_the_hooks_of_the_forward(make, way, options):
+    """Hooks that change what a layer reads and returns, as they are put on for a forward alone, or put on behind it."""
+
+    def register(network):
+        handles = {}
+
+        def double(layer, inputs, output):
+            if way == "once":
+                handles[layer, "behind"].remove()
+            return 2 * output
+
+        def negate(layer, args, kwargs):
+            return (-args[0],), kwargs
+
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear | nn.BatchNorm1d):
+                handles[layer, "behind"] = layer.register_forward_hook(double)
+                handles[layer, "before"] = layer.register_forward_pre_hook(negate, with_kwargs=True)
+        return handles.values()
+
+    outcomes = []
+    for network in twins([(make(), make()) for _ in range(2)], **options):
+        torch.manual_seed(0)
+        leaves, x = fresh(rows(5, 8))
+        handles = () if way == "added" else register(network)
+        y = network(x)
+        for handle in handles:
+            handle.remove()
+        if way == "added":
+            register(network)
+        before = [dict(m._forward_hooks) for m in network.modules()]
+        outcomes.append([y, *torch.autograd.grad(loss_of(y), [*leaves, *network.parameters()]), *network.buffers()])
+        assert [dict(m._forward_hooks) for m in network.modules()] == before
+    assert_all_close(*outcomes)
+
+
 def test_layers_that_a_forward_makes_are_run_again(options):
     """As some are made of the first input's shape."""
 
