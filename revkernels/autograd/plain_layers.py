@@ -8,9 +8,10 @@ them, or replaced what their class is called through.
 
 from __future__ import annotations
 
+import operator
 import types
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 
-__all__ = ["are_plain", "holds_more", "options_of", "plain"]
+__all__ = ["Options", "are_plain", "holds_more", "options_of", "plain"]
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -52,18 +53,32 @@ def holds_more(module: nn.Module) -> bool:
     return not _MORE.isdisjoint(map(type, list(module.__dict__.values())))
 
 
-def options_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """The names and values of a layer's options, such as ``p`` of a dropout, if it is of one of those classes."""
-    kind = type(module)
+class Options(NamedTuple):
+    """The names of a class's options, such as ``p`` of a dropout, and what takes their values out of a ``__dict__``."""
+
+    names: tuple[str, ...]
+    read: Callable[[dict[str, Any]], tuple[Any, ...]]
+
+
+def options_of(module: nn.Module) -> Options | None:
+    """Those of a layer, if it is of one of these classes."""
+    kind, table = type(module), module.__dict__
     if kind not in _known:
-        return (), ()
-    table, names = module.__dict__, _options.get(kind)
-    if names is None:
-        names = _options[kind] = tuple(name for name in own_names(table) if type(table[name]) in _OPTIONS)
-    return names, tuple([table.get(name) for name in names])
+        return None
+    options = _options.get(kind)
+    if options is None:
+        names = tuple(name for name in own_names(table) if type(table[name]) in _OPTIONS)
+        options = _options[kind] = Options(names, _reader(names))
+    return options
 
 
-_options: dict[type, tuple[str, ...]] = {}  # of each class, by the first of its modules that was met
+def _reader(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    if len(names) > 1:
+        return operator.itemgetter(*names)  # one call: every half-step does this for every layer
+    return lambda table: tuple([table[name] for name in names])
+
+
+_options: dict[type, Options] = {}  # of each class, by the first of its modules that was met
 _OPTIONS = frozenset((int, float, bool, str, tuple, type(None)))
 _MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
 

@@ -132,7 +132,7 @@ class Snapshot:
     def take(self) -> None:
         """Before the forward: note what there is."""
         self.flags = [module.training for module in self.modules]
-        self.hooks = Hooks(self.modules)
+        self.hooks = Hooks(self.modules, none=self.plain)
         for place, module in enumerate(self.modules):
             parameters = module._parameters
             if not self.plain and _is_scripted(module):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from revkernels.autograd.plain_layers import options_of
+from revkernels.autograd.plain_layers import Options, options_of
 from revkernels.autograd.rewinding import MISSING, Undo
 
 __all__ = ["Hooks", "Structure"]
@@ -28,15 +28,18 @@ class Structure:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._parts = [(_children(module), options_of(module)) for module in modules]
+        self._parts = [(_children(module), *_options(module)) for module in modules]
 
     def hang(self, undo: Undo) -> None:
         """Let the modules be made of these again."""
-        for module, (children, (names, values)) in zip(self._modules, self._parts, strict=False):
-            slots, table = module._modules, module.__dict__
+        for module, (children, options, values) in zip(self._modules, self._parts, strict=False):
+            slots = module._modules
             if slots != children and isinstance(slots, dict):
                 _hang_all(slots, children, undo)
-            for name, value in zip(names, values, strict=True):
+            if options is None or _values(options, module) == values:
+                continue
+            table = module.__dict__
+            for name, value in zip(options.names, values, strict=True):
                 now = table.get(name, MISSING)
                 if now is not value and now != value:
                     undo.append((table, name, now))
@@ -48,20 +51,16 @@ class Hooks:
 
     __slots__ = ("_hooks", "_modules")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        # A lazy one takes off its own as it becomes another class.
-        self._modules = [module for module in modules if not isinstance(module, LazyModuleMixin)]
-        self._hooks = [
-            tuple([dict(getattr(module, kind)) for kind in _KINDS]) if _has_hooks(module) else None
-            for module in self._modules
-        ]
+    def __init__(self, modules: Sequence[nn.Module], none: bool) -> None:
+        """``none``: it is known that there are none."""
+        self._modules, self._hooks = modules, [None] * len(modules) if none else [_hooks_of(m) for m in modules]
 
     def hang(self, undo: Undo) -> None:
         """Let the modules have these again, and no others."""
         for module, hooks in zip(self._modules, self._hooks, strict=True):
-            if hooks is None and not _has_hooks(module):
+            if hooks is None and not (module._forward_hooks or module._forward_pre_hooks):
                 continue
-            for kind, then in zip(_KINDS, hooks or (_NONE,) * len(_KINDS), strict=True):
+            for kind, then in zip(_KINDS, _NO_HOOKS if hooks is None else hooks, strict=False):
                 now = getattr(module, kind)
                 if now != then:
                     _hang_all(now, then, undo)
@@ -73,8 +72,15 @@ _KINDS = (
 )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+_NO_HOOKS = (_NONE,) * len(_KINDS)
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...] | None:
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return None
+    if isinstance(module, LazyModuleMixin):  # it takes off its own as it becomes another class
+        return ()
+    return tuple([dict(getattr(module, kind)) for kind in _KINDS])
 
 
 def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None:
@@ -89,3 +95,16 @@ def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None
 def _children(module: nn.Module) -> dict[str, Any]:
     children = module._modules
     return dict(children) if children and isinstance(children, dict) else _NONE  # a scripted module's is no dictionary
+
+
+def _options(module: nn.Module) -> tuple[Options | None, tuple[Any, ...]]:
+    options = options_of(module)
+    values = None if options is None else _values(options, module)
+    return (None, ()) if values is None else (options, values)
+
+
+def _values(options: Options, module: nn.Module) -> tuple[Any, ...] | None:
+    try:
+        return options.read(module.__dict__)
+    except KeyError:  # one was taken away
+        return None
