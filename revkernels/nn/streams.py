@@ -81,11 +81,14 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
     return list(x), False
 
 
+_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))  # float8 has no arithmetic in torch
+
+
 def _check_stream(stream: torch.Tensor, name: str) -> None:
     if stream.layout not in (torch.strided, torch.jagged) or (stream.is_nested and stream.layout is torch.strided):
         kind = "nested tensor" if stream.is_nested else f"tensor of layout {stream.layout}"
         raise TypeError(f"{name} is a {kind}; it must be dense (strided), or nested with layout torch.jagged")
-    if not stream.is_floating_point():
+    if stream.dtype not in _FLOATS:
         raise TypeError(f"{name} is {stream.dtype}; it must be floating point (float64, float32, bfloat16, float16)")
 
 

@@ -29,6 +29,7 @@ INPUTS = {
         lambda: (rows(5, 4), torch.ones(5, 4, dtype=torch.int32)),
     ),
     "integers": (TypeError, ["x is torch.int64", "floating point"], lambda: torch.ones(5, 8, dtype=torch.int64)),
+    "float8": (TypeError, ["float8_e4m3fn", "bfloat16"], lambda: torch.ones(5, 8, dtype=torch.float8_e4m3fn)),
     "complex": (TypeError, ["x is torch.complex64", "float32"], lambda: torch.ones(5, 8, dtype=torch.complex64)),
     "an array": (TypeError, ["x is a ndarray", "tensor"], lambda: rows().detach().numpy()),
     "None": (TypeError, ["x is a NoneType", "(x1, x2)"], lambda: None),
