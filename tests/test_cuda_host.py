@@ -390,6 +390,7 @@ def norm_findings(faultless, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # the first of them compiles the kernels with every fault
 @pytest.mark.parametrize("which", ["findings", "norm_findings"])
 def test_without_a_fault_the_same_tests_pass(which, request):
     """The control: what the faults are built with fails nothing by itself."""
@@ -398,6 +399,7 @@ def test_without_a_fault_the_same_tests_pass(which, request):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("fault", [*FAULTS, *NORM_FAULTS], ids=lambda fault: fault.name)
 def test_planted_fault_is_found(fault, request):
     done = request.getfixturevalue("norm_findings" if fault in NORM_FAULTS else "findings")[fault]

@@ -99,7 +99,7 @@ def test_change_and_restore():
         "  - 8: Own has a forward of its own",
         "  a note",
     ]
-    assert "revkernels.Linear(in_features=2" in repr(model)
+    assert "revkernels_Linear(in_features=2" in repr(model)
     assert isinstance(model[0], nn.Linear) and isinstance(model[0], Doubled)
     assert not torch.equal(model(x), before)
     assert replaced.restore() == list(replaced.modules)
