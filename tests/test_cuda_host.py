@@ -404,4 +404,5 @@ def test_without_a_fault_the_same_tests_pass(which, request):
 def test_planted_fault_is_found(fault, request):
     done = request.getfixturevalue("norm_findings" if fault in NORM_FAULTS else "findings")[fault]
     assert done.returncode != 0, f"nothing noticed:\n{done.stdout}"
-    assert any(word in done.stderr for word in ("FAILED", "runtime error", "never comes")), done.stderr
+    # A fault that writes past an array may end in the C library's own "corruption", before anything is compared.
+    assert any(word in done.stderr for word in ("FAILED", "runtime error", "never comes", "corruption")), done.stderr
