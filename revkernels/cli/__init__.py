@@ -38,7 +38,7 @@ PATHS = {
 }
 
 #: What a command needs beyond NumPy, and the extra that brings it.
-_EXTRAS = {"torch": "torch", "triton": "torch", "sklearn": "demo", "matplotlib": "demo"}
+_EXTRAS = {"torch": "torch", "triton": "triton", "sklearn": "demo", "matplotlib": "demo"}
 
 #: How torch says, in a RuntimeError, that there is no memory: of the host and of a GPU.
 _NO_MEMORY = ("can't allocate memory", "out of memory")
