@@ -39,11 +39,13 @@ _OUTSIDE = (
             "recomputing",
             "recorded",
             "names",
+            "own_state",
             "rewinding",
             "reversal",
             "snapshot",
             "structure",
             "surroundings",
+            "versions",
         )
     ),
     "revkernels.eager",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from revkernels.autograd.versions import version_of
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+def _holds_items(module: nn.Module) -> bool:
+    """Whether an attribute of the module is a list or dictionary that is not empty."""
+    table = module.__dict__
+    return any(type(value) in (list, dict) and value for value in map(table.get, own_names(table)))
+
+
 class OwnState:
     """Of one branch at one half-step, as the `Snapshot` that it is a part of.
 
@@ -31,10 +38,24 @@ class OwnState:
     its attributes are not put back.
     """
 
-    __slots__ = ("asked", "blank", "branch", "comes_back", "containers", "hung", "loose", "replaced", "tables")
+    __slots__ = (
+        "asked",
+        "blank",
+        "branch",
+        "comes_back",
+        "containers",
+        "holders",
+        "hung",
+        "loose",
+        "replaced",
+        "tables",
+    )
 
-    def __init__(self, branch: Any) -> None:
+    def __init__(self, branch: Any, modules: Sequence[nn.Module]) -> None:
         self.branch = branch
+        #: The modules whose lists and dictionaries are looked into. They must run in one thread at a time: what
+        #: another thread's run replaces there would look like this one's.
+        self.holders = [module for module in modules if _holds_items(module)]
         self.comes_back = getattr(branch, "revkernels_comes_back", False) is True
         #: Attributes that need no gradient, tensors or tuples or lists of such: where each hangs.
         self.hung: list[tuple[dict[str, Any], str, Any]] = []
@@ -71,7 +92,7 @@ class OwnState:
             elif not self.comes_back:
                 if is_state(value):
                     self.hung.append((table, name, value))
-                if registered and type(value) in (list, dict):
+                if registered and type(value) in (list, dict) and module in self.holders:
                     self._note(value)
         return held
 
@@ -92,16 +113,17 @@ class OwnState:
             if version_of(slot[2]) != slot[3]:
                 found.add(f".{slot[1]}")
                 changed.append((module, slot, value))
-        asked = times_asked() != self.asked
+        asked = times_asked() != self.asked and not self.comes_back
         for module, table, before in self.tables:
             now = dict(table.items())  # a scripted module's is no dictionary
             for name in own_names(now):
                 was, value = before.get(name, MISSING), now[name]
                 if was is value or not is_state(value):
                     continue
-                if was is None or was is MISSING:
+                blank = was is None or was is MISSING
+                if blank:
                     self.blank.append((table, name, was))
-                if asked and (was is None or was is MISSING or is_state(was)):
+                if asked and (blank or is_state(was)):
                     self._tell(module, name)
         for container, before in () if asked else self.containers:
             # What has been added since may be another thread's.

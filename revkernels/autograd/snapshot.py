@@ -47,7 +47,7 @@ _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 
 
 class Turn:
-    """The right to run modules that have buffers: one thread's at a time.
+    """The right to run modules that have buffers, or items in lists or dictionaries: one thread's at a time.
 
     A recompute hangs throw-away buffers into them, where another thread's forward would lose its statistics.
     """
@@ -115,7 +115,7 @@ class Snapshot:
         self.registered = len(self.modules)
         if isinstance(branch, nn.Module) and hidden:
             self.modules += [module for module in hidden if module not in self.modules]
-        self.own = None if self.plain else OwnState(branch)
+        self.own = None if self.plain else OwnState(branch, self.modules)
         for module in () if self.plain else self.modules:
             if _is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
@@ -127,6 +127,8 @@ class Snapshot:
         self.reads_running = (
             bool(stateful) and not self.plain and reads_running(branch, self.modules[: self.registered])
         )
+        if self.own is not None and self.own.holders:
+            stateful = list({*stateful, *self.own.holders})
         self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
 
     def take(self) -> None:

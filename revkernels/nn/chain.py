@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, zip_longest
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -167,15 +167,21 @@ _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def _warn_of_half_streams(owner: Any, first: HalfStep, dtype: torch.dtype) -> None:
     """What comes out of a convolution under autocast is narrow, and a chain's streams with it: once a chain."""
+    if owner.coupling != "float":
+        return
     whole = isinstance(owner, nn.Module)
     whose = owner if whole else first.branch  # options are new with every call
-    if owner.coupling != "float" or not isinstance(whose, nn.Module | FunctionType) or whose in _warned:
-        return
-    _warned.add(whose)
+    try:
+        if whose in _warned:
+            return
+        _warned.add(whose)
+    except TypeError:  # a callable without weak references: Python shows a warning once a place
+        pass
+    or_exact = ", or set coupling='exact'" if whole else ""
     warnings.warn(
         f"a chain that rebuilds its activations is given {dtype} streams under autocast, and rebuilds them to within "
         f"the rounding of {dtype}: its gradients drift with depth. Hand it x.float() (its branches run in {dtype} all "
-        f"the same){', or set coupling=' + repr('exact') if whole else ''}",
+        f"the same){or_exact}",
         UserWarning,
         stacklevel=6,
     )

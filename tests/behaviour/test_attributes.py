@@ -4,6 +4,7 @@
 import collections
 import copy
 import gc
+import sys
 import threading
 import warnings
 
@@ -410,9 +411,13 @@ def test_what_another_thread_puts_in_stays():
         except BaseException as problem:
             problems.append(problem)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads, before = [threading.Thread(target=work) for _ in range(3)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that they meet
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     assert not problems
