@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from revkernels.autograd.surroundings import autocast_dtype
 from revkernels.integrations._swap import (
     Replaced,
     Swapped,
@@ -29,6 +28,7 @@ from revkernels.integrations._swap import (
 )
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
+from revkernels.nn.streams import widened
 from revkernels.options import Activations
 
 __all__ = ["make_reversible"]
@@ -170,15 +170,9 @@ class Block(Swapped):
             for k, (_, branch) in enumerate(branches)
         ]
         names = [name for name, _ in branches].__getitem__
-        streams = torch.cat((_widened(x),) * 2, self.dim) if place["first"] else x
+        streams = torch.cat((widened(x),) * 2, self.dim) if place["first"] else x
         y = linked.run(half_steps, streams, 2, names, split_dim=self.dim, **options)
         return self.merged(*y.chunk(2, self.dim)) if place["last"] else y
-
-
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    """Under autocast a convolution's output is of half precision; a stream that is rebuilt has to be of float32."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if half and autocast_dtype(x.device.type) else x
 
 
 class InOrder:

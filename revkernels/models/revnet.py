@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from revkernels.autograd.surroundings import autocast_dtype
 from revkernels.models.layers import (
     BLOCKS,
     ModelOptions,
@@ -27,6 +26,7 @@ from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential, ch
 from revkernels.nn.fusion import norms_by
 from revkernels.nn.plan import Plan as NetPlan
 from revkernels.nn.plan import plan_of
+from revkernels.nn.streams import widened
 from revkernels.options import ActivationsOption, CouplingOption, Transitions
 
 if TYPE_CHECKING:
@@ -84,18 +84,11 @@ class Transition(nn.Module):
         run = checkpoint if self.recompute else _call
         y1 = run(self.F, x2) + self.shortcut1(x1)
         y2 = run(self.G, y1) + self.shortcut2(x2)
-        return _wide(y1), _wide(y2)
+        return widened(y1), widened(y2)
 
 
 def _call(module: nn.Module, x: Any) -> Any:
     return module(x)
-
-
-def _wide(stream: Tensor) -> Tensor:
-    """A stream in float32 also where autocast made its values in a half type: a stream of halves drifts."""
-    if stream.dtype in (torch.bfloat16, torch.float16) and autocast_dtype(stream.device.type):
-        return stream.float()
-    return stream
 
 
 class RevNet(WithChains):
@@ -180,7 +173,7 @@ class RevNet(WithChains):
             run = checkpoint if self.transitions == "recompute" else _call
             x1, x2 = run(self.stem, x).chunk(2, dim=1)
             if isinstance(self.stages[0][0], ReversibleBlock):  # type: ignore[index]
-                x1, x2 = _wide(x1), _wide(x2)
+                x1, x2 = widened(x1), widened(x2)
             y1, y2 = self.stages((x1, x2))
             return self.head(torch.cat((y1, y2), dim=1))
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from revkernels.models.layers import ModelOptions, check_images
 from revkernels.models.options import WithChains
 from revkernels.models.plan import check_positive
-from revkernels.models.revnet import _wide
 from revkernels.nn import Explanation, ReversibleBlock, ReversibleSequential
 from revkernels.nn.branches import AttentionBranch, MLPBranch, check_probability
 from revkernels.nn.plan import Plan as NetPlan
 from revkernels.nn.plan import plan_of
+from revkernels.nn.streams import widened
 from revkernels.options import ActivationsOption, CouplingOption
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class RevViT(WithChains):
         tokens = self.patches(x).flatten(2).transpose(1, 2).contiguous()
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(len(tokens), -1, -1), tokens), dim=1)
-        tokens = self.dropout(_wide(tokens + self.position))
+        tokens = self.dropout(widened(tokens + self.position))
         y = self.norm(torch.cat(self.blocks((tokens, tokens)), dim=-1))
         return self.head(y.mean(dim=1) if self.class_token is None else y[:, 0])
 

@@ -30,7 +30,7 @@ from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
 from revkernels.nn.kernels_of import kernels_of, rebuilds
-from revkernels.nn.streams import check_options, dense, is_store, streams_of
+from revkernels.nn.streams import check_options, dense, is_narrowed, is_store, streams_of
 from revkernels.options import ActivationsOption, CouplingOption
 from revkernels.tracking import met_compiler
 
@@ -129,7 +129,7 @@ def forward(
     form = (joined, groups, owner.split_dim) if linked and rebuilding and not alone else None
     earlier = None if form is None else ending_in(x, form, streams, kernels)
     if earlier is None:
-        if rebuilding and streams[0].dtype in _HALVES and autocast_dtype(streams[0].device.type):
+        if rebuilding and is_narrowed(streams[0]):
             _warn_of_half_streams(owner, half_steps[0], streams[0].dtype)
         reversal = Reversal(streams, kernels, keep, side_inputs, name if form is None else Names(name), grid, keeping)
     else:
@@ -161,7 +161,6 @@ def forward(
     return (y, aux) if aux else y
 
 
-_HALVES = (torch.bfloat16, torch.float16)
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from revkernels import backends
+from revkernels.autograd.surroundings import autocast_dtype
 from revkernels.budget import MemoryBudget
 from revkernels.exact import Exact
 from revkernels.options import Activations
@@ -81,6 +82,7 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
     return list(x), False
 
 
+_HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))  # float8 has no arithmetic in torch
 
 
@@ -90,6 +92,16 @@ def _check_stream(stream: torch.Tensor, name: str) -> None:
         raise TypeError(f"{name} is a {kind}; it must be dense (strided), or nested with layout torch.jagged")
     if stream.dtype not in _FLOATS:
         raise TypeError(f"{name} is {stream.dtype}; it must be floating point (float64, float32, bfloat16, float16)")
+
+
+def is_narrowed(stream: torch.Tensor) -> bool:
+    """Whether autocast is on and the stream is of a half type, in which what is rebuilt drifts."""
+    return stream.dtype in _HALVES and autocast_dtype(stream.device.type) is not None
+
+
+def widened(stream: torch.Tensor) -> torch.Tensor:
+    """The stream in float32 where autocast has narrowed what it came from, as it does a convolution's output."""
+    return stream.float() if is_narrowed(stream) else stream
 
 
 def dense(stream: torch.Tensor) -> torch.Tensor:

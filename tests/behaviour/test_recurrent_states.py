@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a branch leaves on itself for its next call, as a recurrent cell does: the recompute finds what the
+forward found, and leaves what the forward left."""
+
+import copy
+import warnings
+
+import pytest
+from torch import nn
+
+from behaviour.common import WIDE, assert_all_close, loss_of, pairs_of, rows, torch, twins
+from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing
+
+
+class Recurrent(nn.Module):
+    """Reads what its last call has left."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.state = nn.Linear(4, 4), torch.zeros(4, dtype=WIDE)
+
+    def forward(self, h):
+        out = (self.linear(h) + self.state).tanh()
+        self.state = out.detach().mean(0)
+        return out
+
+
+class Remembers(nn.Module):
+    """An LSTM that goes on from where its last call has ended: ``keeps`` makes of (h, c) what hangs on it."""
+
+    def __init__(self, keeps, first):
+        super().__init__()
+        self.layer, self.keeps, self.state = nn.LSTM(4, 4), keeps, first
+
+    def forward(self, h):
+        out, (hidden, cell) = self.layer(h, self.read())
+        self.state = self.keeps(hidden.detach(), cell.detach())
+        return out
+
+    def read(self):
+        found = self.state["of"][0] if type(self.state) is dict else self.state
+        return tuple(found) if found else None
+
+
+KEPT = {
+    "tuple": (lambda *state: state, None),
+    "list": (lambda *state: list(state), []),
+    "dictionary": (lambda *state: {"of": [state, None]}, {"of": [None]}),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_recurrent_state_of_several_tensors(kept, options):
+    """Row 34: the recompute goes on from where the forward did, and leaves what the forward left."""
+    nets, results = twins(pairs_of(lambda: Remembers(*KEPT[kept]).to(WIDE), 2), split_dim=-1, **options), []
+    inputs = [rows(3, 2, 8) for _ in range(3)]
+    for net in nets:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        for leaf in leaves:
+            loss_of(net(leaf)).backward()
+        branches = [branch for block in net.children() for branch in (block.F, block.G)]
+        states = [t for branch in branches for t in branch.read()]
+        results.append([*(leaf.grad for leaf in leaves), *(p.grad for p in net.parameters()), *states])
+    assert_all_close(*results)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_recurrent_state(shared, checkpointed, backend):
+    """Of several calls, with one backward behind each or behind them all."""
+    torch.manual_seed(0)
+    one = Recurrent().to(WIDE)
+    for each in (False, True):
+        found = []
+        for activations in ("store", "reconstruct"):
+            branches = [copy.deepcopy(one) for _ in range(1 if shared else 4)] * (4 if shared else 1)
+            blocks = [ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
+            rebuilds = activations == "reconstruct"
+            kind = "store" if checkpointed else activations
+            net = ReversibleSequential(blocks, activations=kind, backend=backend)
+            inputs = [torch.randn(5, 8, dtype=WIDE, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+            total = 0
+            for x in inputs:
+                x.requires_grad_()
+                y = (checkpoint(net, x) if checkpointed and rebuilds else net(x)).sin().sum()
+                if each:
+                    y.backward()
+                else:
+                    total = total + y
+            if not each:
+                total.backward()
+            found.append([*(x.grad for x in inputs), *(b.linear.weight.grad for b in branches)])
+            found[-1] += [b.state for b in branches]
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+class InContainer(nn.Module):
+    """A recurrent state in a list or dictionary that stays, beside what is no tensor."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.kind = nn.Linear(4, 4), kind
+        self.held = {"list": [None, 3], "dictionary": {0: None, "steps": 3}, "nested": {"of": [None]}}[kind]
+
+    def forward(self, h):
+        held = self.held["of"] if self.kind == "nested" else self.held
+        out = (self.linear(h) + (0 if held[0] is None else held[0])).tanh()
+        held[0] = out.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["a backward each", "one backward"])
+@pytest.mark.parametrize("kind", ["list", "dictionary", "nested"])
+def test_a_recurrent_state_in_a_container_that_stays(kind, each, backend):
+    nets, found = twins([(InContainer(kind).to(WIDE), InContainer(kind).to(WIDE)) for _ in range(2)]), []
+    given = [rows(5, 8).detach() for _ in range(3)]
+    for net in nets:
+        inputs, total = [x.clone().requires_grad_() for x in given], 0
+        for x in inputs:
+            y = loss_of(net(x))
+            if each:
+                y.backward()
+            else:
+                total = total + y
+        if not each:
+            total.backward()
+        branches = [branch for block in net.children() for branch in (block.F, block.G)]
+        states = [b.held["of"][0] if kind == "nested" else b.held[0] for b in branches]
+        found.append([*(p.grad for p in net.parameters()), *(x.grad for x in inputs), *states])
+    assert_all_close(*found)
+
+
+def test_who_asks_and_replaces_nothing_is_told_nothing():
+    """Nor is a recurrent state that does not ask, nor what a hook collects in the second run."""
+    branches, seen = [Recurrent().to(WIDE), nn.Linear(4, 4).to(WIDE)], []
+    branches[1].register_forward_hook(lambda module, *_: seen.append(is_recomputing()))
+    net = ReversibleSequential(ReversibleBlock(*branches))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            net(torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8)).sum().backward()
+    assert seen == [False, True] * 2
