@@ -70,7 +70,7 @@ class Checkpoint(Rebuilding):
         others = tuple(other for place, other in self._leaves if place < 0)
         step = RecordedStep(HalfStep(self._function, 0, (0,), others))
         self._steps.append(step)
-        self._saved = step.saved
+        self._saved, self._dtypes = step.saved, step.dtypes
         snapshot, surroundings = step.snapshot, self._surroundings
         own = snapshot.generators
         before = surroundings.states() + states_of(own)
@@ -81,6 +81,7 @@ class Checkpoint(Rebuilding):
                 with hooks, surroundings.guard, within_a_branch(), fusion.Within(self.kernels, step.tape(False)):
                     result = self._function(*args, **kwargs)
                 snapshot.complete(step.counted())
+                step.over()
             step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.plain)
             if any(version_of(tensor) != version for tensor, version in self._given):
                 raise ReconstructionError(
@@ -98,7 +99,8 @@ class Checkpoint(Rebuilding):
         return result
 
     def _pack(self, tensor: torch.Tensor) -> int:
-        self._saved.append((tensor.dtype, tensor.shape))  # not held meanwhile, as a branch's are: it may be a big part
+        self._saved.append(tensor.shape)  # the tensor is not held meanwhile, as a branch's are: it may be a big part
+        self._dtypes.append(tensor.dtype)
         return len(self._saved) - 1
 
     def _differentiates_too_early(self, k: int) -> str:

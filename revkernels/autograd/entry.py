@@ -51,7 +51,7 @@ class Entry:
 
     def apply(
         self, streams: list[torch.Tensor], source: int, waiting: Waiting | None, kernels: Any, seen: bool
-    ) -> torch.Tensor | None:
+    ) -> fusion.Normed | None:
         """Settle what is ``waiting`` and return h for the branch; None if the branch's own layers have to make it.
 
         ``seen``: somebody sees the stream as it is now, and its gradient is to have the branch's part.
@@ -83,9 +83,9 @@ class Entry:
             self.running = None if call.constant else fusion.running_of(self.fusable.norm)
         else:
             call.statistics = None  # a float for every position: not to be kept
-        return h
+        return fusion.Normed(h, self.fusable, self.narrow)
 
-    def again(self, s: torch.Tensor, ready: Ready | None) -> torch.Tensor:
+    def again(self, s: torch.Tensor, ready: Ready | None) -> fusion.Normed:
         """Return h from the rebuilt stream, as a node that saves what the forward's saved."""
         before: Any = self.call
         call = Call(before.kernels, before.norm, before.dtype, self.given, before.constant)
@@ -96,7 +96,7 @@ class Entry:
             call.statistics = call.given
         h: torch.Tensor = enter_norm_act(s, before.norm.weight, before.norm.bias, call)[1]
         fusion.note(call, s, h)
-        return h
+        return fusion.Normed(h, self.fusable, self.narrow)
 
     def uncouple(self, x: torch.Tensor, y: torch.Tensor, f: torch.Tensor) -> Ready:
         """x = y - f, the stream that this branch reads, and its h."""

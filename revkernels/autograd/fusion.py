@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -280,7 +280,17 @@ def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
 # ---- running a branch
 
 
-def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping[str, Any] | None = None) -> Any:
+class Normed(NamedTuple):
+    """What the norm that a branch begins with made of its stream, and how it was run."""
+
+    h: torch.Tensor
+    fusable: Fusable
+    narrow: bool
+
+
+def run(
+    layers: Sequence[nn.Module], x: Any, normed: Normed | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Any:
     """Run the layers one after the other, fused. ``normed``: what the norm that they begin with made of x.
 
     ``kwargs`` go to the layers whose ``forward`` names them; those that none names, to layers that take any.
@@ -289,9 +299,9 @@ def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping
     while index < count:
         layer = layers[index]
         if fuses and type(layer) in NORM_LAYERS:
-            fusable, narrow = _way_of(layers, index)
+            fusable, narrow = _way_of(layers, index, normed)
             if isinstance(fusable, Fusable):
-                h, normed = normed if normed is not None else fused(fusable, x, narrow), None
+                h, normed = normed.h if normed is not None else fused(fusable, x, narrow), None
             else:
                 h = None
             if ambient.tape is not None:
@@ -304,7 +314,7 @@ def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping
             x = layer(x, **mine)
         elif type(layer) in READ_THEIR_INPUT:
             x = _activated(layer, x)
-        elif is_sequential(layer) and _apart(layer, not hooked(layer)):
+        elif is_sequential(layer) and _apart(layer, functools.partial(_untouched, layer)):
             x = run(list(layer._modules.values()), x)  # type: ignore[arg-type]
         else:
             x = layer(x)
@@ -312,11 +322,13 @@ def run(layers: Sequence[nn.Module], x: Any, normed: Any = None, kwargs: Mapping
     return x
 
 
-def _way_of(layers: Sequence[nn.Module], index: int) -> tuple[Any, bool]:
+def _way_of(layers: Sequence[nn.Module], index: int, normed: Normed | None) -> tuple[Any, bool]:
     """How the norm at ``layers[index]`` is to be run: with what it fuses, or None; whether its output is narrow."""
     tape = ambient.tape
     if tape is not None and tape.replaying:  # what was no norm yet, lazy as it was, is not noted
         return tape.taken(layers[index]) or (None, False)
+    if normed is not None:
+        return normed.fusable, normed.narrow
     fusable = fusable_at(layers, index)
     if isinstance(fusable, str):
         return None, False
@@ -324,13 +336,17 @@ def _way_of(layers: Sequence[nn.Module], index: int) -> tuple[Any, bool]:
     return fusable, behind < len(layers) and narrows(layers[behind])
 
 
-def _apart(sequential: nn.Module, now: bool) -> bool:
-    """Whether its layers are run one by one: as they were in the forward, else as they may be ``now``."""
+def _untouched(layer: nn.Module) -> bool:
+    return not hooked(layer)
+
+
+def _apart(sequential: nn.Module, may: Callable[[], bool]) -> bool:
+    """Whether its layers are run one by one: as they were in the forward, else if they ``may`` now."""
     tape = ambient.tape
     if tape is None:
-        return now
+        return may()
     known = tape.taken(sequential)
-    way = now if known is None else bool(known)
+    way = may() if known is None else bool(known)
     tape.took(sequential, way)
     return way
 
@@ -373,10 +389,10 @@ class Within:
         ambient.kernels, ambient.tape = self.before
 
 
-def call_branch(step: HalfStep, x: Any, kernels: Any, normed: Any = None) -> Any:
+def call_branch(step: HalfStep, x: Any, kernels: Any, normed: Normed | None = None) -> Any:
     """Return ``branch(x, *args, **kwargs)``. ``normed``: what the norm that it begins with made of x."""
     branch: Any = step.branch
-    if kernels is not eager and _apart(branch, may_be_taken_apart(step)):
+    if kernels is not eager and _apart(branch, lambda: normed is not None or may_be_taken_apart(step)):
         return run(list(branch._modules.values()), x, normed, step.kwargs)
     return branch(x, *step.args, **step.kwargs)
 

@@ -113,6 +113,29 @@ class Luggage:
             away.let_go()
 
 
+class Arrivals:
+    """What is back from host memory: the luggage of the half-step at work, while that of the one before it follows."""
+
+    def __init__(self) -> None:
+        self._now: Luggage | None = None
+
+    def come(self, luggage: Luggage | None, following: Luggage | None) -> None:
+        """Have ``luggage`` here, if there is any, in the place of what was."""
+        if luggage is None or luggage is self._now:
+            return
+        self.let_go()
+        self._now = luggage
+        luggage.fetch()
+        if following is not None:
+            following.fetch()
+
+    def let_go(self) -> None:
+        """Nothing is used any more."""
+        if self._now is not None:
+            self._now.let_go()
+            self._now = None
+
+
 @functools.cache
 def _mover(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -19,7 +19,18 @@ from torch import nn
 from revkernels.autograd.behind import own_names
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
-from revkernels.autograd.rewinding import FEW, MISSING, Slot, Undo, hang, is_state, item_of, known_to_write, written_by
+from revkernels.autograd.rewinding import (
+    FEW,
+    MISSING,
+    NONE,
+    Slot,
+    Undo,
+    hang,
+    is_state,
+    item_of,
+    known_to_write,
+    written_by,
+)
 from revkernels.autograd.versions import version_of
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -131,7 +142,9 @@ class OwnState:
                 value = item_of(container, key)
                 if value is not was and is_state(value) and (was is None or is_state(was)):
                     self.replaced.append((container, key, was))
-        self.loose, self.tables, self.containers = [], [], []
+        self.loose = self.tables = self.containers = NONE
+        self.holders, self.hung = self.holders or NONE, self.hung or NONE
+        self.blank, self.replaced = self.blank or NONE, self.replaced or NONE
         return changed
 
     def restore(self, undo: Undo) -> None:

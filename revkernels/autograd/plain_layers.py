@@ -19,7 +19,7 @@ from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 
-__all__ = ["Options", "are_plain", "holds_more", "options_of", "plain"]
+__all__ = ["Options", "are_plain", "hold_more", "options_of", "plain"]
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -47,10 +47,11 @@ def are_plain(modules: Sequence[nn.Module]) -> bool:
     return nn.Module._call_impl is _call_impl and not has_global_hooks()
 
 
-def holds_more(module: nn.Module) -> bool:
-    """Whether a tensor is an attribute of the module, as one in a parameter's place is, or a function, as in a method's
+def hold_more(modules: Sequence[nn.Module]) -> bool:
+    """Whether a tensor is an attribute of a module, as one in a parameter's place is, or a function, as in a method's
     place."""
-    return not _MORE.isdisjoint(map(type, list(module.__dict__.values())))
+    tables = [module.__dict__ for module in modules]
+    return not all(_MORE.isdisjoint(map(type, list(table.values()))) for table in tables)
 
 
 class Options(NamedTuple):
@@ -62,11 +63,10 @@ class Options(NamedTuple):
 
 def options_of(module: nn.Module) -> Options | None:
     """Those of a layer, if it is of one of these classes."""
-    kind, table = type(module), module.__dict__
-    if kind not in _known:
-        return None
+    kind = type(module)
     options = _options.get(kind)
-    if options is None:
+    if options is None and kind in _known:
+        table = module.__dict__
         names = tuple(name for name in own_names(table) if type(table[name]) in _OPTIONS)
         options = _options[kind] = Options(names, _reader(names))
     return options

@@ -21,11 +21,11 @@ from revkernels.autograd.entry import Ready, may_be_one
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.made_again import AtHand, Outputs, SavedView
-from revkernels.autograd.offload import Away, Luggage
+from revkernels.autograd.offload import Arrivals, Away
 from revkernels.autograd.ownership import has_memory, memory_is_free
 from revkernels.autograd.planner import Keeping, Replaying
 from revkernels.autograd.recomputing import recomputes, set_recomputing
-from revkernels.autograd.recorded import Frame, Metadata, RearrangedStep, RecordedStep
+from revkernels.autograd.recorded import Frame, RearrangedStep, RecordedStep
 from revkernels.autograd.rewinding import put_back
 from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
 from revkernels.autograd.versions import version_of
@@ -33,7 +33,10 @@ from revkernels.errors import ReconstructionError
 
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
 _local = threading.local()
-set_grad_enabled = torch._C._set_grad_enabled  # what torch.set_grad_enabled calls, without its object
+INDEX_MASK = (1 << INDEX_BITS) - 1
+#: What torch.set_grad_enabled calls, without its object, and other things that every half-step or saved tensor asks.
+set_grad_enabled = torch._C._set_grad_enabled
+graph_task, in_inference_mode = torch._C._current_graph_task_id, torch.is_inference_mode_enabled
 
 
 class Rebuilding:
@@ -50,11 +53,12 @@ class Rebuilding:
     def __init__(self, grid: Grid | None, keeping: Keeping | None) -> None:
         self._grid, self._keeping = grid, keeping
         self._steps: list[RecordedStep] = []
-        self._saved: list[Metadata] = []  # of the half-step under way
+        self._saved: list[torch.Size] = []  # of the half-step under way
+        self._dtypes: list[torch.dtype] = []
         self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
         self._whole = False  # the half-step under way keeps what it saves
         self._mode: Any = None  # to run the next branch in
-        self._luggage: Luggage | None = None  # that is back from host memory
+        self._arrivals = Arrivals()
         self._outputs: Outputs | None = None  # of the half-step that is measured
         self._made = AtHand()  # outputs that were made again in this backward
         # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
@@ -71,18 +75,19 @@ class Rebuilding:
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
 
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
-        self._saved.append((tensor.dtype, tensor.shape))
+        self._saved.append(tensor.shape)
+        self._dtypes.append(tensor.dtype)
         self._open.append(tensor)
         return (len(self._steps) - 1) << INDEX_BITS | (len(self._saved) - 1)
 
     def _unpack(self, token: int | KeptTensor) -> torch.Tensor:
-        if torch.is_inference_mode_enabled():  # where a branch that is run again would record nothing
+        if in_inference_mode():  # where a branch that is run again would record nothing
             with torch.inference_mode(False):
                 return self._unpack(token)
-        if isinstance(token, KeptTensor):
-            return self._unpack_kept(token)
-        k, index = token >> INDEX_BITS, token & ((1 << INDEX_BITS) - 1)
-        task = torch._C._current_graph_task_id()
+        if type(token) is not int:
+            return self._unpack_kept(token)  # type: ignore[arg-type]
+        k, index = token >> INDEX_BITS, token & INDEX_MASK
+        task = graph_task()
         if self._hooks is not None and self._kept is None:  # the forward is not over
             if k == len(self._steps) - 1 and index < len(self._open):
                 return self._open[index]
@@ -93,13 +98,14 @@ class Rebuilding:
         if meter is not None:
             meter.asked()
         with self._lock:
-            self._reach(k, task)
+            if k != self._cursor or task != self._task:  # asked for every saved tensor
+                self._reach(k, task)
             tensor, version = self._frame[index]
             if k == self._first:
                 self._unread.discard(index)
                 if not self._unread:
                     _local.read_up = weakref.ref(self)
-        if version_of(tensor) != version:
+        if version >= 0 and tensor._version != version:
             raise ReconstructionError(
                 f"{self.name(k)}: a tensor needed for its gradient was changed in place inside the branch "
                 f"(version {version}, now {tensor._version})"
@@ -124,12 +130,12 @@ class Rebuilding:
 
         Nothing is run again that has kept all that it saved, or that nothing to be rebuilt lies before.
         """
-        if torch.is_inference_mode_enabled():
+        if in_inference_mode():
             with torch.inference_mode(False):
                 self.reach(k)
         elif self._kept is not None and self._first is not None and k >= self._first and self._steps[k].before is None:
             with self._lock:
-                self._reach(k, torch._C._current_graph_task_id())
+                self._reach(k, graph_task())
 
     def _differentiates_too_early(self, k: int) -> str:
         return (
@@ -144,7 +150,7 @@ class Rebuilding:
             problem = problem or "a tensor needed for its gradient was changed in place, or its memory was freed"
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         tensor = self._at_hand(k, kept)
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if task != -1 and not (self._hooks is not None and self._kept is None):  # the forward is over
             self._keeping.watch(task, weakref.WeakMethod(self._unload))  # type: ignore[union-attr]
             with self._lock:
@@ -157,27 +163,12 @@ class Rebuilding:
         if isinstance(kept, torch.Tensor):
             return kept
         with self._lock:
-            self._arrive(k)
+            self._arrivals.come(self._steps[k].luggage, self._steps[k - 1].luggage if k else None)
             return kept.here() if isinstance(kept, Away) else self._made.get(kept, k)
-
-    def _arrive(self, k: int) -> None:
-        """What half-step k has in host memory comes back; that of the half-step before follows while it is used."""
-        luggage = self._steps[k].luggage
-        if luggage is None or luggage is self._luggage:
-            return
-        if self._luggage is not None:
-            self._luggage.let_go()
-        self._luggage = luggage
-        following = self._steps[k - 1].luggage if k else None
-        luggage.fetch()
-        if following is not None:
-            following.fetch()
 
     def _unload(self) -> None:
         with self._lock:
-            if self._luggage is not None:
-                self._luggage.let_go()
-                self._luggage = None
+            self._arrivals.let_go()
             self._made.clear()
 
     def _step_back(self) -> None:

@@ -15,10 +15,10 @@ from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept_ops import KeptOp
 from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Away, Luggage
+from revkernels.autograd.rewinding import NONE
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.autograd.surroundings import Drawn
 
-Metadata = tuple[torch.dtype, torch.Size]
 Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, with their versions
 
 
@@ -33,11 +33,13 @@ class RecordedStep:
         before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
         luggage: what it has sent to host memory; None if nothing goes there.
         outputs: while it runs, what it makes that can be made again; None if nobody asks.
+        saved, dtypes: the shapes of the tensors that it saved, and their dtypes: two lists, for thousands of pairs are
+            so many things for Python's garbage collector to look through.
     """
 
     __slots__ = (
-        *("before", "drawn", "entry", "half_step", "kept", "luggage", "needs_grad", "outputs", "saved", "snapshot"),
-        *("statistics", "strides", "ways"),
+        *("before", "drawn", "dtypes", "entry", "half_step", "kept", "luggage", "needs_grad", "outputs", "saved"),
+        *("snapshot", "statistics", "strides", "ways"),
     )
 
     def __init__(self, half_step: HalfStep) -> None:
@@ -47,13 +49,18 @@ class RecordedStep:
         self.statistics: list[Noted] = []
         self.ways: list[tuple[nn.Module, Any]] = []
         self.snapshot = Snapshot(half_step.branch, (*half_step.args, *half_step.kwargs.values()))
-        self.saved: list[Metadata] = []
+        self.saved: list[torch.Size] = []
+        self.dtypes: list[torch.dtype] = []
         self.drawn: Drawn = []
         self.strides: tuple[int, ...] = ()  # of the target, before it was added to
         self.kept: dict[int, KeptOp] = {}
         self.before: torch.Tensor | Away | None = None
         self.luggage: Luggage | None = None
         self.outputs: Outputs | None = None
+
+    def over(self) -> None:
+        """The forward is: see `Snapshot.complete`, what is empty stays so."""
+        self.statistics, self.ways = self.statistics or NONE, self.ways or NONE
 
     def tape(self, replaying: bool) -> Tape:
         """The branch's batch statistics, to be noted or to be used again."""
@@ -68,14 +75,15 @@ class RecordedStep:
 
     def saved_alike(self, frame: Frame) -> bool:
         """Whether the recompute saved as many tensors as the forward, of the same dtypes and shapes."""
-        return len(frame) == len(self.saved) and all(map(_like, frame, self.saved))
+        return [t.shape for t, _ in frame] == self.saved and [t.dtype for t, _ in frame] == self.dtypes
 
     def difference(self, frame: Frame) -> str:
         """Say what is not `saved_alike`."""
         if len(frame) != len(self.saved):
             return f"the recompute saved {len(frame)} tensors, the forward {len(self.saved)}"
-        index = next(i for i, pair in enumerate(zip(frame, self.saved, strict=True)) if not _like(*pair))
-        (now, _), (dtype, shape) = frame[index], self.saved[index]
+        then = list(zip(self.saved, self.dtypes, strict=True))
+        index = next(i for i, (t, _) in enumerate(frame) if (t.shape, t.dtype) != then[i])
+        (now, _), (shape, dtype) = frame[index], then[index]
         return (
             f"saved tensor {index} is {now.dtype} of shape {tuple(now.shape)} in the recompute and was {dtype} of "
             f"shape {tuple(shape)} in the forward"
@@ -96,7 +104,7 @@ class RearrangedStep:
     """A rearrangement between half-steps: nothing of it is saved, and nothing has to be run again."""
 
     __slots__ = ("rearrangement", "strides")
-    saved: Sequence[Metadata] = ()
+    saved: Sequence[torch.Size] = ()
     before = entry = luggage = None
 
     def __init__(self, rearrangement: Rearrangement, streams: Sequence[torch.Tensor]) -> None:
@@ -111,7 +119,3 @@ class RearrangedStep:
                 s if s.stride() == strides else s.new_empty_strided(s.shape, strides).copy_(s)
                 for s, strides in zip(before, self.strides, strict=True)
             ]
-
-
-def _like(now: tuple[torch.Tensor, int], then: Metadata) -> bool:
-    return now[0].dtype is then[0] and now[0].shape == then[1]

@@ -219,7 +219,7 @@ class Reversal(Rebuilding):
         """Run the branch, and note all that running it again will need."""
         step = RecordedStep(half_step)
         self._steps.append(step)
-        self._saved = step.saved
+        self._saved, self._dtypes = step.saved, step.dtypes
         snapshot = step.snapshot
         own = snapshot.generators
         before = self._states + states_of(own) if own else self._states
@@ -240,6 +240,7 @@ class Reversal(Rebuilding):
                 since = 0 if keeping is None else torch.autograd._get_sequence_nr()
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
+            step.over()
         if keeping is not None and keeping.meter is not None:
             keeping.meter.forward_ran(self._count, f, since)
         step.outputs = None
@@ -371,7 +372,8 @@ class Reversal(Rebuilding):
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
         if not self._whole:
             return super()._pack(tensor)
-        self._saved.append((tensor.dtype, tensor.shape))
+        self._saved.append(tensor.shape)
+        self._dtypes.append(tensor.dtype)
         step, k = self._steps[-1], len(self._steps) - 1
         luggage, again = step.luggage, None if step.outputs is None else step.outputs.find(tensor)
         if again is not None:

@@ -15,6 +15,7 @@ from revkernels.autograd.ownership import PLAIN, has_memory
 Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
 Undo = list[tuple[Any, Any, Any]]
 FEW = 64  # items of a state: what has more is data
+NONE: Any = ()  # in the place of an empty list that nothing is added to any more
 MISSING = object()  # in a tensor's place: nothing hung there
 
 #: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,

@@ -7,6 +7,7 @@ recorded here: parameters, buffers and train/eval flags, and other tensors that 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from revkernels.autograd.behind import Reached, behind, beside
 from revkernels.autograd.names import reads_running, writes_silently
 from revkernels.autograd.own_state import OwnState
 from revkernels.autograd.ownership import PLAIN, memory_of
-from revkernels.autograd.plain_layers import are_plain, holds_more
+from revkernels.autograd.plain_layers import are_plain, hold_more
 from revkernels.autograd.rewinding import (
     MISSING,
+    NONE,
     Slot,
     Undo,
     copies_of,
@@ -43,6 +45,7 @@ _STATISTICS_ONLY = {
     nn.modules.instancenorm._InstanceNorm.forward,
 }
 
+_NO_TURN = contextlib.nullcontext()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
@@ -75,16 +78,16 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("branch", "fixed", "flags", "generators", "hooks", "late", "modules", "others", "own", "plain"),
-        *("reads_running", "registered", "rewound", "statistics", "structure", "trained", "turn", "_held"),
+        *("branch", "fixed", "flags", "generators", "hooks", "late", "modules", "others", "own", "parameters", "plain"),
+        *("reads_running", "registered", "rewound", "statistics", "structure", "turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
         self.branch = branch
-        self.fixed: list[Slot] = []
-        self.late: set[int] = set()  # of the fixed, by id, those that the branch itself turned out to write
-        #: Parameters, whether they required grad, and their memory.
-        self.trained: list[tuple[str, torch.Tensor, bool, int]] = []
+        #: Where each hangs, its name, itself, its version, whether it required grad, and its memory.
+        self.parameters: list[tuple[dict[str, Any], str, torch.Tensor, int, bool, int]] = []
+        self.fixed: list[Slot] = []  # what the branch does not write, parameters aside
+        self.late: set[int] = set()  # of these and of the parameters, by id, those that it turned out to write
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
@@ -96,8 +99,7 @@ class Snapshot:
         self.generators: list[torch.Generator] = []
         hidden: list[nn.Module] = []
         #: Nothing hangs on the modules but what they have registered.
-        self.plain = bool(self.modules) and are_plain(self.modules)
-        self.plain = self.plain and not any(map(holds_more, self.modules))
+        self.plain = bool(self.modules) and are_plain(self.modules) and not hold_more(self.modules)
         if not self.plain:
             reached = beside(self.modules) if self.modules else behind(branch)
             self._held += reached.tensors
@@ -129,7 +131,7 @@ class Snapshot:
         )
         if self.own is not None and self.own.holders:
             stateful = list({*stateful, *self.own.holders})
-        self.turn: Any = Turn(stateful) if stateful else threading.RLock()  # nobody else's: free, and cheap to take
+        self.turn: Any = Turn(stateful) if stateful else _NO_TURN
 
     def take(self) -> None:
         """Before the forward: note what there is."""
@@ -137,12 +139,12 @@ class Snapshot:
         self.hooks = Hooks(self.modules, none=self.plain)
         for place, module in enumerate(self.modules):
             parameters = module._parameters
-            if not self.plain and _is_scripted(module):
-                parameters = dict(parameters.items())
-            for name, parameter in parameters.items():
-                if parameter is not None:
-                    self.fixed.append((parameters, name, parameter, version_of(parameter)))
-                    self.trained.append((name, parameter, parameter.requires_grad, memory_of(parameter)))
+            if parameters:
+                if not self.plain and _is_scripted(module):
+                    parameters = dict(parameters.items())
+                for name, p in parameters.items():
+                    if p is not None:
+                        self.parameters.append((parameters, name, p, version_of(p), p.requires_grad, memory_of(p)))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
             if self.own is not None:
@@ -200,10 +202,10 @@ class Snapshot:
                 self.late.add(id(slot[2]))
             else:
                 self.rewound.append((module, slot, before))
-        for _, _, tensor, version in self.fixed:
-            if version_of(tensor) != version and isinstance(tensor, nn.Parameter):
-                self.late.add(id(tensor))
-        for module in self.modules[: self.registered]:
+        for _, _, parameter, version, *_ in self.parameters:
+            if version >= 0 and parameter._version != version and isinstance(parameter, nn.Parameter):
+                self.late.add(id(parameter))
+        for module in self.modules[: self.registered] if self.fixed else ():
             known = known_to_write(module) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
                 late = [slot for slot in self.fixed if slot[0] is module._buffers and _changed(slot)]
@@ -212,6 +214,10 @@ class Snapshot:
         # What the forward itself writes there is not rewound, nor is it found fault with.
         if self.others:
             self.others = [held for held in self.others if version_behind(held[1]) == held[2]]
+        # A deep chain has thousands of these, and what is empty, as most is, need not be looked through for garbage.
+        self.fixed, self.statistics, self.rewound = self.fixed or NONE, self.statistics or NONE, self.rewound or NONE
+        self.others, self._held, self.late = self.others or NONE, NONE, self.late or NONE
+        self.generators = self.generators or NONE
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -225,8 +231,9 @@ class Snapshot:
 
     def tensors(self) -> list[torch.Tensor]:
         """The branch's parameters and buffers."""
-        slots = [*self.fixed, *self.statistics, *(slot for _, slot, _ in self.rewound)]
-        return [tensor for _, _, tensor, _ in slots if not isinstance(tensor, UninitializedTensorMixin)]
+        tensors = [tensor for _, _, tensor, *_ in self.parameters]
+        tensors += [slot[2] for slot in (*self.fixed, *self.statistics, *(slot for _, slot, _ in self.rewound))]
+        return [tensor for tensor in tensors if not isinstance(tensor, UninitializedTensorMixin)]
 
     def left_on(self) -> Sequence[nn.Module]:
         """The modules that the recompute may leave something on. (They may have got hooks since the forward.)"""
@@ -234,25 +241,9 @@ class Snapshot:
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
-        for _, name, tensor, version in self.fixed:
+        for _, name, tensor, version, wanted, memory in self.parameters:
             if version >= 0 and tensor._version != version:
-                if id(tensor) in self.late and isinstance(tensor, nn.Parameter):
-                    return (
-                        f"{self._tensor_name(tensor, name)} was written by the branch's own forward (as by a "
-                        f"max_norm), and parameters are not rewound: set activations='store' for it, or write to it "
-                        f"before the step"
-                    )
-                if id(tensor) in self.late:
-                    return (
-                        f"{self._tensor_name(tensor, name)} was written by the branch's own forward, which it had not "
-                        f"been before, so that what it held is lost for this step; from the next one on it is rewound"
-                    )
-                return (
-                    f"{self._tensor_name(tensor, name)} was changed in place between the forward and the backward "
-                    f"(version {version}, now {tensor._version}), so the branch cannot be run again as it was; step "
-                    f"the optimizer, or write to it, after the backward"
-                )
-        for name, tensor, wanted, memory in self.trained:
+                return self._written(tensor, name, version)
             if tensor.requires_grad is not wanted:
                 return (
                     f"{self._tensor_name(tensor, name)} {'required' if wanted else 'did not require'} grad in the "
@@ -264,6 +255,9 @@ class Snapshot:
                     f"(through .data, as .to(dtype) and vector_to_parameters do it), so the branch cannot be run again "
                     f"as it was; do that after the backward"
                 )
+        for _, name, tensor, version in self.fixed:
+            if version >= 0 and tensor._version != version:
+                return self._written(tensor, name, version)
         for name, ref, version in self.others:
             now = version_behind(ref)
             if version >= 0 and now is not None and now != version:
@@ -273,6 +267,24 @@ class Snapshot:
                     f"to it after the backward"
                 )
         return None
+
+    def _written(self, tensor: torch.Tensor, name: str, version: int) -> str:
+        name = self._tensor_name(tensor, name)
+        if id(tensor) not in self.late:
+            return (
+                f"{name} was changed in place between the forward and the backward (version {version}, now "
+                f"{tensor._version}), so the branch cannot be run again as it was; step the optimizer, or write to it, "
+                f"after the backward"
+            )
+        if isinstance(tensor, nn.Parameter):
+            return (
+                f"{name} was written by the branch's own forward (as by a max_norm), and parameters are not rewound: "
+                f"set activations='store' for it, or write to it before the step"
+            )
+        return (
+            f"{name} was written by the branch's own forward, which it had not been before, so that what it held is "
+            f"lost for this step; from the next one on it is rewound"
+        )
 
     def restore(self) -> Undo:
         """Let the branch run as it did: in the mode and on the tensors of then, writing to throw-away buffers."""
@@ -285,29 +297,22 @@ class Snapshot:
         return undo
 
     def _restore(self, undo: Undo) -> None:
-        for module, flag in zip(self.modules, self.flags, strict=True):
-            if module.training is not flag:
-                undo.append((module.__dict__, "training", module.training))
-                module.__dict__["training"] = flag
+        if [module.training for module in self.modules] != self.flags:
+            for module, flag in zip(self.modules, self.flags, strict=True):
+                if module.training is not flag:
+                    undo.append((module.__dict__, "training", module.training))
+                    module.__dict__["training"] = flag
         self.hooks.hang(undo)
         if self.structure is not None:
             self.structure.hang(undo)
-        others = False
+        before = len(undo)
+        for slots, name, tensor, _, _, _ in self.parameters:
+            if slots.get(name) is not tensor:
+                self._hang(slots, name, tensor, undo)
         for slots, name, tensor, _ in self.fixed:
-            now = slots.get(name)
-            if now is tensor or type(tensor) not in PLAIN:  # what was sharded then is its owner's affair
-                continue
-            if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
-                undo.append((slots, name, now))
-                slots[name] = tensor
-                others = True
-            elif isinstance(now, nn.Parameter):
-                raise ReconstructionError(
-                    f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the "
-                    f"group that it is sharded in is not gathered while this branch is run again. Give the branch a "
-                    f"group of its own: fully_shard(branch)"
-                )
-        if others:
+            if slots.get(name) is not tensor:
+                self._hang(slots, name, tensor, undo)
+        if len(undo) > before:
             hang_flat_weights(self.modules, undo)
         if self.own is not None:
             self.own.restore(undo)
@@ -317,6 +322,21 @@ class Snapshot:
         for (_, (slots, name, _, _), _), copy in zip(self.rewound, copies_of(self.rewound), strict=True):
             undo.append((slots, name, slots.get(name, MISSING)))
             slots[name] = copy
+
+    def _hang(self, slots: dict[str, Any], name: str, tensor: torch.Tensor, undo: Undo) -> None:
+        """Another hangs there now: put this one there."""
+        if type(tensor) not in PLAIN:  # what was sharded then is its owner's affair
+            return
+        now = slots.get(name)
+        if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
+            undo.append((slots, name, now))
+            slots[name] = tensor
+        elif isinstance(now, nn.Parameter):
+            raise ReconstructionError(
+                f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the group "
+                f"that it is sharded in is not gathered while this branch is run again. Give the branch a group of its "
+                f"own: fully_shard(branch)"
+            )
 
     def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:
         for root in [self.branch] if isinstance(self.branch, nn.Module) else self.modules:

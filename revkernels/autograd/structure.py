@@ -4,6 +4,7 @@ is run again with those of the forward, as stored activations are differentiated
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,26 +25,23 @@ class Structure:
     Attributes of other classes are not looked at: a branch may keep a count there, or what its second run is to read.
     """
 
-    __slots__ = ("_modules", "_parts")
+    __slots__ = ("_children", "_modules", "_options", "_values")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._parts = [(_children(module), *_options(module)) for module in modules]
+        self._children = [_children_of(module) for module in modules]
+        self._options = [options_of(module) for module in modules]
+        self._values = list(map(_values_of, self._options, modules))
 
     def hang(self, undo: Undo) -> None:
         """Let the modules be made of these again."""
-        for module, (children, options, values) in zip(self._modules, self._parts, strict=False):
+        parts = zip(self._modules, self._children, self._options, self._values, strict=False)
+        for module, children, options, values in parts:
             slots = module._modules
             if slots != children and isinstance(slots, dict):
                 _hang_all(slots, children, undo)
-            if options is None or _values(options, module) == values:
-                continue
-            table = module.__dict__
-            for name, value in zip(options.names, values, strict=True):
-                now = table.get(name, MISSING)
-                if now is not value and now != value:
-                    undo.append((table, name, now))
-                    table[name] = value
+            if values is not None and _values_of(options, module) != values:
+                _set_all(module.__dict__, options.names, values, undo)  # type: ignore[union-attr]
 
 
 class Hooks:
@@ -53,11 +51,11 @@ class Hooks:
 
     def __init__(self, modules: Sequence[nn.Module], none: bool) -> None:
         """``none``: it is known that there are none."""
-        self._modules, self._hooks = modules, [None] * len(modules) if none else [_hooks_of(m) for m in modules]
+        self._modules, self._hooks = modules, None if none else [_hooks_of(m) for m in modules]
 
     def hang(self, undo: Undo) -> None:
         """Let the modules have these again, and no others."""
-        for module, hooks in zip(self._modules, self._hooks, strict=True):
+        for module, hooks in zip(self._modules, self._hooks or itertools.repeat(None)):  # noqa: B905, as many or endless
             if hooks is None and not (module._forward_hooks or module._forward_pre_hooks):
                 continue
             for kind, then in zip(_KINDS, _NO_HOOKS if hooks is None else hooks, strict=False):
@@ -92,19 +90,24 @@ def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None
     slots.update(things)
 
 
-def _children(module: nn.Module) -> dict[str, Any]:
+def _set_all(table: dict[str, Any], names: Sequence[str], values: Sequence[Any], undo: Undo) -> None:
+    for name, value in zip(names, values, strict=True):
+        now = table.get(name, MISSING)
+        if now is not value and now != value:
+            undo.append((table, name, now))
+            table[name] = value
+
+
+def _children_of(module: nn.Module) -> dict[str, Any]:
     children = module._modules
     return dict(children) if children and isinstance(children, dict) else _NONE  # a scripted module's is no dictionary
 
 
-def _options(module: nn.Module) -> tuple[Options | None, tuple[Any, ...]]:
-    options = options_of(module)
-    values = None if options is None else _values(options, module)
-    return (None, ()) if values is None else (options, values)
-
-
-def _values(options: Options, module: nn.Module) -> tuple[Any, ...] | None:
+def _values_of(options: Options | None, module: nn.Module) -> tuple[Any, ...] | None:
+    """None if they are not known, or one was taken away."""
+    if options is None:
+        return None
     try:
         return options.read(module.__dict__)
-    except KeyError:  # one was taken away
+    except KeyError:
         return None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from revkernels.autograd.rewinding import NONE
 from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
 
@@ -155,7 +156,7 @@ def drawn(before: States, after: States, plain: bool) -> Drawn:
             found.append((generator, state, hash(now)))
         elif not plain:
             found.append((generator, None, _shared(then)))
-    return found
+    return found or NONE
 
 
 _recent = threading.local()
