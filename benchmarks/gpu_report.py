@@ -175,6 +175,7 @@ def _benchmarks(out: Path) -> list[Stage]:
         ("block", "", 20, large),
         ("memory", "", 20, large),
         ("overhead", "", 20, ["--rounds", "20"]),
+        ("overhead", "convolutions", 20, ["--rounds", "20", "--branch", "conv"]),
     ):
         bench = ["-m", "revkernels", "bench", subject, "--device", "cuda", "--save", str(out), *more]
         name = f"bench {subject}" + (f", {what}" if what else "")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the driver itself costs: a chain of branches that do next to nothing, in every way and in plain torch.
+"""What the driver itself costs: a chain of branches on next to no elements, in every way and in plain torch.
 
-A branch is x * w on 8 elements, so that what is timed is Python and the autograd engine, not arithmetic. To be run with
-one thread.
+What is timed is Python and the autograd engine, not arithmetic. The goal is set for branches of x * w; those of several
+layers have more parameters and saved tensors to look after. To be run with one thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from revkernels.bench.clocks import Clock
 from revkernels.bench.harness import Measurement, Trial, measure
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
-__all__ = ["HALF_STEPS", "goal", "run"]
+__all__ = ["BRANCHES", "HALF_STEPS", "goal", "run"]
 
 HALF_STEPS = 128
 _ELEMENTS = 8
@@ -37,13 +37,34 @@ class _Scale(nn.Module):
         return x * self.w
 
 
+def _convolution() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+
+def _mlp() -> nn.Module:
+    layers = nn.LayerNorm(_ELEMENTS), nn.Linear(_ELEMENTS, _ELEMENTS), nn.GELU(), nn.Dropout(0.1)
+    return nn.Sequential(*layers, nn.Linear(_ELEMENTS, _ELEMENTS))
+
+
+#: A kind of branch by name: what it is, how it is made, and the shape of its two streams side by side.
+BRANCHES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
+    "scale": ("x * w on 8 elements", _Scale, (1, 2 * _ELEMENTS)),
+    "conv": ("BN-ReLU-convolution on 2 x 4 x 2 x 2 elements", _convolution, (2, 8, 2, 2)),
+    "mlp": ("LN-linear-GELU-dropout-linear on 2 x 8 elements", _mlp, (2, 2 * _ELEMENTS)),
+}
+
+
 def run(
-    device: str, clock: Clock, rounds: int, begin: Callable[[str], None] = lambda step: None
+    device: str, clock: Clock, rounds: int, begin: Callable[[str], None] = lambda step: None, branch: str = "scale"
 ) -> Iterator[Measurement]:
-    """Measure a forward and backward; ``more["us_a_half_step"]`` is the median divided by the half-steps."""
-    branches = nn.ModuleList(_Scale() for _ in range(HALF_STEPS)).to(device)
+    """Measure a forward and backward; ``more["us_a_half_step"]`` is the median divided by the half-steps.
+
+    ``branch``: which of `BRANCHES`.
+    """
+    what, make, shape = BRANCHES[branch]
+    branches = nn.ModuleList(make() for _ in range(HALF_STEPS)).to(device)
     pairs = list(zip(branches[::2], branches[1::2], strict=True))
-    x = torch.randn(1, 2 * _ELEMENTS, device=device, requires_grad=True)
+    x = torch.randn(shape, device=device, requires_grad=True)
 
     def plain(x: Tensor) -> Tensor:
         streams = x.chunk(2, 1)
@@ -64,11 +85,11 @@ def run(
             ways[f"{activations}, {name}"] = ReversibleSequential(*blocks, activations=activations, backend=backend)
     steps = {name: _step(forward, x) for name, forward in ways.items()}
     trial = Trial("plain torch", steps)
-    measured = measure("overhead", f"{HALF_STEPS} half-steps of x * w", trial, clock, rounds, begin=begin)
+    measured = measure("overhead", f"{HALF_STEPS} half-steps of {what}", trial, clock, rounds, begin=begin)
     for found in measured:
         us, plain_us = (one.median_s * 1e6 / HALF_STEPS for one in (found, measured[0]))
         found.more["us_a_half_step"] = us
-        if found.variant.startswith("reconstruct"):
+        if found.variant.startswith("reconstruct") and branch == "scale":
             found.goal = goal(us, plain_us, found.ratio)
         yield found
 

@@ -79,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             subject.add_argument("--batch", type=positive, default=batch, help=f"images (default: {batch})")
             subject.add_argument("--width", type=positive, default=32, help="channels of a stream (default: 32)")
             subject.add_argument("--side", type=positive, default=32, help="rows and columns (default: 32)")
+        if name == "overhead":
+            subject.add_argument(
+                "--branch",
+                choices=("scale", "conv", "mlp"),
+                default="scale",
+                help="what a branch is: x * w, BN-ReLU-convolution or LN-linear-GELU-dropout-linear (default: scale)",
+            )
         if name == "block":
             subject.add_argument("--depth", type=depth, default=18, help="branches, two a block (default: 18)")
         if name == "memory":
@@ -261,10 +268,13 @@ def _overhead(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Tabl
     from revkernels.bench.clocks import clock_for
 
     with progress("bench overhead", args.rounds + 2) as begin:
-        rows = rows_of(list(overhead.run(args.device, clock_for(args.device), args.rounds, begin)))
-    table = timing(f"forward and backward of {overhead.HALF_STEPS} branches of x * w, 8 elements", rows, "ms", 1e3)
+        rows = rows_of(list(overhead.run(args.device, clock_for(args.device), args.rounds, begin, args.branch)))
+    what = overhead.BRANCHES[args.branch][0]
+    table = timing(f"forward and backward of {overhead.HALF_STEPS} branches: {what}", rows, "ms", 1e3)
     del table.columns["benchmark"], table.columns["case"]
-    table.columns |= {"us": "us a half-step"} | GOAL
+    table.columns["us"] = "us a half-step"
+    if any(row["goal"] for row in rows):
+        table.columns |= GOAL
     for shown, row in zip(table.rows, rows, strict=True):
         shown["us"] = row["us_a_half_step"]
     table.notes = [how(args)]
