@@ -26,9 +26,12 @@ LAYOUTS = {
     "half of channels last": ((2, 5, 7, 12), lambda a: a.transpose(2, 3).transpose(1, 2)[:, :6], 1),
     "channels first of all": ((6, 11, 3), lambda a: a.transpose(0, 1), 1),
     "five dimensions": ((2, 3, 4, 5, 3), lambda a: a, 1),
+    "short planes": ((6, 5, 2, 3), lambda a: a, 1),
+    "half of short planes": ((6, 8, 2, 3), lambda a: a[:, 4:], 1),
     "wide rows": ((3, 1030), lambda a: a, 1),
+    "many short planes": ((4, 130, 3, 3), lambda a: a, 1),
 }
-SMALL = [name for name in LAYOUTS if name != "wide rows"]
+SMALL = [name for name in LAYOUTS if name not in ("wide rows", "many short planes")]
 KINDS = ("batch", "layer", "rms", "group")
 SMOOTH = ("gelu", "gelu_tanh", "silu")
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a last place of 1

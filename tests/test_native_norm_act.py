@@ -177,12 +177,14 @@ LAYOUTS = {
     "channels_last_half": lambda c: f4(5, 9, 7, 2 * c).transpose(0, 3, 1, 2)[:, :c],
     "rows": lambda c: f4(300, c),
     "batch_inside": lambda c: f4(c, 9, 40).transpose(2, 0, 1),
+    "short_planes": lambda c: f4(35, c, 3, 3),
+    "short_half": lambda c: f4(35, 2 * c, 2, 3)[:, c:],
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("channels", [1, 6, 70])
+@pytest.mark.parametrize("channels", [1, 6, 70, 171])
 def test_values_in_every_layout(kind, layout, channels):
     """|h| is at most some 20 here; float32 keeps it to a few units in the seventh digit."""
     x = LAYOUTS[layout](channels)
@@ -193,7 +195,7 @@ def test_values_in_every_layout(kind, layout, channels):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "short_planes"])
 def test_a_large_mean_costs_no_digits(kind, layout):
     """mean 1e4, deviation 1: the statistics are as good as x's own rounding, 1e4 * 2^-24, lets them be."""
     x = LAYOUTS[layout](64) + np.float32(1e4)
@@ -241,13 +243,13 @@ def everything(kind, activation, x, dh, f):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "short planes"])
 def test_bits_depend_on_neither_threads_nor_instruction_set(kind, layout, each_isa):  # noqa: F811
     torch = pytest.importorskip("torch")
     from revkernels import _native
 
-    shape = (6, 40, 31, 29)
-    if layout == "nchw":
+    shape = (600, 40, 3, 5) if layout == "short planes" else (6, 40, 31, 29)
+    if layout != "channels_last":
         x, dh, f = (f4(*shape, seed=s) for s in range(3))
     else:
         x, dh, f = (f4(6, 31, 29, 40, seed=s).transpose(0, 3, 1, 2) for s in range(3))

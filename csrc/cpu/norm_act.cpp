@@ -131,7 +131,7 @@ int64_t block_count(const NormJob& job, int64_t block) {
   const auto before = [&](int64_t unit) {
     return unit / job.chunks * size + unit % job.chunks * job.chunk;
   };
-  return (before(to) - before(from)) * job.fold;
+  return (before(to) - before(from)) * job.fold * job.plane;
 }
 
 // Blocks' means and sums of squared deviations into the first block's place, in order (Chan et al.

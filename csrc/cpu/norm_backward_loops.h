@@ -90,13 +90,18 @@ template <class A>
 void store_block(const NormJob& job, const Strip& strip, int64_t block,
                  const NormScratch<A>& scratch) {
   double* const dbias = job.sums + (strip.instance * job.blocks + block) * 2 * job.channels +
-                        strip.start[job.by_lane ? 2 : 1];
+                        first_channel(job, strip);
   double* const dweight = dbias + job.channels;
-  const int64_t count = channels_of(job, strip) / (job.by_lane ? job.fold : 1);
-  for (int64_t c = 0; c < count; ++c) dbias[c] = scratch.sum[c], dweight[c] = scratch.square[c];
-  if (!job.by_lane) return;
+  const int64_t channels = channels_of(job, strip);
+  for (int64_t l = 0; job.plane > 1 && l < job.fold * channels; ++l) {
+    double first = 0.0, second = 0.0;
+    for (int64_t k = l * job.plane; k < (l + 1) * job.plane; ++k)
+      first += scratch.sum[k], second += scratch.square[k];
+    scratch.sum[l] = first, scratch.square[l] = second;
+  }
+  for (int64_t c = 0; c < channels; ++c) dbias[c] = scratch.sum[c], dweight[c] = scratch.square[c];
   for (int64_t k = 1; k < job.fold; ++k)
-    for (int64_t c = 0, l = k * job.channels; c < count; ++c, ++l)
+    for (int64_t c = 0, l = k * channels; c < channels; ++c, ++l)
       dbias[c] += scratch.sum[l], dweight[c] += scratch.square[l];
 }
 

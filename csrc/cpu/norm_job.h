@@ -4,8 +4,9 @@
 //
 // Memory is seen as [instance][size 0][size 1][size 2]. Channels lie along size 2, in rows of
 // "lanes", where they lie side by side in memory (channels-last images, tokens); along size 1, in
-// "runs" of one channel, where they do not (NCHW). An instance has statistics of its own: a sample
-// of a group norm; elsewhere there is one.
+// "runs" of one channel, where they do not (NCHW). A sample of NCHW whose channels are few elements
+// each, a plane of 4 x 4, is a row of lanes too, with as many lanes beside each other to a channel.
+// An instance has statistics of its own: a sample of a group norm; elsewhere there is one.
 //
 // Work is cut up by the shape alone, never by the number of threads, so that sums come out the
 // same for any number: a strip is a block of sizes 1 and 2; strips are counted by instance, by
@@ -55,6 +56,7 @@ struct NormJob {
   int64_t instances, size[3];
   int64_t channels, groups;  // groups 0: each channel has statistics of its own
   int64_t fold;              // dense rows side by side in one row of lanes
+  int64_t plane;             // lanes beside each other that are one channel
   // A split has `span` of the channels' dimension, a unit `chunk` of the other.
   int64_t span, splits, chunk, chunks, units, block_units, blocks;
 

@@ -23,24 +23,48 @@ void choose_shift(const NormJob& job, Rows<const X> s, int64_t row, Shape shape,
   for (int64_t l = 0; l < shape.cols; ++l) shift[l] /= A(shape.rows);
 }
 
+// The means of the lanes of a plane, and their squared deviations, each of n elements, as one: the
+// l-th plane's become the l-th lane's.
+inline void merge_planes(const NormJob& job, int64_t planes, double n, double* means,
+                         double* squares) {
+  for (int64_t l = 0; l < planes; ++l) {
+    const double *const own = means + l * job.plane, *const square = squares + l * job.plane;
+    double total = 0.0, apart = 0.0, inside = 0.0;
+    for (int64_t k = 0; k < job.plane; ++k) total += own[k];
+    const double mean = total / double(job.plane);
+    for (int64_t k = 0; k < job.plane; ++k) {
+      apart += (own[k] - mean) * (own[k] - mean);
+      inside += square[k];
+    }
+    means[l] = mean;
+    squares[l] = inside + apart * n;
+  }
+}
+
 // The block's sums around the shifts as each channel's mean and sum of squared deviations.
 template <class A>
 void finish_block(const NormJob& job, const Strip& strip, int64_t count,
                   const NormScratch<A>& scratch, double* means, double* squares) {
-  const double n = double(count), *const sum = scratch.sum, *const square = scratch.square;
+  double n = double(count), *const mean = scratch.sum, *const square = scratch.square;
+  const int64_t channels = channels_of(job, strip), lanes = job.fold * channels * job.plane;
   const A* const shift = scratch.shift;
-  const int64_t channels = job.by_lane && job.fold > 1 ? job.channels : channels_of(job, strip);
-  for (int64_t c = 0; c < channels; ++c) {
-    means[c] = double(shift[c]) + sum[c] / n;
-    squares[c] = square[c] - sum[c] * (sum[c] / n);
+  REVK_INDEPENDENT
+  for (int64_t l = 0; l < lanes; ++l) {
+    const double sum = mean[l], off = sum / n;
+    mean[l] = double(shift[l]) + off;
+    square[l] -= sum * off;
   }
-  if (!job.by_lane) return;
+  if (job.plane > 1) {
+    merge_planes(job, job.fold * channels, n, mean, square);
+    n *= double(job.plane);
+  }
+  for (int64_t c = 0; c < channels; ++c) means[c] = mean[c], squares[c] = square[c];
   for (int64_t k = 1; k < job.fold; ++k) {  // the lanes of folded rows, each with its own shift
     const double share = 1.0 / double(k + 1), weight = n * double(k) * share;
-    for (int64_t c = 0, l = k * job.channels; c < channels; ++c, ++l) {
-      const double apart = double(shift[l]) + sum[l] / n - means[c];
+    for (int64_t c = 0, l = k * channels; c < channels; ++c, ++l) {
+      const double apart = mean[l] - means[c];
       means[c] += apart * share;
-      squares[c] += square[l] - sum[l] * (sum[l] / n) + apart * apart * weight;
+      squares[c] += square[l] + apart * apart * weight;
     }
   }
 }
@@ -102,7 +126,7 @@ void measure(const NormJob& job, int64_t begin, int64_t end, char* memory) {
                  flush(scratch.square, scratch.second, strip.cols);
                }
                double* const sums = job.sums + (instance * job.blocks + block) * 2 * job.channels +
-                                    strip.start[job.by_lane ? 2 : 1];
+                                    first_channel(job, strip);
                finish_block(job, strip, count, scratch, sums, sums + job.channels);
              });
   end_stream();

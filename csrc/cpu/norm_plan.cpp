@@ -11,6 +11,11 @@ namespace {
 constexpr int kMaxOperands = 4;
 // Lanes that short rows are put together to.
 constexpr int64_t kLanes = 512;
+// A channel's elements side by side are lanes up to so many, for the ends of short runs count: in
+// the passes that sum up, and in the others. And up to so many a sample, for each lane has an end
+// of its own.
+constexpr int64_t kPlaneSummed = 63, kPlane = 40;
+constexpr int64_t kPlaneASample = 3;
 // Blocks beyond these would make their merging count.
 constexpr int64_t kMaxBlocks = 128;
 
@@ -60,7 +65,7 @@ void cut(NormJob& job, bool by_rows) {
   const int64_t other_size = job.size[job.by_lane ? 1 : 2];
   job.buffer = by_rows ? std::max(kNormTile, to_sixteen(channel_size)) : kNormTile;
   if (job.by_lane) {
-    job.span = by_rows ? channel_size : std::min(channel_size, kNormTile);
+    job.span = by_rows ? channel_size : std::min(channel_size, kNormTile / job.plane * job.plane);
     job.chunk = std::min(other_size, std::max<int64_t>(kNormStrip / job.span, 1));
   } else {
     job.chunk = std::min(other_size, kNormStrip);
@@ -79,8 +84,21 @@ void cut(NormJob& job, bool by_rows) {
   job.blocks = divide_up(job.units, job.block_units);
 }
 
-// operands[leader] is walked in the order of its memory.
-void shape_job(NormJob& job, const Named* operands, int count, int leader, const revk_norm& norm) {
+// Whether each sample is one row without gaps, its channels being few elements each.
+bool short_planes(const Dim& outer, const Dim& channel, const Dim& inner, const Named* operands,
+                  int count, int64_t most) {
+  if (inner.size == 1 || inner.size > std::min(most, kPlaneASample * outer.size)) return false;
+  for (int k = 0; k < count; ++k)
+    if (inner.step[k] != item_size(operands[k].view->dtype) ||
+        channel.step[k] != inner.step[k] * inner.size)
+      return false;
+  return true;
+}
+
+// operands[leader] is walked in the order of its memory. plane: the most elements of a batch norm's
+// channel that are lanes.
+void shape_job(NormJob& job, const Named* operands, int count, int leader, const revk_norm& norm,
+               int64_t plane) {
   Dim outer, channel, inner;
   const revk_view& lead = *operands[leader].view;
   outer.size = lead.outer, channel.size = lead.channels, inner.size = lead.inner;
@@ -106,7 +124,13 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
   order_and_merge(outer, inner, leader, count);
   job.channels = channel.size;
   job.instances = instance.size;
-  job.fold = 1;
+  job.fold = job.plane = 1;
+  if (norm.kind == REVK_BATCH_NORM && short_planes(outer, channel, inner, operands, count, plane)) {
+    job.plane = inner.size;
+    channel.size *= inner.size;
+    std::copy(inner.step, inner.step + count, channel.step);
+    inner = outer, outer = Dim{};
+  }
   job.by_lane =
       by_rows || inner.size == 1 || (channel.size > 1 && channel.step[leader] < inner.step[leader]);
   Dim first = job.by_lane ? inner : channel, second = job.by_lane ? channel : inner;
@@ -160,7 +184,8 @@ NormJob start(const NormActBackwardCall& call) {
 }
 
 bool walked_alike(const NormJob& a, const NormJob& b) {
-  return a.by_lane == b.by_lane && a.fold == b.fold && std::equal(a.size, a.size + 3, b.size);
+  return a.by_lane == b.by_lane && a.fold == b.fold && a.plane == b.plane &&
+         std::equal(a.size, a.size + 3, b.size);
 }
 
 }  // namespace
@@ -168,11 +193,11 @@ bool walked_alike(const NormJob& a, const NormJob& b) {
 NormJob plan_measure(const NormActCall& call) {
   NormJob alone = start(call.norm, call.compute_dtype), job = alone;
   const Named source{&alone.s, &call.s};
-  shape_job(alone, &source, 1, 0, call.norm);
+  shape_job(alone, &source, 1, 0, call.norm, kPlaneSummed);
   alone.buffer = kNormMeasured;
   if (call.coupling == NormActCall::kNone) return alone;
   const Named operands[] = {{&job.s, &call.s}, {&job.x, &call.x}, {&job.f, &call.f}};
-  shape_job(job, operands, 3, 0, call.norm);
+  shape_job(job, operands, 3, 0, call.norm, kPlaneSummed);
   if (!walked_alike(alone, job)) return alone;
   job.buffer = kNormMeasured;
   job.coupling = int32_t(call.coupling);
@@ -185,7 +210,7 @@ NormJob plan_apply(const NormActCall& call, bool coupled) {
   job.coupling = coupled ? int32_t(call.coupling) : 0;
   const Named operands[] = {
       {&job.s, &call.s}, {&job.h, &call.h}, {&job.x, &call.x}, {&job.f, &call.f}};
-  shape_job(job, operands, job.coupling == 0 ? 2 : 4, 0, call.norm);
+  shape_job(job, operands, job.coupling == 0 ? 2 : 4, 0, call.norm, kPlane);
   job.h.streams = streams(job, job.h, nullptr);
   job.s.streams = job.coupling != 0 && streams(job, job.s, job.x.data);
   return job;
@@ -194,7 +219,7 @@ NormJob plan_apply(const NormActCall& call, bool coupled) {
 NormJob plan_sums(const NormActBackwardCall& call) {
   NormJob job = start(call);
   const Named operands[] = {{&job.s, &call.x}, {&job.dh, &call.dh}};
-  shape_job(job, operands, 2, 0, call.norm);
+  shape_job(job, operands, 2, 0, call.norm, kPlaneSummed);
   return job;
 }
 
@@ -202,7 +227,7 @@ NormJob plan_gradient(const NormActBackwardCall& call) {
   NormJob job = start(call);
   const Named operands[] = {
       {&job.s, &call.x}, {&job.dh, &call.dh}, {&job.dx, &call.dx}, {&job.base, &call.base}};
-  shape_job(job, operands, call.base.data == nullptr ? 3 : 4, 0, call.norm);
+  shape_job(job, operands, call.base.data == nullptr ? 3 : 4, 0, call.norm, kPlane);
   job.dx.streams = call.dh.data != call.dx.data && streams(job, job.dx, job.base.data);
   return job;
 }

@@ -11,20 +11,28 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
+// The channels of a strip, and the first of them.
+inline int64_t channels_of(const NormJob& job, const Strip& strip) {
+  if (!job.by_lane) return strip.rows;
+  return job.fold > 1 ? job.channels : strip.cols / job.plane;
+}
+inline int64_t first_channel(const NormJob& job, const Strip& strip) {
+  return job.by_lane ? strip.start[2] / job.plane : strip.start[1];
+}
+
 // The parameters of a strip's channels, one beside each lane (or row): folded rows repeat them.
 template <class A>
 inline void spread(A* to, const void* from, const NormJob& job, const Strip& strip) {
   const A* const values = static_cast<const A*>(from);
-  if (!job.by_lane) {
-    for (int64_t r = 0; r < strip.rows; ++r) to[r] = values[strip.start[1] + r];
-    return;
+  const int64_t first = first_channel(job, strip), channels = channels_of(job, strip);
+  for (int64_t k = 0; k < job.fold; ++k, to += channels * job.plane) {
+    if (job.plane == 1) {
+      for (int64_t c = 0; c < channels; ++c) to[c] = values[first + c];
+      continue;
+    }
+    for (int64_t c = 0, l = 0; c < channels; ++c)
+      for (const int64_t next = l + job.plane; l < next; ++l) to[l] = values[first + c];
   }
-  if (job.fold == 1) {
-    for (int64_t l = 0; l < strip.cols; ++l) to[l] = values[strip.start[2] + l];
-    return;
-  }
-  for (int64_t k = 0; k < job.fold; ++k, to += job.channels)
-    for (int64_t c = 0; c < job.channels; ++c) to[c] = values[c];
 }
 
 // The same of values that a group of channels shares.
@@ -141,10 +149,6 @@ template <class Body>
 inline void with_mask(int32_t activation, Body&& body) {
   if (activation == REVK_RELU) return body(ops::Relu{});
   return body(ops::Identity{});
-}
-
-inline int64_t channels_of(const NormJob& job, const Strip& strip) {
-  return job.by_lane ? strip.cols : strip.rows;
 }
 
 template <class A>
