@@ -16,6 +16,10 @@ constexpr int64_t kLanes = 512;
 // of its own.
 constexpr int64_t kPlaneSummed = 63, kPlane = 40;
 constexpr int64_t kPlaneASample = 3;
+
+// What a pass over memory is for: statistics, the backward's sums, or to make something.
+enum class Pass { kMeasure, kSums, kElements };
+
 // Blocks beyond these would make their merging count.
 constexpr int64_t kMaxBlocks = 128;
 
@@ -84,10 +88,10 @@ void cut(NormJob& job, bool by_rows) {
   job.blocks = divide_up(job.units, job.block_units);
 }
 
-// Whether each sample is one row without gaps, its channels being few elements each.
-bool short_planes(const Dim& outer, const Dim& channel, const Dim& inner, const Named* operands,
-                  int count, int64_t most) {
-  if (inner.size == 1 || inner.size > std::min(most, kPlaneASample * outer.size)) return false;
+// Whether each sample is one row without gaps, its channels being `most` elements each or fewer.
+bool short_planes(const Dim& channel, const Dim& inner, const Named* operands, int count,
+                  int64_t most) {
+  if (inner.size == 1 || inner.size > most) return false;
   for (int k = 0; k < count; ++k)
     if (inner.step[k] != item_size(operands[k].view->dtype) ||
         channel.step[k] != inner.step[k] * inner.size)
@@ -95,10 +99,9 @@ bool short_planes(const Dim& outer, const Dim& channel, const Dim& inner, const 
   return true;
 }
 
-// operands[leader] is walked in the order of its memory. plane: the most elements of a batch norm's
-// channel that are lanes.
+// operands[leader] is walked in the order of its memory.
 void shape_job(NormJob& job, const Named* operands, int count, int leader, const revk_norm& norm,
-               int64_t plane) {
+               Pass pass) {
   Dim outer, channel, inner;
   const revk_view& lead = *operands[leader].view;
   outer.size = lead.outer, channel.size = lead.channels, inner.size = lead.inner;
@@ -125,11 +128,19 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
   job.channels = channel.size;
   job.instances = instance.size;
   job.fold = job.plane = 1;
-  if (norm.kind == REVK_BATCH_NORM && short_planes(outer, channel, inner, operands, count, plane)) {
-    job.plane = inner.size;
-    channel.size *= inner.size;
-    std::copy(inner.step, inner.step + count, channel.step);
-    inner = outer, outer = Dim{};
+  const int64_t most = pass == Pass::kElements ? kPlane : kPlaneSummed;
+  if (!by_rows && short_planes(channel, inner, operands, count, most)) {
+    if (norm.kind == REVK_BATCH_NORM && inner.size <= kPlaneASample * outer.size) {
+      job.plane = inner.size;
+      channel.size *= inner.size;
+      std::copy(inner.step, inner.step + count, channel.step);
+      inner = outer, outer = Dim{};
+    } else if (norm.kind == REVK_GROUP_NORM && pass == Pass::kMeasure) {
+      const int64_t each = channel.size / norm.groups;  // side by side: as one channel
+      job.channels = channel.size = norm.groups;
+      inner.size *= each;
+      for (int k = 0; k < count; ++k) channel.step[k] *= each;
+    }
   }
   job.by_lane =
       by_rows || inner.size == 1 || (channel.size > 1 && channel.step[leader] < inner.step[leader]);
@@ -193,11 +204,11 @@ bool walked_alike(const NormJob& a, const NormJob& b) {
 NormJob plan_measure(const NormActCall& call) {
   NormJob alone = start(call.norm, call.compute_dtype), job = alone;
   const Named source{&alone.s, &call.s};
-  shape_job(alone, &source, 1, 0, call.norm, kPlaneSummed);
+  shape_job(alone, &source, 1, 0, call.norm, Pass::kMeasure);
   alone.buffer = kNormMeasured;
   if (call.coupling == NormActCall::kNone) return alone;
   const Named operands[] = {{&job.s, &call.s}, {&job.x, &call.x}, {&job.f, &call.f}};
-  shape_job(job, operands, 3, 0, call.norm, kPlaneSummed);
+  shape_job(job, operands, 3, 0, call.norm, Pass::kMeasure);
   if (!walked_alike(alone, job)) return alone;
   job.buffer = kNormMeasured;
   job.coupling = int32_t(call.coupling);
@@ -210,7 +221,7 @@ NormJob plan_apply(const NormActCall& call, bool coupled) {
   job.coupling = coupled ? int32_t(call.coupling) : 0;
   const Named operands[] = {
       {&job.s, &call.s}, {&job.h, &call.h}, {&job.x, &call.x}, {&job.f, &call.f}};
-  shape_job(job, operands, job.coupling == 0 ? 2 : 4, 0, call.norm, kPlane);
+  shape_job(job, operands, job.coupling == 0 ? 2 : 4, 0, call.norm, Pass::kElements);
   job.h.streams = streams(job, job.h, nullptr);
   job.s.streams = job.coupling != 0 && streams(job, job.s, job.x.data);
   return job;
@@ -219,7 +230,7 @@ NormJob plan_apply(const NormActCall& call, bool coupled) {
 NormJob plan_sums(const NormActBackwardCall& call) {
   NormJob job = start(call);
   const Named operands[] = {{&job.s, &call.x}, {&job.dh, &call.dh}};
-  shape_job(job, operands, 2, 0, call.norm, kPlaneSummed);
+  shape_job(job, operands, 2, 0, call.norm, Pass::kSums);
   return job;
 }
 
@@ -227,7 +238,7 @@ NormJob plan_gradient(const NormActBackwardCall& call) {
   NormJob job = start(call);
   const Named operands[] = {
       {&job.s, &call.x}, {&job.dh, &call.dh}, {&job.dx, &call.dx}, {&job.base, &call.base}};
-  shape_job(job, operands, call.base.data == nullptr ? 3 : 4, 0, call.norm, kPlane);
+  shape_job(job, operands, call.base.data == nullptr ? 3 : 4, 0, call.norm, Pass::kElements);
   job.dx.streams = call.dh.data != call.dx.data && streams(job, job.dx, job.base.data);
   return job;
 }
