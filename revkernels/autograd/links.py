@@ -69,13 +69,32 @@ def ending_in(inputs: Any, form: Any, streams: Sequence[torch.Tensor], kernels: 
     return reversal if reversal.claim(end, streams, kernels) else None
 
 
-_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+_graph: Any = torch._C._autograd
+_top_hooks: Any = getattr(_graph, "_top_saved_tensors_default_hooks", None)
 
 
-def _outer_hooks() -> int:
-    """Which saved-tensor hooks are on: the id of the one that the graph holds with what a reversal keeps, or 0."""
+def _outer_hooks() -> object:
+    """Which saved-tensor hooks are on: the id of the one that the graph holds with what a reversal keeps, or 0.
+
+    Torch 2.6 tells only whether any are on: then it is something that equals nothing, and calls are not joined.
+    """
+    if _top_hooks is None:
+        return object() if _any_hooks() else 0
     hooks = _top_hooks(True)
     return 0 if hooks is None else id(hooks[1])
+
+
+def _any_hooks() -> bool:
+    """Whether saved-tensor hooks are on: torch refuses to disable them then."""
+    if _graph._saved_tensors_hooks_get_disabled_error_message() is not None:
+        return True  # nobody knows, and the message stays as it is
+    try:
+        _graph._saved_tensors_hooks_disable("they are looked for")
+    except RuntimeError:
+        return True
+    finally:
+        _graph._saved_tensors_hooks_enable()
+    return False
 
 
 def _as_tuple(tensors: Any) -> tuple[torch.Tensor, ...]:

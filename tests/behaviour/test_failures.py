@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import revkernels as rk
 from behaviour.common import (
@@ -148,7 +149,7 @@ def training_step(backend):
 
 def inside_checkpoint(backend):
     net, _ = twins(pairs_of(mlp, 2), backend=backend)
-    loss_of(torch.utils.checkpoint.checkpoint(net, rows(), use_reentrant=False)).backward()
+    loss_of(checkpoint(net, rows(), use_reentrant=False)).backward()
 
 
 def gradient_of_some(backend):

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from behaviour.common import (
     TOLERANCE,
@@ -22,6 +23,7 @@ from behaviour.common import (
     torch,
 )
 from behaviour.linked_cases import Layer, Stack, chains, flow, twins
+from revkernels.autograd import links
 from revkernels.autograd.links import ending_in
 from revkernels.autograd.reversal import Reversal
 from revkernels.errors import ReconstructionError
@@ -29,7 +31,7 @@ from revkernels.nn import checkpoint as by_this_package
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
 
-by_torch = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+by_torch = functools.partial(torch_checkpoint, use_reentrant=False)
 
 
 def test_outputs_are_used_elsewhere_too(backend):
@@ -173,6 +175,23 @@ def test_a_checkpoint_begins_within_a_chain(by, backend):
             layer.forward = functools.partial(checkpoint, layer.forward)
         check_step(net, plain, rows())
         check_step(net, plain, rows(requires_grad=False))
+
+
+def test_where_torch_tells_only_whether_hooks_are_on(backend, monkeypatch):
+    """As torch 2.6 does: calls under hooks are not joined, others are."""
+    monkeypatch.setattr(links, "_top_hooks", None)
+    net, plain = twins([Layer(backend=backend) for _ in range(4)])
+    x = rows()
+    assert chains(net, x) == 1
+    with torch.autograd.graph.save_on_cpu():
+        assert chains(net, x) == 4
+        check_step(net, plain, x)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert links._any_hooks()
+        assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() == "not here"
+    assert not links._any_hooks()
+    for by in (by_torch, by_this_package):
+        test_a_checkpoint_begins_within_a_chain(by, backend)
 
 
 def test_a_branch_goes_on_with_a_chain_from_outside(backend):

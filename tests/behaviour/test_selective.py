@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import revkernels as rk
 from behaviour.common import assert_raises, rows, torch
@@ -178,7 +179,7 @@ def test_with_other_ways_to_save_memory(other, inner, compiled):
             return saving
         if other == "checkpoint":
             return lambda net, x: checkpoint(lambda x: call(net, x), x)
-        return lambda net, x: torch.utils.checkpoint.checkpoint(lambda x: call(net, x), x, use_reentrant=False)
+        return lambda net, x: torch_checkpoint(lambda x: call(net, x), x, use_reentrant=False)
 
     torch.manual_seed(0)
     net = convs()
