@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from revkernels import backends
+from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.surroundings import autocast_dtype
 from revkernels.budget import MemoryBudget
 from revkernels.exact import Exact
@@ -63,6 +64,8 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}: its size in dimension {split_dim} is {size}; it must be {need}"
             )
+        if type(x) not in PLAIN:  # torch 2.6 gathers the gradient of a DTensor's `narrow`, and gets it wrong
+            return list(x.chunk(groups, split_dim)), True
         part = size // groups
         return [x.narrow(split_dim, index * part, part) for index in range(groups)], True
     if not (isinstance(x, (tuple, list)) and len(x) == groups and all(isinstance(t, torch.Tensor) for t in x)):
