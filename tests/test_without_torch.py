@@ -17,7 +17,10 @@ from revkernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE_NUMPY = ("numpy", "numpy.libs", "numpy-*.dist-info", "ml_dtypes")
-FOR_TESTS = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py")
+FOR_TESTS = (
+    *("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py"),
+    *("exceptiongroup", "tomli", "typing_extensions.py"),  # in Python 3.10
+)
 
 if native.missing() is not None:
     pytest.skip(str(native.missing()), allow_module_level=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What needs none of the packages: imports, errors, and the account of a change."""
 
-import importlib
+import importlib.metadata
 import subprocess
 import sys
 
@@ -94,7 +94,7 @@ def test_change_and_restore():
     assert list(replaced.modules) == ["0", "2", "3", "4", "5", "6", "7"]
     assert replaced.left == {"8": "Own has a forward of its own"}
     assert str(replaced).splitlines() == [
-        f"torch {torch.__version__}: 7 modules changed, 1 left",
+        f"torch {importlib.metadata.version('torch')}: 7 modules changed, 1 left",
         "  + 0, 2, ..., 7: doubled",
         "  - 8: Own has a forward of its own",
         "  a note",
