@@ -4,7 +4,7 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from kernel_cases import (  # noqa: E402
     BF16,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.6")
 
 import triton.language as tl  # noqa: E402
 from kernel_cases import (  # noqa: E402

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 import triton.language as tl  # noqa: E402
 from norm_cases import (  # noqa: E402

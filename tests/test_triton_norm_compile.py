@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 
 torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.6")
 
 import test_triton_compile as ahead  # noqa: E402
 from triton.runtime import driver  # noqa: E402

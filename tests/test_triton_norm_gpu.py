@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from revkernels import ops  # noqa: E402
 from revkernels.norm import ACTIVATIONS, KINDS, Norm, Statistics  # noqa: E402
