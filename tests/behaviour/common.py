@@ -101,8 +101,9 @@ def pairs_of(make, depth):
     return [(make(), make()) for _ in range(depth)]
 
 
-#: For what older versions of torch get wrong by themselves (nobody knows up to which).
-old_torch = pytest.mark.xfail(TorchVersion(torch.__version__) < "2.13", reason="torch's own, in 2.6", strict=False)
+def old_torch(what):
+    """For what torch 2.6 gets wrong by itself, and later versions may too (nobody knows up to which)."""
+    return pytest.mark.xfail(TorchVersion(torch.__version__) < "2.13", reason=f"torch 2.6: {what}", strict=False)
 
 
 def rows(*shape, dtype=WIDE, requires_grad=True):

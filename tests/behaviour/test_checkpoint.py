@@ -244,7 +244,7 @@ def test_an_error_in_the_function_leaves_nothing_behind():
     assert not is_recomputing()
 
 
-@old_torch
+@old_torch("under torch.compile its checkpoint updates running statistics twice, as it does without")
 def test_traced_by_the_compiler():
     module, x = layers().double(), images(dtype=torch.float64)
     twin, compiled = copy.deepcopy(module), torch.compile(lambda x: checkpoint(module, x), backend="aot_eager")
