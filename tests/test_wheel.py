@@ -152,9 +152,12 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_one_pool_of_threads(order):
     """Whichever is imported first, both run on the same libgomp."""
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     if native.missing() is not None:
         pytest.skip(str(native.missing()))
+    renamed = [path.name for path in Path(torch.__file__).parent.glob("lib/libgomp-*")]
+    if renamed and order == "revkernels first":
+        pytest.skip(f"this torch asks for a libgomp of its own by name: {renamed[0]}")
     code = f"""
 {ORDERS[order]}
 import numpy as np
