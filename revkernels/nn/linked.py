@@ -8,8 +8,9 @@
 call returned goes on with that one, and its output takes the place of the earlier one: memory does not grow with the
 number of layers. Whatever happens in between, an operation, a hook that puts another tensor in the output's place, a
 change in place, other options, the begin or end of a checkpoint or of other saved-tensor hooks, makes the next call a
-chain of its own, and keeps one output more. Results are the same either way. As in one chain, the backward of an early
-output needs the parameters of the calls behind it unchanged.
+chain of its own, and keeps one output more; so does, where torch does not tell which saved-tensor hooks are on, as 2.6,
+every call under any. Results are the same either way. As in one chain, the backward of an early output needs the
+parameters of the calls behind it unchanged.
 """
 
 from __future__ import annotations
