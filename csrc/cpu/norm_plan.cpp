@@ -9,8 +9,10 @@ namespace revk::cpu {
 namespace {
 
 constexpr int kMaxOperands = 4;
-// Lanes that short rows are put together to.
+// Lanes that short rows are put together to, as long as so many rows of these are left: each lane
+// has an end of its own.
 constexpr int64_t kLanes = 512;
+constexpr int64_t kFoldedRows = 32;
 // A channel's elements side by side are lanes up to so many, for the ends of short runs count: in
 // the passes that sum up, and in the others. And up to so many a sample, for each lane has an end
 // of its own.
@@ -148,7 +150,8 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
   if (job.by_lane && !by_rows && channel.size < kLanes) {
     bool dense = true;  // rows that follow one another without gaps become one row
     for (int k = 0; k < count; ++k) dense = dense && first.step[k] == second.step[k] * second.size;
-    if (dense) job.fold = divisor(first.size, kLanes / second.size);
+    if (dense)
+      job.fold = divisor(first.size, std::min(kLanes / second.size, first.size / kFoldedRows));
     first.size /= job.fold;
     second.size *= job.fold;
     for (int k = 0; k < count; ++k) first.step[k] *= job.fold;
