@@ -47,10 +47,12 @@ def item_of(slots: Any, name: Any) -> Any:
 
 
 def hang(slots: Any, name: Any, tensor: Any) -> None:
-    """Put it there, or leave nothing there. A list keeps its length."""
+    """Put it there, or leave nothing there. A list keeps its length. Of a module it is the class."""
     if type(slots) is list:
         if name < len(slots) and tensor is not MISSING:
             slots[name] = tensor
+    elif isinstance(slots, nn.Module):
+        slots.__class__ = tensor
     elif tensor is MISSING:
         slots.pop(name, None)
     else:

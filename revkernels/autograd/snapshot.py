@@ -78,14 +78,27 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("branch", "fixed", "flags", "generators", "hooks", "late", "modules", "others", "own", "parameters", "plain"),
-        *("reads_running", "registered", "rewound", "statistics", "structure", "turn", "_held"),
+        *(
+            "absent",
+            "branch",
+            "fixed",
+            "flags",
+            "generators",
+            "hooks",
+            "late",
+            "modules",
+            "others",
+            "own",
+            "parameters",
+        ),
+        *("plain", "reads_running", "registered", "rewound", "statistics", "structure", "turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
         self.branch = branch
         #: Where each hangs, its name, itself, its version, whether it required grad, and its memory.
         self.parameters: list[tuple[dict[str, Any], str, torch.Tensor, int, bool, int]] = []
+        self.absent: list[tuple[dict[str, Any], str]] = []  # parameters and buffers that are None, as a layer's bias
         self.fixed: list[Slot] = []  # what the branch does not write, parameters aside
         self.late: set[int] = set()  # of these and of the parameters, by id, those that it turned out to write
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
@@ -143,7 +156,9 @@ class Snapshot:
                 if not self.plain and _is_scripted(module):
                     parameters = dict(parameters.items())
                 for name, p in parameters.items():
-                    if p is not None:
+                    if p is None:
+                        self.absent.append((parameters, name))
+                    else:
                         self.parameters.append((parameters, name, p, version_of(p), p.requires_grad, memory_of(p)))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
@@ -161,6 +176,7 @@ class Snapshot:
         written = known_to_write(module)
         for name, buffer in module._buffers.items():
             if buffer is None:
+                self.absent.append((module._buffers, name))
                 continue
             slot = (module._buffers, name, buffer, version_of(buffer))
             if only_statistics:
@@ -177,6 +193,8 @@ class Snapshot:
         once for each call.
         """
         self.structure = Structure(self.modules)
+        if self.absent:  # what the forward itself has made stays
+            self.absent = [(slots, name) for slots, name in self.absent if slots.get(name) is None]
         if counted:
             self._set_aside(counted)
         if self.rewound:
@@ -217,7 +235,7 @@ class Snapshot:
         # A deep chain has thousands of these, and what is empty, as most is, need not be looked through for garbage.
         self.fixed, self.statistics, self.rewound = self.fixed or NONE, self.statistics or NONE, self.rewound or NONE
         self.others, self._held, self.late = self.others or NONE, NONE, self.late or NONE
-        self.generators = self.generators or NONE
+        self.absent, self.generators = self.absent or NONE, self.generators or NONE
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -312,12 +330,16 @@ class Snapshot:
         for slots, name, tensor, _ in self.fixed:
             if slots.get(name) is not tensor:
                 self._hang(slots, name, tensor, undo)
+        for slots, name in self.absent:
+            if slots.get(name) is not None:
+                undo.append((slots, name, slots[name]))
+                slots[name] = None
         if len(undo) > before:
             hang_flat_weights(self.modules, undo)
         if self.own is not None:
             self.own.restore(undo)
         for slots, name, tensor, _ in self.statistics:
-            undo.append((slots, name, slots[name]))
+            undo.append((slots, name, slots.get(name, MISSING)))
             slots[name] = tensor.detach().clone()
         for (_, (slots, name, _, _), _), copy in zip(self.rewound, copies_of(self.rewound), strict=True):
             undo.append((slots, name, slots.get(name, MISSING)))
@@ -331,12 +353,23 @@ class Snapshot:
         if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
             undo.append((slots, name, now))
             slots[name] = tensor
+        elif now is None and not tensor.__dict__:  # with a mark on it, it was sharded then
+            self._hang_again(slots, name, tensor, undo)
         elif isinstance(now, nn.Parameter):
             raise ReconstructionError(
                 f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the group "
                 f"that it is sharded in is not gathered while this branch is run again. Give the branch a group of its "
                 f"own: fully_shard(branch)"
             )
+
+    def _hang_again(self, slots: dict[str, Any], name: str, tensor: torch.Tensor, undo: Undo) -> None:
+        """Where it was taken away since, as pruning does, with a plain attribute in its place, which is found first."""
+        for module in self.modules:
+            table = module.__dict__
+            if name in table and (slots is module._parameters or slots is module._buffers):
+                undo.append((table, name, table.pop(name)))
+        undo.append((slots, name, slots.get(name, MISSING)))
+        slots[name] = tensor
 
     def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:
         for root in [self.branch] if isinstance(self.branch, nn.Module) else self.modules:

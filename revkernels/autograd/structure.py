@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch is made of besides tensors: the layers in its modules, their options, and the forward hooks on them. It
-is run again with those of the forward, as stored activations are differentiated through them."""
+"""What a branch is made of besides tensors: its modules' classes, the layers in them, their options, and the forward
+hooks on them. It is run again with those of the forward, as stored activations are differentiated through them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from revkernels.autograd.plain_layers import Options, options_of
 from revkernels.autograd.rewinding import MISSING, Undo
+from revkernels.errors import ReconstructionError
 
 __all__ = ["Hooks", "Structure"]
 
@@ -20,23 +21,31 @@ _NONE: dict[str, Any] = {}
 
 
 class Structure:
-    """The modules registered in each of ``modules`` as its forward left them, and the options of layers that are known.
+    """The class of each of ``modules``, which modules and parameters are registered in it, as its forward left it, and
+    the options of layers that are known.
 
     Attributes of other classes are not looked at: a branch may keep a count there, or what its second run is to read.
     """
 
-    __slots__ = ("_children", "_modules", "_options", "_values")
+    __slots__ = ("_children", "_kinds", "_modules", "_names", "_options", "_values")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
+        self._kinds = list(map(type, modules))
+        self._names = [(*module._parameters.keys(),) for module in modules]
         self._children = [_children_of(module) for module in modules]
         self._options = [options_of(module) for module in modules]
         self._values = list(map(_values_of, self._options, modules))
 
     def hang(self, undo: Undo) -> None:
         """Let the modules be made of these again."""
-        parts = zip(self._modules, self._children, self._options, self._values, strict=False)
-        for module, children, options, values in parts:
+        own = zip(self._kinds, self._names, self._children, self._options, self._values, strict=True)
+        for module, (kind, names, children, options, values) in zip(self._modules, own, strict=False):
+            if type(module) is not kind:  # a parametrization makes a class of its own
+                undo.append((module, "__class__", type(module)))
+                module.__class__ = kind
+            if (*module._parameters.keys(),) != names:
+                _take_away(module, names, children, undo)
             slots = module._modules
             if slots != children and isinstance(slots, dict):
                 _hang_all(slots, children, undo)
@@ -88,6 +97,20 @@ def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None
     undo += [(slots, name, MISSING) for name in things]
     slots.clear()
     slots.update(things)
+
+
+def _take_away(module: nn.Module, names: Sequence[str], children: dict[str, Any], undo: Undo) -> None:
+    """Parameters that have come since the forward, where it may have had a plain attribute or made a tensor. Those with
+    a mark on them are sharded now."""
+    slots = module._parameters
+    added = [name for name, now in slots.items() if name not in names and not getattr(now, "__dict__", None)]
+    for name in reversed(added):  # they come back in the order in which they were
+        if "parametrizations" in children:
+            raise ReconstructionError(
+                f"the parametrization of {name} in a {type(module).__name__} was removed between the forward and the "
+                f"backward, so the branch cannot be run again as it was; do that after the backward"
+            )
+        undo.append((slots, name, slots.pop(name)))
 
 
 def _set_all(table: dict[str, Any], names: Sequence[str], values: Sequence[Any], undo: Undo) -> None:

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters that come and go between forward and backward: the recompute has those of the forward."""
+
+import pytest
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import revkernels as rk
+from behaviour.common import WIDE, assert_all_close, fresh, loss_of, norm_mlp, rows, torch, twins
+from revkernels.nn import ReversibleBlock, ReversibleSequential
+
+
+class Holds(nn.Module):
+    """A module of somebody's, with layers of torch's in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = norm_mlp()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def convolution():
+    """Saves the same tensors with a bias and without one."""
+    return nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 4, 3, padding=1), nn.Flatten()).to(WIDE)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def normed(layer):
+    parametrizations.weight_norm(layer)
+
+
+def normed_by_a_hook(layer):
+    nn.utils.weight_norm(layer)
+
+
+def a_plain_attribute(layer):
+    weight = layer.weight
+    del layer.weight
+    layer.weight = torch.ones_like(weight)
+
+
+def without_bias(layer):
+    layer.bias = None
+
+
+def another_class(layer):
+    class Thrice(type(layer)):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    layer.__class__ = Thrice
+
+
+@pytest.mark.parametrize("change", [pruned, normed, normed_by_a_hook, a_plain_attribute, without_bias, another_class])
+@pytest.mark.parametrize("make", [norm_mlp, Holds, convolution])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_run_again_on_the_parameters_of_the_forward(make, change, options):
+    """Parameters that have been taken away since, with something else in their place; and what is there then stays."""
+    outcomes = []
+    for network in twins([(make(), make()) for _ in range(2)], **options):
+        torch.manual_seed(0)
+        leaves, x = fresh(rows(5, 8))
+        y, learnt = network(x), list(network.parameters())
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv1d)]
+        for layer in layers:
+            change(layer)
+        before = [(type(m), dict(m.__dict__), dict(m._parameters)) for m in network.modules()]
+        outcomes.append([y, *torch.autograd.grad(loss_of(y), [*leaves, *learnt]), *network.buffers()])
+        assert [(type(m), dict(m.__dict__), dict(m._parameters)) for m in network.modules()] == before
+    assert_all_close(*outcomes)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_run_again_under_a_norm_that_was_taken_off(options):
+    """The weight, which its hook makes, is a parameter since."""
+    outcomes = []
+    for network in twins([(convolution(), convolution()) for _ in range(2)], **options):
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv1d)]
+        for layer in layers:
+            nn.utils.weight_norm(layer)
+        torch.manual_seed(0)
+        leaves, x = fresh(rows(5, 8))
+        y, learnt = network(x), list(network.parameters())
+        for layer in layers:
+            nn.utils.remove_weight_norm(layer)
+        outcomes.append([y, *torch.autograd.grad(loss_of(y), [*leaves, *learnt])])
+        assert all(type(layer.weight) is nn.Parameter and "weight" not in vars(layer) for layer in layers)
+    assert_all_close(*outcomes)
+
+
+def test_a_parametrization_that_was_taken_off(backend):
+    """Its class has lost the property that made the weight."""
+
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    net = ReversibleSequential(ReversibleBlock(convolution(), nn.Tanh()).to(WIDE), backend=backend)
+    layer = net[0].F[1]
+    parametrize.register_parametrization(layer, "weight", Half())
+    y = net(rows(5, 8))
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    with pytest.raises(rk.ReconstructionError, match="the parametrization of weight in a ParametrizedConv1d was remov"):
+        y.sum().backward()
+    assert type(layer) is nn.Conv1d
+    assert type(layer.weight) is nn.Parameter
+    net(rows(5, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("where", ["bias", "shift"])
+def test_run_again_without_what_there_was_none_of(where, options):
+    """A parameter, or a buffer, that was None in the forward and is something now: the sum saves nothing more."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_parameter("bias", None)
+            self.register_buffer("shift", None)
+
+        def forward(self, x):
+            y = x.tanh()
+            for term in (self.bias, self.shift):
+                y = y if term is None else y + term
+            return y
+
+    for network in twins([(Shifted(), Shifted()) for _ in range(2)], **options):
+        leaves, x = fresh(rows(5, 8))
+        y = network(x)
+        (expected,) = torch.autograd.grad(loss_of(y), leaves, retain_graph=True)
+        term = torch.ones(4, dtype=WIDE)
+        for module in network.modules():
+            if isinstance(module, Shifted):
+                setattr(module, where, nn.Parameter(term) if where == "bias" else term)
+        (got,) = torch.autograd.grad(loss_of(y), leaves)
+        assert_all_close([got], [expected])
+        assert all(getattr(m, where) is not None for m in network.modules() if isinstance(m, Shifted))
