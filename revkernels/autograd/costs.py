@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from revkernels.autograd import inside
 from revkernels.autograd.allotment import Option
-from revkernels.autograd.kept_ops import Looking, Measuring, OpCost, overhead
+from revkernels.autograd.kept_ops import Looking, Measuring, OpCost, is_distributed, overhead
 from revkernels.autograd.level import Level
 from revkernels.autograd.live_bytes import bytes_of
 from revkernels.autograd.made_again import MadeAgain, SavedView
@@ -43,6 +43,7 @@ class StepCost:
             that this takes.
         inside: bytes that were allocated inside an operator of it, or a node of its backward, at most, counted like
             ``live``; None if nobody tells. scratch: of these, what came on top of the level before.
+        talks: its recompute talks to other processes.
     """
 
     branch: str
@@ -60,6 +61,7 @@ class StepCost:
     making: float = 0.0
     inside: int | None = None
     scratch: int = 0
+    talks: bool = False
 
     @property
     def kind(self) -> Any:
@@ -150,6 +152,12 @@ class CallCost:
     entry: int = 0
 
     @property
+    def talks(self) -> bool:
+        """Whether rebuilding it talks to other processes. These may have measured other times: were they to keep other
+        half-steps, one would wait for what the other does not send, or take it for something else."""
+        return any(step is not None and step.talks for step in self.steps)
+
+    @property
     def held(self) -> int:
         """Bytes of its input and output."""
         return 2 * self.streams
@@ -174,7 +182,7 @@ def smoothed(steps: Sequence[StepCost | None]) -> list[StepCost | None]:
 def _at(typical: StepCost, step: StepCost) -> StepCost:
     """What is typical of its kind, in the step's place."""
     own: dict[str, Any] = {"live": step.live, "forward": step.forward, "inside": step.inside, "scratch": step.scratch}
-    return replace(typical, branch=step.branch, covers=step.covers, **own)
+    return replace(typical, branch=step.branch, covers=step.covers, talks=step.talks, **own)
 
 
 def _typical(alike: Sequence[StepCost]) -> StepCost:
@@ -205,6 +213,7 @@ class _Reading:
     live: int | None = None
     reads: int | None = None  # the stream that it reads, if that is saved
     target: int = -1
+    talks: bool = False
 
 
 class Meter:
@@ -290,6 +299,9 @@ class Meter:
         reading.mode.settle()
         self._look(k)
         reading.end = self.watch.read()
+        # Of a branch that torch.compile has compiled the mode sees nothing.
+        parameters = (p for module in step.snapshot.modules for p in list(module._parameters.values()))
+        reading.talks = reading.mode.talks or any(is_distributed(type(p)) for p in parameters)
         owned = (t for t in step.snapshot.tensors() if type(t) in PLAIN)
         theirs = {block.data_ptr() for t in owned for block in blocks_of(t)}
         of_streams = {
@@ -351,6 +363,7 @@ class Meter:
                 making=making,
                 inside=self._inside.found.get(k),
                 scratch=self._inside.most.get(k, 0),
+                talks=reading.talks,
             )
         forward = 0.0 if self._left is None else between(self._entered, self._left)
         took = forward + beside + sum(step.rebuild + step.backward for step in found if step is not None)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from revkernels.autograd.coupling import couple, walkable
 from revkernels.coupling import Coupling
@@ -231,11 +232,16 @@ def half_type_of(branch: Any) -> torch.dtype | None:
 
 
 def check_streams(streams: Sequence[torch.Tensor]) -> None:
-    """TypeError for a dtype that the grid cannot hold, and for what has no values to put on it."""
+    """TypeError for a dtype that the grid cannot hold, and for what has no values of its own to put on it."""
     if streams[0].is_meta:
         raise TypeError(
             "x is on meta: an exact coupling looks at its streams' values, of which there are none there; set "
             "coupling='float'"
+        )
+    if is_traceable_wrapper_subclass(streams[0]):
+        raise TypeError(
+            f"x is a {type(streams[0]).__name__}, whose values are in other tensors: an exact coupling needs a tensor "
+            f"with memory of its own; set coupling='float'"
         )
     if streams[0].dtype == torch.float64:
         raise TypeError(

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+
+from revkernels.autograd.ownership import PLAIN
 
 
 class HalfStep(NamedTuple):
@@ -45,3 +48,29 @@ def check_branch_output(f: Any, stream: torch.Tensor, name: Callable[[int], str]
         raise TypeError(f"{name(k)} returned {f.dtype}; it must return a floating-point tensor")
     if f.device != stream.device:
         raise ValueError(f"{name(k)} returned a tensor on {f.device}; the stream is on {stream.device}")
+
+
+def resolved(f: torch.Tensor) -> torch.Tensor:
+    """f as it is in memory: with the sign that the imaginary part of a conjugate lacks there, and `arrived`."""
+    return arrived(f).resolve_neg()
+
+
+def arrived(x: torch.Tensor) -> torch.Tensor:
+    """x, waited for if other processes still send it, as they do what a tensor-parallel layer returns."""
+    if type(x) in PLAIN:
+        return x
+    collectives = sys.modules.get("torch.distributed._functional_collectives")
+    if collectives is None or not isinstance(x, collectives.AsyncCollectiveTensor):
+        return x
+    there: torch.Tensor = _Arrive.apply(x)
+    return there
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x.trigger_wait()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Any) -> Any:
+        return dx

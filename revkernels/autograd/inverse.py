@@ -12,7 +12,7 @@ from revkernels import eager
 from revkernels.autograd import fusion
 from revkernels.autograd.coupling import differentiable
 from revkernels.autograd.grid import half_type_of
-from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
+from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
 from revkernels.autograd.rewinding import put_back
 from revkernels.autograd.snapshot import Snapshot
 from revkernels.coupling import Coupling
@@ -54,7 +54,7 @@ def invert(
         if type(f) is tuple:
             f, _ = check_aux(f, name, k)
         check_branch_output(f, streams[target], name, k)
-        streams[target] = _uncouple(kernels, streams[target], f.resolve_neg(), coupling)
+        streams[target] = _uncouple(kernels, streams[target], resolved(f), coupling)
     return streams
 
 

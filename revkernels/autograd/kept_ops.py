@@ -159,7 +159,8 @@ class Measuring(_Counting):
     """Times every operator that counts. ``costs`` may be read when ``clock`` can tell.
 
     ``inside``: what `Looking` has seen inside the operators, passed on to ``look``. ``generators``: an operator
-    that moves one of them draws, however it is tagged.
+    that moves one of them draws, however it is tagged. ``talks``: one has talked to other processes, or may have, where
+    torch's DTensor does so by itself.
     """
 
     def __init__(
@@ -177,6 +178,11 @@ class Measuring(_Counting):
         # Outputs by their memory, held weakly so that an address stays theirs: an alias without the version writes too.
         self._memory: dict[int, tuple[StorageWeakRef, int]] = {}
         self._written: set[int] = set()
+        self.talks = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.talks = self.talks or "c10d" in str(func) or any(map(is_distributed, types))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         since = self.level.since()
@@ -304,6 +310,11 @@ def _passing(func: Any, out: Any, size: int) -> int:
     last = CHANNELS_LAST.get(out.dim())
     as_it_is = last is not None and out.is_contiguous(memory_format=last)
     return size if as_it_is or out.device.type != "cpu" else 3 * size
+
+
+def is_distributed(kind: type) -> bool:
+    """Whether tensors of the class are parts of one that several processes have."""
+    return kind.__module__.startswith("torch.distributed.")
 
 
 def _is_plain(out: Any) -> bool:

@@ -57,7 +57,9 @@ class Made:
         self, budget: MemoryBudget, calls: Sequence[CallCost], first: float, way: tuple[float, float] | None = None
     ) -> None:
         self.calls, self.first, self.known = list(calls), first, True
-        menus = [[[NOTHING] if step is None else step.choices(way) for step in call.steps] for call in calls]
+        menus = [
+            [[NOTHING] if step is None or call.talks else step.choices(way) for step in call.steps] for call in calls
+        ]
         workings, self.turn = _workings(calls)
         if way is not None:  # on their way are the tensors of two half-steps at most
             owns = [step.own + step.source + step.target for call in calls for step in call.steps if step is not None]

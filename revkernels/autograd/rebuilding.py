@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revkernels.autograd.attributes import attributes_of, put_attributes_back
 from revkernels.autograd.entry import Ready, may_be_one
 from revkernels.autograd.grid import Grid
+from revkernels.autograd.half_step import resolved
 from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.made_again import AtHand, Outputs, SavedView
 from revkernels.autograd.offload import Arrivals, Away
@@ -268,7 +269,7 @@ class Rebuilding:
         if k == 0 and self._grid is None and self.witness is None:  # nobody reads what the first half-step added to
             self._rebuilt = []
         else:
-            f = (f[0] if type(f) is tuple else f).detach().resolve_neg()
+            f = resolved((f[0] if type(f) is tuple else f).detach())
             # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
             free = not higher_order and target.stride() == step.strides and memory_is_free(target)
             self._rebuilt[index] = target if free or not has_memory(target) else _empty(target, step.strides)

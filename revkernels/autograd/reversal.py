@@ -34,7 +34,7 @@ from revkernels.autograd.early import leaf_comes_first, reach_first
 from revkernels.autograd.entry import Entry, Waiting, entry_of
 from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid
-from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
+from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
 from revkernels.autograd.kept import Kept, KeptTensor
 from revkernels.autograd.kept_ops import Noting
 from revkernels.autograd.made_again import Outputs
@@ -124,7 +124,7 @@ class Reversal(Rebuilding):
             f, aux = check_aux(f, self.name, self._count)
             self.aux.append(aux)
         check_branch_output(f, target, self.name, self._count)
-        f = f.resolve_neg()  # the imaginary part of a conjugate has a sign that its memory lacks
+        f = resolved(f)
         if self.recording:
             recorded = self._steps[-1]
             before = target if grid is None else grid.kept(target, index)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from revkernels import backends
+from revkernels.autograd.half_step import arrived
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.surroundings import autocast_dtype
 from revkernels.budget import MemoryBudget
@@ -51,6 +52,7 @@ def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any)
 def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[torch.Tensor], bool]:
     """Return the ``groups`` streams of ``x``, and whether it was one tensor that has to be joined again."""
     if isinstance(x, torch.Tensor):
+        x = arrived(x)
         _check_stream(x, name)
         if x.is_nested:
             raise TypeError(
@@ -82,7 +84,7 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
         ):
             if got != expected:
                 raise ValueError(f"{name}1 has {what} {expected}, {name}{index} has {got}: they must be equal")
-    return list(x), False
+    return list(map(arrived, x)), False
 
 
 _HALVES = (torch.bfloat16, torch.float16)

@@ -261,3 +261,5 @@ def test_bad_streams(backend):
     x = torch.ones(3, 8, device="meta")
     assert_raises(TypeError, ["x is on meta", "coupling='float'"], lambda: net(x))
     assert_raises(TypeError, ["x is on meta"], lambda: net.to_grid(x))
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged)
+    assert_raises(TypeError, ["x is a NestedTensor", "coupling='float'"], lambda: net((nested, 2 * nested)))
