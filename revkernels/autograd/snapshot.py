@@ -45,6 +45,8 @@ _STATISTICS_ONLY = {
     nn.modules.instancenorm._InstanceNorm.forward,
 }
 
+#: Where a tensor hangs, its name, itself, its version, whether it required grad, and its memory.
+Constant = tuple[dict[str, Any], str, torch.Tensor, int, bool, int]
 _NO_TURN = contextlib.nullcontext()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -78,29 +80,17 @@ class Snapshot:
     """
 
     __slots__ = (
-        *(
-            "absent",
-            "branch",
-            "fixed",
-            "flags",
-            "generators",
-            "hooks",
-            "late",
-            "modules",
-            "others",
-            "own",
-            "parameters",
-        ),
+        *("absent", "branch", "constant", "fixed", "flags", "generators", "hooks", "late", "modules", "others", "own"),
         *("plain", "reads_running", "registered", "rewound", "statistics", "structure", "turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
         self.branch = branch
-        #: Where each hangs, its name, itself, its version, whether it required grad, and its memory.
-        self.parameters: list[tuple[dict[str, Any], str, torch.Tensor, int, bool, int]] = []
+        #: Parameters and buffers that the branch does not write.
+        self.constant: list[Constant] = []
         self.absent: list[tuple[dict[str, Any], str]] = []  # parameters and buffers that are None, as a layer's bias
-        self.fixed: list[Slot] = []  # what the branch does not write, parameters aside
-        self.late: set[int] = set()  # of these and of the parameters, by id, those that it turned out to write
+        self.fixed: list[Slot] = []  # attributes that it has written in place, of which there is no copy
+        self.late: set[int] = set()  # of these and of the constant ones, by id, those that it turned out to write
         #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
         #: over. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
@@ -159,7 +149,7 @@ class Snapshot:
                     if p is None:
                         self.absent.append((parameters, name))
                     else:
-                        self.parameters.append((parameters, name, p, version_of(p), p.requires_grad, memory_of(p)))
+                        self.constant.append(_constant((parameters, name, p, version_of(p))))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
             if self.own is not None:
@@ -184,7 +174,7 @@ class Snapshot:
             elif (written is None or hidden or name in written) and not isinstance(buffer, UninitializedTensorMixin):
                 self.rewound.append((module, slot, buffer.detach().clone()))
             elif not hidden:
-                self.fixed.append(slot)
+                self.constant.append(_constant(slot))
 
     def complete(self, counted: Sequence[nn.Module] = ()) -> None:
         """After the forward: of the buffers copied, keep the copies of those that it wrote.
@@ -212,7 +202,7 @@ class Snapshot:
                 if slot[1] in found:  # by this branch, or by another one that shares the module
                     changed.append((module, slot, value))
                 else:
-                    self.fixed.append(slot)
+                    self.constant.append(_constant(slot))
             self.rewound = changed
         for module, slot, before in () if self.own is None else self.own.complete():
             if before is None:
@@ -220,15 +210,15 @@ class Snapshot:
                 self.late.add(id(slot[2]))
             else:
                 self.rewound.append((module, slot, before))
-        for _, _, parameter, version, *_ in self.parameters:
-            if version >= 0 and parameter._version != version and isinstance(parameter, nn.Parameter):
-                self.late.add(id(parameter))
-        for module in self.modules[: self.registered] if self.fixed else ():
+        for _, _, tensor, version, _, _ in self.constant:
+            if version >= 0 and tensor._version != version and isinstance(tensor, nn.Parameter):
+                self.late.add(id(tensor))
+        for module in self.modules[: self.registered]:
             known = known_to_write(module) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
-                late = [slot for slot in self.fixed if slot[0] is module._buffers and _changed(slot)]
-                known.update(slot[1] for slot in late)
-                self.late.update(id(slot[2]) for slot in late)
+                late = [one for one in self.constant if one[0] is module._buffers and _changed(one[:4])]
+                known.update(one[1] for one in late)
+                self.late.update(id(one[2]) for one in late)
         # What the forward itself writes there is not rewound, nor is it found fault with.
         if self.others:
             self.others = [held for held in self.others if version_behind(held[1]) == held[2]]
@@ -249,7 +239,7 @@ class Snapshot:
 
     def tensors(self) -> list[torch.Tensor]:
         """The branch's parameters and buffers."""
-        tensors = [tensor for _, _, tensor, *_ in self.parameters]
+        tensors = [tensor for _, _, tensor, *_ in self.constant]
         tensors += [slot[2] for slot in (*self.fixed, *self.statistics, *(slot for _, slot, _ in self.rewound))]
         return [tensor for tensor in tensors if not isinstance(tensor, UninitializedTensorMixin)]
 
@@ -259,7 +249,7 @@ class Snapshot:
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
-        for _, name, tensor, version, wanted, memory in self.parameters:
+        for _, name, tensor, version, wanted, memory in self.constant:
             if version >= 0 and tensor._version != version:
                 return self._written(tensor, name, version)
             if tensor.requires_grad is not wanted:
@@ -324,7 +314,7 @@ class Snapshot:
         if self.structure is not None:
             self.structure.hang(undo)
         before = len(undo)
-        for slots, name, tensor, _, _, _ in self.parameters:
+        for slots, name, tensor, _, _, _ in self.constant:
             if slots.get(name) is not tensor:
                 self._hang(slots, name, tensor, undo)
         for slots, name, tensor, _ in self.fixed:
@@ -395,6 +385,10 @@ def _tree(module: nn.Module) -> list[nn.Module]:
                     seen.add(child)
                     found.append(child)
     return found
+
+
+def _constant(slot: Slot) -> Constant:
+    return *slot, slot[2].requires_grad, memory_of(slot[2])
 
 
 def _differs(before: torch.Tensor, now: torch.Tensor) -> bool:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that come and go between forward and backward: the recompute has those of the forward."""
+"""Parameters and buffers that come and go between forward and backward: the recompute has those of the forward."""
 
 import pytest
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import revkernels as rk
-from behaviour.common import WIDE, assert_all_close, fresh, loss_of, norm_mlp, rows, torch, twins
+from behaviour.common import WIDE, assert_all_close, assert_raises, fresh, loss_of, norm_mlp, rows, torch, twins
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
@@ -139,3 +139,28 @@ def test_run_again_without_what_there_was_none_of(where, options):
         (got,) = torch.autograd.grad(loss_of(y), leaves)
         assert_all_close([got], [expected])
         assert all(getattr(m, where) is not None for m in network.modules() if isinstance(m, Shifted))
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+def test_other_memory_for_a_buffer(run_before, backend):
+    """As for a parameter: torch keeps the old one with stored activations, and no version tells that it is gone."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.ones(4, dtype=WIDE))
+
+        def forward(self, x):
+            return x.tanh() * self.mask
+
+    net, _ = twins([(Masked(), Masked()) for _ in range(2)], backend=backend)
+    if run_before:  # it is known by then that the forward does not write to it
+        net(rows(5, 8))
+    mask = net[1].G.mask
+    y, old = net(rows(5, 8)), mask.data
+    mask.data = 3 * old
+    assert_raises(rk.ReconstructionError, ["block 1, branch G", "buffer mask was given other memory"], y.sum().backward)
+    y = net(rows(5, 8))
+    mask.data, new = old, mask.data
+    mask.data = new
+    y.sum().backward()

@@ -341,7 +341,7 @@ def parameters_of_today(plant):
     restore = snapshot.Snapshot.restore
 
     def forgetful(self):
-        self.parameters = self.fixed = []
+        self.constant = self.fixed = []
         return restore(self)
 
     plant.setattr(snapshot.Snapshot, "restore", forgetful)
