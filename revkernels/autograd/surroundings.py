@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from revkernels.autograd.ownership import memory_of
 from revkernels.autograd.rewinding import NONE
 from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
@@ -37,7 +38,7 @@ class Surroundings:
     """
 
     def __init__(self, device: torch.device, side_inputs: dict[str, Any]) -> None:
-        self.side_inputs = [(name, t, t._version) for name, t in tensors_in(side_inputs) if version_of(t) >= 0]
+        self.side_inputs = _as_they_are(side_inputs)
         kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
         self.autocast = [(kind, *_autocast_state(kind)) for kind in kinds]
         self.shared = [torch.default_generator]
@@ -56,9 +57,8 @@ class Surroundings:
 
     def extend(self, side_inputs: dict[str, Any]) -> None:
         """Watch these as well, as they are now."""
-        known = {id(t) for _, t, _ in self.side_inputs}
-        added = [(name, t, t._version) for name, t in tensors_in(side_inputs) if version_of(t) >= 0]
-        self.side_inputs += [item for item in added if id(item[1]) not in known]
+        known = {id(t) for _, t, *_ in self.side_inputs}
+        self.side_inputs += [item for item in _as_they_are(side_inputs) if id(item[1]) not in known]
 
     def autocast_is_same(self) -> bool:
         """Whether autocast is now what it was."""
@@ -66,11 +66,16 @@ class Surroundings:
 
     def problem(self) -> str | None:
         """Return which side input is not as it was in the forward, or None."""
-        for name, tensor, version in self.side_inputs:
+        for name, tensor, version, memory in self.side_inputs:
             if tensor._version != version:
                 return (
                     f"the side input {name} was changed in place between the forward and the backward (version "
                     f"{version}, now {tensor._version}), so the branch cannot be run again as it was"
+                )
+            if memory and memory_of(tensor) != memory:
+                return (
+                    f"the side input {name} was given other memory between the forward and the backward (through "
+                    f".data), so the branch cannot be run again as it was"
                 )
         return None
 
@@ -121,6 +126,11 @@ def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if argument.name in ("dropout_p", "training", "train"):
             return bool(args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value))
     return True
+
+
+def _as_they_are(side_inputs: dict[str, Any]) -> list[tuple[str, torch.Tensor, int, int]]:
+    """The tensors in them, each with its path, version and memory."""
+    return [(name, t, t._version, memory_of(t)) for name, t in tensors_in(side_inputs) if version_of(t) >= 0]
 
 
 def _readable(generator: torch.Generator) -> bool:

@@ -164,3 +164,16 @@ def test_other_memory_for_a_buffer(run_before, backend):
     mask.data, new = old, mask.data
     mask.data = new
     y.sum().backward()
+
+
+def test_other_memory_for_a_side_input(backend):
+    class Gated(nn.Module):
+        def forward(self, x, gate):
+            return x.tanh() * gate
+
+    net, _ = twins([(Gated(), Gated()) for _ in range(2)], backend=backend)
+    gate = torch.ones(4, dtype=WIDE)
+    y = net(rows(5, 8), gate=gate)
+    gate.data = 3 * gate.data
+    assert_raises(rk.ReconstructionError, ["block 1, branch G", "side input gate was given other"], y.sum().backward)
+    net(rows(5, 8), gate=gate).sum().backward()
