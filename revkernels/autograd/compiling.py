@@ -45,6 +45,7 @@ _OUTSIDE = (
             "snapshot",
             "structure",
             "surroundings",
+            "turns",
             "versions",
         )
     ),

@@ -7,8 +7,6 @@ recorded here: parameters, buffers and train/eval flags, and other tensors that 
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +32,7 @@ from revkernels.autograd.rewinding import (
     written_by,
 )
 from revkernels.autograd.structure import Hooks, Structure
+from revkernels.autograd.turns import turn_of
 from revkernels.autograd.versions import version_behind, version_of
 from revkernels.errors import ReconstructionError
 
@@ -47,29 +46,6 @@ _STATISTICS_ONLY = {
 
 #: Where a tensor hangs, its name, itself, its version, whether it required grad, and its memory.
 Constant = tuple[dict[str, Any], str, torch.Tensor, int, bool, int]
-_NO_TURN = contextlib.nullcontext()
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-
-
-class Turn:
-    """The right to run modules that have buffers, or items in lists or dictionaries: one thread's at a time.
-
-    A recompute hangs throw-away buffers into them, where another thread's forward would lose its statistics.
-    """
-
-    __slots__ = ("locks",)
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        # In one order for all threads, so that no two wait for each other.
-        self.locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
-
-    def __enter__(self) -> None:
-        for lock in self.locks:
-            lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        for lock in self.locks:
-            lock.release()
 
 
 class Snapshot:
@@ -134,7 +110,7 @@ class Snapshot:
         )
         if self.own is not None and self.own.holders:
             stateful = list({*stateful, *self.own.holders})
-        self.turn: Any = Turn(stateful) if stateful else _NO_TURN
+        self.turn: Any = turn_of(stateful)
 
     def take(self) -> None:
         """Before the forward: note what there is."""

@@ -72,7 +72,7 @@ class Surroundings:
                     f"the side input {name} was changed in place between the forward and the backward (version "
                     f"{version}, now {tensor._version}), so the branch cannot be run again as it was"
                 )
-            if memory and memory_of(tensor) != memory:
+            if memory and memory_of(tensor) not in (0, memory):  # 0: somebody has put a mark on it since
                 return (
                     f"the side input {name} was given other memory between the forward and the backward (through "
                     f".data), so the branch cannot be run again as it was"

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which thread may run a branch that a recompute changes for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+__all__ = ["turn_of"]
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_EVERYBODY = contextlib.nullcontext()
+
+
+def turn_of(modules: Sequence[nn.Module]) -> contextlib.AbstractContextManager[Any]:
+    """The right to run these modules, which have buffers, or items in lists or dictionaries: one thread's at a time.
+
+    A recompute hangs throw-away buffers into them, where another thread's forward would lose its statistics.
+    """
+    return _Turn(modules) if modules else _EVERYBODY
+
+
+class _Turn(contextlib.AbstractContextManager[None]):
+    __slots__ = ("locks",)
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        # In one order for all threads, so that no two wait for each other.
+        self.locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
+
+    def __enter__(self) -> None:
+        for lock in self.locks:
+            lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        for lock in self.locks:
+            lock.release()
