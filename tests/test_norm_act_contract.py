@@ -83,6 +83,20 @@ def test_numpy_arrays(name, available):
     np.testing.assert_array_equal(alone, ops.norm_act(tensors[0], same, backend=backend)[0].numpy())
 
 
+@pytest.mark.parametrize("step", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_samples_that_overlap(kind, step, backend):
+    """Windows of a signal, which are only read."""
+    x, dh = (torch.randn(200).unfold(0, 30, step)[:20].unflatten(1, (5, 6)) for _ in range(2))
+    norm = Norm(kind, torch.randn(5), torch.randn(5), groups=5 if kind == "group" else 1)
+    (h, statistics), (dense, theirs) = (ops.norm_act(a, norm, backend=backend) for a in (x, x.contiguous()))
+    results = ops.norm_act_backward_(torch.zeros(x.shape), dh, x, norm, statistics, backend=backend)
+    copies = dh.contiguous(), x.contiguous()
+    expected = ops.norm_act_backward_(torch.zeros(x.shape), *copies, norm, theirs, backend=backend)
+    for got, same in zip((h, *statistics, *results), (dense, *theirs, *expected), strict=True):
+        torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
+
+
 # ---- autograd
 
 

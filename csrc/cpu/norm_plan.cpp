@@ -144,8 +144,9 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
       for (int k = 0; k < count; ++k) channel.step[k] *= each;
     }
   }
-  job.by_lane =
-      by_rows || inner.size == 1 || (channel.size > 1 && channel.step[leader] < inner.step[leader]);
+  // Samples may overlap, each starting one element behind the one before: planes are lanes even so.
+  job.by_lane = by_rows || job.plane > 1 || inner.size == 1 ||
+                (channel.size > 1 && channel.step[leader] < inner.step[leader]);
   Dim first = job.by_lane ? inner : channel, second = job.by_lane ? channel : inner;
   if (job.by_lane && !by_rows && channel.size < kLanes) {
     bool dense = true;  // rows that follow one another without gaps become one row
