@@ -192,7 +192,7 @@ class Snapshot:
         for module in self.modules[: self.registered]:
             known = known_to_write(module) if module._buffers else None
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
-                late = [one for one in self.constant if one[0] is module._buffers and _changed(one[:4])]
+                late = [one for one in self.constant if one[0] is module._buffers and _has_changed(one)]
                 known.update(one[1] for one in late)
                 self.late.update(id(one[2]) for one in late)
         # What the forward itself writes there is not rewound, nor is it found fault with.
@@ -233,7 +233,9 @@ class Snapshot:
                     f"{self._tensor_name(tensor, name)} {'required' if wanted else 'did not require'} grad in the "
                     f"forward and {'does not' if wanted else 'does'} now; change requires_grad after the backward"
                 )
-            if memory and memory_of(tensor) not in (0, memory):
+            if _is_elsewhere(tensor, memory):
+                if id(tensor) in self.late:
+                    return self._written(tensor, name, version)
                 return (
                     f"{self._tensor_name(tensor, name)} was given other memory between the forward and the backward "
                     f"(through .data, as .to(dtype) and vector_to_parameters do it), so the branch cannot be run again "
@@ -377,6 +379,15 @@ def _differs(before: torch.Tensor, now: torch.Tensor) -> bool:
     if now.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     return not torch.equal(before, now)
+
+
+def _is_elsewhere(tensor: torch.Tensor, memory: int) -> bool:
+    """Whether it was given other memory than this, which no version tells."""
+    return memory != 0 and memory_of(tensor) not in (0, memory)
+
+
+def _has_changed(one: Constant) -> bool:
+    return _changed(one[:4]) or _is_elsewhere(one[2], one[5])
 
 
 def _changed(slot: Slot) -> bool:

@@ -166,6 +166,35 @@ def test_other_memory_for_a_buffer(run_before, backend):
     y.sum().backward()
 
 
+def test_other_memory_from_the_forward_itself(backend):
+    """A table of a layer's that the branch lets grow is lost for the step in which it grows first, as one written in
+    place is; that it was given other memory behind the forward would not be true."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("rows", torch.ones(4, 1, dtype=WIDE))
+
+        def forward(self, x):
+            return x * self.rows[: len(x)]
+
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = Table()
+
+        def forward(self, x):
+            if len(x) > len(self.table.rows):
+                self.table.rows.data = torch.arange(len(x), dtype=WIDE)[:, None].cos()
+            return self.table(x.tanh())
+
+    net, _ = twins([(Growing(), Growing()) for _ in range(2)], backend=backend)
+    net(rows(4, 8)).sum().backward()  # it is known by then that the forward does not write to it
+    words = ["block 1, branch G", "buffer table.rows was written by the branch's own forward", "from the next one on"]
+    assert_raises(rk.ReconstructionError, words, net(rows(5, 8)).sum().backward)
+    net(rows(6, 8)).sum().backward()
+
+
 def test_other_memory_for_a_side_input(backend):
     class Gated(nn.Module):
         def forward(self, x, gate):
