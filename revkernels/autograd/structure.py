@@ -92,7 +92,7 @@ def _hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...] | None:
 
 def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None:
     """Put these there and nothing else. Out and in again, also to undo it: hooks and a Sequential's layers run in their
-    order."""
+    order, and optimizers count parameters in theirs."""
     undo += [(slots, name, thing) for name, thing in reversed(slots.items())]
     undo += [(slots, name, MISSING) for name in things]
     slots.clear()
@@ -104,13 +104,14 @@ def _take_away(module: nn.Module, names: Sequence[str], children: dict[str, Any]
     a mark on them are sharded now."""
     slots = module._parameters
     added = [name for name, now in slots.items() if name not in names and not getattr(now, "__dict__", None)]
-    for name in reversed(added):  # they come back in the order in which they were
-        if "parametrizations" in children:
-            raise ReconstructionError(
-                f"the parametrization of {name} in a {type(module).__name__} was removed between the forward and the "
-                f"backward, so the branch cannot be run again as it was; do that after the backward"
-            )
-        undo.append((slots, name, slots.pop(name)))
+    if not added:
+        return
+    if "parametrizations" in children:
+        raise ReconstructionError(
+            f"the parametrization of {added[-1]} in a {type(module).__name__} was removed between the forward and the "
+            f"backward, so the branch cannot be run again as it was; do that after the backward"
+        )
+    _hang_all(slots, {name: now for name, now in slots.items() if name not in added}, undo)
 
 
 def _set_all(table: dict[str, Any], names: Sequence[str], values: Sequence[Any], undo: Undo) -> None:

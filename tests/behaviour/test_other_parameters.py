@@ -48,6 +48,13 @@ def without_bias(layer):
     layer.bias = None
 
 
+def one_in_front(layer):
+    """What comes back must come back in this order, by which optimizers count."""
+    own = dict(layer._parameters)
+    layer._parameters.clear()
+    layer._parameters.update({"scale": nn.Parameter(torch.ones(4, dtype=WIDE)), **own})
+
+
 def another_class(layer):
     class Thrice(type(layer)):
         def forward(self, x):
@@ -56,7 +63,10 @@ def another_class(layer):
     layer.__class__ = Thrice
 
 
-@pytest.mark.parametrize("change", [pruned, normed, normed_by_a_hook, a_plain_attribute, without_bias, another_class])
+CHANGES = [pruned, normed, normed_by_a_hook, a_plain_attribute, without_bias, one_in_front, another_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("make", [norm_mlp, Holds, convolution])
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_run_again_on_the_parameters_of_the_forward(make, change, options):
@@ -69,9 +79,9 @@ def test_run_again_on_the_parameters_of_the_forward(make, change, options):
         layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv1d)]
         for layer in layers:
             change(layer)
-        before = [(type(m), dict(m.__dict__), dict(m._parameters)) for m in network.modules()]
+        before = [(type(m), dict(m.__dict__), list(m._parameters.items())) for m in network.modules()]
         outcomes.append([y, *torch.autograd.grad(loss_of(y), [*leaves, *learnt]), *network.buffers()])
-        assert [(type(m), dict(m.__dict__), dict(m._parameters)) for m in network.modules()] == before
+        assert [(type(m), dict(m.__dict__), list(m._parameters.items())) for m in network.modules()] == before
     assert_all_close(*outcomes)
 
 
