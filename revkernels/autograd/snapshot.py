@@ -321,14 +321,18 @@ class Snapshot:
         if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
             undo.append((slots, name, now))
             slots[name] = tensor
-        elif now is None and not tensor.__dict__:  # with a mark on it, it was sharded then
-            self._hang_again(slots, name, tensor, undo)
+        elif now is None and (not tensor.__dict__ or name in slots or self._is_registered(tensor)):
+            self._hang_again(slots, name, tensor, undo)  # else, with a mark on it, it was sharded then
         elif isinstance(now, nn.Parameter):
             raise ReconstructionError(
                 f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the group "
                 f"that it is sharded in is not gathered while this branch is run again. Give the branch a group of its "
                 f"own: fully_shard(branch)"
             )
+
+    def _is_registered(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a parameter under another name, as pruning leaves it."""
+        return any(now is tensor for module in self.modules for now in module._parameters.values())
 
     def _hang_again(self, slots: dict[str, Any], name: str, tensor: torch.Tensor, undo: Undo) -> None:
         """Where it was taken away since, as pruning does, with a plain attribute in its place, which is found first."""

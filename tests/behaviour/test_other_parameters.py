@@ -85,6 +85,22 @@ def test_run_again_on_the_parameters_of_the_forward(make, change, options):
     assert_all_close(*outcomes)
 
 
+@pytest.mark.parametrize("change", [pruned, without_bias])
+def test_parameters_with_marks_on_them(change, backend):
+    """Somebody's own, say for an optimizer's groups: they do not make of a parameter one that is sharded."""
+    net, _ = twins([(convolution(), convolution()) for _ in range(2)], backend=backend)
+    leaves, x = fresh(rows(5, 8))
+    for parameter in net.parameters():
+        parameter.decays = False
+    y, learnt = net(x), list(net.parameters())
+    expected = torch.autograd.grad(loss_of(y), [*leaves, *learnt], retain_graph=True)
+    for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv1d)]:
+        change(layer)
+    before = [(dict(m.__dict__), list(m._parameters.items())) for m in net.modules()]
+    assert_all_close(torch.autograd.grad(loss_of(y), [*leaves, *learnt]), expected)
+    assert [(dict(m.__dict__), list(m._parameters.items())) for m in net.modules()] == before
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_run_again_under_a_norm_that_was_taken_off(options):
     """The weight, which its hook makes, is a parameter since."""
