@@ -121,8 +121,10 @@ class Case:
         batch = self.batch
         if library or norms & BATCH_NORMS:
             batch = max(batch, 4 if math.prod(size) < 2 else 2)
-        if self.has("auxiliary", "auxiliary dict", "no_grad part") or norms & {"instance", "tracked"}:
-            batch = max(batch, 1)  # there is no mean of nothing, and torch's instance norm wants a sample
+        if self.has("auxiliary", "auxiliary dict", "no_grad part"):
+            batch = max(batch, 1)  # there is no mean of nothing
+        if norms & {"instance", "tracked"}:  # a batch norm inside, of one sample: that is one dimension 1 long more
+            batch = max(batch, 2)
         return (batch, width, *size)
 
 
