@@ -19,11 +19,11 @@ constexpr int64_t kFoldedRows = 32;
 constexpr int64_t kPlaneSummed = 63, kPlane = 40;
 constexpr int64_t kPlaneASample = 3;
 
-// What a pass over memory is for: statistics, the backward's sums, or to make something.
-enum class Pass { kMeasure, kSums, kElements };
-
 // Blocks beyond these would make their merging count.
 constexpr int64_t kMaxBlocks = 128;
+
+// What a pass over memory is for: statistics, the backward's sums, or to make something.
+enum class Pass { kMeasure, kSums, kElements };
 
 struct Named {
   NormOperand* operand;

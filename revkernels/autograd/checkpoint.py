@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from revkernels.autograd import fusion
+from revkernels.autograd.ambient import Within, ambient
 from revkernels.autograd.early import leaf_comes_first, reach_first
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept import Kept
@@ -58,7 +58,7 @@ class Checkpoint(Rebuilding):
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         self._surroundings = Surroundings(device, {})
         self.name = lambda k: f"the checkpointed {type(function).__name__}"
-        self.kernels = fusion.ambient.kernels
+        self.kernels = ambient.kernels
         self._keep_inputs(tensors)
 
     def _keep_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class Checkpoint(Rebuilding):
         try:
             with snapshot.turn:
                 snapshot.take()
-                with hooks, surroundings.guard, within_a_branch(), fusion.Within(self.kernels, step.tape(False)):
+                with hooks, surroundings.guard, within_a_branch(), Within(self.kernels, step.tape(False)):
                     result = self._function(*args, **kwargs)
                 snapshot.complete(step.counted())
                 step.over()
@@ -125,5 +125,5 @@ class Checkpoint(Rebuilding):
     def _again(self, step: RecordedStep, inputs: Sequence[torch.Tensor]) -> Any:
         leaves = [other if place < 0 else inputs[place] for place, other in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
-        with fusion.Within(self.kernels, step.tape(True)):
+        with Within(self.kernels, step.tape(True)):
             return self._function(*args, **kwargs)

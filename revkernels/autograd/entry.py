@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from revkernels.autograd import fusion
+from revkernels.autograd.ambient import put_running, running_of
 from revkernels.autograd.coupling import couple
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.known_layers import NORM_LAYERS, Fusable, fusable_at, narrows
@@ -80,7 +81,7 @@ class Entry:
         self.call = call
         if call.norm.kind == "batch":
             self.given = call.statistics
-            self.running = None if call.constant else fusion.running_of(self.fusable.norm)
+            self.running = None if call.constant else running_of(self.fusable.norm)
         else:
             call.statistics = None  # a float for every position: not to be kept
         return fusion.Normed(h, self.fusable, self.narrow)
@@ -90,7 +91,7 @@ class Entry:
         before: Any = self.call
         call = Call(before.kernels, before.norm, before.dtype, self.given, before.constant)
         call.source = before.source
-        fusion.put_running(self.fusable.norm, self.running)
+        put_running(self.fusable.norm, self.running)
         if ready is not None:
             call.ready, call.given = ready
             call.statistics = call.given

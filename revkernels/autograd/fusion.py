@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch.nn.modules import module as _torch_module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from revkernels import backends, eager
+from revkernels.autograd.ambient import ambient, running_of
 from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.keywords import keywords_of, passes_keywords
@@ -38,81 +38,11 @@ from revkernels.autograd.known_layers import (
     narrows,
     untouchable,
 )
-from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.norm_act import ACTIVATIONS, Call, making_again, norm_act
 from revkernels.autograd.ownership import PLAIN
 from revkernels.norm import Norm, Statistics
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-#: A batch norm, the statistics of its batch, and copies of its running ones after it if somebody may look at them.
-Noted = tuple[nn.Module, Statistics, dict[str, torch.Tensor] | None]
-
-
-class Ambient(threading.local):
-    """What a chain tells the norms inside its branches, in the thread that runs them.
-
-    Attributes:
-        kernels: the chain's backend; None outside any chain.
-        tape: the batch statistics of the half-step under way; None outside a chain that rebuilds its activations.
-    """
-
-    kernels: Any = None
-    tape: Tape | None = None
-
-
-ambient = Ambient()
-
-
-class Tape:
-    """The batch statistics of one run of a branch: noted in the forward, used again in the recompute.
-
-    So the recompute needs no pass for statistics, gives the forward's bits, and counts no batch twice. ``ways`` are how
-    layers were run, for hooks may come and go before the recompute, which then saves other tensors. ``outputs``: where
-    to note what can be made again; None if nobody asks.
-    """
-
-    __slots__ = ("at", "entries", "is_read", "outputs", "replaying", "way", "ways")
-
-    def __init__(
-        self,
-        entries: list[Noted],
-        ways: list[tuple[nn.Module, Any]],
-        replaying: bool,
-        outputs: Outputs | None = None,
-        is_read: bool = False,
-    ) -> None:
-        self.entries, self.ways, self.replaying, self.outputs = entries, ways, replaying, outputs
-        self.is_read = is_read  # code of the branch may look at running statistics
-        self.at = self.way = 0  # where the recompute is in these
-
-    def next(self, norm: nn.Module) -> Statistics | None:
-        """The statistics that ``norm`` had at this place of the forward; None if it ran otherwise then."""
-        if self.at < len(self.entries) and self.entries[self.at][0] is norm:
-            self.at += 1
-            _, statistics, running = self.entries[self.at - 1]
-            put_running(norm, running)
-            return statistics
-        return None
-
-    def taken(self, layer: nn.Module) -> Any:
-        """The way that ``layer`` was run at this place of the forward; None if that is not known."""
-        if self.replaying and self.way < len(self.ways) and self.ways[self.way][0] is layer:
-            self.way += 1
-            return self.ways[self.way - 1][1]
-        return None
-
-    def took(self, layer: nn.Module, way: Any) -> None:
-        """Note it."""
-        if not self.replaying:
-            self.ways.append((layer, way))
-
-
-def outputs_alone() -> Tape | None:
-    """A tape for what stores its activations: what can be made again, if somebody around it wants to know."""
-    tape = ambient.tape
-    return None if tape is None or tape.outputs is None else Tape([], [], False, tape.outputs)
 
 
 # ---- when
@@ -244,19 +174,6 @@ def record(fusable: Fusable, call: Call) -> None:
         tape.entries.append((fusable.norm, call.statistics, running_of(fusable.norm)))  # type: ignore[arg-type]
 
 
-def running_of(norm: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Copies of the norm's buffers as they are now, if code of the branch may look at them."""
-    if ambient.tape is None or not ambient.tape.is_read:
-        return None
-    return {name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None}
-
-
-def put_running(norm: nn.Module, running: dict[str, torch.Tensor] | None) -> None:
-    """In a recompute, which counts no batch: let the throw-away buffers be what they were after the norm."""
-    for name, value in (running or {}).items():
-        norm._buffers[name].copy_(value)  # type: ignore[union-attr]
-
-
 def note(call: Call, s: torch.Tensor, h: torch.Tensor) -> None:
     """After the norm has run: note how h can be made again, if somebody wants to know."""
     tape = ambient.tape
@@ -314,7 +231,7 @@ def run(
             x = layer(x, **mine)
         elif type(layer) in READ_THEIR_INPUT:
             x = _activated(layer, x)
-        elif is_sequential(layer) and _apart(layer, functools.partial(_untouched, layer)):
+        elif is_sequential(layer) and _apart(layer, _unhooked):
             x = run(list(layer._modules.values()), x)  # type: ignore[arg-type]
         else:
             x = layer(x)
@@ -336,17 +253,17 @@ def _way_of(layers: Sequence[nn.Module], index: int, normed: Normed | None) -> t
     return fusable, behind < len(layers) and narrows(layers[behind])
 
 
-def _untouched(layer: nn.Module) -> bool:
+def _unhooked(layer: nn.Module) -> bool:
     return not hooked(layer)
 
 
-def _apart(sequential: nn.Module, may: Callable[[], bool]) -> bool:
+def _apart(sequential: nn.Module, may: Callable[[nn.Module], bool]) -> bool:
     """Whether its layers are run one by one: as they were in the forward, else if they ``may`` now."""
     tape = ambient.tape
     if tape is None:
-        return may()
+        return may(sequential)
     known = tape.taken(sequential)
-    way = may() if known is None else bool(known)
+    way = may(sequential) if known is None else bool(known)
     tape.took(sequential, way)
     return way
 
@@ -373,26 +290,10 @@ def fused(fusable: Fusable, x: Any, narrow: bool) -> torch.Tensor | None:
     return h
 
 
-class Within:
-    """``with Within(kernels, tape)``: what `ambient` says there, in this thread."""
-
-    __slots__ = ("before", "now")
-
-    def __init__(self, kernels: Any, tape: Tape | None) -> None:
-        self.now = kernels, tape
-
-    def __enter__(self) -> None:
-        self.before = ambient.kernels, ambient.tape
-        ambient.kernels, ambient.tape = self.now
-
-    def __exit__(self, *_: object) -> None:
-        ambient.kernels, ambient.tape = self.before
-
-
 def call_branch(step: HalfStep, x: Any, kernels: Any, normed: Normed | None = None) -> Any:
     """Return ``branch(x, *args, **kwargs)``. ``normed``: what the norm that it begins with made of x."""
     branch: Any = step.branch
-    if kernels is not eager and _apart(branch, lambda: normed is not None or may_be_taken_apart(step)):
+    if kernels is not eager and _apart(branch, lambda _: normed is not None or may_be_taken_apart(step)):
         return run(list(branch._modules.values()), x, normed, step.kwargs)
     return branch(x, *step.args, **step.kwargs)
 

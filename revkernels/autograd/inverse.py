@@ -10,6 +10,7 @@ import torch
 
 from revkernels import eager
 from revkernels.autograd import fusion
+from revkernels.autograd.ambient import Within
 from revkernels.autograd.coupling import differentiable
 from revkernels.autograd.grid import half_type_of
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
@@ -47,7 +48,7 @@ def invert(
             snapshot.take()
             undo = snapshot.restore()
             try:
-                with fusion.Within(kernels, None):
+                with Within(kernels, None):
                     f = fusion.call_branch(step, h, kernels)
             finally:
                 put_back(undo)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from revkernels.autograd.ambient import Noted, Tape
 from revkernels.autograd.entry import Entry
-from revkernels.autograd.fusion import Noted, Tape
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept_ops import KeptOp
 from revkernels.autograd.made_again import Outputs

@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revkernels import eager
 from revkernels.autograd import fusion
 from revkernels.autograd.accumulate import prepare
+from revkernels.autograd.ambient import Within, outputs_alone
 from revkernels.autograd.coupling import couple, enter
 from revkernels.autograd.early import leaf_comes_first, reach_first
 from revkernels.autograd.entry import Entry, Waiting, entry_of
@@ -174,7 +175,7 @@ class Reversal(Rebuilding):
         sources, streams = step.sources, self.streams
         waiting, self._waiting = self._waiting, None
         entry, self._entry = (self._entry_of(step) if waiting is None else self._entry), None
-        with fusion.Within(self.kernels, fusion.outputs_alone() if recorded is None else recorded.tape(False)):
+        with Within(self.kernels, outputs_alone() if recorded is None else recorded.tape(False)):
             normed = None
             if entry is not None:
                 normed = entry.apply(streams, sources[0], waiting, self.kernels, self._is_seen(sources[0]))
@@ -271,7 +272,7 @@ class Reversal(Rebuilding):
     def _again(self, step: RecordedStep, h: torch.Tensor) -> Any:
         """Run the branch as `_run` did, from the rebuilt stream."""
         ready, self._ready = self._ready, None
-        with fusion.Within(self.kernels, step.tape(True)):
+        with Within(self.kernels, step.tape(True)):
             normed = None if step.entry is None else step.entry.again(h, ready)
             return self._call(step.half_step, h, normed)
 

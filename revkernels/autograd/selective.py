@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from revkernels.autograd import fusion
+from revkernels.autograd.ambient import Tape, Within, ambient
 from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.made_again import AtHand, Outputs, SavedView
 from revkernels.autograd.versions import version_of
@@ -28,9 +28,9 @@ class Selective:
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return ``function(*args, **kwargs)``."""
-        tape = fusion.Tape([], [], False, self._outputs)
+        tape = Tape([], [], False, self._outputs)
         try:
-            with saved_tensors_hooks(self._pack, self._unpack), fusion.Within(fusion.ambient.kernels, tape):
+            with saved_tensors_hooks(self._pack, self._unpack), Within(ambient.kernels, tape):
                 return function(*args, **kwargs)
         finally:
             self._outputs = None  # it knows inputs of norms whose outputs nobody saved

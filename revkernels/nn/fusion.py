@@ -14,6 +14,7 @@ from torch import nn
 
 from revkernels import backends
 from revkernels.autograd import fusion
+from revkernels.autograd.ambient import Within, ambient
 from revkernels.autograd.entry import entry_of
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.keywords import keywords_of, passes_keywords
@@ -69,13 +70,13 @@ class FusedSequential(nn.Sequential):
             self._refuse_unknown(kwargs)
         if torch.compiler.is_compiling() or not isinstance(input, torch.Tensor):
             return fusion.run(layers, input, None, kwargs)
-        kernels = fusion.ambient.kernels
+        kernels = ambient.kernels
         if kernels is None:
             # Called in a backward, outside any chain, it is run again (torch.utils.checkpoint), and has to do the same.
             kernels = _used.get(self) if torch._C._current_graph_task_id() != -1 else None
             kernels = kernels or backends.select(input)
         _used[self] = kernels
-        with fusion.Within(kernels, fusion.ambient.tape):
+        with Within(kernels, ambient.tape):
             return fusion.run(layers, input, None, kwargs)
 
     forward.passes_keywords = True  # type: ignore[attr-defined]
@@ -100,7 +101,7 @@ def norms_by(backend: str | None, x: torch.Tensor) -> AbstractContextManager[Non
     """``with norms_by(backend, x)``: the norms outside any chain, in a model that has been given a backend."""
     if backend is None or torch.compiler.is_compiling():
         return nullcontext()
-    return fusion.Within(backends.select(x, backend), fusion.ambient.tape)
+    return Within(backends.select(x, backend), ambient.tape)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from revkernels.autograd import fusion
+from revkernels.autograd.ambient import ambient
 from revkernels.autograd.known_layers import ACTIVATION_LAYERS, fusable_at
 from revkernels.autograd.plain_layers import plain
 from revkernels.nn.fusion import FusedSequential, norms_by
@@ -52,7 +53,7 @@ class NormAct(FusedSequential):
 
     def forward(self, input: Any, **kwargs: Any) -> Any:
         """An input of any shape that the norm takes -> h of that shape."""
-        with norms_by(self.backend if fusion.ambient.kernels is None else None, input):
+        with norms_by(self.backend if ambient.kernels is None else None, input):
             return super().forward(input, **kwargs)
 
     forward.passes_keywords = True  # type: ignore[attr-defined]
