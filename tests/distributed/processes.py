@@ -2,8 +2,9 @@
 """Two processes on this machine that run the same function side by side, and what came of it in each of them.
 
 `Processes` is the test's side. The workers' side is this file as a program: a case a line comes in, and its outcome
-goes out. Every case has a process group of its own, whose ranks meet over a file: one that fails neither hangs nor
-spoils those after it.
+goes out. Every case has a process group of its own, whose ranks meet over a file. One that fails is its workers'
+last, so that it spoils none after it: a rank that failed while the group was made counts groups otherwise than the
+other one from there on, and they would never meet again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PATIENCE = 60.0  # seconds that a case may take: a hundred times what it needs
 
 
 class Processes:
-    """`WORLD` workers, started when they are first needed, and anew after a case that hung or died."""
+    """`WORLD` workers, started when they are first needed, and anew after a case that failed, hung or died."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder  # where they work: a case may keep files in it
@@ -53,7 +54,7 @@ class Processes:
             error = json.loads(answer) if answer else f"ended within {name}:\n{self._logs[rank].read_text()[-6000:]}"
             if error is not None:
                 texts.append(f"rank {rank}: {error}")
-        if not all(answers):
+        if texts:
             self.close()
         return "\n".join(texts) or None
 
