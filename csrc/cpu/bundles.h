@@ -98,6 +98,27 @@ struct Bundles {
     for (int k = 0; k < kVectors; ++k) Each::store(to + k * Each::kCount, value.of[k]);
   }
 };
+
+#if defined(REVK_VECTOR_PARTS)
+// The first elements of a vector, as a bundle of one.
+struct BundleRest {
+  using Number = Bundle<1>;
+  static constexpr int kCount = Part<float>::kCount;
+  Part<float> part;
+
+  explicit BundleRest(int64_t count) : part(count) {}
+  template <class T>
+  REVK_INLINED Number load(const T* from) const {
+    return Number::made([&](int) { return part.load(from); });
+  }
+  template <class T>
+  REVK_INLINED void store(T* to, const Number& value) const {
+    part.store(to, value.of[0]);
+  }
+};
+#else
+using BundleRest = Element<float>;
+#endif
 #endif
 
 // body(E, i) for elements begin..end-1, E::kCount of them from i on: as by_vectors, for long chains
@@ -108,7 +129,7 @@ REVK_INLINED inline void by_bundles(int64_t begin, int64_t end, Body&& body) {
   if constexpr (sizeof(A) == sizeof(float)) {
     int64_t i = begin;
     for (; i + Bundles<4>::kCount <= end; i += Bundles<4>::kCount) body(Bundles<4>{}, i);
-    return by_vectors<A, Bundles<1>>(i, end, body);
+    return by_vectors<A, Bundles<1>, BundleRest>(i, end, body);
   }
 #endif
   REVK_INDEPENDENT

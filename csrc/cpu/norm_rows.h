@@ -79,9 +79,9 @@ struct Parameter {
 
   Parameter(const A* values, int64_t row) : lanes(values), of_row(values[kOfLanes ? 0 : row]) {}
   template <class E>
-  REVK_INLINED typename E::Number at(E, int64_t lane) const {
-    if constexpr (kOfLanes) return E::load(lanes + lane);
-    return E::all(of_row);
+  REVK_INLINED typename E::Number at(E e, int64_t lane) const {
+    if constexpr (kOfLanes) return e.load(lanes + lane);
+    return e.all(of_row);
   }
 };
 

@@ -81,6 +81,17 @@ REVK_INLINED inline TwoSums<A> two_sums(int64_t count, Body&& body, const T*... 
       if ((k + 1) * Wide::kCount <= whole) body(Wide{}, first, second, i + k * Wide::kCount);
     });
   }
+#if defined(REVK_VECTOR_PARTS)
+  if (rest > whole) {
+    const Part<A> part(rest - whole);
+    Pairs<A, 1> last;
+    body(part, last.first, last.second, i + whole);
+    last = {part.only(last.first), part.only(last.second)};
+    sums.each([&](auto& first, auto& second, int k) {
+      if (k * Wide::kCount == whole) first += last.first, second += last.second;
+    });
+  }
+#else
   if (rest > whole) {  // too few for a vector: through memory
     alignas(64) A first[kPartials], second[kPartials];
     sums.each([&](auto& one, auto& two, int k) {
@@ -96,6 +107,7 @@ REVK_INLINED inline TwoSums<A> two_sums(int64_t count, Body&& body, const T*... 
       two = Wide::load(second + k * Wide::kCount);
     });
   }
+#endif
   const Pairs<A, 1> pair = sums.total();
   return {total_of<A, kVectorBytes>(pair.first), total_of<A, kVectorBytes>(pair.second)};
 }

@@ -86,19 +86,27 @@ inline void narrow_row(T* to, const A* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(from[i]);
 }
 
+#if defined(__AVX512F__)
+inline __mmask16 first_of_16(int64_t count) { return __mmask16((1u << count) - 1u); }
+#endif
+
 #if defined(__F16C__)
-// The conversion instructions round as scalar.h does; the row's last elements go through scalar.h.
+// The conversion instructions round as scalar.h does; the row's last elements go through scalar.h,
+// or through part of a vector.
 inline void widen_row(float* to, const float16* from, int64_t count) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
     _mm512_storeu_ps(
         to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
-#endif
+  const __mmask16 rest = first_of_16(count - i);
+  _mm512_mask_storeu_ps(to + i, rest, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(rest, from + i)));
+#else
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(to + i,
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   for (; i < count; ++i) to[i] = widen(from[i]);
+#endif
 }
 
 inline void narrow_row(float16* to, const float* from, int64_t count) {
@@ -108,11 +116,15 @@ inline void narrow_row(float16* to, const float* from, int64_t count) {
   for (; i + 16 <= count; i += 16)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
                         _mm512_cvtps_ph(_mm512_loadu_ps(from + i), kNearestEven));
-#endif
+  const __mmask16 rest = first_of_16(count - i);
+  _mm256_mask_storeu_epi16(to + i, rest,
+                           _mm512_cvtps_ph(_mm512_maskz_loadu_ps(rest, from + i), kNearestEven));
+#else
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(from + i), kNearestEven));
   for (; i < count; ++i) to[i] = narrow<float16>(from[i]);
+#endif
 }
 #endif
 

@@ -90,7 +90,7 @@ struct Elements {
 
   static Number all(A value) { return value - Number{}; }  // value + 0 would lose the sign of -0
 
- private:
+ protected:
   // As in scalar.h.
   static Bits above_rounded_off(Number value) {
     static_assert(sizeof(A) == sizeof(float));
@@ -111,6 +111,58 @@ struct Elements {
 #endif
   }
 };
+
+#if defined(__AVX512F__)
+#define REVK_VECTOR_PARTS
+
+// The first elements of a vector, fewer than it has: the others are 0, and are not stored.
+template <class A>
+struct Part : Elements<A> {
+  using Number = Vector<A>;
+  __mmask16 mask;
+
+  explicit Part(int64_t count) : mask(first_of_16(count)) {}
+
+  Number load(const float* from) const { return Number(_mm512_maskz_loadu_ps(mask, from)); }
+  Number load(const double* from) const {
+    return Number(_mm512_maskz_loadu_pd(__mmask8(mask), from));
+  }
+  Number load(const bfloat16* from) const {
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, from);
+    return Number(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  void store(float* to, Number value) const { _mm512_mask_storeu_ps(to, mask, __m512(value)); }
+  void store(double* to, Number value) const {
+    _mm512_mask_storeu_pd(to, __mmask8(mask), __m512d(value));
+  }
+  void store(bfloat16* to, Number value) const {
+    store_upper(to, Elements<A>::above_rounded_off(value));
+  }
+  Number stored(bfloat16* to, Number value) const {
+    const auto rounded = Elements<A>::above_rounded_off(value);
+    store_upper(to, rounded);
+    return Number(rounded & 0xffff0000u);
+  }
+  // The value with 0 in place of the other elements.
+  Number only(Number value) const {
+    if constexpr (sizeof(A) == sizeof(double))
+      return Number(_mm512_maskz_mov_pd(__mmask8(mask), __m512d(value)));
+    else
+      return Number(_mm512_maskz_mov_ps(mask, __m512(value)));
+  }
+
+ private:
+  void store_upper(bfloat16* to, typename Elements<A>::Bits bits) const {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(bits), 16)));
+  }
+};
+// What the elements that are too few for a vector are taken in.
+template <class A>
+using RestOf = Part<A>;
+#else
+template <class A>
+using RestOf = Element<A>;
+#endif
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define REVK_VECTOR_FMA
@@ -141,11 +193,15 @@ REVK_INLINED inline Vector<float> at_least(Vector<float> x, Vector<float> least)
 #endif
 
 // body(E, i) for elements begin..end-1, E::kCount of them from i on: of `Vectors`, and what is left
-// over one by one.
-template <class A, class Vectors = Elements<A>, class Body>
+// over in part of one, or one by one.
+template <class A, class Vectors = Elements<A>, class Rest = RestOf<A>, class Body>
 REVK_INLINED inline void by_vectors(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
   for (; i + Vectors::kCount <= end; i += Vectors::kCount) body(Vectors{}, i);
+  if constexpr (Rest::kCount > 1) {
+    if (i < end) body(Rest(end - i), i);
+    return;
+  }
   for (; i < end; ++i) {
     asm("");  // too few to be vectorised
     body(Element<A>{}, i);
