@@ -36,10 +36,12 @@ from revkernels.autograd.known_layers import (
     is_momentum,
     is_sequential,
     narrows,
+    number_of,
     untouchable,
 )
 from revkernels.autograd.norm_act import ACTIVATIONS, Call, making_again, norm_act
 from revkernels.autograd.ownership import PLAIN
+from revkernels.integers import as_int
 from revkernels.norm import Norm, Statistics
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,8 +88,10 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
     kind, axis = NORM_LAYERS[type(layer)]
     if not fits(layer, kind, axis, x):
         return None
+    eps, groups = _eps(layer, kind, x), as_int(layer.num_groups) if kind == "group" else 1
+    if eps is None or type(groups) is not int:
+        return None  # torch's own words for that
     given, constant, running, source = None, False, _NOT_RUNNING, None
-    eps: float = layer.eps
     weight = _held(parameters, "weight", layer)
     bias = None if kind == "rms" else _held(parameters, "bias", layer)
     if not all_dense(weight, bias):
@@ -112,14 +116,10 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
             return None  # torch's own words for that
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            rstd = (running_var.to(wide) + layer.eps).rsqrt_()
+            rstd = (running_var.to(wide) + eps).rsqrt_()
             # A copy for the backward: a forward in training may write the buffer before that, where no version tells.
             source = running_mean if torch.is_grad_enabled() else None
             given, constant = Statistics(running_mean.to(wide, copy=source is not None), rstd), True
-    elif eps is None:  # torch's default for an RMS norm
-        wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")  # the layer would be given float32
-        eps = default_eps(torch.float32 if wide and x.dtype != torch.float64 else x.dtype)
-    groups = layer.num_groups if kind == "group" else 1
     norm = Norm(kind, weight, bias, eps, fusable.activation, groups, axis, *running)
     call = Call(kernels, norm, _dtype(kind, x, narrow), given, constant)
     call.source = source
@@ -127,6 +127,13 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
 
 
 _NOT_RUNNING: tuple[Any, Any, float] = (None, None, 0.0)
+
+
+def _eps(layer: Any, kind: str, x: torch.Tensor) -> float | None:
+    if layer.eps is not None or kind != "rms":
+        return number_of(layer.eps)
+    wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")  # the layer would be given float32
+    return default_eps(torch.float32 if wide and x.dtype != torch.float64 else x.dtype)
 
 
 @functools.cache

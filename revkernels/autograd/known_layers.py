@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +137,17 @@ def all_dense(*tensors: torch.Tensor | None) -> bool:
 def is_momentum(momentum: Any) -> bool:
     """Whether it is a number that the kernels take, or torch's None for a cumulative average."""
     return momentum is None or (isinstance(momentum, float | int) and momentum >= 0)
+
+
+def number_of(value: Any) -> float | None:
+    """The number that it stands for, of NumPy or torch too; None if the kernels take none like it."""
+    if value is None or isinstance(value, str | bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0.0 <= number < inf else None
 
 
 def fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:

@@ -50,6 +50,28 @@ def test_the_default_eps_of_an_rms_norm(dtype, scale, weighted, compiled):
     assert relative(torch.autograd.grad(got, x, dh.to(got.dtype))[0], dx) < 4 * bound
 
 
+@pytest.mark.parametrize(
+    ("norm", "error"),
+    [
+        (lambda: nn.BatchNorm2d(4, eps=-1e-3), "eps must be positive"),
+        (lambda: nn.GroupNorm(2.0, 4), "num_groups.*must be int, not float"),
+        (lambda: nn.GroupNorm(2, 4, eps="1"), "eps.*must be float, not str"),
+        (lambda: nn.GroupNorm(2, 4, eps=float("nan")), None),
+    ],
+)
+def test_numbers_that_no_kernel_takes_are_left_to_torch(norm, error, compiled):
+    branch = nn.Sequential(norm(), nn.ReLU())
+    plain, x = copy.deepcopy(branch), torch.randn(2, 8, 3, 3)
+    net = ReversibleSequential(ReversibleBlock(branch, nn.Conv2d(4, 4, 1)))
+    if error is None:
+        assert net(x).isnan().any()
+        return
+    for module, of in ((plain, x[:, 4:]), (net, x)):
+        with pytest.raises((TypeError, ValueError), match=error):
+            module(of)
+    assert all(a.equal(b) for a, b in zip(branch.buffers(), plain.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("buffers", [True, False])
 def test_tracking_switched_off(training, buffers, compiled):

@@ -4,6 +4,7 @@
 import copy
 from collections import Counter
 
+import numpy as np
 import pytest
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -68,6 +69,7 @@ NORMS = {
     "batch, no running": lambda: nn.BatchNorm2d(4, track_running_stats=False),
     "group": lambda: nn.GroupNorm(2, 4),
     "group, no affine": lambda: nn.GroupNorm(4, 4, affine=False),
+    "group, NumPy's numbers": lambda: nn.GroupNorm(np.int64(2), 4, eps=np.float32(1e-3)),
 }
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -82,6 +84,7 @@ ROW_NORMS = {
     "layer, no bias": lambda: nn.LayerNorm(4, bias=False),
     "rms": lambda: nn.RMSNorm(4),
     "rms, eps": lambda: nn.RMSNorm(4, eps=1e-3),
+    "layer, torch's number": lambda: nn.LayerNorm(4, eps=torch.tensor(1e-3)),
 }
 
 
