@@ -272,11 +272,39 @@ def test_compare_matches_the_last_lines(tmp_path, capsys):
     assert "absent.jsonl" in capsys.readouterr().err
 
 
+def test_a_picture_of_kept_lines(tmp_path, monkeypatch, capsys):
+    """Each contender's last line, in the file's order; titles for the panels; a case that is not there is named."""
+    pytest.importorskip("matplotlib")
+    from benchmarks import picture
+
+    drawn = []
+    monkeypatch.setattr(picture.plots, "trade_off", lambda *args: drawn.append(args) or Drawing())
+
+    class Drawing:
+        def savefig(self, path):
+            path.write_text("drawn")
+
+    kept, out = ROOT / "benchmarks/results/nvidia-h200.jsonl", tmp_path / "picture.png"
+    case = "revnet104 batch 64 bfloat16 CUDA graph"
+    options = ["--case", case, "--title", "RevNet-104", "--without", "memcnn", "--out", str(out)]
+    assert picture.main([str(kept), *options]) == 0 and out.read_text() == "drawn"
+    (((title, rows),), where) = drawn.pop()
+    assert title == "RevNet-104" and where.startswith("NVIDIA H200, torch")
+    last = {row["variant"]: row for row in results.read(kept) if row["case"] == case}
+    assert rows == [row for name, row in last.items() if name != "memcnn"]
+    assert picture.main([str(kept), "--out", str(out)]) == 0 and len(drawn.pop()[0]) == 4
+    for path, options in ((kept, ["--case", "revnet1"]), (tmp_path / "absent.jsonl", [])):
+        assert picture.main([str(path), *options, "--out", str(out)]) == 2
+    words = capsys.readouterr().err
+    assert "no network 'revnet1'" in words and case in words and "absent.jsonl" in words
+
+
 @pytest.mark.parametrize(
     "script",
     [
         *(f"bench_{subject}" for subject in ("coupling", "passes", "block", "network", "peers", "memory", "overhead")),
         "compare",
+        "picture",
         "gpu_report",
     ],
 )

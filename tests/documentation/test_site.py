@@ -48,7 +48,7 @@ def test_it_builds(tmp_path):
     assert build(ROOT, tmp_path) == ""
     html = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
     assert {"index.html", "contributing.html", "changelog.html", "benchmarks-method.html"} <= html.keys()
-    assert "network.png" in html["index.html"] and "MemCNN" in html["benchmarks.html"]
+    assert "network-h200-revnet104.png" in html["index.html"] and "MemCNN" in html["benchmarks.html"]
     assert "Algorithm 1" in html["reference/ops.html"]
     for name, text in html.items():
         elsewhere = r"=[\"']?(?:https?:)?//"
@@ -135,8 +135,8 @@ def test_links_on_the_site(hooks):
 
 def test_parts(hooks):
     """A part is what lies between its marks, links turned."""
-    assert "(network.png)" in hooks.part("README.md", "introduction", "index.md")
-    assert "(../network.png)" in hooks.part("README.md", "introduction", "frameworks/index.md")
+    assert "(network-h200-revnet104.png)" in hooks.part("README.md", "introduction", "index.md")
+    assert "(../network-h200-revnet104.png)" in hooks.part("README.md", "introduction", "frameworks/index.md")
     with pytest.raises(Exception, match="none of that name"):
         hooks.part("README.md", "gone", "index.md")
 
