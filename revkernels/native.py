@@ -6,6 +6,8 @@
 as much as the kernel. They take torch tensors and NumPy arrays of any rank, check everything before they write, and
 call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread
 count. Torch is used where it is imported already, and never imported from here.
+
+`module_tree` is no kernel: it tells `autograd.plain_branch` whether a torch module's layers are still what they were.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "include_dir",
     "library",
     "missing",
+    "module_tree",
     "norm_act",
     "norm_act_backward",
     "pkgconfig_dir",
@@ -47,6 +50,7 @@ try:
         accumulate,
         couple,
         couple_norm_act,
+        module_tree,
         norm_act,
         norm_act_backward,
         reverse_step,
@@ -66,6 +70,9 @@ except ImportError as error:  # the package stays usable: other backends run, an
 
     couple = uncouple = reverse_step = accumulate = _refuse
     norm_act = couple_norm_act = uncouple_norm_act = norm_act_backward = _refuse
+
+    def module_tree(branch: Any, rows: Any) -> Any:
+        return None
 
 
 def missing(name: str = "cpu") -> str | None:

@@ -8,6 +8,7 @@
 #include "bindings/checks.h"
 #include "bindings/coupling_options.h"
 #include "bindings/geometry.h"
+#include "bindings/module_tree.h"
 #include "bindings/norm_act.h"
 #include "core/backends.h"
 
@@ -186,6 +187,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("coupling") = py::none());
   m.def("accumulate", &accumulate, py::arg("totals"), py::arg("parts"));
   bind_norm_act(m);
+  bind_module_tree(m);
   m.def("describe", &describe, py::arg("name"), py::arg("array"));
   m.def("set_threads", &set_threads, py::arg("threads"));
   m.def("threads", &threads);

@@ -34,6 +34,7 @@ _OUTSIDE = (
             "grid",
             "kept_ops",
             "ownership",
+            "plain_branch",
             "planner",
             "rebuilding",
             "recomputing",

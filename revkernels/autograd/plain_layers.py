@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -19,7 +19,7 @@ from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 
-__all__ = ["Options", "are_plain", "hold_more", "options_of", "plain"]
+__all__ = ["Options", "are_plain", "hold_more", "options_of", "plain", "unpatched"]
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -43,6 +43,15 @@ def are_plain(modules: Sequence[nn.Module]) -> bool:
         if known is None or kind.forward is not known[0] or kind.__call__ is not known[1]:
             return False
         if "forward" in module.__dict__ or has_hooks(module):
+            return False
+    return nn.Module._call_impl is _call_impl and not has_global_hooks()
+
+
+def unpatched(kinds: Iterable[Any]) -> bool:
+    """Whether plain classes are called through what they were, and no hooks are on all modules."""
+    for kind in kinds:
+        forward, call = _known[kind]
+        if kind.forward is not forward or kind.__call__ is not call:
             return False
     return nn.Module._call_impl is _call_impl and not has_global_hooks()
 

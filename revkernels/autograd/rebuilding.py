@@ -294,11 +294,12 @@ class Rebuilding:
             if problem is not None:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
             outer, surroundings, undo = recomputes(), None, None
-            attributes = attributes_of(step.snapshot.left_on())
+            is_same = step.snapshot.is_same()
+            attributes = attributes_of(() if is_same else step.snapshot.modules)
             try:  # memory may run out at any of these
                 set_recomputing(True)
                 surroundings = self._surroundings.restore(step.drawn)
-                undo = step.snapshot.restore()
+                undo = step.snapshot.restore(is_same)
                 set_grad_enabled(True)
                 with self._hooks:
                     f = self._again(step, h)

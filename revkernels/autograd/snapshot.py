@@ -18,8 +18,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from revkernels.autograd.behind import Reached, behind, beside
 from revkernels.autograd.names import reads_running, writes_silently
 from revkernels.autograd.own_state import OwnState
-from revkernels.autograd.ownership import PLAIN, memory_of
-from revkernels.autograd.plain_layers import are_plain, hold_more
+from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.plain_branch import PlainBranch, Tree, plain_branch
 from revkernels.autograd.rewinding import (
     MISSING,
     NONE,
@@ -31,9 +31,18 @@ from revkernels.autograd.rewinding import (
     put_back,
     written_by,
 )
-from revkernels.autograd.structure import Hooks, Structure
+from revkernels.autograd.structure import Hooks, Structure, tree_of
 from revkernels.autograd.turns import turn_of
-from revkernels.autograd.versions import version_behind, version_of
+from revkernels.autograd.versions import (
+    Constant,
+    constant_of,
+    differs,
+    has_moved,
+    is_elsewhere,
+    version_behind,
+    version_of,
+    was_written,
+)
 from revkernels.errors import ReconstructionError
 
 _batchnorm = nn.modules.batchnorm
@@ -44,8 +53,7 @@ _STATISTICS_ONLY = {
     nn.modules.instancenorm._InstanceNorm.forward,
 }
 
-#: Where a tensor hangs, its name, itself, its version, whether it required grad, and its memory.
-Constant = tuple[dict[str, Any], str, torch.Tensor, int, bool, int]
+_NO_HOOKS = Hooks()
 
 
 class Snapshot:
@@ -57,7 +65,7 @@ class Snapshot:
 
     __slots__ = (
         *("absent", "branch", "constant", "fixed", "flags", "generators", "hooks", "late", "modules", "others", "own"),
-        *("plain", "reads_running", "registered", "rewound", "statistics", "structure", "turn", "_held"),
+        *("plain", "reads_running", "registered", "rewound", "statistics", "structure", "tree", "turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -74,12 +82,17 @@ class Snapshot:
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         self._held: list[tuple[str, torch.Tensor]] = []
-        self.modules = _tree(branch) if isinstance(branch, nn.Module) else []
         self.generators: list[torch.Generator] = []
         hidden: list[nn.Module] = []
-        #: Nothing hangs on the modules but what they have registered.
-        self.plain = bool(self.modules) and are_plain(self.modules) and not hold_more(self.modules)
-        if not self.plain:
+        #: What is known of it if nothing hangs on its modules but what they have registered, and what it was made of.
+        self.plain: PlainBranch | None = None
+        self.tree: Tree | None = None
+        known = plain_branch(branch) if isinstance(branch, nn.Module) else None
+        if known is not None:
+            self.plain, self.tree = known
+            self.modules = self.tree[0]
+        else:
+            self.modules = tree_of(branch) if isinstance(branch, nn.Module) else []
             reached = beside(self.modules) if self.modules else behind(branch)
             self._held += reached.tensors
             self.generators = reached.generators
@@ -87,17 +100,22 @@ class Snapshot:
         if given:
             among = Reached(self.modules)
             among.look("an argument", list(given))
-            self.modules += among.follow().modules
-            self.generators += among.generators
-            self.plain = self.plain and not among.modules
+            self.generators += among.follow().generators
+            if among.modules:
+                self.plain, self.modules = None, [*self.modules, *among.modules]
         if not isinstance(branch, nn.Module):
             self.modules += [module for module in hidden if module not in self.modules]
         #: Behind so many come modules that the branch holds without having registered them, and may not run.
         self.registered = len(self.modules)
         if isinstance(branch, nn.Module) and hidden:
             self.modules += [module for module in hidden if module not in self.modules]
-        self.own = None if self.plain else OwnState(branch, self.modules)
-        for module in () if self.plain else self.modules:
+        self.own: OwnState | None = None
+        self.reads_running = False
+        if self.plain is not None:
+            self.turn: Any = self.plain.turn
+            return
+        self.own = OwnState(branch, self.modules)
+        for module in self.modules:
             if _is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
                     f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to run "
@@ -105,27 +123,26 @@ class Snapshot:
                 )
         stateful = [module for module in self.modules if module._buffers]
         #: Running statistics are rewound like other buffers, for code of the branch may look at them.
-        self.reads_running = (
-            bool(stateful) and not self.plain and reads_running(branch, self.modules[: self.registered])
-        )
-        if self.own is not None and self.own.holders:
+        self.reads_running = bool(stateful) and reads_running(branch, self.modules[: self.registered])
+        if self.own.holders:
             stateful = list({*stateful, *self.own.holders})
-        self.turn: Any = turn_of(stateful)
+        self.turn = turn_of(stateful)
 
     def take(self) -> None:
         """Before the forward: note what there is."""
-        self.flags = [module.training for module in self.modules]
-        self.hooks = Hooks(self.modules, none=self.plain)
+        plain = self.plain
+        self.flags = [module.training for module in self.modules] if plain is None else plain.flags
+        self.hooks = _NO_HOOKS if plain is not None else Hooks(self.modules)
         for place, module in enumerate(self.modules):
             parameters = module._parameters
             if parameters:
-                if not self.plain and _is_scripted(module):
+                if plain is None and _is_scripted(module):
                     parameters = dict(parameters.items())
                 for name, p in parameters.items():
                     if p is None:
                         self.absent.append((parameters, name))
                     else:
-                        self.constant.append(_constant((parameters, name, p, version_of(p))))
+                        self.constant.append(constant_of((parameters, name, p, version_of(p))))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
             if self.own is not None:
@@ -136,7 +153,7 @@ class Snapshot:
 
     def _take_buffers(self, module: nn.Module, hidden: bool) -> None:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
-        if (only_statistics and self.reads_running) or (not self.plain and writes_silently(module)):
+        if (only_statistics and self.reads_running) or (self.plain is None and writes_silently(module)):
             only_statistics = False
             written_by(module).update(module._buffers)
         written = known_to_write(module)
@@ -150,7 +167,7 @@ class Snapshot:
             elif (written is None or hidden or name in written) and not isinstance(buffer, UninitializedTensorMixin):
                 self.rewound.append((module, slot, buffer.detach().clone()))
             elif not hidden:
-                self.constant.append(_constant(slot))
+                self.constant.append(constant_of(slot))
 
     def complete(self, counted: Sequence[nn.Module] = ()) -> None:
         """After the forward: of the buffers copied, keep the copies of those that it wrote.
@@ -158,7 +175,7 @@ class Snapshot:
         ``counted``: batch norms that the recompute runs with the forward's statistics, so that it writes no buffers,
         once for each call.
         """
-        self.structure = Structure(self.modules)
+        self.structure = Structure(self.modules) if self.plain is None else None
         if self.absent:  # what the forward itself has made stays
             self.absent = [(slots, name) for slots, name in self.absent if slots.get(name) is None]
         if counted:
@@ -169,16 +186,16 @@ class Snapshot:
             for module, slot, value in self.rewound:
                 if own is not None and module not in own:
                     # Held, and perhaps another's: what this branch does not write is not its affair.
-                    if _changed(slot) or _differs(value, slot[2]):
+                    if was_written(slot) or differs(value, slot[2]):
                         changed.append((module, slot, value))
                     continue
                 found = written_by(module)
-                if slot[1] not in found and (_changed(slot) or _differs(value, slot[2])):
+                if slot[1] not in found and (was_written(slot) or differs(value, slot[2])):
                     found.add(slot[1])
                 if slot[1] in found:  # by this branch, or by another one that shares the module
                     changed.append((module, slot, value))
                 else:
-                    self.constant.append(_constant(slot))
+                    self.constant.append(constant_of(slot))
             self.rewound = changed
         for module, slot, before in () if self.own is None else self.own.complete():
             if before is None:
@@ -189,10 +206,10 @@ class Snapshot:
         for _, _, tensor, version, _, _ in self.constant:
             if version >= 0 and tensor._version != version and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
-        for module in self.modules[: self.registered]:
-            known = known_to_write(module) if module._buffers else None
+        for module in self._stateful():
+            known = known_to_write(module)
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
-                late = [one for one in self.constant if one[0] is module._buffers and _has_changed(one)]
+                late = [one for one in self.constant if one[0] is module._buffers and has_moved(one)]
                 known.update(one[1] for one in late)
                 self.late.update(id(one[2]) for one in late)
         # What the forward itself writes there is not rewound, nor is it found fault with.
@@ -202,6 +219,12 @@ class Snapshot:
         self.fixed, self.statistics, self.rewound = self.fixed or NONE, self.statistics or NONE, self.rewound or NONE
         self.others, self._held, self.late = self.others or NONE, NONE, self.late or NONE
         self.absent, self.generators = self.absent or NONE, self.generators or NONE
+
+    def _stateful(self) -> list[nn.Module]:
+        """Its modules with buffers, but for those that it may not run."""
+        if self.plain is not None:
+            return [self.modules[number] for number in self.plain.stateful]
+        return [module for module in self.modules[: self.registered] if module._buffers]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -219,9 +242,9 @@ class Snapshot:
         tensors += [slot[2] for slot in (*self.fixed, *self.statistics, *(slot for _, slot, _ in self.rewound))]
         return [tensor for tensor in tensors if not isinstance(tensor, UninitializedTensorMixin)]
 
-    def left_on(self) -> Sequence[nn.Module]:
-        """The modules that the recompute may leave something on. (They may have got hooks since the forward.)"""
-        return () if self.plain and are_plain(self.modules) else self.modules
+    def is_same(self) -> bool:
+        """Whether it is a branch of plain layers, and these and what is registered in them what they were."""
+        return self.plain is not None and self.plain.tree(self.branch) == self.tree
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
@@ -233,7 +256,7 @@ class Snapshot:
                     f"{self._tensor_name(tensor, name)} {'required' if wanted else 'did not require'} grad in the "
                     f"forward and {'does not' if wanted else 'does'} now; change requires_grad after the backward"
                 )
-            if _is_elsewhere(tensor, memory):
+            if is_elsewhere(tensor, memory):
                 if id(tensor) in self.late:
                     return self._written(tensor, name, version)
                 return (
@@ -272,25 +295,35 @@ class Snapshot:
             f"lost for this step; from the next one on it is rewound"
         )
 
-    def restore(self) -> Undo:
-        """Let the branch run as it did: in the mode and on the tensors of then, writing to throw-away buffers."""
+    def restore(self, is_same: bool = False) -> Undo:
+        """Let the branch run as it did: in the mode and on the tensors of then, writing to throw-away buffers.
+
+        ``is_same``: what `is_same` said just now.
+        """
         undo: Undo = []
         try:
+            if not is_same:
+                self._restore_modules(undo)
             self._restore(undo)
         except BaseException:  # memory may run out for a copy
             put_back(undo)
             raise
         return undo
 
-    def _restore(self, undo: Undo) -> None:
+    def _restore_modules(self, undo: Undo) -> None:
         if [module.training for module in self.modules] != self.flags:
             for module, flag in zip(self.modules, self.flags, strict=True):
                 if module.training is not flag:
                     undo.append((module.__dict__, "training", module.training))
                     module.__dict__["training"] = flag
-        self.hooks.hang(undo)
-        if self.structure is not None:
-            self.structure.hang(undo)
+        self.hooks.hang(self.modules, undo)
+        structure = self.structure
+        if self.plain is not None and self.tree is not None:
+            structure = self.plain.structure(self.tree)
+        if structure is not None:
+            structure.hang(self.modules, undo)
+
+    def _restore(self, undo: Undo) -> None:
         before = len(undo)
         for slots, name, tensor, _, _, _ in self.constant:
             if slots.get(name) is not tensor:
@@ -308,7 +341,7 @@ class Snapshot:
             self.own.restore(undo)
         for slots, name, tensor, _ in self.statistics:
             undo.append((slots, name, slots.get(name, MISSING)))
-            slots[name] = tensor.detach().clone()
+            slots[name] = tensor.detach().clone() if tensor.requires_grad else tensor.clone()
         for (_, (slots, name, _, _), _), copy in zip(self.rewound, copies_of(self.rewound), strict=True):
             undo.append((slots, name, slots.get(name, MISSING)))
             slots[name] = copy
@@ -354,46 +387,3 @@ class Snapshot:
 
 def _is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
-
-
-def _tree(module: nn.Module) -> list[nn.Module]:
-    """``list(module.modules())``, in any order: each module once."""
-    found = [module]
-    if module._modules:
-        seen = {module}
-        for parent in found:
-            for child in parent._modules.values():
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    found.append(child)
-    return found
-
-
-def _constant(slot: Slot) -> Constant:
-    return *slot, slot[2].requires_grad, memory_of(slot[2])
-
-
-def _differs(before: torch.Tensor, now: torch.Tensor) -> bool:
-    """Whether the values are others: `torch.batch_norm` writes running statistics and does not count it as a write.
-
-    Asked in a module's first run in train or eval mode, not of buffers known to be written: a device is waited for.
-    """
-    if now.is_meta or before.shape != now.shape or now.layout is not torch.strided:
-        return False
-    if now.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True
-    return not torch.equal(before, now)
-
-
-def _is_elsewhere(tensor: torch.Tensor, memory: int) -> bool:
-    """Whether it was given other memory than this, which no version tells."""
-    return memory != 0 and memory_of(tensor) not in (0, memory)
-
-
-def _has_changed(one: Constant) -> bool:
-    return _changed(one[:4]) or _is_elsewhere(one[2], one[5])
-
-
-def _changed(slot: Slot) -> bool:
-    slots, name, tensor, version = slot
-    return version_of(tensor) != version or slots.get(name) is not tensor

@@ -15,9 +15,22 @@ from revkernels.autograd.plain_layers import Options, options_of
 from revkernels.autograd.rewinding import MISSING, Undo
 from revkernels.errors import ReconstructionError
 
-__all__ = ["Hooks", "Structure"]
+__all__ = ["Hooks", "Structure", "tree_of"]
 
 _NONE: dict[str, Any] = {}
+
+
+def tree_of(module: nn.Module) -> list[nn.Module]:
+    """``list(module.modules())``, in any order but that the module comes first: each once."""
+    found = [module]
+    if module._modules:
+        seen = {module}
+        for parent in found:
+            for child in parent._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
+    return found
 
 
 class Structure:
@@ -27,20 +40,26 @@ class Structure:
     Attributes of other classes are not looked at: a branch may keep a count there, or what its second run is to read.
     """
 
-    __slots__ = ("_children", "_kinds", "_modules", "_names", "_options", "_values")
+    __slots__ = ("_children", "_kinds", "_names", "_options", "_values")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
         self._kinds = list(map(type, modules))
         self._names = [(*module._parameters.keys(),) for module in modules]
         self._children = [_children_of(module) for module in modules]
         self._options = [options_of(module) for module in modules]
         self._values = list(map(_values_of, self._options, modules))
 
-    def hang(self, undo: Undo) -> None:
-        """Let the modules be made of these again."""
+    def of(self, children: list[dict[str, Any]]) -> Structure:
+        """The same of modules in which others are registered."""
+        made = object.__new__(Structure)
+        made._kinds, made._names, made._options, made._values = self._kinds, self._names, self._options, self._values
+        made._children = children
+        return made
+
+    def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
+        """Let the modules, the same ones, be made of these again."""
         own = zip(self._kinds, self._names, self._children, self._options, self._values, strict=True)
-        for module, (kind, names, children, options, values) in zip(self._modules, own, strict=False):
+        for module, (kind, names, children, options, values) in zip(modules, own, strict=False):
             if type(module) is not kind:  # a parametrization makes a class of its own
                 undo.append((module, "__class__", type(module)))
                 module.__class__ = kind
@@ -56,15 +75,15 @@ class Structure:
 class Hooks:
     """The forward hooks of ``modules`` before their forward, for one may take itself off, or be taken off behind it."""
 
-    __slots__ = ("_hooks", "_modules")
+    __slots__ = ("_hooks",)
 
-    def __init__(self, modules: Sequence[nn.Module], none: bool) -> None:
-        """``none``: it is known that there are none."""
-        self._modules, self._hooks = modules, None if none else [_hooks_of(m) for m in modules]
+    def __init__(self, modules: Sequence[nn.Module] | None = None) -> None:
+        """Without ``modules``: there are none."""
+        self._hooks = None if modules is None else [_hooks_of(m) for m in modules]
 
-    def hang(self, undo: Undo) -> None:
-        """Let the modules have these again, and no others."""
-        for module, hooks in zip(self._modules, self._hooks or itertools.repeat(None)):  # noqa: B905, as many or endless
+    def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
+        """Let the modules, the same ones, have these again, and no others."""
+        for module, hooks in zip(modules, self._hooks or itertools.repeat(None)):  # noqa: B905, as many or endless
             if hooks is None and not (module._forward_hooks or module._forward_pre_hooks):
                 continue
             for kind, then in zip(_KINDS, _NO_HOOKS if hooks is None else hooks, strict=False):

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions: how often autograd counts that a tensor was written."""
+"""Whether a tensor is what it was: its version, how often autograd counts that it was written, and the rest."""
 
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from revkernels.autograd.ownership import memory_of
+from revkernels.autograd.rewinding import Slot
+
+#: Where a tensor hangs, its name, itself, its version, whether it required grad, and its memory.
+Constant = tuple[dict[str, Any], str, torch.Tensor, int, bool, int]
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -21,3 +28,36 @@ def version_behind(ref: weakref.ref[torch.Tensor]) -> int | None:
     """The same of what is no longer kept alive; None where it has gone."""
     tensor = ref()
     return None if tensor is None else version_of(tensor)
+
+
+def constant_of(slot: Slot) -> Constant:
+    """The same with what else is to stay."""
+    return *slot, slot[2].requires_grad, memory_of(slot[2])
+
+
+def differs(before: torch.Tensor, now: torch.Tensor) -> bool:
+    """Whether the values are others: `torch.batch_norm` writes running statistics and does not count it as a write.
+
+    Asked in a module's first run in train or eval mode, not of buffers known to be written: a device is waited for.
+    """
+    if now.is_meta or before.shape != now.shape or now.layout is not torch.strided:
+        return False
+    if now.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return not torch.equal(before, now)
+
+
+def is_elsewhere(tensor: torch.Tensor, memory: int) -> bool:
+    """Whether it was given other memory than this, which no version tells."""
+    return memory != 0 and memory_of(tensor) not in (0, memory)
+
+
+def has_moved(one: Constant) -> bool:
+    """Whether it `was_written`, or is elsewhere."""
+    return was_written(one[:4]) or is_elsewhere(one[2], one[5])
+
+
+def was_written(slot: Slot) -> bool:
+    """Whether its version is another, or another tensor hangs in its place."""
+    slots, name, tensor, version = slot
+    return version_of(tensor) != version or slots.get(name) is not tensor

@@ -340,9 +340,9 @@ def parameters_of_today(plant):
     """The recompute uses what hangs at the module now, not what the forward used."""
     restore = snapshot.Snapshot.restore
 
-    def forgetful(self):
+    def forgetful(self, is_same):
         self.constant = self.fixed = []
-        return restore(self)
+        return restore(self, is_same)
 
     plant.setattr(snapshot.Snapshot, "restore", forgetful)
 
