@@ -177,8 +177,10 @@ def test_block_and_memory_on_a_tiny_chain(tmp_path):
 
 @pytest.mark.parametrize("branch", ["scale", "conv", "mlp"])
 def test_overhead_of_the_driver(branch, tmp_path):
-    """The goal is set for the first of them."""
+    """The goal is set for the first of them. Another library is in a row, or in a note that says why it is not."""
     pytest.importorskip("torch")
+    from revkernels.bench.peers import PEERS
+
     options = "--threads", "1", "--rounds", "3", "--branch", branch
     done = revk("bench", "overhead", *options, "--json", tmp_path / "overhead.json")
     assert done.returncode == 0, done.stderr
@@ -186,6 +188,9 @@ def test_overhead_of_the_driver(branch, tmp_path):
     rows = {row["variant"]: row for row in table["rows"]}
     assert rows["plain torch"]["ratio"] == 1
     assert rows["reconstruct, eager"]["us"] > rows["plain torch"]["us"] > 0
+    failed = {note.split(" failed: ")[0] for note in table["notes"] if " failed: " in note}
+    ran = {name for name in rows if "," not in name} - {"plain torch", "checkpoint"}
+    assert {peer.name for peer in PEERS} == ran | failed and not ran & failed
     judged = ["reconstruct, eager", "reconstruct, fused"] if branch == "scale" else []
     assert [name for name, row in rows.items() if "met" in row] == judged
 

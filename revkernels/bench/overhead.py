@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the driver itself costs: a chain of branches on next to no elements, in every way and in plain torch.
+"""What the driver itself costs: a chain of branches on next to no elements, in every way, in plain torch and in other
+libraries.
 
 What is timed is Python and the autograd engine, not arithmetic. The goal is set for branches of x * w; those of several
 layers have more parameters and saved tensors to look after. To be run with one thread.
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from revkernels.bench.chains import plain_block
 from revkernels.bench.clocks import Clock
 from revkernels.bench.harness import Measurement, Trial, measure
+from revkernels.bench.peers import PEERS
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 __all__ = ["BRANCHES", "HALF_STEPS", "goal", "run"]
@@ -55,11 +57,18 @@ BRANCHES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def run(
-    device: str, clock: Clock, rounds: int, begin: Callable[[str], None] = lambda step: None, branch: str = "scale"
+    device: str,
+    clock: Clock,
+    rounds: int,
+    begin: Callable[[str], None] = lambda step: None,
+    branch: str = "scale",
+    failed: Callable[[str, Exception], None] = lambda name, error: None,
 ) -> Iterator[Measurement]:
     """Measure a forward and backward; ``more["us_a_half_step"]`` is the median divided by the half-steps.
 
-    ``branch``: which of `BRANCHES`.
+    Args:
+        branch: which of `BRANCHES`.
+        failed: is told of another library that does not run these branches.
     """
     what, make, shape = BRANCHES[branch]
     branches = nn.ModuleList(make() for _ in range(HALF_STEPS)).to(device)
@@ -84,6 +93,14 @@ def run(
             blocks = (ReversibleBlock(F, G) for F, G in pairs)
             ways[f"{activations}, {name}"] = ReversibleSequential(*blocks, activations=activations, backend=backend)
     steps = {name: _step(forward, x) for name, forward in ways.items()}
+    for peer in PEERS:
+        try:
+            step = _step(_joined(peer.chain(pairs)), x)
+            step()
+        except Exception as error:  # whatever it raises
+            failed(peer.name, error)
+        else:
+            steps[peer.name] = step
     trial = Trial("plain torch", steps)
     measured = measure("overhead", f"{HALF_STEPS} half-steps of {what}", trial, clock, rounds, begin=begin)
     for found in measured:
@@ -92,6 +109,10 @@ def run(
         if found.variant.startswith("reconstruct") and branch == "scale":
             found.goal = goal(us, plain_us, found.ratio)
         yield found
+
+
+def _joined(chain: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.cat(chain(x.chunk(2, 1)), 1)
 
 
 def goal(us: float, plain_us: float, ratio: float) -> dict[str, Any]:

@@ -267,8 +267,14 @@ def _overhead(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Tabl
     from revkernels.bench import overhead
     from revkernels.bench.clocks import clock_for
 
-    with progress("bench overhead", args.rounds + 2) as begin:
-        rows = rows_of(list(overhead.run(args.device, clock_for(args.device), args.rounds, begin, args.branch)))
+    notes: list[str] = []
+
+    def failed(name: str, error: Exception) -> None:
+        notes.append(f"{name} failed: {type(error).__name__}: {error}")
+
+    with progress("bench overhead", args.rounds + 2) as begin, bench_network.quiet_peers():
+        clock = clock_for(args.device)
+        rows = rows_of(list(overhead.run(args.device, clock, args.rounds, begin, args.branch, failed)))
     what = overhead.BRANCHES[args.branch][0]
     table = timing(f"forward and backward of {overhead.HALF_STEPS} branches: {what}", rows, "ms", 1e3)
     del table.columns["benchmark"], table.columns["case"]
@@ -277,7 +283,7 @@ def _overhead(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Tabl
         table.columns |= GOAL
     for shown, row in zip(table.rows, rows, strict=True):
         shown["us"] = row["us_a_half_step"]
-    table.notes = [how(args)]
+    table.notes = [how(args), *notes]
     return rows, [table]
 
 

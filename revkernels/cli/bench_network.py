@@ -145,7 +145,7 @@ def _measured(
     clock = clock_for(args.device)
     done: list[tuple[Any, list[dict[str, Any]]]] = []
     kept = memory_kept() if args.keep_memory else nullcontext()
-    with progress(f"bench {args.subject}", sum(map(steps, jobs))) as begin, _quiet_peers(), kept:
+    with progress(f"bench {args.subject}", sum(map(steps, jobs))) as begin, quiet_peers(), kept:
         for job in jobs:
             torch.manual_seed(0)
             done.append((job, list(run(job, clock, begin))))
@@ -222,7 +222,7 @@ def _title(job: Any) -> str:
 
 
 @contextmanager
-def _quiet_peers() -> Iterator[None]:
+def quiet_peers() -> Iterator[None]:
     """The other libraries use what torch has deprecated, at every call; that is not for whoever reads the table."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(memcnn|revlib|revtorch|reformer_pytorch)\b")
