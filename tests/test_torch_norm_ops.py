@@ -9,6 +9,7 @@ from torch.library import opcheck  # noqa: E402
 
 from revkernels import Norm, Statistics, eager, ops, use_backend  # noqa: E402
 from revkernels.autograd import torch_norm_ops  # noqa: F401, E402 (registers them)
+from revkernels.checks_norm import merges  # noqa: E402
 
 OPERATORS = torch.ops.revkernels
 KINDS = {"batch": 1, "layer": 1, "rms": 2, "group": 1}
@@ -118,6 +119,20 @@ def test_second_derivatives():
 
         assert torch.autograd.gradcheck(call, (x, weight, bias))
         assert torch.autograd.gradgradcheck(call, (x, weight, bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_laid_out_as_x_is_not(kind):
+    """In a layout that the kernel cannot walk beside x."""
+    dh = torch.randn(2, 4, 5, 3).to(memory_format=torch.channels_last)
+    for order in ((0, 1, 2, 3), (0, 1, 3, 2), (0, 3, 1, 2)):
+        x = torch.randn([(2, 4, 5, 3)[dim] for dim in order]).permute([order.index(dim) for dim in range(4)])
+        norm, x = Norm(kind, groups=2 if kind == "group" else 1), x.requires_grad_()
+        if not merges(norm, [x]):
+            continue
+        h, _ = ops.norm_act(x, norm)
+        expected = torch.autograd.grad(h, x, torch.empty_like(x).copy_(dh), retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(h, x, dh), expected)
 
 
 def test_in_place_operators_count_versions():

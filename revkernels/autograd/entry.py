@@ -19,8 +19,8 @@ from revkernels.autograd.ambient import put_running, running_of
 from revkernels.autograd.coupling import couple
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.known_layers import NORM_LAYERS, Fusable, fusable_at, narrows
-from revkernels.autograd.norm_act import Call, couple_norm_act, enter_norm_act, norm_act
-from revkernels.norm import Statistics
+from revkernels.autograd.norm_act import Call, couple_norm_act, enter_norm_act, norm_act, walk_together
+from revkernels.norm import Norm, Statistics
 
 #: A coupling that was left to the next branch's norm: the stream's number, the stream, and what is added.
 Waiting = tuple[int, torch.Tensor, torch.Tensor]
@@ -63,7 +63,7 @@ class Entry:
         graph = torch.is_grad_enabled()
         if waiting is not None and (
             call is None
-            or not may_be_one(x, waiting[2])
+            or not may_be_one(call.norm, x, waiting[2])
             or (graph and not (x.requires_grad or waiting[2].requires_grad))
         ):
             streams[source] = x = couple(x, waiting[2], kernels, None)[0]
@@ -99,6 +99,10 @@ class Entry:
         fusion.note(call, s, h)
         return fusion.Normed(h, self.fusable, self.narrow)
 
+    def uncouples(self, x: torch.Tensor, y: torch.Tensor, f: torch.Tensor) -> bool:
+        """Whether `uncouple` takes these."""
+        return may_be_one(self.call.norm, x, f, y)  # type: ignore[union-attr]
+
     def uncouple(self, x: torch.Tensor, y: torch.Tensor, f: torch.Tensor) -> Ready:
         """x = y - f, the stream that this branch reads, and its h."""
         before: Any = self.call
@@ -108,10 +112,13 @@ class Entry:
         return h, Statistics(mean, rstd)
 
 
-def may_be_one(stream: torch.Tensor, f: torch.Tensor) -> bool:
-    """Whether coupling and norm may be one pass: it would compute a norm of float32 streams in float64 behind a float64
-    branch, and its statistics with it, where the norm by itself does not."""
-    return f.dtype != torch.float64 or stream.dtype == torch.float64
+def may_be_one(norm: Norm, stream: torch.Tensor, f: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether coupling and norm may be one pass. It would compute a norm of float32 streams in float64 behind a float64
+    branch, and its statistics with it, where the norm by itself does not; and a branch may lay out f as no norm's
+    kernel takes it, where any coupling does."""
+    if f.dtype == torch.float64 and stream.dtype != torch.float64:
+        return False
+    return walk_together(norm, stream, f, *others)
 
 
 #: h, made ahead of the branch's turn, and the statistics behind it.

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from revkernels.autograd.accumulate import owned
 from revkernels.autograd.ownership import is_batched
+from revkernels.checks_norm import merges
 from revkernels.norm import SUMS_COMPUTED, Norm, Statistics
 
 _WIDE = {torch.float64: torch.float64}
@@ -199,7 +200,9 @@ def _gradients(ctx: Any, ds: Any, dh: Any, into: Any = None, over: bool = False)
             "batched gradients (is_grads_batched=True, vectorize=True) cannot go through the kernel of a norm: set "
             "backend='eager' for them"
         )
-    dh, ds = _walkable(dh, s), None if ds is None else _walkable(ds, s)
+    dh = _walkable(dh, s, norm)
+    if ds is not None and (walked := _walkable(ds, s, norm)) is not ds:
+        ds = into = walked  # a copy, and ours to write over
     if rstd.dtype != (wide := _WIDE.get(s.dtype, torch.float32)):  # a coupling with a float64 branch
         mean, rstd = None if mean is None else mean.to(wide), rstd.to(wide)
     wanted = ctx.needs_input_grad[-3:-1]
@@ -223,14 +226,22 @@ def _like(gradient: Any, parameter: torch.Tensor) -> Any:
     return gradient if gradient is None or gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
-def _walkable(gradient: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def _walkable(gradient: torch.Tensor, s: torch.Tensor, norm: Norm) -> torch.Tensor:
     """The gradient in a layout that kernels can walk beside s: torch may hand over any."""
     gradient = gradient.resolve_neg()
-    if gradient.stride() == s.stride() or gradient.is_contiguous() or not any(gradient.stride()):
+    if gradient.stride() == s.stride() or not any(gradient.stride()):
         return gradient
-    if gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last):
+    dense = gradient.is_contiguous()
+    dense = dense or (gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last))
+    if dense and walk_together(norm, s, gradient):
         return gradient
     return torch.empty_like(s, dtype=gradient.dtype).copy_(gradient)
+
+
+def walk_together(norm: Norm, s: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the norm's kernels take tensors laid out like these together."""
+    strides = s.stride()
+    return s.dim() <= 3 or all(t.stride() == strides for t in others) or merges(norm, (s, *others))
 
 
 def _differentiable(s: Any, norm: Norm, constant: Statistics | None, ds: Any, dh: Any) -> tuple[Any, Any, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels.autograd.attributes import attributes_of, put_attributes_back
-from revkernels.autograd.entry import Ready, may_be_one
+from revkernels.autograd.entry import Ready
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import resolved
 from revkernels.autograd.kept import KeptTensor
@@ -331,7 +331,7 @@ class Rebuilding:
             before is not None
             and before.entry is not None
             and before.half_step.sources == (index,)
-            and may_be_one(out, f)
+            and before.entry.uncouples(out, target, f)
         ):
             self._ready = before.entry.uncouple(out, target, f)
         elif has_memory(out):

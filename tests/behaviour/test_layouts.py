@@ -6,6 +6,7 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import (
+    WIDE,
     assert_all_close,
     assert_raises,
     check_step,
@@ -64,6 +65,44 @@ def test_layout_of_a_view_of_something_that_learns(layout, kind, options):
         y = network(base.mul(2).view_as(base))
         loss_of(y).backward()
         results.append([y.detach(), base.grad, *(p.grad for p in network.parameters())])
+    assert_all_close(*results)
+
+
+class LaidOut(nn.Module):
+    """tanh(x), laid out in another order: as it is returned, and so its gradient as it comes back."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.back = order, [order.index(dim) for dim in range(len(order))]
+
+    def forward(self, x):
+        return torch.tanh(x).permute(self.order).contiguous().permute(self.back)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "group": lambda c: nn.GroupNorm(2, c), "rows": lambda c: nn.LayerNorm(3)}
+ORDERS = [(0, 2, 3, 1), (0, 1, 3, 2), (3, 1, 0, 2), (2, 0, 3, 1)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_branches_of_any_layout(norm, order, options):
+    """Row 18: what a branch returns to the norm that comes next, and what a norm's gradient comes as."""
+    for split_dim, shape in ((1, (2, 8, 5, 3)), (-1, (2, 4, 5, 6))):
+        pairs = pairs_of(lambda: nn.Sequential(NORMS[norm](4), nn.ReLU(), LaidOut(order)).to(WIDE), 2)
+        check_step(*twins(pairs, split_dim, **options), rows(*shape))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_of_any_layout(norm, order, options):
+    """Row 18: what comes back to the streams from behind the chain."""
+    pairs = pairs_of(lambda: nn.Sequential(NORMS[norm](4), nn.ReLU(), nn.Dropout(0.1)).to(WIDE), 1)
+    given, results = (rows(2, 4, 5, 3), rows(2, 4, 5, 3)), []
+    for network in twins(pairs, **options):
+        torch.manual_seed(0)
+        _, x = fresh(given)
+        loss_of([LaidOut(order)(y) for y in network(x)]).backward()
+        results.append([t.grad for t in (*x, *network.parameters())])
     assert_all_close(*results)
 
 
