@@ -70,15 +70,24 @@ class Options(NamedTuple):
     read: Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
-def options_of(module: nn.Module) -> Options | None:
-    """Those of a layer, if it is of one of these classes."""
-    kind = type(module)
+def options_of(module: nn.Module) -> tuple[Options | None, tuple[Any, ...] | None]:
+    """Those of a layer, if it is of one of these classes, and their values now."""
+    kind, table = type(module), module.__dict__
     options = _options.get(kind)
-    if options is None and kind in _known:
-        table = module.__dict__
-        names = tuple(name for name in own_names(table) if type(table[name]) in _OPTIONS)
-        options = _options[kind] = Options(names, _reader(names))
-    return options
+    if options is None:
+        if kind not in _known:
+            return None, None
+        options = _options[kind] = _options_named(name for name in own_names(table) if type(table[name]) in _OPTIONS)
+    try:
+        return options, options.read(table)
+    except KeyError:  # the first one had attributes of somebody's own
+        options = _options[kind] = _options_named(name for name in options.names if name in table)
+        return options, options.read(table)
+
+
+def _options_named(names: Iterable[str]) -> Options:
+    names = tuple(names)
+    return Options(names, _reader(names))
 
 
 def _reader(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
@@ -87,7 +96,7 @@ def _reader(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...
     return lambda table: tuple([table[name] for name in names])
 
 
-_options: dict[type, Options] = {}  # of each class, by the first of its modules that was met
+_options: dict[type, Options] = {}  # of each class, what all of its modules have that were met
 _OPTIONS = frozenset((int, float, bool, str, tuple, type(None)))
 _MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
 

@@ -40,26 +40,24 @@ class Structure:
     Attributes of other classes are not looked at: a branch may keep a count there, or what its second run is to read.
     """
 
-    __slots__ = ("_children", "_kinds", "_names", "_options", "_values")
+    __slots__ = ("_children", "_kinds", "_names", "_options")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._kinds = list(map(type, modules))
         self._names = [(*module._parameters.keys(),) for module in modules]
         self._children = [_children_of(module) for module in modules]
         self._options = [options_of(module) for module in modules]
-        self._values = list(map(_values_of, self._options, modules))
 
     def of(self, children: list[dict[str, Any]]) -> Structure:
         """The same of modules in which others are registered."""
         made = object.__new__(Structure)
-        made._kinds, made._names, made._options, made._values = self._kinds, self._names, self._options, self._values
-        made._children = children
+        made._kinds, made._names, made._options, made._children = self._kinds, self._names, self._options, children
         return made
 
     def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
         """Let the modules, the same ones, be made of these again."""
-        own = zip(self._kinds, self._names, self._children, self._options, self._values, strict=True)
-        for module, (kind, names, children, options, values) in zip(modules, own, strict=False):
+        own = zip(self._kinds, self._names, self._children, self._options, strict=True)
+        for module, (kind, names, children, (options, values)) in zip(modules, own, strict=False):
             if type(module) is not kind:  # a parametrization makes a class of its own
                 undo.append((module, "__class__", type(module)))
                 module.__class__ = kind
@@ -68,8 +66,8 @@ class Structure:
             slots = module._modules
             if slots != children and isinstance(slots, dict):
                 _hang_all(slots, children, undo)
-            if values is not None and _values_of(options, module) != values:
-                _set_all(module.__dict__, options.names, values, undo)  # type: ignore[union-attr]
+            if options is not None and _values_of(options, module) != values:
+                _set_all(module.__dict__, options.names, values, undo)  # type: ignore[arg-type]
 
 
 class Hooks:
@@ -146,10 +144,8 @@ def _children_of(module: nn.Module) -> dict[str, Any]:
     return dict(children) if children and isinstance(children, dict) else _NONE  # a scripted module's is no dictionary
 
 
-def _values_of(options: Options | None, module: nn.Module) -> tuple[Any, ...] | None:
-    """None if they are not known, or one was taken away."""
-    if options is None:
-        return None
+def _values_of(options: Options, module: nn.Module) -> tuple[Any, ...] | None:
+    """None if one was taken away."""
     try:
         return options.read(module.__dict__)
     except KeyError:

@@ -240,6 +240,16 @@ def test_run_again_on_the_layers_of_the_forward(make, change, options):
     assert_all_close(*outcomes)
 
 
+def test_options_of_layers_with_attributes_of_somebody_s(monkeypatch, options):
+    """The first of a class that is met has one, others have none."""
+    monkeypatch.setattr(plain_layers, "_options", {})
+    marked = made_of_layers()
+    for layer in marked:
+        layer.mark = "first"
+    ReversibleSequential(ReversibleBlock(marked, nn.Tanh()), **options)(rows(5, 8))
+    test_run_again_on_the_layers_of_the_forward(made_of_layers, other_options, options)
+
+
 @pytest.mark.parametrize("way", ["removed", "added", "once"])
 @pytest.mark.parametrize("make", [made_of_layers, Holds, lambda: FusedSequential(*made_of_layers())])
 def test_run_again_under_the_hooks_of_the_forward(make, way, options):
