@@ -304,7 +304,7 @@ class Rebuilding:
                 with self._hooks:
                     f = self._again(step, h)
                 if step.drawn and strayed(step.drawn):
-                    with refuses_a_race(self.name(k)):
+                    with refuses_a_race(self.name(k), step.snapshot.hooks.lazy):
                         self._again(step, h)
             finally:  # what this thread would keep comes first: an interrupt may end this too
                 set_recomputing(outer)

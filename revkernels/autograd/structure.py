@@ -73,11 +73,13 @@ class Structure:
 class Hooks:
     """The forward hooks of ``modules`` before their forward, for one may take itself off, or be taken off behind it."""
 
-    __slots__ = ("_hooks",)
+    __slots__ = ("_hooks", "lazy")
 
     def __init__(self, modules: Sequence[nn.Module] | None = None) -> None:
         """Without ``modules``: there are none."""
         self._hooks = None if modules is None else [_hooks_of(m) for m in modules]
+        #: Whether parameters are to be made in the forward: torch's lazy modules have a hook for that.
+        self.lazy = any(isinstance(m, LazyModuleMixin) for m in modules or ())
 
     def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
         """Let the modules, the same ones, have these again, and no others."""
@@ -102,9 +104,12 @@ _NO_HOOKS = (_NONE,) * len(_KINDS)
 def _hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...] | None:
     if not (module._forward_hooks or module._forward_pre_hooks):
         return None
-    if isinstance(module, LazyModuleMixin):  # it takes off its own as it becomes another class
-        return ()
-    return tuple([dict(getattr(module, kind)) for kind in _KINDS])
+    hooks = tuple([dict(getattr(module, kind)) for kind in _KINDS])
+    own = getattr(module, "_initialize_hook", None) if isinstance(module, LazyModuleMixin) else None
+    if own is not None:  # which it takes off as it becomes another class
+        for table in hooks:
+            table.pop(own.id, None)
+    return hooks
 
 
 def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None:

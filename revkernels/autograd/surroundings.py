@@ -190,8 +190,14 @@ def moved(drawn: Drawn) -> bool:
     return any(before is not None for _, before, _ in drawn)
 
 
-def refuses_a_race(name: str) -> RefusesToDraw:
-    """To run a branch in whose generators have `strayed`, for it is in order if it draws nothing itself."""
+def refuses_a_race(name: str, lazy: bool) -> RefusesToDraw:
+    """To run a branch in whose generators have `strayed`, for it is in order if it draws nothing itself. ``lazy``: it
+    had modules that were to make their parameters, which are drawn once and not again."""
+    if lazy:
+        return RefusesToDraw(
+            f"in the forward {name} also drew the parameters of its lazy modules, so that the numbers cannot be the "
+            f"same again. Call the network once before its first step, under torch.no_grad()"
+        )
     return RefusesToDraw(
         f"while {name} ran, in the forward or now, another thread drew from the same generator: the numbers cannot be "
         f"the same again. Give that thread a torch.Generator of its own"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains inside other things, other things inside chains, and several at once."""
 
+import copy
 import gc
 
 import pytest
@@ -9,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from behaviour.common import (
     WIDE,
+    Plain,
     assert_all_close,
+    assert_raises,
     assert_same,
     check_step,
     dropout_mlp,
@@ -24,6 +27,7 @@ from behaviour.common import (
     torch,
     twins,
 )
+from revkernels.errors import ReconstructionError
 from revkernels.measure import peak_bytes
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
@@ -214,6 +218,32 @@ def test_lazy_modules(backend, activations):
         steps.append([parameter.grad.clone() for parameter in net.parameters()])
     for first, second in zip(*steps, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_hook_on_a_lazy_module_that_is_taken_off(backend, activations):
+    """Between its first forward and the backward, beside the one that makes its parameters."""
+    outcomes = []
+    for network in twins([(nn.LazyLinear(4), nn.LazyLinear(4))], activations=activations, backend=backend):
+        torch.manual_seed(0)
+        handles = [m.register_forward_hook(_doubled) for m in network.modules() if isinstance(m, nn.LazyLinear)]
+        leaves, x = fresh(rows())
+        y = network.to(WIDE)(x)
+        for handle in handles:
+            handle.remove()
+        outcomes.append([y, *torch.autograd.grad(loss_of(y), [*leaves, *network.parameters()])])
+    assert_all_close(*outcomes)
+
+
+def _doubled(module, inputs, output):
+    return output * 2
+
+
+def test_lazy_modules_and_other_random_numbers(backend):
+    """In the first step the numbers behind those of the parameters cannot be drawn again, which is told."""
+    net = twins([(nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5)), nn.LazyLinear(4))], backend=backend)[0].to(WIDE)
+    loss = loss_of(net(rows()))
+    assert_raises(ReconstructionError, ["block 0, branch F", "lazy", "torch.no_grad()"], loss.backward)
+    check_step(net, Plain(copy.deepcopy([(block.F, block.G) for block in net])), rows())
 
 
 def test_a_block_with_a_forward_of_its_own_is_refused():
