@@ -21,8 +21,10 @@ _learning = threading.local()  # .seen: the counts of the two gradients, while t
 def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> torch.Tensor | None:
     """Return ds + dh, the gradient of a stream: what came through the coupling, and what came through the branch.
 
-    Written over ds, else over dh, if that tensor is free; else a new tensor. To be called by a node's ``backward``
-    itself and from nowhere else, since the caller's frames count as holders of the gradient.
+    Written over ds, else over dh, if that tensor is free; else a new tensor. In memory it lies as torch's own sum does,
+    like ds: some of torch's backwards are slow with a gradient that a branch has permuted, or wrong (an instance
+    norm's). To be called by a node's ``backward`` itself and from nowhere else, since the caller's frames count as
+    holders of the gradient.
     """
     if ds is None:
         return dh
@@ -39,12 +41,17 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
         if _is_free(ds, free):
             kernels.accumulate((ds,), (dh,))
             return ds
-        if dh.dtype == ds.dtype and _is_free(dh, free):
+        if dh.dtype == ds.dtype and _lies_like(dh, ds) and _is_free(dh, free):
             kernels.accumulate((dh,), (ds,))
             return dh
     total = torch.empty_like(ds)
     kernels.couple(total, ds, dh, None)
     return total
+
+
+def _lies_like(dh: torch.Tensor, ds: torch.Tensor) -> bool:
+    """Whether dh is laid out as a new tensor like ds would be."""
+    return dh.stride() == ds.stride() or dh.stride() == torch.empty_like(ds, device="meta").stride()
 
 
 def owned(gradient: torch.Tensor) -> bool:

@@ -106,6 +106,24 @@ def test_gradients_of_any_layout(norm, order, options):
     assert_all_close(*results)
 
 
+class Mixing(nn.Module):
+    """An instance norm, and a product that has both its result and its gradient in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix = nn.InstanceNorm2d(4, affine=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.norm(x) + self.mix(x.permute(2, 3, 0, 1)).permute(2, 3, 0, 1)
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
+def test_gradients_are_accumulated_in_the_stream_s_layout(pair, options):
+    """Row 18: torch's instance norm has a wrong gradient where its output's is permuted, as one of a branch may be."""
+    x = (rows(2, 4, 5, 3), rows(2, 4, 5, 3)) if pair else rows(2, 8, 5, 3)
+    check_step(*twins(pairs_of(lambda: Mixing().to(WIDE), 2), **options), x)
+
+
 def test_halves_of_different_strides(options):
     """Row 18: one stream is channels-last, the other is not, and each keeps its own."""
     seen = {}
