@@ -255,6 +255,27 @@ def test_int16_streams(compiler, tmp_path, target, branch):
         assert faults(everything, tmp_path, torch.int16, branch, masked=True, value=number) == []
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.int16], ids=str)
+def test_no_warp_does_anothers_elements_again(compiler, rows, dtype):
+    """In place it might read what the other has stored already, and its sum goes into checksum and amax."""
+    coupling = Coupling(grid_exponent=9, checksum=torch.zeros(1, dtype=torch.int64), amax=torch.zeros(1))
+    half, turned = zeros(dtype, rows, 100)[:, 50:], zeros(F32, 50, rows).t()
+    image, last = zeros(dtype, 2, rows, 3, 3), zeros(F32, 2, 3, 3, rows).movedim(3, 1)
+    for arrays in ((half, zeros(F32, rows, 50)), (half, turned), (image, last)):
+        compiled = compiler("sm_90", arrays, coupling)
+        tile = launch.prepare(arrays, coupling, subtract=False).walk.tile
+        sizes = [re.findall(rf"{name} = \[(\d+), (\d+)\]", compiled.asm["ttgir"]) for name in LAYOUT]
+        assert rows == 1 or sizes[0]
+        for of_thread, of_warp, warps in zip(*sizes, strict=True):
+            for side, *steps in zip(tile, of_thread, of_warp, warps, strict=True):
+                elements, lanes, beside = map(int, steps)
+                assert beside <= max(1, side // (elements * lanes)), f"{steps} of {tile}"
+
+
+LAYOUT = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")  # of a block, in Triton's intermediate language
+
+
 @pytest.mark.parametrize(("target", "dtypes"), matrix())
 def test_accumulate_lists(compiler, tmp_path, target, dtypes):
     stream, branch = DTYPES[dtypes]

@@ -8,6 +8,7 @@ tile that ends in an atomic (checksum, amax) is four times as large, for a quart
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -100,6 +101,7 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
     if not checksum:
         steps[-1] = None
     wide = {"float64": tl.float64, "float32": tl.float32}
+    most = threads(elements, *arrays, *(() if value is None else (value,)))
     return Prepared(
         walk=walk,
         count=out.numel(),
@@ -117,7 +119,9 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
             "RANK": walk.rank,
             "ROWS": walk.tile[0],
             "COLS": walk.tile[1],
-            "num_warps": threads(elements, *arrays, *(() if value is None else (value,))) // warp_width(),
+            # No more threads than elements: a warp that did another's once more might, in place, read what that has
+            # stored already, and put it into the checksum or the amax.
+            "num_warps": max(1, min(most, math.prod(walk.tile)) // warp_width()),
             "enable_fp_fusion": False,  # a fused multiply-add skips a rounding that the other backends make
         },
         device=out.device,
