@@ -45,6 +45,10 @@ template <class... Parameters>
 void launch_blocks(const char* name, void (*kernel)(Parameters...), int64_t blocks,
                    const revk_where& where, std::common_type_t<Parameters>... arguments) {
   if (blocks == 0) return;
+  // The most of a grid. A larger number would be cut off to 32 bits, and run as a smaller one.
+  if (blocks > INT32_MAX)
+    throw unsupported(std::string(name) + ": this shape needs " + std::to_string(blocks) +
+                      " blocks, a CUDA grid has 2147483647 at most");
   const DeviceGuard guard(where.device);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));

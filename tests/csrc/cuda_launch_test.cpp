@@ -9,7 +9,9 @@
 #include "core/backends.h"
 #include "core/error.h"
 #include "cuda/divider.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/layout.cuh"
+#include "cuda/norm_act_plan.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda_test.h"
 
@@ -188,6 +190,83 @@ const test::Register kErrors("errors", [] {
     test::expect(error.status == REVK_CUDA_ERROR, "the status of the wait");
   }
   shim::machine.launch_says = cudaSuccess;
+});
+
+void no_kernel(int) {}
+
+const test::Register kGrid("grids of 31 bits", [] {
+  const revk_where here{int32_t(sizeof(revk_where)), 0, nullptr, 0};
+  for (const int64_t blocks : {int64_t(1) << 31, (int64_t(1) << 32) + 1}) {
+    shim::machine.launches.clear();
+    std::string text = "no error";
+    try {
+      launch_blocks("norm_act", no_kernel, blocks, here, 0);
+    } catch (const revk::Error& error) {
+      text = error.what();
+      test::expect(error.status == REVK_UNSUPPORTED, "the status of too many blocks");
+    }
+    test::expect(text.find(std::to_string(blocks) + " blocks") != std::string::npos, text);
+    test::expect(shim::machine.launches.empty(), "too many blocks are not launched");
+  }
+});
+
+// What no memory here would hold: nothing is launched, but cut up.
+const test::Register kHuge("plans of huge shapes", [] {
+  const int64_t million = 1000000, large = (int64_t(1) << 36) / 3;
+  const Extent shapes[] = {{million, 2, 1},
+                           {1, million, 1},
+                           {1, 1, 10 * million},
+                           {10 * million, 1, 1},
+                           {1, 10 * million, 1},
+                           {million, 64, 7},
+                           {million, 3, 1},
+                           {1, 2, large},
+                           {large, 2, 1},
+                           {3, 5, large},
+                           {1, large, 1},
+                           {65536, 2048, 49},
+                           {2, 4096, 1 << 20},
+                           {1, 1024, 3 * (1 << 22)},
+                           {1, 1, 1}};
+  for (const Extent& extent : shapes)
+    for (const bool rows : {false, true})
+      for (const int packet : {1, 2, 8}) {
+        if ((rows ? extent.channels : extent.inner) % packet != 0) continue;
+        if (!rows && extent.inner == 1) continue;  // as choose_walk has it
+        const std::string name = std::to_string(extent.outer) + " x " +
+                                 std::to_string(extent.channels) + " x " +
+                                 std::to_string(extent.inner) + ", packets of " +
+                                 std::to_string(packet) + (rows ? " in rows" : "");
+        for (const bool alone : {false, true}) {
+          const Slicing plan = slice(extent, rows, packet, alone);
+          const int64_t units = plan.inner_per_slice / plan.unit * plan.outer_per_slice;
+          test::expect(plan.blocks() > 0 && (plan.blocks() <= INT32_MAX || alone),
+                       name + ": blocks");
+          test::expect(units <= 2 * kMostUnits * plan.ys, name + ": units of a slice");
+          test::expect(plan.outer_per_slice == 1 || plan.inner_per_slice == extent.inner,
+                       name + ": whole lines");
+          test::expect(!alone || plan.outer_per_slice == 1, name + ": one sample a slice");
+          test::expect(plan.inner_slices.divisor * plan.inner_per_slice >= extent.inner &&
+                           (plan.inner_slices.divisor - 1) * plan.inner_per_slice < extent.inner,
+                       name + ": all of a line, and no slice empty");
+          test::expect(
+              plan.tiles.divisor * plan.lanes.xs() * (rows ? packet : 1) >= extent.channels,
+              name + ": all channels");
+          test::expect(
+              partial_count(plan.slices, extent.channels) / 2 <=
+                  2 * (extent.positions() * extent.channels + kManyBlocks * extent.channels),
+              name + ": the workspace");
+        }
+        for (const bool backward : {false, true}) {
+          const Teams teams = make_teams(extent, rows, packet, backward);
+          const int64_t blocks = summing_blocks(teams);
+          test::expect(blocks > 0 && blocks <= teams.rounds && blocks <= INT32_MAX,
+                       name + ": blocks of teams");
+          test::expect(teams.chunks * teams.lanes.xs() * packet >= extent.channels &&
+                           teams.rounds * teams.lanes.ys() >= extent.positions(),
+                       name + ": all channels and positions of teams");
+        }
+      }
 });
 
 const test::Register kMissing("missing",

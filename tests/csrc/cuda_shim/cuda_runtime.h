@@ -148,7 +148,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   shim::Machine& machine = shim::machine;
   if (machine.launch_says != cudaSuccess) return machine.say(machine.launch_says);
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
-  if (blocks == 0 || threads == 0 || threads > 1024) return machine.say(cudaErrorInvalidValue);
+  if (blocks == 0 || blocks > INT32_MAX || threads == 0 || threads > 1024)
+    return machine.say(cudaErrorInvalidValue);
   machine.launches.push_back({machine.current_device, blocks, threads, config->stream});
   gridDim = config->gridDim, blockDim = config->blockDim;
   const auto enter = [](int thread) { threadIdx.x = unsigned(thread); };
