@@ -2,7 +2,8 @@
 """The launches of norm_act: what shapes, strides and dtypes decide is worked out once, and then only pointers change.
 
 Nothing is autotuned, nothing waits for the device, and memory for partial results comes from torch's allocator, so that
-a graph can capture it all. How sums are cut up depends on the shape alone: equal calls give equal bits.
+a graph can capture it all. How sums are cut up goes by shapes, strides and dtypes of all operands: equal calls give
+equal bits, and a sum alone may differ in its last ones from that of a call that has a dx of another layout besides.
 
 A tile is 1,024 elements, eight a thread, and four where they are of 8 bytes or where operands of several sizes meet,
 for the reason given in launch.py. A row's tile may be larger. A program takes several tiles one after another where
