@@ -305,6 +305,9 @@ class TestInterpreted:
             backend.couple(x, x, torch.ones(5000, dtype=dtype), Coupling(amax=amax))
             backend.couple(torch.ones(9, dtype=dtype), torch.ones(9, dtype=dtype), torch.ones(9), Coupling(amax=amax))
             assert str(amax.abs().item()) == str(abs(special))
+        amax = torch.tensor([-1], dtype=torch.int32).view(F32)  # NaN with its sign set, as a CPU makes it
+        backend.couple(x, x, torch.ones(5000, dtype=dtype), Coupling(amax=amax))
+        assert amax.isnan()
 
     def test_checksum_may_be_unsigned(self, truncates):
         x, f = make(F64)(50), make(F64)(50)

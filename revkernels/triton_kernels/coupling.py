@@ -114,5 +114,10 @@ def couple_kernel(
                 terms = tl.where(inside, bits_of(out) * (2 * position + 1), 0)
                 tl.atomic_add(checksum_ptr.to(tl.pointer_type(tl.int64), bitcast=True), tl.sum(terms), sem="relaxed")
             if amax_ptr is not None:
+                # A NaN with its sign set, already there, is below all that comes, and is put right: the program whose
+                # maximum is the first has read it before.
+                cell = amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+                before = tl.load(cell)
                 largest = tl.max(tl.where(inside, magnitude_bits(reach), 0))
-                tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True), largest, sem="relaxed")
+                largest = tl.where((before < 0) & (before > -0x800000), 0x7FC00000, largest)
+                tl.atomic_max(cell, largest, sem="relaxed")
