@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch is made of besides tensors: its modules' classes, the layers in them, their options, and the forward
-hooks on them. It is run again with those of the forward, as stored activations are differentiated through them."""
+"""What a branch is made of besides tensors: its modules' classes, the layers in them, their options, and the hooks
+on them. It is run again with those of the forward, as stored activations are differentiated through them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from revkernels.autograd.known_layers import has_hooks
 from revkernels.autograd.plain_layers import Options, options_of
 from revkernels.autograd.rewinding import MISSING, Undo
 from revkernels.errors import ReconstructionError
@@ -71,7 +72,7 @@ class Structure:
 
 
 class Hooks:
-    """The forward hooks of ``modules`` before their forward, for one may take itself off, or be taken off behind it."""
+    """The hooks of ``modules`` before their forward, for one may take itself off, or be taken off behind it."""
 
     __slots__ = ("_hooks", "lazy")
 
@@ -84,7 +85,7 @@ class Hooks:
     def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
         """Let the modules, the same ones, have these again, and no others."""
         for module, hooks in zip(modules, self._hooks or itertools.repeat(None)):  # noqa: B905, as many or endless
-            if hooks is None and not (module._forward_hooks or module._forward_pre_hooks):
+            if hooks is None and not has_hooks(module):
                 continue
             for kind, then in zip(_KINDS, _NO_HOOKS if hooks is None else hooks, strict=False):
                 now = getattr(module, kind)
@@ -95,6 +96,7 @@ class Hooks:
 _KINDS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),  # which make views in the forward, that may not be written in place
 )
 
 
@@ -102,7 +104,7 @@ _NO_HOOKS = (_NONE,) * len(_KINDS)
 
 
 def _hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...] | None:
-    if not (module._forward_hooks or module._forward_pre_hooks):
+    if not has_hooks(module):
         return None
     hooks = tuple([dict(getattr(module, kind)) for kind in _KINDS])
     own = getattr(module, "_initialize_hook", None) if isinstance(module, LazyModuleMixin) else None

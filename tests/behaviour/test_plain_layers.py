@@ -288,6 +288,20 @@ def test_run_again_under_the_hooks_of_the_forward(make, way, options):
     assert_all_close(*outcomes)
 
 
+@pytest.mark.parametrize("kind", ["full_backward", "full_backward_pre"])
+def test_a_backward_hook_that_comes_in_front_of_a_layer_in_place(kind, options):
+    """Torch refuses a forward under it, and the forward was not."""
+    given, outcomes = rows(5, 8), []
+    for network in twins([[nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)).to(WIDE)] * 2], **options):
+        leaves, x = fresh(given)
+        y = network(x)
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                getattr(module, f"register_{kind}_hook")(lambda *seen: None)
+        outcomes.append([y, *torch.autograd.grad(loss_of(y), [*leaves, *network.parameters()])])
+    assert_all_close(*outcomes)
+
+
 def test_layers_that_a_forward_makes_are_run_again(options):
     """As some are made of the first input's shape."""
 
