@@ -12,9 +12,10 @@ namespace {
 // What is to be asked of a thing that hangs on a module.
 enum class Ask : char {
   kIsSame = 0,
-  kIsEmpty = 1,       // the same, and empty: a dictionary of hooks
+  kIsEmpty = 1,       // a dictionary without items: of hooks
   kHasNames = 2,      // a dictionary with these keys: the parameters
   kHoldsModules = 3,  // likewise: the modules below
+  kIsOfClass = 4,
 };
 
 bool has_keys(PyObject* dict, PyObject* keys) {
@@ -64,10 +65,12 @@ bool hang(PyObject* table, PyObject* then, PyObject* asked, Tree& tree) {
   for (Py_ssize_t at = 0, k = 0; PyDict_Next(table, &at, &name, &value); ++k) {
     PyObject* const known = PyTuple_GET_ITEM(then, k);
     const Ask ask = Ask(PyBytes_AS_STRING(asked)[k]);
-    if (ask == Ask::kIsSame || ask == Ask::kIsEmpty) {
+    if (ask == Ask::kIsSame) {
       if (value != known) return false;
-      if (ask == Ask::kIsEmpty && (!PyDict_Check(value) || PyDict_GET_SIZE(value) != 0))
-        return false;
+    } else if (ask == Ask::kIsOfClass) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != known) return false;
+    } else if (ask == Ask::kIsEmpty) {
+      if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != 0) return false;
     } else {
       if (!PyTuple_CheckExact(known) || !has_keys(value, known)) return false;
       if (ask == Ask::kHoldsModules) tree.look_into(value);

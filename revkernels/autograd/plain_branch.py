@@ -6,6 +6,7 @@ A half-step has to know that twice, and what is asked lies all over the memory: 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ __all__ = ["PlainBranch", "Tree", "plain_branch"]
 Tree = tuple[list[nn.Module], list[Any]]
 
 _known: weakref.WeakKeyDictionary[nn.Module, PlainBranch] = weakref.WeakKeyDictionary()
-_SAME, _EMPTY, _NAMES, _MODULES = range(4)  # what `native.module_tree` is to ask
+_SAME, _EMPTY, _NAMES, _MODULES, _CLASS = range(5)  # what `native.module_tree` is to ask
 _ASKED = {
     **dict.fromkeys(("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"), _EMPTY),
     **dict.fromkeys(("_parameters", "_buffers"), _NAMES),
@@ -82,8 +83,22 @@ class PlainBranch:
 
 
 def _row_of(module: nn.Module) -> tuple[type, tuple[Any, ...], bytes]:
-    """Its class; what hangs on it, of what is registered the names; and what is to be asked of each of these."""
-    table = module.__dict__
-    asked = bytes(_ASKED.get(name, _SAME) for name in table)
-    hung = (tuple(held) if ask >= _NAMES else held for held, ask in zip(table.values(), asked, strict=True))
-    return type(module), tuple(hung), asked
+    """Its class; what hangs on it, or what is known of that; and what is to be asked of each of these."""
+    table = module.__dict__.copy()
+    asked = bytes(_ASKED.get(name, _SAME if _is_value(held) else _CLASS) for name, held in table.items())
+    return type(module), tuple(map(_known_of, table.values(), asked)), asked
+
+
+def _known_of(held: Any, ask: int) -> Any:
+    if ask == _EMPTY:
+        return None
+    if ask == _CLASS:
+        return type(held)
+    return held if ask == _SAME else tuple(held)
+
+
+def _is_value(held: Any) -> bool:
+    """Whether it is like a number, and refers to nothing: what may refer to the branch must not be held here."""
+    if type(held) is tuple:
+        return all(map(_is_value, held))
+    return not gc.is_tracked(held) and (type(held) is str or not hasattr(held, "__len__"))

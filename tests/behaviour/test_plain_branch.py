@@ -65,6 +65,7 @@ CHANGES = {
     "a hook": lambda layers: layers[0][1].register_forward_hook(lambda *_: None),
     "a hook in front": lambda layers: layers.register_forward_pre_hook(lambda *_: None),
     "a backward hook": lambda layers: layers[1].register_full_backward_hook(lambda *_: None),
+    "an attribute of another class": lambda layers: setattr(layers[1], "_state_dict_hooks", [1]),
     "a hook's dictionary": lambda layers: setattr(layers[1], "_forward_hooks", {0: lambda *_: None}),
     "wires": rewired,
 }
@@ -112,6 +113,44 @@ def test_nothing_is_kept_alive():
     del layers, net
     gc.collect()
     assert refs[-1]() is None and len(module._known) < count
+
+
+REFERENCES = {
+    "a hook": lambda layer, net: layer.register_forward_hook(lambda *_: setattr(net, "seen", True)),
+    "a hook on its state": lambda layer, net: layer.register_state_dict_pre_hook(lambda *_: net),
+    "an attribute": lambda layer, net: layer.__dict__.__setitem__("parent", net),
+    "a list": lambda layer, net: setattr(layer, "parents", [net]),
+    "a tuple": lambda layer, net: setattr(layer, "parents", (1, (net,))),
+    "an item": lambda layer, net: layer.notes.setdefault("parent", net),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "between"])
+@pytest.mark.parametrize("refer", REFERENCES.values(), ids=REFERENCES)
+def test_a_layer_may_refer_to_the_network(refer, when):
+    """What is known of a branch is there for as long as the branch, and must not be what keeps it."""
+    net = ReversibleSequential(ReversibleBlock(branch(), nn.Tanh()))
+    layer = next(module for module in net.modules() if isinstance(module, nn.ReLU))
+    layer.notes = {}
+    for step in ("before", "between"):
+        if step == when:
+            refer(layer, net)
+        net(rows().float()).sum().backward()
+    if when == "after":
+        refer(layer, net)
+    ref = weakref.ref(net)
+    del net, layer
+    gc.collect()
+    assert ref() is None
+
+
+def test_parameters_that_a_recurrent_layer_lists():
+    layers = nn.Sequential(nn.GRU(4, 4))
+    known(layers)
+    ref = weakref.ref(layers[0].weight_hh_l0)
+    layers[0] = nn.GRU(4, 4)
+    gc.collect()
+    assert ref() is None
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda layers: pickle.loads(pickle.dumps(layers))])
