@@ -130,6 +130,10 @@ class Snapshot:
 
     def take(self) -> None:
         """Before the forward: note what there is."""
+        if self.plain is not None and self.plain.stateful and not self.is_same():
+            # Before this was its turn, another thread's recompute had the branch as its own forward had found it.
+            self.plain, self.modules = None, tree_of(self.branch)
+            self.registered, self.own = len(self.modules), OwnState(self.branch, self.modules)
         plain = self.plain
         self.flags = [module.training for module in self.modules] if plain is None else plain.flags
         self.hooks = _NO_HOOKS if plain is not None else Hooks(self.modules)

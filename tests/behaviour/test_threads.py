@@ -3,6 +3,7 @@
 
 import sys
 import threading
+import time
 
 import pytest
 from torch import nn
@@ -24,6 +25,7 @@ from behaviour.common import (
     torch,
     twins,
 )
+from revkernels.autograd.snapshot import Snapshot
 from revkernels.nn import is_recomputing
 
 
@@ -278,6 +280,32 @@ def test_statistics_of_two_recomputes_that_overlap(backend):
     over.set()
     second.join(30)
     assert {name for name, b in module.norm.named_buffers() if b is not own[name]} == set()
+
+
+def test_another_mode_while_another_thread_recomputes(monkeypatch):
+    """A forward in eval mode, begun while a recompute has the layers in train mode, is run again in eval mode."""
+    layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net = rk.nn.ReversibleSequential(rk.nn.ReversibleBlock(layers, nn.Tanh())).to(WIDE)
+    loss = loss_of(net(rows(6, 8)))
+    net.eval()
+    x = rows(6, 8).requires_grad_()
+    wanted = torch.autograd.grad(loss_of(net(x)), x)
+    inside, restore = threading.Event(), Snapshot.restore
+    recompute = threading.Thread(target=loss.backward)
+
+    def slowly(self, *args):
+        undo = restore(self, *args)
+        if threading.current_thread() is recompute and self.branch is layers:
+            inside.set()
+            time.sleep(0.5)  # the forward gets as far as to wait for its turn
+        return undo
+
+    monkeypatch.setattr(Snapshot, "restore", slowly)
+    recompute.start()
+    assert inside.wait(10)
+    loss = loss_of(net(x))
+    recompute.join(30)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), wanted)
 
 
 class Draws(nn.Module):
