@@ -4,9 +4,6 @@
 TRITON_INTERPRET counts when a kernel is decorated, so all this happens in a process of its own.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton", minversion="3.6")
 
+import interpreted  # noqa: E402
 import triton.language as tl  # noqa: E402
 from kernel_cases import (  # noqa: E402
     BF16,
@@ -37,7 +35,6 @@ from revkernels.reference import accumulate as plain_sum  # noqa: E402
 from revkernels.reference import coupling as oracle  # noqa: E402
 from revkernels.triton_kernels import backend  # noqa: E402
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 #: Options of a coupling. Those that others contain are left to `make test-all`, for the interpreter is slow.
 OPTIONS = [
     *(pytest.param(alone, marks=pytest.mark.slow) for alone in ("channel", "sample", "checksum amax")),
@@ -117,7 +114,7 @@ def assert_reports(coupling, out, truth, amax=None):
 
 
 class TestInterpreted:
-    __test__ = INSIDE
+    __test__ = interpreted.INSIDE
 
     @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
     @pytest.mark.parametrize(("stream", "branch"), PAIRS, ids=PAIR_IDS)
@@ -400,14 +397,10 @@ class TestInterpreted:
             assert torch.equal(whole[:, :, :2], want + 1)
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@interpreted.both
 def test_in_a_process_of_its_own(which):
     """Run the class above under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-m", which]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpreted.run(__file__, which)
 
 
-test_in_a_process_of_its_own.__test__ = not INSIDE
+test_in_a_process_of_its_own.__test__ = not interpreted.INSIDE

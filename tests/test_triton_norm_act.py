@@ -6,9 +6,6 @@ off to bfloat16 where every GPU rounds to nearest; here it is made to round, so 
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.6")
 
+import interpreted  # noqa: E402
 import triton.language as tl  # noqa: E402
 from norm_cases import (  # noqa: E402
     EPSILON,
@@ -36,7 +34,6 @@ from revkernels.norm import SUMS_COMPUTED, SUMS_GIVEN, SUMS_ONLY, Norm, Statisti
 from revkernels.triton_kernels import backend, norm_backend, norm_launch  # noqa: E402
 from revkernels.triton_kernels.norm_layout import plane  # noqa: E402
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float64", "float64"), ("float16", "float32"),
           ("float32", "bfloat16"), ("bfloat16", "float64")]  # fmt: skip
 TILES = {"as they are": {}, "many": {"_PROGRAMS": 2, "_ROW_TILE": 16, "_ROW_GRADIENT_TILE": 16}}
@@ -102,7 +99,7 @@ def assert_statistics(norm, values, found, wide):
 
 
 class TestInterpreted:
-    __test__ = INSIDE
+    __test__ = interpreted.INSIDE
 
     @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
     @pytest.mark.parametrize("kind", KINDS)
@@ -398,15 +395,10 @@ class TestPlane:
                 assert tile[0] * tile[1] <= most
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@interpreted.both
 def test_in_a_process_of_its_own(which):
     """Run the class above under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-m", which]
-    command += ["-k", "Interpreted"]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpreted.run(__file__, which, "-k", "Interpreted")
 
 
-test_in_a_process_of_its_own.__test__ = not INSIDE
+test_in_a_process_of_its_own.__test__ = not interpreted.INSIDE

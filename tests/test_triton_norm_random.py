@@ -5,9 +5,6 @@ As in test_triton_norm_act.py all of it happens in a process of its own. Example
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,8 +14,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.6")
 
+import interpreted  # noqa: E402
 from norm_act_cases import FLOATS, WIDE, Operand, Oracle, cases, compute_dtype, same_bits  # noqa: E402
-from test_triton_norm_act import INSIDE, TILES, rounding  # noqa: E402, F401 (a fixture)
+from test_triton_norm_act import TILES, rounding  # noqa: E402, F401 (a fixture)
 
 from revkernels import Statistics, ops  # noqa: E402
 from revkernels.norm import SUMS_COMPUTED  # noqa: E402
@@ -116,7 +114,7 @@ def special_values(case):
 
 
 class TestInterpreted:
-    __test__ = INSIDE
+    __test__ = interpreted.INSIDE
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("examples", [12, pytest.param(80, marks=pytest.mark.slow)])
@@ -139,15 +137,10 @@ class TestInterpreted:
         run()
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@interpreted.both
 def test_in_a_process_of_its_own(which):
     """Run the class above under TRITON_INTERPRET=1."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-m", which]
-    command += ["-k", "Interpreted"]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpreted.run(__file__, which, "-k", "Interpreted")
 
 
-test_in_a_process_of_its_own.__test__ = not INSIDE
+test_in_a_process_of_its_own.__test__ = not interpreted.INSIDE

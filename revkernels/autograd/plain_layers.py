@@ -37,14 +37,10 @@ def plain(kind: Kind) -> Kind:
 
 def are_plain(modules: Sequence[nn.Module]) -> bool:
     """Whether all of them are of such classes, as these were at the start, and without hooks."""
-    for module in modules:
-        kind: Any = type(module)
-        known = _known.get(kind)
-        if known is None or kind.forward is not known[0] or kind.__call__ is not known[1]:
-            return False
-        if "forward" in module.__dict__ or has_hooks(module):
-            return False
-    return nn.Module._call_impl is _call_impl and not has_global_hooks()
+    kinds = set(map(type, modules))
+    if not kinds <= _known.keys() or any("forward" in module.__dict__ or has_hooks(module) for module in modules):
+        return False
+    return unpatched(kinds)
 
 
 def unpatched(kinds: Iterable[Any]) -> bool:
