@@ -7,7 +7,8 @@ as much as the kernel. They take torch tensors and NumPy arrays of any rank, che
 call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread
 count. Torch is used where it is imported already, and never imported from here.
 
-`module_tree` is no kernel: it tells `autograd.plain_branch` whether a torch module's layers are still what they were.
+`module_tree` and `is_module_tree` are no kernels: they tell `autograd.known_branch` whether a torch module's layers are
+still what they were.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = [
     "cpu_isa",
     "cuda_architectures",
     "include_dir",
+    "is_module_tree",
     "library",
     "missing",
     "module_tree",
@@ -50,6 +52,7 @@ try:
         accumulate,
         couple,
         couple_norm_act,
+        is_module_tree,
         module_tree,
         norm_act,
         norm_act_backward,
@@ -73,6 +76,9 @@ except ImportError as error:  # the package stays usable: other backends run, an
 
     def module_tree(branch: Any, rows: Any) -> Any:
         return None
+
+    def is_module_tree(branch: Any, rows: Any, modules: Any, children: Any) -> bool:
+        return False
 
 
 def missing(name: str = "cpu") -> str | None:

@@ -26,6 +26,13 @@ bool has_keys(PyObject* dict, PyObject* keys) {
   return true;
 }
 
+// Whether `kind` is the class that is known, or that the weak reference `known` leads to.
+bool is_class(PyTypeObject* kind, PyObject* known) {
+  PyObject* const own = reinterpret_cast<PyObject*>(kind);
+  if (!PyWeakref_CheckRef(known)) return own == known;
+  return checked(PyObject_CallNoArgs(known)).ptr() == own;
+}
+
 // A branch's modules, each once, and what is registered in them, None included.
 class Tree {
  public:
@@ -42,6 +49,9 @@ class Tree {
     }
   }
   py::tuple lists() const { return py::make_tuple(list_of(modules_), list_of(children_)); }
+  bool is(const py::list& modules, const py::list& children) const {
+    return are(modules_, modules) && are(children_, children);
+  }
 
  private:
   void add(PyObject* module) {
@@ -52,56 +62,97 @@ class Tree {
     for (size_t k = 0; k < items.size(); ++k) list[k] = items[k];
     return list;
   }
+  static bool are(const std::vector<py::object>& items, const py::list& list) {
+    if (items.size() != list.size()) return false;
+    for (size_t k = 0; k < items.size(); ++k)
+      if (items[k].ptr() != PyList_GET_ITEM(list.ptr(), Py_ssize_t(k))) return false;
+    return true;
+  }
 
   std::vector<py::object> modules_, children_;  // held: whoever allocates may collect garbage
   std::unordered_set<PyObject*> seen_;
 };
 
-// Whether the things on a module are those `then`, in their order, as far as is `asked`.
-bool hang(PyObject* table, PyObject* then, PyObject* asked, Tree& tree) {
-  const Py_ssize_t count = PyDict_GET_SIZE(table);
-  if (count != PyTuple_GET_SIZE(then) || count != PyBytes_GET_SIZE(asked)) return false;
-  PyObject *name, *value;
-  for (Py_ssize_t at = 0, k = 0; PyDict_Next(table, &at, &name, &value); ++k) {
-    PyObject* const known = PyTuple_GET_ITEM(then, k);
-    const Ask ask = Ask(PyBytes_AS_STRING(asked)[k]);
-    if (ask == Ask::kIsSame) {
-      if (value != known) return false;
-    } else if (ask == Ask::kIsOfClass) {
-      if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != known) return false;
-    } else if (ask == Ask::kIsEmpty) {
-      if (!PyDict_Check(value) || PyDict_GET_SIZE(value) != 0) return false;
-    } else {
-      if (!PyTuple_CheckExact(known) || !has_keys(value, known)) return false;
-      if (ask == Ask::kHoldsModules) tree.look_into(value);
-    }
-  }
+// Whether what hangs on a module is as it is `known`, as far as that is asked.
+bool hangs(PyObject* value, PyObject* known, Ask ask, Tree& tree) {
+  if (ask == Ask::kIsSame) return value == known;
+  if (ask == Ask::kIsOfClass) return is_class(Py_TYPE(value), known);
+  if (ask == Ask::kIsEmpty) return PyDict_Check(value) && PyDict_GET_SIZE(value) == 0;
+  if (!PyTuple_CheckExact(known) || !has_keys(value, known)) return false;
+  if (ask == Ask::kHoldsModules) tree.look_into(value);
   return true;
 }
 
-// The tree of a branch whose modules are known by rows of (class, what hangs on it, what to ask of
-// each of these); None if it is another one now.
+// One module as it is known: its class, the names of attributes or None, what is known of these or
+// of all in their order, and what to ask of each.
+struct Row {
+  explicit Row(PyObject* row) {
+    if (!PyTuple_CheckExact(row)) throw py::type_error("rows must be tuples");
+    if (!PyArg_ParseTuple(row, "OOO!S", &kind, &names, &PyTuple_Type, &known, &asked))
+      throw py::error_already_set();
+    if (names != Py_None && !PyTuple_CheckExact(names))
+      throw py::type_error("names must be a tuple");
+    const Py_ssize_t count = PyTuple_GET_SIZE(known);
+    if (PyBytes_GET_SIZE(asked) != count || (names != Py_None && PyTuple_GET_SIZE(names) != count))
+      throw py::value_error("a row must ask for each of the things that are known");
+  }
+
+  bool is_of(PyObject* table, Tree& tree) const {
+    const Py_ssize_t count = PyTuple_GET_SIZE(known);
+    PyObject *name, *value;
+    if (names == Py_None) {
+      if (PyDict_GET_SIZE(table) != count) return false;
+      for (Py_ssize_t at = 0, k = 0; PyDict_Next(table, &at, &name, &value); ++k)
+        if (!is(value, k, tree)) return false;
+      return true;
+    }
+    for (Py_ssize_t k = 0; k < count; ++k) {
+      value = PyDict_GetItemWithError(table, PyTuple_GET_ITEM(names, k));
+      if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (value == nullptr || !is(value, k, tree)) return false;
+    }
+    return true;
+  }
+
+  PyObject *kind, *names, *known, *asked;
+
+ private:
+  bool is(PyObject* value, Py_ssize_t k, Tree& tree) const {
+    return hangs(value, PyTuple_GET_ITEM(known, k), Ask(PyBytes_AS_STRING(asked)[k]), tree);
+  }
+};
+
+// Whether a branch, the first module of the tree, is as the rows have it; what is in it goes there.
+bool grow(Tree& tree, const py::list& rows) {
+  for (size_t k = 0; k < tree.size(); ++k) {
+    if (k >= rows.size()) return false;
+    const Row row(PyList_GET_ITEM(rows.ptr(), Py_ssize_t(k)));
+    if (!is_class(Py_TYPE(tree[k]), row.kind)) return false;
+    const py::object table = checked(PyObject_GenericGetDict(tree[k], nullptr));
+    if (!PyDict_CheckExact(table.ptr()) || !row.is_of(table.ptr(), tree)) return false;
+  }
+  return tree.size() == rows.size();
+}
+
+// The tree of a branch that is known by these rows; None if it is another one now.
 py::object module_tree(py::handle branch, const py::list& rows) {
   Tree tree(branch.ptr());
-  for (size_t k = 0; k < tree.size(); ++k) {
-    if (k >= rows.size()) return py::none();
-    PyObject *const module = tree[k], *const row = PyList_GET_ITEM(rows.ptr(), Py_ssize_t(k));
-    PyObject *kind, *then, *asked;
-    if (!PyTuple_CheckExact(row)) throw py::type_error("rows must be tuples");
-    if (!PyArg_ParseTuple(row, "OO!S", &kind, &PyTuple_Type, &then, &asked))
-      throw py::error_already_set();
-    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind) return py::none();
-    const py::object table = checked(PyObject_GenericGetDict(module, nullptr));
-    if (!PyDict_CheckExact(table.ptr()) || !hang(table.ptr(), then, asked, tree)) return py::none();
-  }
-  if (tree.size() != rows.size()) return py::none();
-  return tree.lists();
+  return grow(tree, rows) ? py::object(tree.lists()) : py::none();
+}
+
+// Whether it is still that tree, without making its lists.
+bool is_module_tree(py::handle branch, const py::list& rows, const py::list& modules,
+                    const py::list& children) {
+  Tree tree(branch.ptr());
+  return grow(tree, rows) && tree.is(modules, children);
 }
 
 }  // namespace
 
 void bind_module_tree(py::module_& m) {
   m.def("module_tree", &module_tree, py::arg("branch"), py::arg("rows"));
+  m.def("is_module_tree", &is_module_tree, py::arg("branch"), py::arg("rows"), py::arg("modules"),
+        py::arg("children"));
 }
 
 }  // namespace revk::python

@@ -149,11 +149,13 @@ def behind(function: Callable[..., Any]) -> Reached:
     return reached.follow()
 
 
-def beside(modules: Sequence[nn.Module]) -> Reached:
-    """Return what the modules, the first of which contains the others, hold in lists, tuples, dictionaries and
-    callables, or under names that they have not registered, and modules and generators that are globals which their
-    ``forward`` names. Modules that contain the first are left out: it may know the whole model."""
-    reached = Reached(modules)
+def beside(modules: Sequence[nn.Module], within: Sequence[nn.Module] | None = None) -> Reached:
+    """Return what the modules hold in lists, tuples, dictionaries and callables, or under names that they have not
+    registered, and modules and generators that are globals which their ``forward`` names.
+
+    Left out are those ``within``, of which these are all or a part, and what contains the first of them: a branch may
+    know the whole model."""
+    reached = Reached(modules if within is None else within)
     for module in modules:
         reached.attributes(module)
     return reached.follow() if reached._waiting else reached
@@ -227,10 +229,17 @@ class _Names:
         )
 
 
-@functools.lru_cache(1024)
+_forwards: weakref.WeakKeyDictionary[types.FunctionType, tuple[bool, _Names]] = weakref.WeakKeyDictionary()
+
+
 def _about(forward: Any) -> tuple[bool, _Names | None]:
     """Whether a class's forward is torch's own (or there is none), and the names in it."""
-    return forward is None or _is_torchs(forward), named(forward) if isinstance(forward, types.FunctionType) else None
+    if not isinstance(forward, types.FunctionType):
+        return forward is None, None
+    found = _forwards.get(forward)  # weakly: it may close over the network
+    if found is None:
+        found = _forwards[forward] = _is_torchs(forward), named(forward)
+    return found
 
 
 def own_names(table: dict[str, Any]) -> list[str]:

@@ -82,7 +82,7 @@ class Checkpoint(Rebuilding):
                     result = self._function(*args, **kwargs)
                 snapshot.complete(step.counted())
                 step.over()
-            step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.plain is not None)
+            step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.own is None)
             if any(version_of(tensor) != version for tensor, version in self._given):
                 raise ReconstructionError(
                     f"{self.name(0)} wrote to an input of its own in place, which it is to be run again from: make its "

@@ -34,7 +34,7 @@ _OUTSIDE = (
             "grid",
             "kept_ops",
             "ownership",
-            "plain_branch",
+            "known_branch",
             "planner",
             "rebuilding",
             "recomputing",

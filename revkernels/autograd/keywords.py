@@ -13,8 +13,12 @@ from torch import nn
 __all__ = ["keywords_of", "passes_keywords"]
 
 _PARAMETER = inspect.Parameter
-#: Of a callable: the function that runs when it is called, and the keywords that this takes.
+#: Of a callable: the function that runs when it is called, which may close over it, and the keywords that this takes.
 _accepts: weakref.WeakKeyDictionary[Any, tuple[Any, frozenset[str] | None]] = weakref.WeakKeyDictionary()
+
+
+def _no_function() -> None:
+    """In the place of a reference to one."""
 
 
 def passes_keywords(module: Any) -> bool:
@@ -40,8 +44,8 @@ def keywords_of(called: Any) -> frozenset[str] | None:
     runs = type(inner).forward if isinstance(inner, nn.Module) else None
     try:
         known = _accepts.get(called)
-        if known is None or known[0] is not runs:
-            known = _accepts[called] = runs, _inspect(inner)
+        if known is None or known[0]() is not runs:
+            known = _accepts[called] = weakref.ref(runs) if runs else _no_function, _inspect(inner)
         return known[1]
     except TypeError:  # a built-in function, which cannot be remembered
         return _inspect(inner)

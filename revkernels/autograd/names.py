@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,7 @@ _of_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDict
 _of_function: weakref.WeakKeyDictionary[types.FunctionType, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
-def reads_running(branch: Any, modules: list[nn.Module]) -> bool:
+def reads_running(branch: Any, modules: Sequence[nn.Module]) -> bool:
     """Whether code in the branch may look at running statistics, its own or those of a norm inside it."""
     return any(not _RUNNING.isdisjoint(names) for names in _in(branch, modules))
 
@@ -41,7 +41,7 @@ def writes_silently(module: nn.Module) -> bool:
     return not _SILENT.isdisjoint(_names_of_class(type(module)))
 
 
-def _in(branch: Any, modules: list[nn.Module]) -> Iterator[frozenset[str]]:
+def _in(branch: Any, modules: Sequence[nn.Module]) -> Iterator[frozenset[str]]:
     if not isinstance(branch, nn.Module):
         yield _names_of(branch)
     for module in modules:

@@ -58,12 +58,13 @@ class OwnState:
         "holders",
         "hung",
         "loose",
+        "modules",
         "replaced",
         "tables",
     )
 
     def __init__(self, branch: Any, modules: Sequence[nn.Module]) -> None:
-        self.branch = branch
+        self.branch, self.modules = branch, modules
         #: The modules whose lists and dictionaries are looked into. They must run in one thread at a time: what
         #: another thread's run replaces there would look like this one's.
         self.holders = [module for module in modules if _holds_items(module)]
@@ -82,8 +83,14 @@ class OwnState:
         self.tables: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self.asked = times_asked()
 
-    def take(self, module: nn.Module, registered: bool) -> list[tuple[str, torch.Tensor]]:
-        """Before the forward: note what the module has. ``registered``: it may run. Returns the tensors, by name."""
+    def take(self, registered: int) -> list[tuple[str, torch.Tensor]]:
+        """Before the forward: note what the modules have. So many of them may run. Returns the tensors, by name."""
+        held: list[tuple[str, torch.Tensor]] = []
+        for place, module in enumerate(self.modules):
+            held += self._take(module, place < registered)
+        return held
+
+    def _take(self, module: nn.Module, registered: bool) -> list[tuple[str, torch.Tensor]]:
         table, held = module.__dict__, []
         names = own_names(table)
         if registered:

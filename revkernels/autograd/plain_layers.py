@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -19,7 +19,7 @@ from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 
-__all__ = ["Options", "are_plain", "hold_more", "options_of", "plain", "unpatched"]
+__all__ = ["Options", "is_plain", "options_of", "plain", "unpatched"]
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -35,12 +35,13 @@ def plain(kind: Kind) -> Kind:
     return kind
 
 
-def are_plain(modules: Sequence[nn.Module]) -> bool:
-    """Whether all of them are of such classes, as these were at the start, and without hooks."""
-    kinds = set(map(type, modules))
-    if not kinds <= _known.keys() or any("forward" in module.__dict__ or has_hooks(module) for module in modules):
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is of such a class, as that was at the start, without hooks, and none of its attributes is a tensor,
+    as one in a parameter's place is, or a function, as in a method's place."""
+    kind = type(module)
+    if kind not in _known or "forward" in module.__dict__ or has_hooks(module) or not unpatched((kind,)):
         return False
-    return unpatched(kinds)
+    return _MORE.isdisjoint(map(type, list(module.__dict__.values())))
 
 
 def unpatched(kinds: Iterable[Any]) -> bool:
@@ -50,13 +51,6 @@ def unpatched(kinds: Iterable[Any]) -> bool:
         if kind.forward is not forward or kind.__call__ is not call:
             return False
     return nn.Module._call_impl is _call_impl and not has_global_hooks()
-
-
-def hold_more(modules: Sequence[nn.Module]) -> bool:
-    """Whether a tensor is an attribute of a module, as one in a parameter's place is, or a function, as in a method's
-    place."""
-    tables = [module.__dict__ for module in modules]
-    return not all(_MORE.isdisjoint(map(type, list(table.values()))) for table in tables)
 
 
 class Options(NamedTuple):

@@ -295,7 +295,7 @@ class Rebuilding:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
             outer, surroundings, undo = recomputes(), None, None
             is_same = step.snapshot.is_same()
-            attributes = attributes_of(() if is_same else step.snapshot.modules)
+            attributes = attributes_of(step.snapshot.looked_at(is_same))
             try:  # memory may run out at any of these
                 set_recomputing(True)
                 surroundings = self._surroundings.restore(step.drawn)

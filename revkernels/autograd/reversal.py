@@ -249,7 +249,7 @@ class Reversal(Rebuilding):
             step.kept = noting.settle()
         self._open = []
         after = self._surroundings.states()
-        step.drawn = drawn(before, after + states_of(own) if own else after, snapshot.plain is not None)
+        step.drawn = drawn(before, after + states_of(own) if own else after, snapshot.own is None)
         if moved(step.drawn):  # else all steps share one copy
             self._states = after
         return f

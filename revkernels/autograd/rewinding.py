@@ -76,6 +76,23 @@ def put_back(undo: Undo) -> None:
         hang(slots, name, tensor)
 
 
+def is_registered(modules: Sequence[nn.Module], tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter, perhaps under another name, as pruning leaves it."""
+    return any(now is tensor for module in modules for now in module._parameters.values())
+
+
+def hang_again(modules: Sequence[nn.Module], what: tuple[dict[str, Any], str, torch.Tensor], undo: Undo) -> None:
+    """A parameter or buffer of these modules: where it was taken away, as pruning does, with a plain attribute in its
+    place, which is found first."""
+    slots, name, tensor = what
+    for module in modules:
+        table = module.__dict__
+        if name in table and (slots is module._parameters or slots is module._buffers):
+            undo.append((table, name, table.pop(name)))
+    undo.append((slots, name, slots.get(name, MISSING)))
+    slots[name] = tensor
+
+
 def hang_flat_weights(modules: Sequence[nn.Module], undo: Undo) -> None:
     """Let recurrent layers compute with the parameters that hang on them: they read a list of these beside them, which
     they make anew where they notice that a parameter is another one, and not where that one was assigned to them."""

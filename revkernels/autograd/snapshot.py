@@ -16,17 +16,19 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.behind import Reached, behind, beside
+from revkernels.autograd.known_branch import KnownBranch, Tree, known_branch
 from revkernels.autograd.names import reads_running, writes_silently
 from revkernels.autograd.own_state import OwnState
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.plain_branch import PlainBranch, Tree, plain_branch
 from revkernels.autograd.rewinding import (
     MISSING,
     NONE,
     Slot,
     Undo,
     copies_of,
+    hang_again,
     hang_flat_weights,
+    is_registered,
     known_to_write,
     put_back,
     written_by,
@@ -64,8 +66,9 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("absent", "branch", "constant", "fixed", "flags", "generators", "hooks", "late", "modules", "others", "own"),
-        *("plain", "reads_running", "registered", "rewound", "statistics", "structure", "tree", "turn", "_held"),
+        *("absent", "branch", "constant", "fixed", "flags", "generators", "hooks", "kinds", "known", "late", "modules"),
+        *("others", "own", "reads_running", "registered", "rewound", "statistics", "structure", "tree", "turn"),
+        "_held",
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -75,72 +78,84 @@ class Snapshot:
         self.absent: list[tuple[dict[str, Any], str]] = []  # parameters and buffers that are None, as a layer's bias
         self.fixed: list[Slot] = []  # attributes that it has written in place, of which there is no copy
         self.late: set[int] = set()  # of these and of the constant ones, by id, those that it turned out to write
-        #: Tensors that are no parameters or buffers, and their versions: attributes of modules, what a function closes
-        #: over. Not kept alive.
+        #: Tensors that are no parameters or buffers, as attributes of modules, and their versions. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
-        self.structure: Structure | None = None  # once the forward is over
+        self.structure: Structure | None = None  # once the forward is over, of what is not known
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
         self._held: list[tuple[str, torch.Tensor]] = []
         self.generators: list[torch.Generator] = []
-        hidden: list[nn.Module] = []
-        #: What is known of it if nothing hangs on its modules but what they have registered, and what it was made of.
-        self.plain: PlainBranch | None = None
+        #: What is known of it, and what it is made of; None where it is looked through anew.
+        self.known: KnownBranch | None = None
         self.tree: Tree | None = None
-        known = plain_branch(branch) if isinstance(branch, nn.Module) else None
-        if known is not None:
-            self.plain, self.tree = known
+        self.kinds: Sequence[type] = NONE  # the classes of its modules that are not plain layers
+        found = known_branch(branch) if isinstance(branch, nn.Module) else None
+        if found is not None:
+            self.known, self.tree = found
             self.modules = self.tree[0]
+            code = [self.modules[number] for number in self.known.others]
+            self.kinds = (*map(type, code),)
         else:
-            self.modules = tree_of(branch) if isinstance(branch, nn.Module) else []
-            reached = beside(self.modules) if self.modules else behind(branch)
-            self._held += reached.tensors
-            self.generators = reached.generators
-            hidden = [module for module in reached.modules if not _is_scripted(module)]
+            self.modules = code = tree_of(branch) if isinstance(branch, nn.Module) else []
+        hidden = self._look_beside(code) if code or not self.modules else []
         if given:
             among = Reached(self.modules)
             among.look("an argument", list(given))
             self.generators += among.follow().generators
             if among.modules:
-                self.plain, self.modules = None, [*self.modules, *among.modules]
-        if not isinstance(branch, nn.Module):
-            self.modules += [module for module in hidden if module not in self.modules]
+                self.known, self.modules = None, [*self.modules, *among.modules]
         #: Behind so many come modules that the branch holds without having registered them, and may not run.
         self.registered = len(self.modules)
-        if isinstance(branch, nn.Module) and hidden:
-            self.modules += [module for module in hidden if module not in self.modules]
+        if hidden:
+            self.known, self.modules = None, list(dict.fromkeys((*self.modules, *hidden)))
+        if not isinstance(branch, nn.Module):
+            self.registered = len(self.modules)
+        #: What its modules have on themselves; None if all are plain layers, which have nothing.
         self.own: OwnState | None = None
         self.reads_running = False
-        if self.plain is not None:
-            self.turn: Any = self.plain.turn
-            return
-        self.own = OwnState(branch, self.modules)
-        for module in self.modules:
+        self.turn: Any = None if self.known is None else self.known.turn
+        if self.known is None or code:
+            self._look_into(self.modules if self.known is None else code)
+
+    def _look_beside(self, modules: Sequence[nn.Module]) -> list[nn.Module]:
+        """Note what the branch reaches, of which these modules are all or those that are worth a look. Returns modules
+        that it has not registered."""
+        reached = beside(modules, self.modules) if self.modules else behind(self.branch)
+        self._held += reached.tensors
+        self.generators = reached.generators
+        return [module for module in reached.modules if not _is_scripted(module)]
+
+    def _look_into(self, modules: Sequence[nn.Module]) -> None:
+        """Likewise what is on these."""
+        self.own = OwnState(self.branch, modules)
+        for module in modules:
             if _is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
-                    f"{type(branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to run "
-                    f"it again: set activations='store', or give the module that it was made of"
+                    f"{type(self.branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to"
+                    f" run it again: set activations='store', or give the module that it was made of"
                 )
         stateful = [module for module in self.modules if module._buffers]
-        #: Running statistics are rewound like other buffers, for code of the branch may look at them.
-        self.reads_running = bool(stateful) and reads_running(branch, self.modules[: self.registered])
+        # Running statistics are rewound like other buffers, for code of the branch may look at them.
+        self.reads_running = bool(stateful) and reads_running(self.branch, modules[: self.registered])
         if self.own.holders:
             stateful = list({*stateful, *self.own.holders})
-        self.turn = turn_of(stateful)
+        if self.known is None or self.own.holders:
+            self.turn = turn_of(stateful)
 
     def take(self) -> None:
         """Before the forward: note what there is."""
-        if self.plain is not None and self.plain.stateful and not self.is_same():
+        known = self.known
+        if known is not None and (known.stateful or (self.own and self.own.holders)) and not self.is_same():
             # Before this was its turn, another thread's recompute had the branch as its own forward had found it.
-            self.plain, self.modules = None, tree_of(self.branch)
+            self.known = known = None
+            self.modules = tree_of(self.branch)
             self.registered, self.own = len(self.modules), OwnState(self.branch, self.modules)
-        plain = self.plain
-        self.flags = [module.training for module in self.modules] if plain is None else plain.flags
-        self.hooks = _NO_HOOKS if plain is not None else Hooks(self.modules)
+        self.flags = [module.training for module in self.modules] if known is None else known.flags
+        self.hooks = _NO_HOOKS if known is not None else Hooks(self.modules)
         for place, module in enumerate(self.modules):
             parameters = module._parameters
             if parameters:
-                if plain is None and _is_scripted(module):
+                if known is None and _is_scripted(module):
                     parameters = dict(parameters.items())
                 for name, p in parameters.items():
                     if p is None:
@@ -149,15 +164,15 @@ class Snapshot:
                         self.constant.append(constant_of((parameters, name, p, version_of(p))))
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
-            if self.own is not None:
-                self._held += self.own.take(module, place < self.registered)
+        if self.own is not None:
+            self._held += self.own.take(self.registered)
         if self._held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
             self._held = []
 
     def _take_buffers(self, module: nn.Module, hidden: bool) -> None:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
-        if (only_statistics and self.reads_running) or (self.plain is None and writes_silently(module)):
+        if (only_statistics and self.reads_running) or (self.own is not None and writes_silently(module)):
             only_statistics = False
             written_by(module).update(module._buffers)
         written = known_to_write(module)
@@ -179,7 +194,8 @@ class Snapshot:
         ``counted``: batch norms that the recompute runs with the forward's statistics, so that it writes no buffers,
         once for each call.
         """
-        self.structure = Structure(self.modules) if self.plain is None else None
+        if self.known is None or (self.own is not None and not self.is_same()):  # it may have registered something
+            self.known, self.structure = None, Structure(self.modules)
         if self.absent:  # what the forward itself has made stays
             self.absent = [(slots, name) for slots, name in self.absent if slots.get(name) is None]
         if counted:
@@ -226,8 +242,8 @@ class Snapshot:
 
     def _stateful(self) -> list[nn.Module]:
         """Its modules with buffers, but for those that it may not run."""
-        if self.plain is not None:
-            return [self.modules[number] for number in self.plain.stateful]
+        if self.known is not None:
+            return [self.modules[number] for number in self.known.stateful]
         return [module for module in self.modules[: self.registered] if module._buffers]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
@@ -247,8 +263,14 @@ class Snapshot:
         return [tensor for tensor in tensors if not isinstance(tensor, UninitializedTensorMixin)]
 
     def is_same(self) -> bool:
-        """Whether it is a branch of plain layers, and these and what is registered in them what they were."""
-        return self.plain is not None and self.plain.tree(self.branch) == self.tree
+        """Whether it is a known branch, and its modules and what is registered in them what they were."""
+        return self.known is not None and self.known.is_tree(self.branch, self.tree)  # type: ignore[arg-type]
+
+    def looked_at(self, is_same: bool) -> Sequence[nn.Module]:
+        """Its modules, but for plain layers that `is_same` has seen."""
+        if not is_same:
+            return self.modules
+        return NONE if self.own is None else self.own.modules
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
@@ -321,11 +343,9 @@ class Snapshot:
                     undo.append((module.__dict__, "training", module.training))
                     module.__dict__["training"] = flag
         self.hooks.hang(self.modules, undo)
-        structure = self.structure
-        if self.plain is not None and self.tree is not None:
-            structure = self.plain.structure(self.tree)
-        if structure is not None:
-            structure.hang(self.modules, undo)
+        tree: Any = self.tree
+        structure: Any = self.structure if self.known is None else self.known.structure(tree, self.kinds)
+        structure.hang(self.modules, undo)
 
     def _restore(self, undo: Undo) -> None:
         before = len(undo)
@@ -358,27 +378,14 @@ class Snapshot:
         if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
             undo.append((slots, name, now))
             slots[name] = tensor
-        elif now is None and (not tensor.__dict__ or name in slots or self._is_registered(tensor)):
-            self._hang_again(slots, name, tensor, undo)  # else, with a mark on it, it was sharded then
+        elif now is None and (not tensor.__dict__ or name in slots or is_registered(self.modules, tensor)):
+            hang_again(self.modules, (slots, name, tensor), undo)  # else, with a mark on it, it was sharded then
         elif isinstance(now, nn.Parameter):
             raise ReconstructionError(
                 f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the group "
                 f"that it is sharded in is not gathered while this branch is run again. Give the branch a group of its "
                 f"own: fully_shard(branch)"
             )
-
-    def _is_registered(self, tensor: torch.Tensor) -> bool:
-        """Whether it is a parameter under another name, as pruning leaves it."""
-        return any(now is tensor for module in self.modules for now in module._parameters.values())
-
-    def _hang_again(self, slots: dict[str, Any], name: str, tensor: torch.Tensor, undo: Undo) -> None:
-        """Where it was taken away since, as pruning does, with a plain attribute in its place, which is found first."""
-        for module in self.modules:
-            table = module.__dict__
-            if name in table and (slots is module._parameters or slots is module._buffers):
-                undo.append((table, name, table.pop(name)))
-        undo.append((slots, name, slots.get(name, MISSING)))
-        slots[name] = tensor
 
     def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:
         for root in [self.branch] if isinstance(self.branch, nn.Module) else self.modules:

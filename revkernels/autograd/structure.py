@@ -49,10 +49,10 @@ class Structure:
         self._children = [_children_of(module) for module in modules]
         self._options = [options_of(module) for module in modules]
 
-    def of(self, children: list[dict[str, Any]]) -> Structure:
-        """The same of modules in which others are registered."""
+    def of(self, kinds: list[type], children: list[dict[str, Any]]) -> Structure:
+        """The same of modules that are of these classes, and in which these are registered."""
         made = object.__new__(Structure)
-        made._kinds, made._names, made._options, made._children = self._kinds, self._names, self._options, children
+        made._kinds, made._names, made._options, made._children = kinds, self._names, self._options, children
         return made
 
     def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:

@@ -156,7 +156,7 @@ def _state_of(generator: torch.Generator) -> tuple[torch.Tensor, bytes]:
 
 
 def drawn(before: States, after: States, plain: bool) -> Drawn:
-    """Those of ``before`` whose generator was drawn from; all, if the branch is not `Snapshot.plain`.
+    """Those of ``before`` whose generator was drawn from; all, if the branch is not ``plain``.
 
     Code of somebody else's may fork or seed a generator and leave it as it was, like one that draws nothing.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a branch of plain layers from one half-step to the next, and what it takes not to believe it."""
+"""What is known of a branch from one half-step to the next, and what it takes not to believe it."""
 
 import copy
 import gc
@@ -11,9 +11,9 @@ from torch import nn
 
 from behaviour.common import rows, torch
 from revkernels import native
-from revkernels.autograd import plain_branch as module
-from revkernels.autograd.plain_branch import plain_branch
-from revkernels.nn import ReversibleBlock, ReversibleSequential
+from revkernels.autograd import known_branch as module
+from revkernels.autograd.known_branch import known_branch
+from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -25,8 +25,23 @@ def branch():
     )
 
 
+class Code(nn.Module):
+    """The same with a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = branch()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def with_code():
+    return nn.Sequential(Code(), nn.Tanh())
+
+
 def known(layers):
-    found = plain_branch(layers)
+    found = known_branch(layers)
     assert found is not None
     return found
 
@@ -72,13 +87,51 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_it_is_another_one(change):
-    layers = branch()
+@pytest.mark.parametrize("make, inside", [(branch, lambda top: top), (with_code, lambda top: top[0].layers)])
+def test_it_is_another_one(change, make, inside):
+    layers = make()
     first, tree = known(layers)
-    change(layers)
-    assert first.tree(layers) != tree
-    found = plain_branch(layers)
+    assert first.is_tree(layers, tree)
+    change(inside(layers))
+    assert first.tree(layers) != tree and not first.is_tree(layers, tree)
+    found = known_branch(layers)
     assert found is None or found[1] != tree or found[0] is not first
+
+
+OF_CODE = {
+    "a layer": lambda code: setattr(code, "layers", nn.Linear(4, 4)),
+    "a layer more": lambda code: setattr(code, "last", nn.ReLU()),
+    "the mode": lambda code: setattr(code, "training", False),
+    "a parameter more": lambda code: setattr(code, "w", nn.Parameter(torch.ones(1))),
+    "a buffer more": lambda code: code.register_buffer("more", torch.ones(1)),
+    "a class": lambda code: setattr(code, "__class__", type("Other", (Code,), {})),
+    "a hook": lambda code: code.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("change", OF_CODE.values(), ids=OF_CODE)
+def test_code_is_another_one(change):
+    layers = with_code()
+    first, tree = known(layers)
+    assert [type(tree[0][number]) for number in first.others] == [Code]
+    layers[0].calls = 1  # its own affair
+    assert first.is_tree(layers, tree) and known(layers)[0] is first
+    change(layers[0])
+    assert not first.is_tree(layers, tree)
+
+
+def test_a_module_that_equals_another():
+    class Alike(nn.Module):
+        __hash__ = nn.Module.__hash__
+
+        def __eq__(self, other):
+            return True
+
+    layers = nn.Sequential(Alike(), nn.Tanh())
+    first, tree = known(layers)
+    layers[0] = Alike()
+    layers[0].__class__ = type(tree[0][1])
+    assert not first.is_tree(layers, tree)
 
 
 @pytest.mark.parametrize("everywhere", ["hooks", "forward", "call"])
@@ -92,12 +145,18 @@ def test_what_is_done_to_all_modules(everywhere, monkeypatch):
         original = getattr(kind, name)
         monkeypatch.setattr(kind, name, lambda self, *args, **kwargs: original(self, *args, **kwargs))
     try:
-        assert first.tree(layers) is None and plain_branch(layers) is None
+        found = known_branch(layers)
+        assert first.tree(layers) is None
+        if everywhere == "forward":
+            others = [type(found[1][0][number]) for number in found[0].others]
+            assert others == [nn.Linear, nn.Linear] and not first.others
+        else:
+            assert found is None
     finally:
         if everywhere == "hooks":
             handle.remove()
         monkeypatch.undo()
-    assert known(layers)[0] is first
+    assert first.tree(layers) is not None
 
 
 def test_nothing_is_kept_alive():
@@ -123,6 +182,23 @@ REFERENCES = {
     "a tuple": lambda layer, net: setattr(layer, "parents", (1, (net,))),
     "an item": lambda layer, net: layer.notes.setdefault("parent", net),
 }
+
+
+def test_a_class_may_refer_to_the_network():
+    def made():
+        net = nn.ModuleList()
+
+        class Knows(Code):
+            def forward(self, x, scale=1.0):
+                return super().forward(x) * len(net) * scale
+
+        net.append(ReversibleSequential(ReversibleBlock(FusedSequential(Knows(), nn.ReLU()), nn.Tanh())))
+        net[0](rows().float(), scale=2.0).sum().backward()
+        return weakref.ref(net)
+
+    ref = made()
+    gc.collect()
+    assert ref() is None
 
 
 @pytest.mark.parametrize("when", ["before", "after", "between"])
@@ -172,20 +248,37 @@ def test_without_the_extension(monkeypatch):
     for there in (True, False):
         if not there:
             monkeypatch.setattr(native, "module_tree", lambda *_: None)
+            monkeypatch.setattr(native, "is_module_tree", lambda *_: False)
         torch.manual_seed(0)
         net.zero_grad()
         net(x).square().sum().backward()
         found.append([p.grad.clone() for p in net.parameters()])
-    assert plain_branch(layers) is None
+    assert known_branch(layers) is None
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_what_is_no_module_is_refused():
     """By the extension itself, of which nothing else is asked."""
-    assert native.module_tree(nn.Identity(), []) is None
+    one = nn.Identity()
+    assert native.module_tree(one, []) is None and not native.is_module_tree(one, [], [], [])
     with pytest.raises(AttributeError):
-        native.module_tree(3, [(int, (), b"")])
-    for rows_ in ([3], [(nn.Identity,)], [(nn.Identity, [], b"")], [(nn.Identity, (), "")]):
+        native.module_tree(3, [(int, None, (), b"")])
+    for row in (
+        3,
+        (nn.Identity,),
+        (nn.Identity, None, [], b""),
+        (nn.Identity, None, (), ""),
+        (nn.Identity, 3, (), b""),
+    ):
         with pytest.raises(TypeError):
-            native.module_tree(nn.Identity(), rows_)
-    assert native.module_tree(nn.Identity(), [(nn.Identity, (), b"")]) is None
+            native.module_tree(one, [row])
+    for row in ((nn.Identity, None, (1,), b""), (nn.Identity, ("training",), (), b""), (nn.Identity, (), (1,), b"a")):
+        with pytest.raises(ValueError, match="ask"):
+            native.module_tree(one, [row])
+    assert native.module_tree(one, [(nn.Identity, None, (), b"")]) is None  # more hangs on it
+    assert native.module_tree(one, [(nn.Identity, ("nothing",), (1,), b"\0")]) is None
+    assert native.module_tree(one, [(nn.Identity, (), (), b"")]) == ([one], [])
+    for rest in (([one], []), ([one], [None]), ([one, one], []), ([nn.Identity()], [])):
+        assert native.is_module_tree(one, [(nn.Identity, (), (), b"")], *rest) == (rest == ([one], []))
+    with pytest.raises(TypeError):
+        native.is_module_tree(one, [(nn.Identity, (), (), b"")], (one,), [])

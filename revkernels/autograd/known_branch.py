@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A branch that was looked through once, and is asked from then on whether it is still the same.
+
+A half-step has to know that twice, and what is asked lies all over the memory: the extension asks. Of layers that are
+plain that is all there is to know; what modules with code of somebody's own hold is looked at besides.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from revkernels import native
+from revkernels.autograd.known_layers import has_hooks
+from revkernels.autograd.plain_layers import is_plain, unpatched
+from revkernels.autograd.structure import Structure, tree_of
+from revkernels.autograd.turns import turn_of
+
+__all__ = ["KnownBranch", "Tree", "known_branch"]
+
+#: A branch's modules, itself first, and what is registered in them, one after another.
+Tree = tuple[list[nn.Module], list[Any]]
+
+_known: weakref.WeakKeyDictionary[nn.Module, KnownBranch] = weakref.WeakKeyDictionary()
+_SAME, _EMPTY, _NAMES, _MODULES, _CLASS = range(5)  # what the extension is to ask
+_ASKED = {
+    "training": _SAME,
+    **dict.fromkeys(("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"), _EMPTY),
+    **dict.fromkeys(("_parameters", "_buffers"), _NAMES),
+    "_modules": _MODULES,
+}
+_HEAP_TYPE = 1 << 9  # of Python's type flags: of a class that was made by a class statement
+
+
+def known_branch(branch: nn.Module) -> tuple[KnownBranch, Tree] | None:
+    """What is known of a branch; None of one with hooks on its modules or on all modules, or with scripted modules."""
+    known = _known.get(branch)
+    if known is not None and (tree := known.tree(branch)) is not None:
+        return known, tree
+    modules = tree_of(branch)
+    if not unpatched(()) or any(has_hooks(module) or type(module._modules) is not dict for module in modules):
+        return None  # a scripted module's are no dictionaries
+    known = KnownBranch(modules)
+    tree = known.tree(branch)
+    if tree is None:  # without the extension, or with something unheard of in a registry's place
+        return None
+    _known[branch] = known
+    return known, tree
+
+
+class KnownBranch:
+    """Of a branch, which this does not hold, nor its layers and tensors: it is there for as long as the branch is.
+
+    Attributes:
+        others: the numbers of the modules that are not plain. Of these only what follows is known, what is registered
+            in them, and that they have no hooks.
+        flags: whether each module is in training mode.
+        stateful: the numbers of the modules with buffers.
+        turn: the right to run them.
+    """
+
+    __slots__ = ("_kinds", "_rows", "_structure", "flags", "others", "stateful", "turn")
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        plain = list(map(is_plain, modules))
+        self.others = [number for number, is_ in enumerate(plain) if not is_]
+        self.flags = [module.training for module in modules]
+        self.stateful = [number for number, module in enumerate(modules) if module._buffers]
+        self.turn = turn_of([modules[number] for number in self.stateful])
+        self._structure = Structure(modules).of([], [])
+        self._kinds = {type(module) for module, is_ in zip(modules, plain, strict=True) if is_}
+        self._rows = list(map(_row_of, modules, plain))
+
+    def tree(self, branch: nn.Module) -> Tree | None:
+        """The branch as it is now; None if it is not what it was, or a layer no longer plain."""
+        tree: Tree | None = native.module_tree(branch, self._rows)
+        return tree if unpatched(self._kinds) else None
+
+    def is_tree(self, branch: nn.Module, tree: Tree) -> bool:
+        """Whether that is still this tree."""
+        return native.is_module_tree(branch, self._rows, *tree) and unpatched(self._kinds)
+
+    def structure(self, tree: Tree, kinds: Iterable[type]) -> Structure:
+        """That of the branch when it was this tree, whose ``others`` were of these classes."""
+        registered, at, left = [], 0, iter(kinds)
+        for _, _, held, asked in self._rows:
+            below = held[asked.index(_MODULES)]
+            registered.append(dict(zip(below, tree[1][at : at + len(below)], strict=True)))
+            at += len(below)
+        return self._structure.of([row[0] if row[1] is None else next(left) for row in self._rows], registered)
+
+
+#: A module's class, or a reference to it; of which attributes something is asked, None for all in their order; what
+#: hangs there, or what is known of that; and what is to be asked of each of these.
+_Row = tuple[Any, tuple[str, ...] | None, tuple[Any, ...], bytes]
+
+
+def _row_of(module: nn.Module, plain: bool) -> _Row:
+    table = module.__dict__.copy()
+    names = None if plain else tuple(name for name in _ASKED if name in table)
+    hung = [(name, table[name]) for name in names or table]
+    asked = bytes(_ASKED.get(name, _SAME if _is_value(held) else _CLASS) for name, held in hung)
+    known = tuple(_known_of(held, ask) for (_, held), ask in zip(hung, asked, strict=True))
+    return type(module) if plain else _class_of(module), names, known, asked
+
+
+def _known_of(held: Any, ask: int) -> Any:
+    if ask == _EMPTY:
+        return None
+    if ask == _CLASS:
+        return _class_of(held)
+    return held if ask == _SAME else tuple(held)
+
+
+def _class_of(held: Any) -> Any:
+    """Its class, or a weak reference: one that was made in a function may refer to the branch."""
+    kind = type(held)
+    return weakref.ref(kind) if kind.__flags__ & _HEAP_TYPE else kind
+
+
+def _is_value(held: Any) -> bool:
+    """Whether it is like a number, and refers to nothing: what may refer to the branch must not be held here."""
+    if type(held) is tuple:
+        return all(map(_is_value, held))
+    return not gc.is_tracked(held) and (type(held) is str or not hasattr(held, "__len__"))
