@@ -344,8 +344,9 @@ class Snapshot:
                     module.__dict__["training"] = flag
         self.hooks.hang(self.modules, undo)
         tree: Any = self.tree
-        structure: Any = self.structure if self.known is None else self.known.structure(tree, self.kinds)
-        structure.hang(self.modules, undo)
+        structure = self.structure if self.known is None else self.known.structure(tree, self.kinds)
+        if structure is not None:  # there is none of a branch that is run for an inverse, and not to be run again
+            structure.hang(self.modules, undo)
 
     def _restore(self, undo: Undo) -> None:
         before = len(undo)

@@ -257,6 +257,17 @@ def test_without_the_extension(monkeypatch):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("what", ["a hook", "a function", "a module beside"])
+def test_an_inverse_of_a_branch_of_which_nothing_is_known(what):
+    code, x = Code().eval(), rows().float()
+    if what == "a hook":
+        code.layers[1].register_forward_hook(lambda *_: None)
+    elif what == "a module beside":
+        code.beside = [nn.Linear(4, 4)]
+    net = ReversibleSequential(ReversibleBlock(code if what != "a function" else lambda h: code(h), nn.Tanh()))
+    torch.testing.assert_close(net.inverse(net(x)), x)
+
+
 def test_what_is_no_module_is_refused():
     """By the extension itself, of which nothing else is asked."""
     one = nn.Identity()
