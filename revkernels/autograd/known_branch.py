@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from revkernels import native
+from revkernels.autograd.behind import own_names
 from revkernels.autograd.known_layers import has_hooks
-from revkernels.autograd.plain_layers import is_plain, unpatched
+from revkernels.autograd.plain_layers import has_options, is_plain, unpatched
 from revkernels.autograd.structure import Structure, tree_of
 from revkernels.autograd.turns import turn_of
 
@@ -42,9 +43,12 @@ def known_branch(branch: nn.Module) -> tuple[KnownBranch, Tree] | None:
     if known is not None and (tree := known.tree(branch)) is not None:
         return known, tree
     modules = tree_of(branch)
-    if not unpatched(()) or any(has_hooks(module) or type(module._modules) is not dict for module in modules):
-        return None  # a scripted module's are no dictionaries
-    known = KnownBranch(modules)
+    if not unpatched(()) or not all(map(_is_usual, modules)):
+        return None
+    structure = Structure(modules)
+    if not all(map(_is_value, structure.options())):  # it may refer to the branch
+        return None
+    known = KnownBranch(modules, structure)
     tree = known.tree(branch)
     if tree is None:  # without the extension, or with something unheard of in a registry's place
         return None
@@ -57,7 +61,7 @@ class KnownBranch:
 
     Attributes:
         others: the numbers of the modules that are not plain. Of these only what follows is known, what is registered
-            in them, and that they have no hooks.
+            in them, that they have no hooks, and the options of one of torch's own that has more than these.
         flags: whether each module is in training mode.
         stateful: the numbers of the modules with buffers.
         turn: the right to run them.
@@ -65,13 +69,13 @@ class KnownBranch:
 
     __slots__ = ("_kinds", "_rows", "_structure", "flags", "others", "stateful", "turn")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], structure: Structure) -> None:
         plain = list(map(is_plain, modules))
         self.others = [number for number, is_ in enumerate(plain) if not is_]
         self.flags = [module.training for module in modules]
         self.stateful = [number for number, module in enumerate(modules) if module._buffers]
         self.turn = turn_of([modules[number] for number in self.stateful])
-        self._structure = Structure(modules).of([], [])
+        self._structure = structure.of([], [])
         self._kinds = {type(module) for module, is_ in zip(modules, plain, strict=True) if is_}
         self._rows = list(map(_row_of, modules, plain))
 
@@ -99,9 +103,15 @@ class KnownBranch:
 _Row = tuple[Any, tuple[str, ...] | None, tuple[Any, ...], bytes]
 
 
+def _is_usual(module: nn.Module) -> bool:
+    """Whether it has no hooks, and what there is to ask of: a scripted module's are no dictionaries."""
+    return not has_hooks(module) and type(module._modules) is dict and _ASKED.keys() <= module.__dict__.keys()
+
+
 def _row_of(module: nn.Module, plain: bool) -> _Row:
     table = module.__dict__.copy()
-    names = None if plain else tuple(name for name in _ASKED if name in table)
+    own = own_names(table) if has_options(module) else []
+    names = None if plain else (*_ASKED, *(name for name in own if _is_value(table[name])))
     hung = [(name, table[name]) for name in names or table]
     asked = bytes(_ASKED.get(name, _SAME if _is_value(held) else _CLASS) for name, held in hung)
     known = tuple(_known_of(held, ask) for (_, held), ask in zip(hung, asked, strict=True))

@@ -19,7 +19,7 @@ from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 
-__all__ = ["Options", "is_plain", "options_of", "plain", "unpatched"]
+__all__ = ["Options", "has_options", "is_plain", "options_of", "plain", "unpatched"]
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -73,6 +73,11 @@ def options_of(module: nn.Module) -> tuple[Options | None, tuple[Any, ...] | Non
     except KeyError:  # the first one had attributes of somebody's own
         options = _options[kind] = _options_named(name for name in options.names if name in table)
         return options, options.read(table)
+
+
+def has_options(module: nn.Module) -> bool:
+    """Whether it is of one of these classes, plain or not."""
+    return type(module) in _known
 
 
 def _options_named(names: Iterable[str]) -> Options:

@@ -5,7 +5,7 @@ on them. It is run again with those of the forward, as stored activations are di
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -48,6 +48,10 @@ class Structure:
         self._names = [(*module._parameters.keys(),) for module in modules]
         self._children = [_children_of(module) for module in modules]
         self._options = [options_of(module) for module in modules]
+
+    def options(self) -> Iterator[Any]:
+        """The values of all options."""
+        return itertools.chain.from_iterable(values for _, values in self._options if values)
 
     def of(self, kinds: list[type], children: list[dict[str, Any]]) -> Structure:
         """The same of modules that are of these classes, and in which these are registered."""

@@ -12,6 +12,7 @@ from torch import nn
 from behaviour.common import rows, torch
 from revkernels import native
 from revkernels.autograd import known_branch as module
+from revkernels.autograd import plain_layers
 from revkernels.autograd.known_branch import known_branch
 from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential
 
@@ -182,6 +183,19 @@ REFERENCES = {
     "a tuple": lambda layer, net: setattr(layer, "parents", (1, (net,))),
     "an item": lambda layer, net: layer.notes.setdefault("parent", net),
 }
+
+
+def test_an_option_may_refer_to_the_network(monkeypatch):
+    """What the first layer of a class has on it is taken for an option of all."""
+    monkeypatch.setattr(plain_layers, "_options", {})
+    code = Code()
+    code.layers[0][1].parents = (code,)
+    ReversibleSequential(ReversibleBlock(code, nn.Tanh()))(rows().float()).sum().backward()
+    assert "parents" in plain_layers._options[nn.ReLU].names
+    ref = weakref.ref(code)
+    del code
+    gc.collect()
+    assert ref() is None
 
 
 def test_a_class_may_refer_to_the_network():

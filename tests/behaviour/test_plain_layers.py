@@ -190,6 +190,14 @@ def made_of_layers():
     return nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.Dropout(0.2), nn.Tanh()).to(WIDE)
 
 
+def with_tensors():
+    """Layers that are no longer plain, for each has a tensor on it."""
+    layers = made_of_layers()
+    for layer in layers:
+        layer.mark = torch.zeros(1)
+    return layers
+
+
 def other_options(layers):
     layers[0].eps, layers[0].momentum, layers[3].p = 0.5, 0.7, 0.6
 
@@ -214,7 +222,7 @@ def renamed(layers):
 
 
 @pytest.mark.parametrize("change", [other_options, other_layers, a_layer_more, a_layer_less, renamed])
-@pytest.mark.parametrize("make", [made_of_layers, Holds, lambda: FusedSequential(*made_of_layers())])
+@pytest.mark.parametrize("make", [made_of_layers, with_tensors, Holds, lambda: FusedSequential(*made_of_layers())])
 def test_run_again_on_the_layers_of_the_forward(make, change, options):
     """Two forwards before the backward: each is differentiated through the layers, and with the options, that it ran
     with; and what is there then stays."""
