@@ -12,7 +12,7 @@ from torch import nn
 
 from revkernels.autograd.behind import own_names
 
-__all__ = ["attributes_of", "put_attributes_back"]
+__all__ = ["CONTAINERS", "attributes_of", "put_attributes_back"]
 
 #: Of a module: its ``__dict__``, what it holds there besides what every module has, and the contents of containers.
 Attributes = list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]]
@@ -26,7 +26,7 @@ def attributes_of(modules: Sequence[nn.Module]) -> Attributes:
         containers: list[tuple[Any, Any]] = []
         room = _ROOM
         for value in own.values():
-            if type(value) in _CONTAINERS:
+            if type(value) in CONTAINERS:
                 room = _copy(value, containers, _DEPTH, room)
         found.append((module.__dict__, own, containers))
     return found
@@ -60,7 +60,7 @@ def _copy(container: Any, into: list[tuple[Any, Any]], depth: int, room: int) ->
     room -= len(contents)
     if depth and not isinstance(container, set):
         for value in contents.values() if isinstance(contents, dict) else contents:
-            if type(value) in _CONTAINERS:
+            if type(value) in CONTAINERS:
                 room = _copy(value, into, depth - 1, room)
     return room
 
@@ -88,7 +88,7 @@ def _put_back(container: Any, contents: Any) -> None:
             del container[index]
 
 
-_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
 _DEPTH = 2  # containers in containers
 _ROOM = 256  # items of a module's containers that are copied
 _FEW = 1024  # items that are looked at for tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from revkernels import native
 from revkernels.autograd.behind import own_names
 from revkernels.autograd.known_layers import has_hooks
 from revkernels.autograd.plain_layers import has_options, is_plain, unpatched
+from revkernels.autograd.rewinding import MISSING
 from revkernels.autograd.structure import Structure, tree_of
 from revkernels.autograd.turns import turn_of
 
@@ -25,6 +26,9 @@ __all__ = ["KnownBranch", "Tree", "known_branch"]
 
 #: A branch's modules, itself first, and what is registered in them, one after another.
 Tree = tuple[list[nn.Module], list[Any]]
+
+#: A module, where something hangs, its name, and None or `MISSING`, which was there before.
+Gap = tuple[nn.Module, dict[str, Any], str, Any]
 
 _known: weakref.WeakKeyDictionary[nn.Module, KnownBranch] = weakref.WeakKeyDictionary()
 _SAME, _EMPTY, _NAMES, _MODULES, _CLASS = range(5)  # what the extension is to ask
@@ -67,7 +71,7 @@ class KnownBranch:
         turn: the right to run them.
     """
 
-    __slots__ = ("_kinds", "_rows", "_structure", "flags", "others", "stateful", "turn")
+    __slots__ = ("_kinds", "_names", "_rows", "_structure", "flags", "others", "stateful", "turn")
 
     def __init__(self, modules: Sequence[nn.Module], structure: Structure) -> None:
         plain = list(map(is_plain, modules))
@@ -77,6 +81,7 @@ class KnownBranch:
         self.turn = turn_of([modules[number] for number in self.stateful])
         self._structure = structure.of([], [])
         self._kinds = {type(module) for module, is_ in zip(modules, plain, strict=True) if is_}
+        self._names = [tuple(module.__dict__) if is_ else () for module, is_ in zip(modules, plain, strict=True)]
         self._rows = list(map(_row_of, modules, plain))
 
     def tree(self, branch: nn.Module) -> Tree | None:
@@ -87,6 +92,20 @@ class KnownBranch:
     def is_tree(self, branch: nn.Module, tree: Tree) -> bool:
         """Whether that is still this tree."""
         return native.is_module_tree(branch, self._rows, *tree) and unpatched(self._kinds)
+
+    def gaps(self, tree: Tree) -> Iterator[Gap]:
+        """Where nothing was on its plain layers, or None, when it was this tree, and something is now."""
+        for module, names, (_, _, known, _) in zip(tree[0], self._names, self._rows, strict=True):
+            if not names:
+                continue
+            table, buffers = module.__dict__, module._buffers
+            then = dict(zip(names, known, strict=True))
+            for name in own_names(table):
+                if then.get(name) is None and table.get(name) is not None:
+                    yield module, table, name, None if name in then else MISSING
+            for name in list(buffers):
+                if name not in then["_buffers"]:
+                    yield module, buffers, name, MISSING
 
     def structure(self, tree: Tree, kinds: Iterable[type]) -> Structure:
         """That of the branch when it was this tree, whose ``others`` were of these classes."""

@@ -55,6 +55,7 @@ class OwnState:
         "branch",
         "comes_back",
         "containers",
+        "gaps",
         "holders",
         "hung",
         "loose",
@@ -81,6 +82,8 @@ class OwnState:
         self.containers: list[tuple[Any, Any]] = []
         #: What hangs where before the forward.
         self.tables: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        #: Where nothing was before it on layers that are not among the modules, and something is now.
+        self.gaps: list[tuple[nn.Module, dict[str, Any], str, Any]] = []
         self.asked = times_asked()
 
     def take(self, registered: int) -> list[tuple[str, torch.Tensor]]:
@@ -143,13 +146,18 @@ class OwnState:
                     self.blank.append((table, name, was))
                 if asked and (blank or is_state(was)):
                     self._tell(module, name)
+        for module, table, name, was in self.gaps:
+            if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
+                self.blank.append((table, name, was))
+                if asked:
+                    self._tell(module, name)
         for container, before in () if asked else self.containers:
             # What has been added since may be another thread's.
             for key, was in before.items() if type(before) is dict else enumerate(before):
                 value = item_of(container, key)
                 if value is not was and is_state(value) and (was is None or is_state(was)):
                     self.replaced.append((container, key, was))
-        self.loose = self.tables = self.containers = NONE
+        self.loose = self.tables = self.containers = self.gaps = NONE
         self.holders, self.hung = self.holders or NONE, self.hung or NONE
         self.blank, self.replaced = self.blank or NONE, self.replaced or NONE
         return changed

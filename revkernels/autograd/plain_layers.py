@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from revkernels.autograd.attributes import CONTAINERS
 from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.rewinding import is_state
 
 __all__ = ["Options", "has_options", "is_plain", "options_of", "plain", "unpatched"]
 
@@ -37,11 +39,23 @@ def plain(kind: Kind) -> Kind:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it is of such a class, as that was at the start, without hooks, and none of its attributes is a tensor,
-    as one in a parameter's place is, or a function, as in a method's place."""
-    kind = type(module)
-    if kind not in _known or "forward" in module.__dict__ or has_hooks(module) or not unpatched((kind,)):
+    as one in a parameter's place is, or a function, as in a method's place, or something in which the code of a module
+    above may keep what it reads in its next call."""
+    kind, table = type(module), module.__dict__
+    if kind not in _known or "forward" in table or has_hooks(module) or not unpatched((kind,)):
         return False
-    return _MORE.isdisjoint(map(type, list(module.__dict__.values())))
+    if not _MORE.isdisjoint(map(type, list(table.values()))):
+        return False
+    return not any(_may_keep(table.get(name)) for name in own_names(table) if name not in _OF_RECURRENT)
+
+
+def _may_keep(value: Any) -> bool:
+    """Whether it is a container, and no list of numbers, as a padding is."""
+    if type(value) is tuple:
+        return is_state(value)
+    if type(value) is list and value:
+        return not _NUMBERS.issuperset(map(type, list(value)))
+    return type(value) in CONTAINERS
 
 
 def unpatched(kinds: Iterable[Any]) -> bool:
@@ -93,6 +107,9 @@ def _reader(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...
 
 _options: dict[type, Options] = {}  # of each class, what all of its modules have that were met
 _OPTIONS = frozenset((int, float, bool, str, tuple, type(None)))
+_NUMBERS = frozenset((int, float))
+#: Lists of parameters and names that these have.
+_OF_RECURRENT = frozenset(("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights"))
 _MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
 
 

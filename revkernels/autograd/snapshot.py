@@ -194,10 +194,17 @@ class Snapshot:
         ``counted``: batch norms that the recompute runs with the forward's statistics, so that it writes no buffers,
         once for each call.
         """
-        if self.known is None or (self.own is not None and not self.is_same()):  # it may have registered something
-            self.known, self.structure = None, Structure(self.modules)
-        if self.absent:  # what the forward itself has made stays
+        made = [(slots, name) for slots, name in self.absent if slots.get(name) is not None]
+        if made:  # what the forward itself has made stays
             self.absent = [(slots, name) for slots, name in self.absent if slots.get(name) is None]
+        if self.known is None:
+            self.structure = Structure(self.modules)
+        elif self.own is not None:
+            stateful = self._stateful() if made else ()
+            self.own.gaps = [(m, slots, name, None) for slots, name in made for m in stateful if m._buffers is slots]
+            if not self.is_same():  # it may have registered something, or hung it on a plain layer
+                self.own.gaps += self.known.gaps(self.tree)  # type: ignore[arg-type]
+                self.known, self.structure = None, Structure(self.modules)
         if counted:
             self._set_aside(counted)
         if self.rewound:

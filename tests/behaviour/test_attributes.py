@@ -23,7 +23,7 @@ class Keeps(nn.Module):
         super().__init__()
         self.linear, self.how = nn.Linear(width, width), how
         self.aux, self.all, self.named, self.queue = None, [], collections.OrderedDict(), collections.deque(maxlen=9)
-        self.counted = 0
+        self.counted, self.linear.all = 0, []
 
     def forward(self, h):
         aux = (h.softmax(-1).mean(0) ** 2).sum()
@@ -43,6 +43,8 @@ class Keeps(nn.Module):
             self.named.setdefault("losses", [[]])[0].append(aux)
         elif self.how == "deque":
             self.queue.append((aux, 1))
+        elif self.how == "layer's list":
+            self.linear.all.append(aux)
         else:
             self.linear.seen = aux
         return self.linear(h).tanh()
@@ -56,15 +58,17 @@ class Keeps(nn.Module):
             "deque": lambda: self.queue[-1][0],
             "tuple": lambda: self.aux[0],
             "layer": lambda: self.linear.seen,
+            "layer's list": lambda: self.linear.all[0],
             "attribute": lambda: self.aux,
         }
         return found[self.how]()
 
     def count(self):
-        return len(self.all), len(self.named), len(self.queue), len(self.named.get("losses", [[]])[0])
+        lists = (self.all, self.linear.all, self.named, self.queue, self.named.get("losses", [[]])[0])
+        return (*map(len, lists),)
 
 
-WAYS = ["attribute", "tuple", "list", "long", "dictionary", "nested", "deque", "layer"]
+WAYS = ["attribute", "tuple", "list", "long", "dictionary", "nested", "deque", "layer", "layer's list"]
 
 
 @pytest.mark.parametrize("how", WAYS)

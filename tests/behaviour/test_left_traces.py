@@ -138,7 +138,44 @@ class SharesWithAnother(Linear):
         return self.inner(h)
 
 
+class OnALayer(Linear):
+    """What torch's own layer, which reads nothing of it, has on it from this one's last call."""
+
+    def __init__(self, hang=lambda layer: None, of=lambda layer: layer.__dict__, name="mean", each=lambda mean: mean):
+        super().__init__()
+        hang(self.linear)
+        self.of, self.name, self.each = of, name, each
+
+    def before(self, h):
+        table = self.of(self.linear)
+        try:
+            mean = table[self.name]
+        except KeyError:
+            mean = None
+        mean = 0 if mean is None else mean[0] if isinstance(mean, tuple) else mean
+        table[self.name] = self.each(h.detach().mean(0) + 0.5 * mean)
+        return h - mean
+
+
+def zero():
+    return torch.zeros(4, dtype=WIDE)
+
+
 CASES = {
+    "a layer's attribute is None at first": lambda: OnALayer(lambda layer: setattr(layer, "mean", None)),
+    "a layer has no attribute at first": OnALayer,
+    "a layer has a tensor": lambda: OnALayer(lambda layer: setattr(layer, "mean", zero())),
+    "a layer has a tuple": lambda: OnALayer(lambda layer: setattr(layer, "mean", (zero(),)), each=lambda mean: (mean,)),
+    "a layer's list": lambda: OnALayer(
+        lambda layer: setattr(layer, "means", [zero()]), lambda layer: layer.means, name=0
+    ),
+    "a layer's dictionary": lambda: OnALayer(
+        lambda layer: setattr(layer, "means", {0: None}), lambda layer: layer.means, name=0
+    ),
+    "a layer's buffer is None at first": lambda: OnALayer(
+        lambda layer: layer.register_buffer("mean", None), lambda layer: layer._buffers
+    ),
+    "a layer has no buffer at first": lambda: OnALayer(of=lambda layer: layer._buffers),
     "a helper forks": Forks,
     "a helper seeds": Seeds,
     "reads running statistics": Reads,
