@@ -49,10 +49,9 @@ def known_branch(branch: nn.Module) -> tuple[KnownBranch, Tree] | None:
     modules = tree_of(branch)
     if not unpatched(()) or not all(map(_is_usual, modules)):
         return None
-    structure = Structure(modules)
-    if not all(map(_is_value, structure.options())):  # it may refer to the branch
+    known = KnownBranch(modules)
+    if not known.may_be_held():
         return None
-    known = KnownBranch(modules, structure)
     tree = known.tree(branch)
     if tree is None:  # without the extension, or with something unheard of in a registry's place
         return None
@@ -68,21 +67,25 @@ class KnownBranch:
             in them, that they have no hooks, and the options of one of torch's own that has more than these.
         flags: whether each module is in training mode.
         stateful: the numbers of the modules with buffers.
-        turn: the right to run them.
     """
 
-    __slots__ = ("_kinds", "_names", "_rows", "_structure", "flags", "others", "stateful", "turn")
+    __slots__ = ("_kinds", "_names", "_rows", "_structure", "_turn", "flags", "others", "stateful")
 
-    def __init__(self, modules: Sequence[nn.Module], structure: Structure) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         plain = list(map(is_plain, modules))
-        self.others = [number for number, is_ in enumerate(plain) if not is_]
-        self.flags = [module.training for module in modules]
-        self.stateful = [number for number, module in enumerate(modules) if module._buffers]
-        self.turn = turn_of([modules[number] for number in self.stateful])
-        self._structure = structure.of([], [])
+        tables = [module.__dict__.copy() for module in modules]  # once: another thread's recompute may change them
+        self._rows = list(map(_row_of, modules, tables, plain))
+        self._names = [tuple(table) if is_ else () for table, is_ in zip(tables, plain, strict=True)]
         self._kinds = {type(module) for module, is_ in zip(modules, plain, strict=True) if is_}
-        self._names = [tuple(module.__dict__) if is_ else () for module, is_ in zip(modules, plain, strict=True)]
-        self._rows = list(map(_row_of, modules, plain))
+        self._structure = Structure(modules).of([], [])
+        self.others = [number for number, is_ in enumerate(plain) if not is_]
+        self.flags = [table["training"] for table in tables]
+        self.stateful = [number for number, table in enumerate(tables) if table["_buffers"]]
+        self._turn = self._turn_of([modules[number] for number in self.stateful])
+
+    def may_be_held(self) -> bool:
+        """Whether no option refers to something, such as the branch."""
+        return all(map(_is_value, self._structure.options()))
 
     def tree(self, branch: nn.Module) -> Tree | None:
         """The branch as it is now; None if it is not what it was, or a layer no longer plain."""
@@ -92,6 +95,18 @@ class KnownBranch:
     def is_tree(self, branch: nn.Module, tree: Tree) -> bool:
         """Whether that is still this tree."""
         return native.is_module_tree(branch, self._rows, *tree) and unpatched(self._kinds)
+
+    def turn(self, modules: Sequence[nn.Module]) -> Any:
+        """The right to run these, which it is made of now: perhaps others than at first, that are like them."""
+        refs, turn = self._turn
+        stateful = [modules[number] for number in self.stateful]
+        if any(ref() is not module for ref, module in zip(refs, stateful, strict=True)):
+            _, turn = self._turn = self._turn_of(stateful)
+        return turn
+
+    @staticmethod
+    def _turn_of(stateful: Sequence[nn.Module]) -> tuple[list[weakref.ref[nn.Module]], Any]:
+        return list(map(weakref.ref, stateful)), turn_of(stateful)
 
     def gaps(self, tree: Tree) -> Iterator[Gap]:
         """Where nothing was on its plain layers, or None, when it was this tree, and something is now."""
@@ -127,8 +142,7 @@ def _is_usual(module: nn.Module) -> bool:
     return not has_hooks(module) and type(module._modules) is dict and _ASKED.keys() <= module.__dict__.keys()
 
 
-def _row_of(module: nn.Module, plain: bool) -> _Row:
-    table = module.__dict__.copy()
+def _row_of(module: nn.Module, table: dict[str, Any], plain: bool) -> _Row:
     own = own_names(table) if has_options(module) else []
     names = None if plain else (*_ASKED, *(name for name in own if _is_value(table[name])))
     hung = [(name, table[name]) for name in names or table]

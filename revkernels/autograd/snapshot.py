@@ -113,7 +113,7 @@ class Snapshot:
         #: What its modules have on themselves; None if all are plain layers, which have nothing.
         self.own: OwnState | None = None
         self.reads_running = False
-        self.turn: Any = None if self.known is None else self.known.turn
+        self.turn: Any = None if self.known is None else self.known.turn(self.modules)
         if self.known is None or code:
             self._look_into(self.modules if self.known is None else code)
 

@@ -14,6 +14,7 @@ from revkernels import native
 from revkernels.autograd import known_branch as module
 from revkernels.autograd import plain_layers
 from revkernels.autograd.known_branch import known_branch
+from revkernels.autograd.snapshot import Snapshot
 from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -183,6 +184,17 @@ REFERENCES = {
     "a tuple": lambda layer, net: setattr(layer, "parents", (1, (net,))),
     "an item": lambda layer, net: layer.notes.setdefault("parent", net),
 }
+
+
+@pytest.mark.parametrize("make, place", [(branch, "0"), (with_code, "0.layers.0")])
+def test_the_turn_is_that_of_the_layers_of_now(make, place):
+    """Of another norm in the place of one like it, which another branch has too."""
+    first, second = make(), make()
+    for layers in (first, second, first):
+        Snapshot(layers)
+    first.set_submodule(place + ".0", second.get_submodule(place + ".0"))
+    turns = [Snapshot(layers).turn.locks for layers in (first, second)]
+    assert turns[0] == turns[1] and len(turns[0]) == 1
 
 
 def test_an_option_may_refer_to_the_network(monkeypatch):
