@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 
 from revkernels.autograd.attributes import CONTAINERS
@@ -50,12 +51,13 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _may_keep(value: Any) -> bool:
-    """Whether it is a container, and no list of numbers, as a padding is."""
+    """Whether it is a generator, a module or another callable, or a container, and no list of numbers, as a padding
+    is, or tuple of such."""
     if type(value) is tuple:
-        return is_state(value)
+        return is_state(value) or any(map(_may_keep, value))
     if type(value) is list and value:
         return not _NUMBERS.issuperset(map(type, list(value)))
-    return type(value) in CONTAINERS
+    return type(value) in CONTAINERS or issubclass(type(value), torch.Generator) or callable(value)
 
 
 def unpatched(kinds: Iterable[Any]) -> bool:

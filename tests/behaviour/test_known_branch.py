@@ -15,7 +15,7 @@ from revkernels.autograd import known_branch as module
 from revkernels.autograd import plain_layers
 from revkernels.autograd.known_branch import known_branch
 from revkernels.autograd.snapshot import Snapshot
-from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential
+from revkernels.nn import FusedSequential, NormAct, ReversibleBlock, ReversibleSequential
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -292,6 +292,55 @@ def test_an_inverse_of_a_branch_of_which_nothing_is_known(what):
         code.beside = [nn.Linear(4, 4)]
     net = ReversibleSequential(ReversibleBlock(code if what != "a function" else lambda h: code(h), nn.Tanh()))
     torch.testing.assert_close(net.inverse(net(x)), x)
+
+
+class Through(nn.Module):
+    """Runs what one of our own layers has on it, and has not registered."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.layers = nn.Sequential(NormAct(nn.BatchNorm1d(4)), nn.Linear(4, 4))
+        self.layers[0].__dict__["held"] = held
+
+    def forward(self, x):
+        x, held = self.layers(x), self.layers[0].held
+        if isinstance(held, torch.Generator):
+            return x * torch.rand(x.shape, generator=held)
+        return (held[0] if isinstance(held, list | tuple) else held)(x)
+
+
+class Calls:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+HELD = {
+    "itself": lambda inner: inner,
+    "in a list": lambda inner: [inner],
+    "in a tuple": lambda inner: (inner,),
+    "behind a callable": Calls,
+    "a generator": lambda inner: torch.Generator().manual_seed(1),
+}
+
+
+@pytest.mark.parametrize("held", HELD.values(), ids=HELD)
+def test_what_a_layer_has_on_it_is_reached(held):
+    found = []
+    for activations in ("store", "reconstruct"):
+        torch.manual_seed(0)
+        inner, x = nn.BatchNorm1d(4), rows().float().detach().requires_grad_()
+        code = Through(held(inner))
+        net = ReversibleSequential(ReversibleBlock(code, nn.Tanh()), activations=activations)
+        for _ in range(2):
+            inner.train()
+            y = net(x)
+            inner.eval()
+            y.square().sum().backward()
+        found.append([y, x.grad, *inner.buffers()])
+    torch.testing.assert_close(*found)
 
 
 def test_what_is_no_module_is_refused():
