@@ -47,17 +47,16 @@ def is_plain(module: nn.Module) -> bool:
         return False
     if not _MORE.isdisjoint(map(type, list(table.values()))):
         return False
-    return not any(_may_keep(table.get(name)) for name in own_names(table) if name not in _OF_RECURRENT)
+    return not any(_may_keep(table.get(name)) for name in own_names(table) if name not in _LISTS)
 
 
 def _may_keep(value: Any) -> bool:
-    """Whether it is a generator, a module or another callable, or a container, and no list of numbers, as a padding
-    is, or tuple of such."""
-    if type(value) is tuple:
+    """Whether it is a container, but for tuples of numbers, a generator, a module or another callable, or a tensor of
+    somebody's own class."""
+    kind = type(value)
+    if kind is tuple:
         return is_state(value) or any(map(_may_keep, value))
-    if type(value) is list and value:
-        return not _NUMBERS.issuperset(map(type, list(value)))
-    return type(value) in CONTAINERS or issubclass(type(value), torch.Generator) or callable(value)
+    return kind in CONTAINERS or issubclass(kind, torch.Generator | torch.Tensor) or callable(value)
 
 
 def unpatched(kinds: Iterable[Any]) -> bool:
@@ -109,9 +108,10 @@ def _reader(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...
 
 _options: dict[type, Options] = {}  # of each class, what all of its modules have that were met
 _OPTIONS = frozenset((int, float, bool, str, tuple, type(None)))
-_NUMBERS = frozenset((int, float))
-#: Lists of parameters and names that these have.
-_OF_RECURRENT = frozenset(("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights"))
+#: Lists that convolutions and recurrent layers have themselves.
+_LISTS = frozenset(
+    ("_reversed_padding_repeated_twice", "_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
+)
 _MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
 
 

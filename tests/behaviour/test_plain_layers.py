@@ -326,3 +326,44 @@ def test_layers_that_a_forward_makes_are_run_again(options):
         loss = loss_of(network(x))
         outcomes.append(torch.autograd.grad(loss, [*leaves, *network.parameters()]))
     assert_all_close(*outcomes)
+
+
+# ---- what may be kept on a layer
+
+
+class OfSomebody(torch.Tensor):
+    pass
+
+
+MAY_KEEP = {
+    "a tensor": torch.zeros(1),
+    "one of another class": torch.zeros(1).as_subclass(OfSomebody),
+    "a list": [],
+    "numbers": [0.0],
+    "a dictionary": {0: 0},
+    "a set": {1},
+    "a tuple": (),
+    "two states": (None, None),
+    "a generator": torch.Generator(),
+    "one in tuples": (1, (torch.Generator(),)),
+    "a module": nn.Tanh(),
+    "a callable": len,
+}
+
+
+@pytest.mark.parametrize("value", MAY_KEEP.values(), ids=MAY_KEEP)
+def test_a_layer_on_which_something_may_be_kept(value):
+    layer = nn.Conv2d(4, 4, 3)
+    assert plain_layers.is_plain(layer)
+    layer.__dict__["more"] = value
+    assert not plain_layers.is_plain(layer)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(4, 4, 3, padding="same"), nn.LSTM(4, 4), nn.AdaptiveAvgPool2d((None, 7)), nn.Flatten()],
+)
+def test_layers_that_are_plain(layer):
+    assert plain_layers.is_plain(layer)
+    layer.more = (1, ("a", 0.5, None))
+    assert plain_layers.is_plain(layer)
