@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as _torch_module
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from revkernels.autograd.known_layers import has_hooks
+from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.plain_layers import Options, options_of
 from revkernels.autograd.rewinding import MISSING, Undo
 from revkernels.errors import ReconstructionError
@@ -76,18 +77,28 @@ class Structure:
 
 
 class Hooks:
-    """The hooks of ``modules`` before their forward, for one may take itself off, or be taken off behind it."""
+    """The hooks of ``modules`` before their forward, and those on all modules there are, for one may take itself off,
+    or be taken off behind it."""
 
-    __slots__ = ("_hooks", "lazy")
+    __slots__ = ("_everywhere", "_hooks", "lazy")
 
     def __init__(self, modules: Sequence[nn.Module] | None = None) -> None:
-        """Without ``modules``: there are none."""
+        """Without ``modules``: there are none, nor any on all modules."""
         self._hooks = None if modules is None else [_hooks_of(m) for m in modules]
+        everywhere = modules is not None and has_global_hooks()
+        self._everywhere = [dict(table) for table in _global_tables()] if everywhere else None
         #: Whether parameters are to be made in the forward: torch's lazy modules have a hook for that.
         self.lazy = any(isinstance(m, LazyModuleMixin) for m in modules or ())
 
     def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
-        """Let the modules, the same ones, have these again, and no others."""
+        """Let the modules, the same ones, have these again, and no others.
+
+        Those on all modules are all threads': another that runs a forward meanwhile meets them too.
+        """
+        if self._everywhere is not None or has_global_hooks():
+            for now, then in zip(_global_tables(), self._everywhere or itertools.repeat(_NONE)):  # noqa: B905, as below
+                if now != then:
+                    _hang_all(now, then, undo)
         for module, hooks in zip(modules, self._hooks or itertools.repeat(None)):  # noqa: B905, as many or endless
             if hooks is None and not has_hooks(module):
                 continue
@@ -105,6 +116,12 @@ _KINDS = (
 
 
 _NO_HOOKS = (_NONE,) * len(_KINDS)
+
+
+def _global_tables() -> list[dict[Any, Any]]:
+    """Torch's tables of hooks on all modules, in the order of `_KINDS`; a version may lack some."""
+    tables = [getattr(_torch_module, f"_global{kind}", None) for kind in _KINDS]
+    return [table for table in tables if table is not None]
 
 
 def _hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...] | None:

@@ -10,9 +10,11 @@ from behaviour.common import (
     assert_all_close,
     assert_close,
     assert_raises,
+    assert_same,
     check_step,
     dropout_mlp,
     fresh,
+    gathered,
     loss_of,
     mlp,
     pairs_of,
@@ -202,6 +204,36 @@ def test_global_module_hooks(options):
         handle.remove()
     assert all(seen.count(block) == 1 for block in net)
     assert seen.count(net) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_global_hooks_that_come_and_go(kind, options, when):
+    """Row 22: hooks for all modules are in the recompute those of the forward, and afterwards those of the caller."""
+    everywhere = nn.modules.module
+    tables = everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks
+    given, outcomes = kind.x(), []
+    for network in kind.twins(3, **options):
+        changed = {module for branch in branches_of(network) for module in branch.modules()}
+
+        def register(changed=changed):
+            yield everywhere.register_module_forward_pre_hook(lambda m, i: (i[0] * 1.5,) if m in changed else None)
+            yield everywhere.register_module_forward_hook(lambda m, _, f: f + 0.25 if m in changed else None)
+
+        leaves, x = fresh(given)
+        handles = list(register()) if when == "before" else []
+        try:
+            y = network(x)
+            for handle in handles:
+                handle.remove()
+            handles = [] if handles else list(register())
+            then = list(map(dict, tables))
+            loss_of(y).backward()
+            assert list(map(dict, tables)) == then
+        finally:
+            for handle in handles:
+                handle.remove()
+        outcomes.append(gathered(network, y, leaves))
+    assert_same(*outcomes)
 
 
 def test_hooks_on_parameters(kind, options):
