@@ -21,6 +21,7 @@ from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
 from revkernels.autograd.rewinding import (
     FEW,
+    FLAT,
     MISSING,
     NONE,
     Slot,
@@ -111,8 +112,8 @@ class OwnState:
                     copied = written is None or f".{name}" in written
                     self.loose.append((module, slot, value.detach().clone() if copied else None))
             elif not self.comes_back:
-                if is_state(value):
-                    self.hung.append((table, name, value))
+                if is_state(value) and not (name == FLAT and isinstance(module, nn.RNNBase)):
+                    self.hung.append((table, name, value))  # parameters, frozen ones too, are the snapshot's affair
                 if registered and type(value) in (list, dict) and module in self.holders:
                     self._note(value)
         return held

@@ -17,6 +17,7 @@ Undo = list[tuple[Any, Any, Any]]
 FEW = 64  # items of a state: what has more is data
 NONE: Any = ()  # in the place of an empty list that nothing is added to any more
 MISSING = object()  # in a tensor's place: nothing hung there
+FLAT = "_flat_weights"  # a recurrent layer's list of its parameters
 
 #: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,
 #: statistics aside; with a dot in front, of attributes that it was found to write in place.
@@ -95,14 +96,15 @@ def hang_again(modules: Sequence[nn.Module], what: tuple[dict[str, Any], str, to
 
 def hang_flat_weights(modules: Sequence[nn.Module], undo: Undo) -> None:
     """Let recurrent layers compute with the parameters that hang on them: they read a list of these beside them, which
-    they make anew where they notice that a parameter is another one, and not where that one was assigned to them."""
+    they make anew where they notice that a parameter is another one, and not where that one was assigned to them. They
+    notice by another list, of references: the two come back together."""
     for module in modules:
         table = module.__dict__
-        flat = table.get("_flat_weights") if isinstance(module, nn.RNNBase) else None
+        flat = table.get(FLAT) if isinstance(module, nn.RNNBase) else None
         if flat:
             parameters, names = module._parameters, table["_flat_weights_names"]
-            undo.append((table, "_flat_weights", flat))
-            table["_flat_weights"] = [parameters.get(name, weight) for name, weight in zip(names, flat, strict=True)]
+            undo += [(table, name, table.get(name, MISSING)) for name in (FLAT, "_flat_weight_refs")]
+            table[FLAT] = [parameters.get(name, weight) for name, weight in zip(names, flat, strict=True)]
 
 
 def copies_of(rewound: Sequence[tuple[nn.Module, Slot, torch.Tensor]]) -> list[torch.Tensor]:

@@ -308,3 +308,23 @@ def test_parameters_assigned_between_forward_and_backward(layer, options):
             found += [y, *(leaf.grad for leaf in leaves), *(p.grad for p in before)]
         results.append(found)
     assert_all_close(*results)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN], ids=["LSTM", "GRU", "RNN"])
+def test_other_parameters_for_a_call(layer, frozen, options):
+    """Row 26: a recurrent layer is run again with the parameters of a functional call, and the next call notices its
+    own again; of frozen ones that list is no state."""
+    nets = twins(pairs_of(lambda: Recurrent(layer).to(WIDE), 2), split_dim=-1, **options)
+    x, results = rows(3, 5, 8), []
+    for network in nets:
+        network.requires_grad_(not frozen)
+        values = {name: (1.5 * p).detach().requires_grad_(not frozen) for name, p in network.named_parameters()}
+        leaves, given = fresh(x)
+        found = []
+        for _ in range(2):
+            y = torch.func.functional_call(network, values, (given,))
+            found += [y, network(given)]
+            loss_of(y).backward()
+        results.append([*found, *(t.grad for t in (*leaves, *values.values()) if t.requires_grad)])
+    assert_all_close(*results)
