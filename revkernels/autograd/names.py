@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names in a branch's code, and what they tell of its buffers that nothing else does.
 
-`torch.batch_norm` writes running statistics without counting it as a write, and so does who writes through ``.data``
-or NumPy; what a branch reads of a batch norm's statistics leaves no trace at all. To take every buffer for written and
-read would cost copies in every forward, so it is done where the code names such things: that of the module's class, of
-hooks, and of functions that these name, torch's own left out.
+`torch.batch_norm` writes running statistics without counting it as a write, fake quantisation the range that it
+observes, and so does who writes through ``.data`` or NumPy; what a branch reads of a batch norm's statistics leaves no
+trace at all. To take every buffer for written and read would cost copies in every forward, so it is done where the code
+names such things: that of the module's class, of hooks, and of functions that these name, torch's own left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ __all__ = ["reads_running", "writes_silently"]
 _RUNNING = frozenset(
     ("running_mean", "running_var", "num_batches_tracked", "_buffers", "buffers", "named_buffers", "get_buffer")
 )
-_SILENT = frozenset(("batch_norm", "instance_norm", "native_batch_norm", "data", "numpy", "_buffers"))
+_SILENT = frozenset(
+    ("batch_norm", "instance_norm", "native_batch_norm", "fused_moving_avg_obs_fake_quant", "data", "numpy", "_buffers")
+)
+#: Where torch's own modules are that fake quantisation runs in. Its operator writes buffers of one of them and of
+#: another that this one holds, so that all of them are taken to name it.
+_TORCHS_SILENT = "torch.ao.quantization."
 _MANY = 256  # functions that are looked at for one class
 
 _of_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -37,7 +42,7 @@ def reads_running(branch: Any, modules: Sequence[nn.Module]) -> bool:
 
 
 def writes_silently(module: nn.Module) -> bool:
-    """Whether the module's forward may write its buffers so that no version tells."""
+    """Whether the module's forward may write its buffers so that no version tells, or that of one that holds it."""
     return not _SILENT.isdisjoint(_names_of_class(type(module)))
 
 
@@ -56,7 +61,10 @@ def _in(branch: Any, modules: Sequence[nn.Module]) -> Iterator[frozenset[str]]:
 def _names_of_class(kind: type) -> frozenset[str]:
     found = _of_class.get(kind)
     if found is None:
-        found = _of_class[kind] = _follow(_held_by(kind))
+        found = _follow(_held_by(kind))
+        if any(base.__module__.startswith(_TORCHS_SILENT) for base in kind.__mro__):
+            found |= {"fused_moving_avg_obs_fake_quant"}
+        _of_class[kind] = found
     return found
 
 

@@ -40,7 +40,9 @@ def differs(before: torch.Tensor, now: torch.Tensor) -> bool:
 
     Asked in a module's first run in train or eval mode, not of buffers known to be written: a device is waited for.
     """
-    if now.is_meta or before.shape != now.shape or now.layout is not torch.strided:
+    if before.shape != now.shape:  # an operator may give a buffer its shape in a first call, as an observer's range
+        return True
+    if now.is_meta or now.layout is not torch.strided:
         return False
     if now.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
