@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from torch.nn.modules import module as _torch_module
 
 from revkernels.autograd.half_step import HalfStep, grouped
@@ -282,6 +283,9 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
         from revkernels.autograd.compiling import untraced
 
         return untraced(_run, owner, named, x, args, kwargs)
+    proxy = x[0] if isinstance(x, (tuple, list)) and x else x
+    if isinstance(proxy, Proxy):
+        return _symbolically(owner, proxy.tracer, x, args, kwargs)
     blocks = list(named.values())
     half_steps = _half_steps(blocks, args, kwargs)
     # A block called alone has been called through its hooks already.
@@ -301,6 +305,18 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
     flat = [half_step for of_block in half_steps for half_step in of_block]
     name, linked = _half_step_name(owner, blocks), owner.linked
     return forward(owner, x, _groups(blocks, x), flat, name, through if any(hooks) else None, linked)
+
+
+def _symbolically(owner: Any, tracer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`torch.fx` traces: its graph calls the chain as a whole, as it does torch's own layers. What a chain does depends
+    on more than a graph of symbols knows, and recorded in one it would store its activations."""
+    path = "" if owner is tracer.root else tracer.path_of_module(owner)
+    if not path:  # what is traced: args and kwargs are symbols too
+        raise TypeError(
+            f"torch.fx traces a {type(owner).__name__} by itself, and its graph calls it as a whole: trace a network "
+            f"that holds it, such as nn.Sequential(chain), or take torch.export"
+        )
+    return tracer.create_proxy("call_module", path, (x, *args), kwargs)
 
 
 def _run_inverse(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.export and torch.jit.trace: a chain is recorded as the plain operations that it computes."""
+"""torch.export and torch.jit.trace record a chain as the plain operations that it computes, torch.fx as a whole."""
 
+import copy
 import warnings
 
 import pytest
-from torch import nn
+from torch import fx, nn
 
 import revkernels as rk
 from behaviour.common import assert_raises, torch
@@ -87,3 +88,56 @@ def test_refusals(record, compiled):
     net, x = convolutions()
     net[0].register_forward_hook(lambda block, inputs, y: None)
     assert_raises(rk.ReconstructionError, ["blocks have hooks"], lambda: record(net, x))
+
+
+class Between(nn.Module):
+    """Chains between other layers: given a tensor, a pair, an argument beside it; and a block alone."""
+
+    def __init__(self, activations):
+        super().__init__()
+        pairs = [(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.2))) for _ in range(3)]
+        self.chain, self.pair = (ReversibleSequential(ReversibleBlock(*p), activations=activations) for p in pairs[:2])
+        self.block = ReversibleBlock(*pairs[2], activations=activations)
+        self.scaled = ReversibleBlock(Scaled(), nn.Tanh(), activations=activations)
+
+    def forward(self, x, scale):
+        x = self.scaled(self.block(self.chain(x.sin())), scale=scale.exp())
+        y1, y2 = self.pair(x.chunk(2, 1))
+        return y1 * y2
+
+
+class Scaled(nn.Module):
+    def forward(self, h, scale):
+        return h.cos() * scale
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
+def test_torch_fx(activations, backend):
+    """Its graph calls chains as it does torch's own layers, and trains as the network does."""
+    torch.manual_seed(0)
+    net = Between(activations).double()
+    graph = fx.symbolic_trace(copy.deepcopy(net))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [
+        "chain",
+        "block",
+        "scaled",
+        "pair",
+    ]
+    x, scale = torch.randn(5, 8).double(), torch.randn(4).double().requires_grad_()
+    found = []
+    for network in (net, graph):
+        torch.manual_seed(1)
+        network.zero_grad()
+        scale.grad = None
+        y = network(x, scale)
+        y.sin().sum().backward()
+        found.append(
+            [y, scale.grad, {name: p.grad for name, p in network.named_parameters()}, dict(network.state_dict())]
+        )
+    torch.testing.assert_close(*found)
+
+
+def test_torch_fx_of_a_chain_by_itself():
+    net, _ = convolutions()
+    parts = ["traces a ReversibleSequential by itself", "trace a network that holds it"]
+    assert_raises(TypeError, parts, lambda: fx.symbolic_trace(net))
