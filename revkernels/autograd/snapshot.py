@@ -230,8 +230,10 @@ class Snapshot:
                 self.late.add(id(slot[2]))
             else:
                 self.rewound.append((module, slot, before))
-        for _, _, tensor, version, _, _ in self.constant:
-            if version >= 0 and tensor._version != version and isinstance(tensor, nn.Parameter):
+        moves = self.plain is None  # by a hook, say, that casts a layer's weights for the time of its forward
+        for _, _, tensor, version, _, memory in self.constant:
+            written = version >= 0 and tensor._version != version
+            if (written or (moves and is_elsewhere(tensor, memory))) and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
         for module in self._stateful():
             known = known_to_write(module)
@@ -320,8 +322,8 @@ class Snapshot:
             )
         if isinstance(tensor, nn.Parameter):
             return (
-                f"{name} was written by the branch's own forward (as by a max_norm), and parameters are not rewound: "
-                f"set activations='store' for it, or write to it before the step"
+                f"{name} was written by the branch's own forward (as by a max_norm, or a hook that casts it), and "
+                f"parameters are not rewound: set activations='store' for it, or write to it before the step"
             )
         return (
             f"{name} was written by the branch's own forward, which it had not been before, so that what it held is "

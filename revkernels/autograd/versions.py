@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from revkernels.autograd.ownership import memory_of
 from revkernels.autograd.rewinding import Slot
+from revkernels.errors import ReconstructionError
 
 #: Where a tensor hangs, its name, itself, its version, whether it required grad, and its memory.
 Constant = tuple[dict[str, Any], str, torch.Tensor, int, bool, int]
@@ -32,7 +33,13 @@ def version_behind(ref: weakref.ref[torch.Tensor]) -> int | None:
 
 def constant_of(slot: Slot) -> Constant:
     """The same with what else is to stay."""
-    return *slot, slot[2].requires_grad, memory_of(slot[2])
+    try:
+        return *slot, slot[2].requires_grad, memory_of(slot[2])
+    except RuntimeError as error:  # of a class that is not to be asked, as in torch.nn.utils._per_sample_grad
+        raise ReconstructionError(
+            f"{slot[1]} is a {type(slot[2]).__name__}, which cannot be watched for changes ({error}): set "
+            f"activations='store' for the time that such tensors take the place of parameters"
+        ) from error
 
 
 def differs(before: torch.Tensor, now: torch.Tensor) -> bool:

@@ -209,6 +209,26 @@ def test_a_parameter_that_the_forward_writes():
     assert_raises(ReconstructionError, ["table.weight", "own forward", "not rewound"], y.backward)
 
 
+def test_a_parameter_that_hooks_cast():
+    """Of layers whose weights are stored narrow, and cast for the time of their forward: not a change behind it."""
+    layer = nn.Linear(4, 4).bfloat16()
+    layer.register_forward_pre_hook(lambda layer, _: layer.float() and None)
+    layer.register_forward_hook(lambda layer, *_: layer.bfloat16() and None)
+    y = ReversibleSequential(ReversibleBlock(nn.Sequential(layer), nn.Tanh()))(rows(dtype=torch.float32)).sum()
+    assert_raises(ReconstructionError, ["0.weight", "own forward", "hook that casts", "'store'"], y.backward)
+
+
+def test_a_parameter_that_cannot_be_asked():
+    """What torch puts in a parameter's place for gradients of single samples."""
+    module = pytest.importorskip("torch.nn.utils._per_sample_grad")
+    net, x = ReversibleSequential(ReversibleBlock(nn.Linear(4, 4), nn.Tanh())), rows(dtype=torch.float32)
+    call = module.call_for_per_sample_grads(net)
+    assert_raises(ReconstructionError, ["weight", "ExpandedWeight", "'store'"], lambda: call(x))
+    net.activations = "store"
+    call(x).sum().backward()
+    assert net[0].F.weight.grad_sample.shape == (5, 4, 4)
+
+
 class Steps(nn.Module):
     def __init__(self):
         super().__init__()
