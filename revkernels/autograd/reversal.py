@@ -334,7 +334,7 @@ class Reversal(Rebuilding):
                 and self._keeping is None
                 and kernels in (None, self.kernels)
                 and [stream.stride() for stream in streams] == self._strides
-                and self._surroundings.autocast_is_same()
+                and self._surroundings.are_same()
             )
             if may:
                 self.end, self._claimed = None, end

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch's result depends on outside the branch: random numbers, autocast and side inputs."""
+"""What a branch's result depends on outside the branch: random numbers, autocast, the default dtype, side inputs."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Surroundings:
         self.side_inputs = _as_they_are(side_inputs)
         kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
         self.autocast = [(kind, *_autocast_state(kind)) for kind in kinds]
+        self.default_dtype = torch.get_default_dtype()  # which trainers set for the forward alone
         self.shared = [torch.default_generator]
         self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if device.type == "cuda":
@@ -60,9 +61,10 @@ class Surroundings:
         known = {id(t) for _, t, *_ in self.side_inputs}
         self.side_inputs += [item for item in _as_they_are(side_inputs) if id(item[1]) not in known]
 
-    def autocast_is_same(self) -> bool:
-        """Whether autocast is now what it was."""
-        return all(state == (state[0], *_autocast_state(state[0])) for state in self.autocast)
+    def are_same(self) -> bool:
+        """Whether autocast and the default dtype are now what they were."""
+        same = all(state == (state[0], *_autocast_state(state[0])) for state in self.autocast)
+        return same and torch.get_default_dtype() == self.default_dtype
 
     def problem(self) -> str | None:
         """Return which side input is not as it was in the forward, or None."""
@@ -80,7 +82,7 @@ class Surroundings:
         return None
 
     def restore(self, drawn: Drawn) -> ExitStack | None:
-        """Put autocast and the generators back to what they were; closing the result puts back what is now."""
+        """Put all but the side inputs back to what it was; closing the result puts back what is now."""
         other = [
             state
             for state in self.autocast
@@ -92,9 +94,13 @@ class Surroundings:
             now, found = _state_of(generator)
             if found != after:  # else the branch finds it as it was, and leaves it so
                 elsewhere.append((generator, _tensor_of(after) if state is None else state, now))
-        if not other and not elsewhere:
+        default = torch.get_default_dtype()
+        if not other and not elsewhere and default == self.default_dtype:
             return None
         with ExitStack() as stack:  # undone at once if memory runs out in between
+            if default != self.default_dtype:
+                stack.callback(torch.set_default_dtype, default)
+                torch.set_default_dtype(self.default_dtype)
             if other:  # torch finds a weight's cast again by the weight, in whichever dtype it was cast to
                 torch.clear_autocast_cache()
                 stack.callback(torch.clear_autocast_cache)

@@ -2,11 +2,13 @@
 """Mixed precision: the recompute casts where the forward cast; scaling, clipping and accumulating gradients."""
 
 import contextlib
+import functools
 
 import pytest
 from torch import nn
 
 from behaviour.common import (
+    Plain,
     assert_all_close,
     assert_same,
     gathered,
@@ -18,6 +20,7 @@ from behaviour.common import (
     twins,
 )
 from behaviour.common import fresh as copies_of
+from revkernels.nn import ReversibleBlock, checkpoint
 
 
 class Logged(nn.Module):
@@ -279,3 +282,61 @@ def test_gradient_accumulation(set_to_none, kind, options):
             grads.append([p.grad for p in network.parameters()])
         assert all(a is b for a, b in zip(grads[0], grads[-1], strict=True))
     assert_all_close(*([p.grad for p in network.parameters()] for network in (net, plain)))
+
+
+class MakesTensors(nn.Module):
+    """What it adds and what it draws are of torch's default dtype, and so are the numbers that it draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        return self.linear(x + torch.linspace(0.1, 0.9, 4)).tanh() * (torch.rand(len(x), 1) < 0.7)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("recomputed_by", ["chain", "checkpoint"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_default_dtype_of_the_forward_alone(dtype, recomputed_by, options):
+    """Row 8: as trainers set it where all of a network is of one dtype."""
+    net, plain = twins([(MakesTensors(), MakesTensors()) for _ in range(3)], **options)
+    ours = (net, net) if recomputed_by == "chain" else (functools.partial(checkpoint, plain), plain)
+    found = []
+    for run, network in (ours, (plain, plain)):
+        x = torch.linspace(-1, 1, 48).double().reshape(6, 8).requires_grad_()
+        network.zero_grad()
+        torch.manual_seed(4)
+        with default_dtype(dtype):
+            y = run(x)
+        y.sin().sum().backward()
+        assert torch.get_default_dtype() == torch.float32  # left as it is there
+        found.append([y, x.grad, *(p.grad.clone() for p in network.parameters()), torch.rand(1)])
+    assert_all_close(*found)
+
+
+def test_default_dtypes_of_layers_in_a_loop():
+    """Two that are linked are one call only if the second runs under what the first did."""
+    pairs, found = [(MakesTensors(), MakesTensors()) for _ in range(2)], []
+    blocks = [ReversibleBlock(F, G) for F, G in pairs]
+    for block in blocks:
+        block.linked = True
+    for first, second in (blocks, [Plain([pair]) for pair in pairs]):
+        x = torch.linspace(-1, 1, 48).double().reshape(6, 8).requires_grad_()
+        torch.manual_seed(4)
+        with default_dtype(torch.bfloat16):
+            y = first(x)
+        with default_dtype(torch.float64):
+            y = second(y)
+        y.sin().sum().backward()
+        found.append([y, x.grad])
+    assert_all_close(*found)
