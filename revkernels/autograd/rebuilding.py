@@ -303,6 +303,8 @@ class Rebuilding:
                 set_grad_enabled(True)
                 with self._hooks:
                     f = self._again(step, h)
+                if (problem := step.snapshot.misplaced()) is not None:
+                    raise ReconstructionError(f"{self.name(k)}: {problem}")
                 if step.drawn and strayed(step.drawn):
                     with refuses_a_race(self.name(k), step.snapshot.hooks.lazy):
                         self._again(step, h)

@@ -41,6 +41,8 @@ from revkernels.autograd.versions import (
     differs,
     has_moved,
     is_elsewhere,
+    misplaced,
+    placed_by_forward,
     version_behind,
     version_of,
     was_written,
@@ -67,8 +69,8 @@ class Snapshot:
 
     __slots__ = (
         *("absent", "branch", "constant", "fixed", "flags", "generators", "hooks", "kinds", "known", "late", "modules"),
-        *("others", "own", "reads_running", "registered", "rewound", "statistics", "structure", "tree", "turn"),
-        "_held",
+        *("others", "own", "placed", "reads_running", "registered", "rewound", "statistics", "structure", "tree"),
+        *("turn", "_held"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -80,6 +82,7 @@ class Snapshot:
         self.late: set[int] = set()  # of these and of the constant ones, by id, those that it turned out to write
         #: Tensors that are no parameters or buffers, as attributes of modules, and their versions. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
+        self.placed: dict[tuple[int, str], int] = NONE  # see `placed_by_forward`
         self.structure: Structure | None = None  # once the forward is over, of what is not known
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
@@ -230,11 +233,13 @@ class Snapshot:
                 self.late.add(id(slot[2]))
             else:
                 self.rewound.append((module, slot, before))
-        moves = self.plain is None  # by a hook, say, that casts a layer's weights for the time of its forward
+        moves = self.known is None  # by a hook, say, that casts a layer's weights for the time of its forward
         for _, _, tensor, version, _, memory in self.constant:
             written = version >= 0 and tensor._version != version
             if (written or (moves and is_elsewhere(tensor, memory))) and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
+        if self.own is not None:
+            self.placed = placed_by_forward(self.constant) or NONE
         for module in self._stateful():
             known = known_to_write(module)
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
@@ -344,6 +349,10 @@ class Snapshot:
             put_back(undo)
             raise
         return undo
+
+    def misplaced(self) -> str | None:
+        """After the recompute: what it has put in a parameter's place and the forward had not, or None."""
+        return None if self.own is None else misplaced(self.constant, self.placed or {})
 
     def _restore_modules(self, undo: Undo) -> None:
         if [module.training for module in self.modules] != self.flags:

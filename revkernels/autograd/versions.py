@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.ownership import memory_of
+from revkernels.autograd.ownership import PLAIN, memory_of
 from revkernels.autograd.rewinding import Slot
 from revkernels.errors import ReconstructionError
 
@@ -64,6 +65,30 @@ def is_elsewhere(tensor: torch.Tensor, memory: int) -> bool:
 def has_moved(one: Constant) -> bool:
     """Whether it `was_written`, or is elsewhere."""
     return was_written(one[:4]) or is_elsewhere(one[2], one[5])
+
+
+def placed_by_forward(constant: Sequence[Constant]) -> dict[tuple[int, str], int]:
+    """After a forward: of those in whose place it has itself put another tensor, where they hang and the memory of that
+    one."""
+    found = {}
+    for slots, name, tensor, _, _, _ in constant:
+        now: Any = slots.get(name)
+        if now is not tensor and type(now) in PLAIN:
+            found[id(slots), name] = memory_of(now)
+    return found
+
+
+def misplaced(constant: Sequence[Constant], placed: dict[tuple[int, str], int]) -> str | None:
+    """After a recompute: what is wrong where it has put another tensor in place than the forward did, or None. In the
+    same memory it is no other: what is sharded comes back to it."""
+    for slots, name, tensor, _, _, memory in constant:
+        now: Any = slots.get(name)
+        if now is not tensor and type(now) in PLAIN and is_elsewhere(now, placed.get((id(slots), name), memory)):
+            return (
+                f"{name} is put in its place by the branch's own forward, and is another tensor now than it was then "
+                f"(as fast weights are that have been updated since): set activations='store'"
+            )
+    return None
 
 
 def was_written(slot: Slot) -> bool:

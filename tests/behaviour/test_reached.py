@@ -9,9 +9,10 @@ import weakref
 
 import pytest
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from behaviour.common import WIDE, assert_raises, rows, torch
+from behaviour.common import WIDE, Plain, assert_all_close, assert_raises, rows, torch
 from revkernels.autograd import behind
 from revkernels.errors import ReconstructionError
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
@@ -207,6 +208,46 @@ def test_a_parameter_that_the_forward_writes():
 
     y = ReversibleSequential(ReversibleBlock(Adds(), nn.Tanh()))(rows(dtype=torch.float32)).sum()
     assert_raises(ReconstructionError, ["table.weight", "own forward", "not rewound"], y.backward)
+
+
+class Fast:
+    """Where weights come from that are not a module's own, as those of an inner loop are."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+
+class TakesFast(nn.Module):
+    """Puts the weight of now in its parameter's place, as monkey-patched modules do."""
+
+    def __init__(self, fast):
+        super().__init__()
+        self.fast, self.weight = fast, nn.Parameter(torch.zeros(4, 4, dtype=WIDE))
+
+    def forward(self, h):
+        self._parameters["weight"] = self.fast.weight
+        return functional.linear(h, self.weight).tanh()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["by the forward", "before it too"])
+@pytest.mark.parametrize("moved", [False, True], ids=["same", "moved on"])
+def test_a_parameter_that_the_forward_puts_in_place(moved, before, options):
+    """The recompute would take the latest: refused where that is another one, right where it is the same."""
+    first, x = torch.randn(4, 4, dtype=WIDE).requires_grad_(), rows()
+    found = []
+    for make in (functools.partial(ReversibleBlock, **options), lambda F, G: Plain([(F, G)])):
+        branch = TakesFast(Fast(first))
+        if before:
+            branch._parameters["weight"] = first
+        y = make(branch, nn.Tanh())(x).sin().sum()
+        if moved:
+            branch.fast.weight = first.detach() * 2
+        if moved and not found and options["activations"] == "reconstruct":
+            parts = ["branch F", "weight", "own forward", "another tensor now", "'store'"]
+            assert_raises(ReconstructionError, parts, lambda y=y: torch.autograd.grad(y, [first, x]))
+            return
+        found.append(torch.autograd.grad(y, [first, x]))
+    assert_all_close(*found)
 
 
 def test_a_parameter_that_hooks_cast():
