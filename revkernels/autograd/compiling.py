@@ -34,6 +34,7 @@ _OUTSIDE = (
             "grid",
             "kept_ops",
             "ownership",
+            "parts",
             "known_branch",
             "planner",
             "rebuilding",

@@ -15,11 +15,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.behind import Reached, behind, beside
-from revkernels.autograd.known_branch import KnownBranch, Tree, known_branch
-from revkernels.autograd.names import reads_running, writes_silently
-from revkernels.autograd.own_state import OwnState
+from revkernels.autograd.names import writes_silently
 from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.parts import Parts, is_scripted
 from revkernels.autograd.rewinding import (
     MISSING,
     NONE,
@@ -33,8 +31,7 @@ from revkernels.autograd.rewinding import (
     put_back,
     written_by,
 )
-from revkernels.autograd.structure import Hooks, Structure, tree_of
-from revkernels.autograd.turns import turn_of
+from revkernels.autograd.structure import Hooks, Structure
 from revkernels.autograd.versions import (
     Constant,
     constant_of,
@@ -60,7 +57,7 @@ _STATISTICS_ONLY = {
 _NO_HOOKS = Hooks()
 
 
-class Snapshot:
+class Snapshot(Parts):
     """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute.
 
     Each of these belongs inside ``with snapshot.turn``, together with the run of the branch. ``given``: its arguments,
@@ -68,13 +65,12 @@ class Snapshot:
     """
 
     __slots__ = (
-        *("absent", "branch", "constant", "fixed", "flags", "generators", "hooks", "kinds", "known", "late", "modules"),
-        *("others", "own", "placed", "reads_running", "registered", "rewound", "statistics", "structure", "tree"),
-        *("turn", "_held"),
+        *("absent", "constant", "fixed", "flags", "hooks", "late", "others", "placed", "rewound", "statistics"),
+        "structure",
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
-        self.branch = branch
+        super().__init__(branch, given)
         #: Parameters and buffers that the branch does not write.
         self.constant: list[Constant] = []
         self.absent: list[tuple[dict[str, Any], str]] = []  # parameters and buffers that are None, as a layer's bias
@@ -86,79 +82,17 @@ class Snapshot:
         self.structure: Structure | None = None  # once the forward is over, of what is not known
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
-        self._held: list[tuple[str, torch.Tensor]] = []
-        self.generators: list[torch.Generator] = []
-        #: What is known of it, and what it is made of; None where it is looked through anew.
-        self.known: KnownBranch | None = None
-        self.tree: Tree | None = None
-        self.kinds: Sequence[type] = NONE  # the classes of its modules that are not plain layers
-        found = known_branch(branch) if isinstance(branch, nn.Module) else None
-        if found is not None:
-            self.known, self.tree = found
-            self.modules = self.tree[0]
-            code = [self.modules[number] for number in self.known.others]
-            self.kinds = (*map(type, code),)
-        else:
-            self.modules = code = tree_of(branch) if isinstance(branch, nn.Module) else []
-        hidden = self._look_beside(code) if code or not self.modules else []
-        if given:
-            among = Reached(self.modules)
-            among.look("an argument", list(given))
-            self.generators += among.follow().generators
-            if among.modules:
-                self.known, self.modules = None, [*self.modules, *among.modules]
-        #: Behind so many come modules that the branch holds without having registered them, and may not run.
-        self.registered = len(self.modules)
-        if hidden:
-            self.known, self.modules = None, list(dict.fromkeys((*self.modules, *hidden)))
-        if not isinstance(branch, nn.Module):
-            self.registered = len(self.modules)
-        #: What its modules have on themselves; None if all are plain layers, which have nothing.
-        self.own: OwnState | None = None
-        self.reads_running = False
-        self.turn: Any = None if self.known is None else self.known.turn(self.modules)
-        if self.known is None or code:
-            self._look_into(self.modules if self.known is None else code)
-
-    def _look_beside(self, modules: Sequence[nn.Module]) -> list[nn.Module]:
-        """Note what the branch reaches, of which these modules are all or those that are worth a look. Returns modules
-        that it has not registered."""
-        reached = beside(modules, self.modules) if self.modules else behind(self.branch)
-        self._held += reached.tensors
-        self.generators = reached.generators
-        return [module for module in reached.modules if not _is_scripted(module)]
-
-    def _look_into(self, modules: Sequence[nn.Module]) -> None:
-        """Likewise what is on these."""
-        self.own = OwnState(self.branch, modules)
-        for module in modules:
-            if _is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
-                raise ReconstructionError(
-                    f"{type(self.branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to"
-                    f" run it again: set activations='store', or give the module that it was made of"
-                )
-        stateful = [module for module in self.modules if module._buffers]
-        # Running statistics are rewound like other buffers, for code of the branch may look at them.
-        self.reads_running = bool(stateful) and reads_running(self.branch, modules[: self.registered])
-        if self.own.holders:
-            stateful = list({*stateful, *self.own.holders})
-        if self.known is None or self.own.holders:
-            self.turn = turn_of(stateful)
 
     def take(self) -> None:
         """Before the forward: note what there is."""
+        self.look_again()
         known = self.known
-        if known is not None and (known.stateful or (self.own and self.own.holders)) and not self.is_same():
-            # Before this was its turn, another thread's recompute had the branch as its own forward had found it.
-            self.known = known = None
-            self.modules = tree_of(self.branch)
-            self.registered, self.own = len(self.modules), OwnState(self.branch, self.modules)
         self.flags = [module.training for module in self.modules] if known is None else known.flags
         self.hooks = _NO_HOOKS if known is not None else Hooks(self.modules)
         for place, module in enumerate(self.modules):
             parameters = module._parameters
             if parameters:
-                if known is None and _is_scripted(module):
+                if known is None and is_scripted(module):
                     parameters = dict(parameters.items())
                 for name, p in parameters.items():
                     if p is None:
@@ -168,10 +102,10 @@ class Snapshot:
             if module._buffers:
                 self._take_buffers(module, place >= self.registered)
         if self.own is not None:
-            self._held += self.own.take(self.registered)
-        if self._held:
-            self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self._held]
-            self._held = []
+            self.held += self.own.take(self.registered)
+        if self.held:
+            self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self.held]
+            self.held = []
 
     def _take_buffers(self, module: nn.Module, hidden: bool) -> None:
         only_statistics = module.training and type(module).forward in _STATISTICS_ONLY
@@ -203,7 +137,7 @@ class Snapshot:
         if self.known is None:
             self.structure = Structure(self.modules)
         elif self.own is not None:
-            stateful = self._stateful() if made else ()
+            stateful = self.stateful() if made else ()
             self.own.gaps = [(m, slots, name, None) for slots, name in made for m in stateful if m._buffers is slots]
             if not self.is_same():  # it may have registered something, or hung it on a plain layer
                 self.own.gaps += self.known.gaps(self.tree)  # type: ignore[arg-type]
@@ -240,7 +174,7 @@ class Snapshot:
                 self.late.add(id(tensor))
         if self.own is not None:
             self.placed = placed_by_forward(self.constant) or NONE
-        for module in self._stateful():
+        for module in self.stateful():
             known = known_to_write(module)
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
                 late = [one for one in self.constant if one[0] is module._buffers and has_moved(one)]
@@ -251,14 +185,8 @@ class Snapshot:
             self.others = [held for held in self.others if version_behind(held[1]) == held[2]]
         # A deep chain has thousands of these, and what is empty, as most is, need not be looked through for garbage.
         self.fixed, self.statistics, self.rewound = self.fixed or NONE, self.statistics or NONE, self.rewound or NONE
-        self.others, self._held, self.late = self.others or NONE, NONE, self.late or NONE
+        self.others, self.held, self.late = self.others or NONE, NONE, self.late or NONE
         self.absent, self.generators = self.absent or NONE, self.generators or NONE
-
-    def _stateful(self) -> list[nn.Module]:
-        """Its modules with buffers, but for those that it may not run."""
-        if self.known is not None:
-            return [self.modules[number] for number in self.known.stateful]
-        return [module for module in self.modules[: self.registered] if module._buffers]
 
     def _set_aside(self, counted: Sequence[nn.Module]) -> None:
         calls: dict[int, int] = {}
@@ -275,16 +203,6 @@ class Snapshot:
         tensors = [tensor for _, _, tensor, *_ in self.constant]
         tensors += [slot[2] for slot in (*self.fixed, *self.statistics, *(slot for _, slot, _ in self.rewound))]
         return [tensor for tensor in tensors if not isinstance(tensor, UninitializedTensorMixin)]
-
-    def is_same(self) -> bool:
-        """Whether it is a known branch, and its modules and what is registered in them what they were."""
-        return self.known is not None and self.known.is_tree(self.branch, self.tree)  # type: ignore[arg-type]
-
-    def looked_at(self, is_same: bool) -> Sequence[nn.Module]:
-        """Its modules, but for plain layers that `is_same` has seen."""
-        if not is_same:
-            return self.modules
-        return NONE if self.own is None else self.own.modules
 
     def problem(self) -> str | None:
         """Return what the branch reads and is not as it was in the forward, or None."""
@@ -413,7 +331,3 @@ class Snapshot:
                     if candidate is tensor:
                         return f"{kind} {path}"
         return name
-
-
-def _is_scripted(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)
