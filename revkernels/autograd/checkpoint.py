@@ -22,7 +22,7 @@ from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept import Kept
 from revkernels.autograd.rebuilding import Rebuilding
 from revkernels.autograd.recomputing import within_a_branch
-from revkernels.autograd.recorded import RecordedStep
+from revkernels.autograd.recorded import RecordedStep, frames_compiled
 from revkernels.autograd.surroundings import Surroundings, drawn, states_of, tensors_in
 from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
@@ -78,8 +78,11 @@ class Checkpoint(Rebuilding):
         try:
             with snapshot.turn:
                 snapshot.take()
+                compiled = frames_compiled()
                 with hooks, surroundings.guard, within_a_branch(), Within(self.kernels, step.tape(False)):
                     result = self._function(*args, **kwargs)
+                if frames_compiled() != compiled:
+                    step.note_nodes(result, [tensor for tensor, _ in self._given])
                 snapshot.complete(step.counted())
                 step.over()
             step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.own is None)

@@ -316,12 +316,8 @@ class Rebuilding:
                 put_attributes_back(attributes)
                 if surroundings is not None:
                     surroundings.close()
-        if not step.saved_alike(self._frame):
-            problem = step.difference(self._frame)
-            raise ReconstructionError(
-                f"{self.name(k)}: {problem}. The branch did not do the same twice: does it depend on something that "
-                f"changed in between, or count its calls?"
-            )
+        if (problem := step.difference(self._frame, f, h)) is not None:
+            raise ReconstructionError(f"{self.name(k)}: {problem}")
         return f
 
     def _uncouple(self, k: int, index: int, target: torch.Tensor, f: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from revkernels.autograd.made_again import Outputs
 from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.rewinding import NONE
 from revkernels.autograd.snapshot import Snapshot
-from revkernels.autograd.surroundings import Drawn
+from revkernels.autograd.surroundings import Drawn, tensors_in
 
 Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, with their versions
 
@@ -33,13 +34,14 @@ class RecordedStep:
         before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
         luggage: what it has sent to host memory; None if nothing goes there.
         outputs: while it runs, what it makes that can be made again; None if nobody asks.
+        nodes: of its graph, if torch.compile was at work while it ran; else None.
         saved, dtypes: the shapes of the tensors that it saved, and their dtypes: two lists, for thousands of pairs are
             so many things for Python's garbage collector to look through.
     """
 
     __slots__ = (
-        *("before", "drawn", "dtypes", "entry", "half_step", "kept", "luggage", "needs_grad", "outputs", "saved"),
-        *("snapshot", "statistics", "strides", "ways"),
+        *("before", "drawn", "dtypes", "entry", "half_step", "kept", "luggage", "needs_grad", "nodes", "outputs"),
+        *("saved", "snapshot", "statistics", "strides", "ways"),
     )
 
     def __init__(self, half_step: HalfStep) -> None:
@@ -57,6 +59,7 @@ class RecordedStep:
         self.before: torch.Tensor | Away | None = None
         self.luggage: Luggage | None = None
         self.outputs: Outputs | None = None
+        self.nodes: list[str] | None = None
 
     def over(self) -> None:
         """The forward is: see `Snapshot.complete`, what is empty stays so."""
@@ -77,17 +80,54 @@ class RecordedStep:
         """Whether the recompute saved as many tensors as the forward, of the same dtypes and shapes."""
         return [t.shape for t, _ in frame] == self.saved and [t.dtype for t, _ in frame] == self.dtypes
 
-    def difference(self, frame: Frame) -> str:
-        """Say what is not `saved_alike`."""
+    def note_nodes(self, result: Any, given: Any) -> None:
+        """Something was compiled while it ran. When it is run again torch may compile parts otherwise, or not at all,
+        and these may save tensors of the same shapes in another order, which only the nodes of the graph tell."""
+        self.nodes = self._nodes_behind(result, given)
+
+    def difference(self, frame: Frame, result: Any, given: Any) -> str | None:
+        """Say what is not as it was in the recompute, which returned this for what it was given; None if all is."""
+        if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given)):
+            return None
         if len(frame) != len(self.saved):
-            return f"the recompute saved {len(frame)} tensors, the forward {len(self.saved)}"
-        then = list(zip(self.saved, self.dtypes, strict=True))
-        index = next(i for i, (t, _) in enumerate(frame) if (t.shape, t.dtype) != then[i])
-        (now, _), (shape, dtype) = frame[index], then[index]
+            problem = f"the recompute saved {len(frame)} tensors, the forward {len(self.saved)}"
+        elif self.saved_alike(frame):
+            problem = "the recompute made other nodes of its graph than the forward"
+        else:
+            then = list(zip(self.saved, self.dtypes, strict=True))
+            index = next(i for i, (t, _) in enumerate(frame) if (t.shape, t.dtype) != then[i])
+            (now, _), (shape, dtype) = frame[index], then[index]
+            problem = (
+                f"saved tensor {index} is {now.dtype} of shape {tuple(now.shape)} in the recompute and was {dtype} of "
+                f"shape {tuple(shape)} in the forward"
+            )
+        problem += ". The branch did not do the same twice: "
+        if self.nodes is None:
+            return f"{problem}does it depend on something that changed in between, or count its calls?"
         return (
-            f"saved tensor {index} is {now.dtype} of shape {tuple(now.shape)} in the recompute and was {dtype} of "
-            f"shape {tuple(shape)} in the forward"
+            f"{problem}torch.compile was at work in its forward, and may compile a part otherwise, or not at all, when "
+            f"it comes again. Call the network once before its first step, with gradients, and drop the result"
         )
+
+    def _nodes_behind(self, result: Any, given: Any) -> list[str]:
+        """The names of the nodes between what it returned and what it was given, in a fixed order."""
+        given = (given, self.half_step.args, dict(self.half_step.kwargs))
+        seen = {tensor.grad_fn for _, tensor in tensors_in(given)}
+        queue = [tensor.grad_fn for _, tensor in tensors_in(result)]
+        names = []
+        for node in queue:
+            if node is not None and node not in seen:
+                seen.add(node)
+                names.append(node.name())
+                queue += [before for before, _ in node.next_functions]
+        return [name for name in names if not name.endswith("AccumulateGrad")]  # of leaves, as what is given may be
+
+
+def frames_compiled() -> int:
+    """How many pieces of Python torch.compile has looked at so far."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    frames = getattr(utils, "counters", {}).get("frames")
+    return 0 if frames is None else frames["total"]
 
 
 class Rearrangement(NamedTuple):

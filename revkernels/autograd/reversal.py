@@ -44,7 +44,7 @@ from revkernels.autograd.ownership import both_tensors, has_memory, same_memory
 from revkernels.autograd.planner import Keeping
 from revkernels.autograd.rebuilding import Rebuilding
 from revkernels.autograd.recomputing import is_recomputing, within_a_branch
-from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep
+from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep, frames_compiled
 from revkernels.autograd.surroundings import Surroundings, drawn, moved, states_of
 from revkernels.autograd.versions import version_of
 from revkernels.errors import ReconstructionError
@@ -191,13 +191,15 @@ class Reversal(Rebuilding):
             if recorded is not None:
                 recorded.needs_grad = h.requires_grad
                 recorded.entry = None if normed is None else entry
-            version = version_of(watched)
+            version, compiled = version_of(watched), frames_compiled()
             f = self._call(step, h, normed)
         if version_of(watched) != version:
             raise ReconstructionError(
                 f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
                 f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
+        if recorded is not None and normed is None and frames_compiled() != compiled:
+            recorded.note_nodes(f, h)
         if recorded is not None and leaf_comes_first(f, h):
             reach_first(self, self._count, f)
         return f

@@ -6,6 +6,8 @@ them, or runs without gradients, is part of the graph. Most of this runs on the 
 torch.compile but its code generator.
 """
 
+import copy
+
 import pytest
 from torch import nn
 
@@ -27,9 +29,11 @@ from behaviour.common import (
 from behaviour.compiling import Masked, Within, compiled, counters, fresh_compiler, graphs, reasons  # noqa: F401
 from behaviour.test_costs import BLOCK, WIDTH, activation_bytes, slim_branch
 from revkernels import eager, native
+from revkernels.errors import ReconstructionError
 from revkernels.models import revnet38
 from revkernels.models.plan import Plan
 from revkernels.models.revnet import RevNet
+from revkernels.nn import checkpoint
 
 # ---- branches compiled by hand
 
@@ -229,3 +233,43 @@ def test_inductor_dropout(activations):
     (gradient,) = torch.autograd.grad(loss(x), x)
     ahead, behind = (loss((x + side * direction).detach().requires_grad_()).item() for side in (h, -h))
     assert (ahead - behind) / (2 * h) == pytest.approx((gradient * direction).sum().item(), rel=1e-7)
+
+
+class Calls(nn.Module):
+    """Of two, the second with a GRU, torch compiles the first as one graph, and no more once the second broke it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.call = part, self.first_of
+
+    @staticmethod
+    def first_of(x, part):
+        f = part(x[None])
+        return (f[0] if isinstance(f, tuple) else f).reshape(x.shape)
+
+    def forward(self, x):
+        return self.call(x, self.part)
+
+
+@pytest.mark.parametrize("how", ["chain", "branches", "checkpoint"])
+def test_parts_that_are_compiled_otherwise_when_they_come_again(how):
+    """Row 25: refused, or right; and right behind a call whose result is dropped. As many rows as columns: the tensors that
+    are saved are of the same shapes then."""
+    parts = [nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True)]
+    net, plain = twins(pairs_of(lambda: Within(nn.Sequential(*map(Calls, copy.deepcopy(parts)))).to(WIDE), 1))
+    if how == "checkpoint":
+        F, as_it_is = net[0].F, next(plain.children()).F
+        F.compile(backend="aot_eager")
+        net.forward, plain.forward = lambda x: checkpoint(F, x), lambda x: as_it_is(x)
+    for module in {"chain": [net], "branches": [net[0].F, net[0].G], "checkpoint": []}[how]:
+        module.compile(backend="aot_eager")
+    x = rows(4, 4 if how == "checkpoint" else 8)
+    try:
+        got = step(net, x)
+    except ReconstructionError as error:
+        assert "before its first step" in str(error)
+    else:
+        assert_same(got, step(plain, x))
+    torch._dynamo.reset()
+    net(x)
+    check_step(net, plain, x)
