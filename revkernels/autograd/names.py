@@ -9,6 +9,7 @@ names such things: that of the module's class, of hooks, and of functions that t
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 import weakref
@@ -19,7 +20,7 @@ from torch import nn
 
 from revkernels.autograd.behind import named
 
-__all__ = ["reads_running", "writes_silently"]
+__all__ = ["may_read", "reads_running", "writes_silently"]
 
 _RUNNING = frozenset(
     ("running_mean", "running_var", "num_batches_tracked", "_buffers", "buffers", "named_buffers", "get_buffer")
@@ -32,6 +33,9 @@ _SILENT = frozenset(
 _TORCHS_SILENT = "torch.ao.quantization."
 _MANY = 256  # functions that are looked at for one class
 
+_BY_NAME = frozenset(("getattr", "__dict__", "vars"))  # by which any attribute is read
+
+_read_by: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 _of_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 _of_function: weakref.WeakKeyDictionary[types.FunctionType, frozenset[str]] = weakref.WeakKeyDictionary()
 
@@ -44,6 +48,43 @@ def reads_running(branch: Any, modules: Sequence[nn.Module]) -> bool:
 def writes_silently(module: nn.Module) -> bool:
     """Whether the module's forward may write its buffers so that no version tells, or that of one that holds it."""
     return not _SILENT.isdisjoint(_names_of_class(type(module)))
+
+
+def may_read(module: nn.Module, name: str) -> bool:
+    """Whether the module's code may read this attribute as a call before has left it: not where its forward writes it
+    first, and no other method reads it."""
+    kind = type(module)
+    found = _read_by.get(kind)
+    if found is None:
+        found = _read_by[kind] = _read_first(kind)
+    return name in found or not _BY_NAME.isdisjoint(found)
+
+
+def _read_first(kind: type) -> frozenset[str]:
+    found: set[str] = set()
+    for base in kind.__mro__:
+        for name, value in () if _is_torchs(base.__module__) else vars(base).items():
+            value = getattr(value, "fget", value)
+            value = getattr(value, "__func__", value)
+            if isinstance(value, types.FunctionType):
+                order = _accesses(value.__code__)
+                if name == "forward":
+                    order = list(dict(reversed(order)).items())  # the first of each
+                found.update(attribute for attribute, reads in order if reads)
+    return frozenset(found)
+
+
+def _accesses(code: types.CodeType) -> list[tuple[str, bool]]:
+    """The attributes, and globals, that the code names, in its order, and whether it reads each."""
+    found = [(str(one.argval), not one.opname.startswith("STORE")) for one in dis.get_instructions(code) if _names(one)]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found += _accesses(constant)
+    return found
+
+
+def _names(instruction: dis.Instruction) -> bool:
+    return instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "STORE_ATTR"))
 
 
 def _in(branch: Any, modules: Sequence[nn.Module]) -> Iterator[frozenset[str]]:

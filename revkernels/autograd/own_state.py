@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that a branch has on itself and has not registered, such as a mask or the state of a recurrent cell.
 
-Where its forward hangs others there, or writes to them, those of before the forward are back while it is run again. In
+Where its forward hangs others there, or writes to them, those of before the forward are back while it is run again:
+the values alone of those with a gradient, for the graph behind them may be that of all steps before. In
 a list or dictionary that stays, this is so of a branch that does not ask `is_recomputing`: who asks keeps something
 there for the second run.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from revkernels.autograd.behind import own_names
+from revkernels.autograd.names import may_read
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
 from revkernels.autograd.rewinding import (
@@ -30,10 +32,14 @@ from revkernels.autograd.rewinding import (
     is_state,
     item_of,
     known_to_write,
+    may_be_state,
+    without_graph,
     written_by,
 )
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.versions import version_behind, version_of
 
+#: What stands where a state is to come.
+_BLANK = (type(None), type(MISSING), int, float)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -57,6 +63,7 @@ class OwnState:
         "comes_back",
         "containers",
         "gaps",
+        "graphs",
         "holders",
         "hung",
         "loose",
@@ -75,7 +82,9 @@ class OwnState:
         self.hung: list[tuple[dict[str, Any], str, Any]] = []
         #: The tensors among them, while the forward runs: with copies of those that it may write in place.
         self.loose: list[tuple[nn.Module, Slot, torch.Tensor | None]] = []
-        #: What was None, or not there, and is a tensor since: where it hangs, its name, and what it was.
+        #: Attributes with a gradient, without their graphs: where each hangs, and which tensor it is, if it is one.
+        self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
+        #: What was None, a number or not there, and is a tensor since: where it hangs, its name, and what it was.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
         #: Items of lists and dictionaries that the forward has replaced: where each was, and what.
         self.replaced: list[tuple[Any, Any, Any]] = []
@@ -111,9 +120,14 @@ class OwnState:
                     slot = (table, name, value, version_of(value))
                     copied = written is None or f".{name}" in written
                     self.loose.append((module, slot, value.detach().clone() if copied else None))
+                elif registered and not self.comes_back and may_read(module, name):
+                    self.graphs.append((table, name, without_graph(value), weakref.ref(value), version_of(value)))
             elif not self.comes_back:
-                if is_state(value) and not (name == FLAT and isinstance(module, nn.RNNBase)):
-                    self.hung.append((table, name, value))  # parameters, frozen ones too, are the snapshot's affair
+                if is_state(value):
+                    if not (name == FLAT and isinstance(module, nn.RNNBase)):
+                        self.hung.append((table, name, value))  # parameters, frozen ones too, are the snapshot's affair
+                elif registered and type(value) is tuple and may_be_state(value) and may_read(module, name):
+                    self.graphs.append((table, name, without_graph(value), None, 0))
                 if registered and type(value) in (list, dict) and module in self.holders:
                     self._note(value)
         return held
@@ -140,12 +154,12 @@ class OwnState:
             now = dict(table.items())  # a scripted module's is no dictionary
             for name in own_names(now):
                 was, value = before.get(name, MISSING), now[name]
-                if was is value or not is_state(value):
+                if was is value or not may_be_state(value):
                     continue
-                blank = was is None or was is MISSING
-                if blank:
+                blank, state = type(was) in _BLANK, is_state(value)
+                if blank and (state or (not asked and (table is module._buffers or may_read(module, name)))):
                     self.blank.append((table, name, was))
-                if asked and (blank or is_state(was)):
+                if asked and state and (blank or is_state(was)):
                     self._tell(module, name)
         for module, table, name, was in self.gaps:
             if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
@@ -156,11 +170,14 @@ class OwnState:
             # What has been added since may be another thread's.
             for key, was in before.items() if type(before) is dict else enumerate(before):
                 value = item_of(container, key)
-                if value is not was and is_state(value) and (was is None or is_state(was)):
-                    self.replaced.append((container, key, was))
+                if value is not was and may_be_state(value) and (type(was) in _BLANK or may_be_state(was)):
+                    self.replaced.append((container, key, without_graph(was)))
+        # Who asks may keep something for the second run; and what is added up in place is no state to come back to.
+        unwritten = (one for one in self.graphs if one[3] is None or version_behind(one[3]) in (None, one[4]))
+        self.graphs = [] if asked else list(unwritten)
         self.loose = self.tables = self.containers = self.gaps = NONE
         self.holders, self.hung = self.holders or NONE, self.hung or NONE
-        self.blank, self.replaced = self.blank or NONE, self.replaced or NONE
+        self.blank, self.replaced, self.graphs = self.blank or NONE, self.replaced or NONE, self.graphs or NONE
         return changed
 
     def restore(self, undo: Undo) -> None:
@@ -168,6 +185,11 @@ class OwnState:
         for table, name, value in self.hung:
             if table.get(name) is not value:
                 undo.append((table, name, table.get(name, MISSING)))
+                table[name] = value
+        for table, name, value, ref, _ in self.graphs:
+            now = table.get(name, MISSING)
+            if ref is None or ref() is not now:
+                undo.append((table, name, now))
                 table[name] = value
         for place, name, was in [*self.blank, *self.replaced]:
             undo.append((place, name, item_of(place, name)))

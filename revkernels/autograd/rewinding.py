@@ -71,6 +71,28 @@ def is_state(value: Any, depth: int = 3) -> bool:
     return all(item is None or is_state(item, depth - 1) for item in items)
 
 
+def may_be_state(value: Any) -> bool:
+    """The same, or with a gradient that goes through it from call to call: a tensor, or a tuple of such."""
+    if type(value) is tuple:
+        return len(value) <= FEW and all(item is None or may_be_state(item) for item in value)
+    return type(value) in PLAIN or is_state(value)
+
+
+def without_graph(value: Any) -> Any:
+    """What a recompute reads of it: its value. The graph behind it may be that of all steps before."""
+    if type(value) is tuple:
+        return tuple(map(without_graph, value))
+    if type(value) in PLAIN and value.requires_grad and not value.is_leaf:
+        return value.detach().requires_grad_()
+    return value
+
+
+def inner(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, as what was computed with a gradient: to be saved where that was, and to be written to."""
+    with torch.enable_grad():
+        return tensor.requires_grad_().clone()
+
+
 def put_back(undo: Undo) -> None:
     """The branch has its own tensors again."""
     for slots, name, tensor in reversed(undo):

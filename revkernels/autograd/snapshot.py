@@ -26,6 +26,7 @@ from revkernels.autograd.rewinding import (
     copies_of,
     hang_again,
     hang_flat_weights,
+    inner,
     is_registered,
     known_to_write,
     put_back,
@@ -121,7 +122,7 @@ class Snapshot(Parts):
             if only_statistics:
                 self.statistics.append(slot)
             elif (written is None or hidden or name in written) and not isinstance(buffer, UninitializedTensorMixin):
-                self.rewound.append((module, slot, buffer.detach().clone()))
+                self.rewound.append((module, slot, buffer.detach().clone().requires_grad_(buffer.requires_grad)))
             elif not hidden:
                 self.constant.append(constant_of(slot))
 
@@ -303,9 +304,9 @@ class Snapshot(Parts):
         for slots, name, tensor, _ in self.statistics:
             undo.append((slots, name, slots.get(name, MISSING)))
             slots[name] = tensor.detach().clone() if tensor.requires_grad else tensor.clone()
-        for (_, (slots, name, _, _), _), copy in zip(self.rewound, copies_of(self.rewound), strict=True):
+        for (_, (slots, name, _, _), was), copy in zip(self.rewound, copies_of(self.rewound), strict=True):
             undo.append((slots, name, slots.get(name, MISSING)))
-            slots[name] = copy
+            slots[name] = inner(copy) if was.requires_grad else copy
 
     def _hang(self, slots: dict[str, Any], name: str, tensor: torch.Tensor, undo: Undo) -> None:
         """Another hangs there now: put this one there."""

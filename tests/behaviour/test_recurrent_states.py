@@ -64,6 +64,56 @@ def test_a_recurrent_state_of_several_tensors(kept, options):
     assert_all_close(*results)
 
 
+class Leaks(nn.Module):
+    """A membrane that leaks, of a spiking network: a state with a gradient that goes through it from step to step.
+    ``first`` is what stands there before the first one."""
+
+    def __init__(self, where, first, detached):
+        super().__init__()
+        self.linear, self.where, self.detached, self.first = nn.Linear(4, 4), where, detached, first
+        self.held = {}
+        self.reset()
+
+    def reset(self):
+        if self.where == "dictionary":
+            self.held["v"] = self.first
+        elif self.where == "buffer":
+            self.register_buffer("v", torch.zeros(1, dtype=WIDE), persistent=False)
+        else:
+            self.v = self.first
+
+    def forward(self, h):
+        found = self.held["v"] if self.where == "dictionary" else self.v
+        v = found[0] if type(found) is tuple else found
+        decay = self.linear.bias.sigmoid()  # what is multiplied by the state is saved if that has a gradient
+        v = self.linear(h) if v is None else decay * v + self.linear(h)
+        kept = v.detach() if self.detached else v
+        if self.where == "dictionary":
+            self.held["v"] = kept
+        else:
+            self.v = (kept, None) if self.where == "tuple" else kept
+        return (4 * v).sigmoid()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("first", [None, 0.0], ids=str)
+@pytest.mark.parametrize("where", ["attribute", "dictionary", "tuple", "buffer"])
+def test_a_state_through_time(where, first, detached, options):
+    """Row 34: several calls and one backward behind them all, twice, with the state begun anew."""
+    nets, results = twins(pairs_of(lambda: Leaks(where, first, detached).to(WIDE), 2), **options), []
+    x = rows()
+    for net in nets:
+        for _ in range(2):
+            branches = [branch for block in net.children() for branch in (block.F, block.G)]
+            for branch in branches:
+                branch.reset()
+            net.zero_grad()
+            sum(net(x * step).sin().sum() for step in range(1, 4)).backward()
+        states = [branch.held["v"] if where == "dictionary" else branch.v for branch in branches]
+        results.append([*(p.grad for p in net.parameters()), *(s[0] if type(s) is tuple else s for s in states)])
+    assert_all_close(*results)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_recurrent_state(shared, checkpointed, backend):
