@@ -253,8 +253,8 @@ class Calls(nn.Module):
 
 @pytest.mark.parametrize("how", ["chain", "branches", "checkpoint"])
 def test_parts_that_are_compiled_otherwise_when_they_come_again(how):
-    """Row 25: refused, or right; and right behind a call whose result is dropped. As many rows as columns: the tensors that
-    are saved are of the same shapes then."""
+    """Row 25: refused, or right; and right behind a call whose result is dropped. As many rows as columns: the tensors
+    that are saved are of the same shapes then."""
     parts = [nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True)]
     net, plain = twins(pairs_of(lambda: Within(nn.Sequential(*map(Calls, copy.deepcopy(parts)))).to(WIDE), 1))
     if how == "checkpoint":
