@@ -176,7 +176,7 @@ class Measuring(_Counting):
         self._inside, self._look = iter(inside), look
         self._seen: list[tuple[OpCost, Any, Any, list[tuple[Any, int]]]] = []
         # Outputs by their memory, held weakly so that an address stays theirs: an alias without the version writes too.
-        self._memory: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._memory: dict[int, tuple[StorageWeakRef, tuple[int, ...]]] = {}
         self._written: set[int] = set()
         self.talks = False
 
@@ -199,7 +199,9 @@ class Measuring(_Counting):
         cost = OpCost(number, str(func), 0.0, size, keepable, _passing(func, out, size), self._print)
         for tensor in _tensors(out) if keepable else ():
             storage = tensor.untyped_storage()
-            self._memory[storage._cdata] = StorageWeakRef(storage), len(self._seen)
+            ref, indices = self._memory.get(storage._cdata) or (StorageWeakRef(storage), ())
+            # Of several: `unsafe_chunk`, as in a GRU, gives parts of what it is given and does not say so.
+            self._memory[storage._cdata] = ref, (*indices, len(self._seen))
         self._seen.append((cost, start, end, versions))
         self.level.aside(since, start, end)
         return out
@@ -207,7 +209,7 @@ class Measuring(_Counting):
     def uncounted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for tensor in _written_by(func, args, kwargs):
             if (place := self._memory.get(tensor.untyped_storage()._cdata)) is not None:
-                self._written.add(place[1])
+                self._written.update(place[1])
         if _makes(func):
             return self.run(-1, func, args, kwargs)
         if _works(func):
