@@ -35,6 +35,7 @@ from revkernels.autograd.rewinding import (
 from revkernels.autograd.structure import Hooks, Structure
 from revkernels.autograd.versions import (
     Constant,
+    Placed,
     constant_of,
     differs,
     has_moved,
@@ -79,7 +80,7 @@ class Snapshot(Parts):
         self.late: set[int] = set()  # of these and of the constant ones, by id, those that it turned out to write
         #: Tensors that are no parameters or buffers, as attributes of modules, and their versions. Not kept alive.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
-        self.placed: dict[tuple[int, str], int] = NONE  # see `placed_by_forward`
+        self.placed: Placed = NONE  # by its own forward, in parameters' places
         self.structure: Structure | None = None  # once the forward is over, of what is not known
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
@@ -174,7 +175,7 @@ class Snapshot(Parts):
             if (written or (moves and is_elsewhere(tensor, memory))) and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
         if self.own is not None:
-            self.placed = placed_by_forward(self.constant) or NONE
+            self.placed = placed_by_forward(self.constant, self.modules) or NONE
         for module in self.stateful():
             known = known_to_write(module)
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
@@ -271,7 +272,7 @@ class Snapshot(Parts):
 
     def misplaced(self) -> str | None:
         """After the recompute: what it has put in a parameter's place and the forward had not, or None."""
-        return None if self.own is None else misplaced(self.constant, self.placed or {})
+        return None if self.own is None else misplaced(self.constant, self.modules, self.placed or {})
 
     def _restore_modules(self, undo: Undo) -> None:
         if [module.training for module in self.modules] != self.flags:

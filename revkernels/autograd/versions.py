@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.ownership import PLAIN, memory_of
@@ -67,28 +68,43 @@ def has_moved(one: Constant) -> bool:
     return was_written(one[:4]) or is_elsewhere(one[2], one[5])
 
 
-def placed_by_forward(constant: Sequence[Constant]) -> dict[tuple[int, str], int]:
-    """After a forward: of those in whose place it has itself put another tensor, where they hang and the memory of that
-    one."""
-    found = {}
-    for slots, name, tensor, _, _, _ in constant:
-        now: Any = slots.get(name)
-        if now is not tensor and type(now) in PLAIN:
-            found[id(slots), name] = memory_of(now)
-    return found
+#: What a forward has put in a parameter's place, by where it hangs: its memory, and the sum of its values.
+Placed = dict[tuple[int, str], tuple[int, torch.Tensor]]
 
 
-def misplaced(constant: Sequence[Constant], placed: dict[tuple[int, str], int]) -> str | None:
-    """After a recompute: what is wrong where it has put another tensor in place than the forward did, or None. In the
-    same memory it is no other: what is sharded comes back to it."""
-    for slots, name, tensor, _, _, memory in constant:
-        now: Any = slots.get(name)
-        if now is not tensor and type(now) in PLAIN and is_elsewhere(now, placed.get((id(slots), name), memory)):
+def placed_by_forward(constant: Sequence[Constant], modules: Sequence[nn.Module]) -> Placed:
+    """After a forward: the parameters in whose place it has itself put another tensor."""
+    found = _placed(constant, modules)
+    return {(id(slots), name): (memory_of(now), _sum_of(now)) for slots, name, now, _ in found}
+
+
+def misplaced(constant: Sequence[Constant], modules: Sequence[nn.Module], placed: Placed) -> str | None:
+    """After a recompute: what is wrong where it has put another tensor in a parameter's place than the forward did, or
+    None. In the same memory it is no other (what is sharded comes back to it), nor is one that was computed anew."""
+    for slots, name, now, memory in _placed(constant, modules):
+        then, total = placed.get((id(slots), name), (memory, None))
+        if is_elsewhere(now, then) and (total is None or differs(total, _sum_of(now))):
             return (
                 f"{name} is put in its place by the branch's own forward, and is another tensor now than it was then "
                 f"(as fast weights are that have been updated since): set activations='store'"
             )
     return None
+
+
+def _placed(constant: Sequence[Constant], modules: Sequence[nn.Module]) -> list[tuple[Any, str, Any, int]]:
+    """Of parameters, those in whose place another tensor hangs now: where, that one, and the memory of the first."""
+    found = [
+        (slots, name, slots.get(name), memory)
+        for slots, name, tensor, _, _, memory in constant
+        if slots.get(name) is not tensor
+    ]
+    found = [one for one in found if type(one[2]) in PLAIN]
+    buffers = {id(module._buffers) for module in modules} if found else ()  # which are rewound where that is needed
+    return [one for one in found if id(one[0]) not in buffers]
+
+
+def _sum_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().sum(dtype=torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def was_written(slot: Slot) -> bool:

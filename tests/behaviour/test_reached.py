@@ -250,6 +250,36 @@ def test_a_parameter_that_the_forward_puts_in_place(moved, before, options):
     assert_all_close(*found)
 
 
+class Computes(nn.Module):
+    """Puts a weight in its parameter's place, and a buffer in that of another, that it makes anew in each run."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.ones(4, 1))
+        self.inner = nn.Linear(4, 4, bias=False)
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, h):
+        self._parameters["weight"] = self.inner.weight * self.scale
+        self.count = self.count + 1
+        return functional.linear(h, self.weight).tanh() / self.count
+
+
+def test_a_parameter_that_the_forward_computes(options):
+    """The recompute computes it again: it is another tensor of the same values."""
+    branches, x = [Computes().to(WIDE) for _ in range(4)], rows()
+    blocks = [ReversibleBlock(*pair) for pair in zip(branches[::2], branches[1::2], strict=True)]
+    found = []
+    for net in (ReversibleSequential(*blocks, **options), Plain([(block.F, block.G) for block in blocks])):
+        for _ in range(2):
+            learnt = [x, *(p for branch in branches for p in (branch.scale, branch.inner.weight))]
+            for branch in branches:
+                branch.count.fill_(1)
+            found.append(torch.autograd.grad(net(x).sin().sum(), learnt))
+    for one in found[1:]:
+        assert_all_close(one, found[0])
+
+
 def test_a_parameter_that_hooks_cast():
     """Of layers whose weights are stored narrow, and cast for the time of their forward: not a change behind it."""
     layer = nn.Linear(4, 4).bfloat16()
