@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FUNCTIONS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "named", "own_names"]
+__all__ = ["FUNCTIONS", "LISTS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "is_layers", "named", "own_names"]
 
 _DEPTH = 3  # containers in containers that are looked into: one may hold itself
 _MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
@@ -109,17 +109,21 @@ class Reached:
         kind: Any = type(module)
         own = module.__dict__
         torchs, names = _about(getattr(kind, "forward", None))
-        if torchs and "forward" not in own:
-            if kind not in WITH_FUNCTIONS:
-                return  # its forward reads what it has registered
-        elif names is not None:
+        torchs = torchs and "forward" not in own
+        if torchs and not is_layers(getattr(kind, "forward", None)):
+            return  # its forward reads what it has registered; what is on a layer code round it may read
+        if not torchs and names is not None:
             for name in names.globals:
                 value = kind.forward.__globals__.get(name)
                 if issubclass(type(value), nn.Module | torch.Generator):
                     self.look(name, value)
         for name in own_names(own):
             value = own.get(name)
-            if type(value) not in _SIMPLE and not issubclass(type(value), torch.Tensor):
+            if (
+                type(value) not in _SIMPLE
+                and not issubclass(type(value), torch.Tensor)
+                and not (torchs and name in LISTS)
+            ):
                 self.look(name, value)
 
     def follow(self) -> Reached:
@@ -133,6 +137,10 @@ class Reached:
 
 #: torch's own layers that are given a function, and hold it.
 WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+#: Lists that convolutions and recurrent layers have themselves.
+LISTS = frozenset(
+    ("_reversed_padding_repeated_twice", "_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
+)
 _UNSEEN = (type, types.ModuleType, types.BuiltinFunctionType, *weakref.ProxyTypes)
 
 
@@ -181,6 +189,12 @@ def _is_torchs(function: Any) -> bool:
     if not issubclass(type(function), types.FunctionType):
         return False
     return all(str(name).startswith("torch.") for name in (function.__module__, function.__globals__.get("__name__")))
+
+
+def is_layers(forward: Any) -> bool:
+    """Whether a forward is that of one of torch's own layers, by where it is written: a wrapper copies __module__."""
+    written_in: str = getattr(forward, "__globals__", {}).get("__name__", "")
+    return written_in.startswith("torch.nn.modules.")
 
 
 def _attributes(item: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from revkernels.autograd.attributes import CONTAINERS
-from revkernels.autograd.behind import FUNCTIONS, WITH_FUNCTIONS, own_names
+from revkernels.autograd.behind import FUNCTIONS, LISTS, WITH_FUNCTIONS, is_layers, own_names
 from revkernels.autograd.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.rewinding import is_state
@@ -47,7 +47,7 @@ def is_plain(module: nn.Module) -> bool:
         return False
     if not _MORE.isdisjoint(map(type, list(table.values()))):
         return False
-    return not any(_may_keep(table.get(name)) for name in own_names(table) if name not in _LISTS)
+    return not any(_may_keep(table.get(name)) for name in own_names(table) if name not in LISTS)
 
 
 def _may_keep(value: Any) -> bool:
@@ -108,18 +108,13 @@ def _reader(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...
 
 _options: dict[type, Options] = {}  # of each class, what all of its modules have that were met
 _OPTIONS = frozenset((int, float, bool, str, tuple, type(None)))
-#: Lists that convolutions and recurrent layers have themselves.
-_LISTS = frozenset(
-    ("_reversed_padding_repeated_twice", "_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
-)
 _MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
 
 
 def _is_torchs(kind: Any) -> bool:
     if not isinstance(kind, type) or not issubclass(kind, nn.Module) or kind in WITH_FUNCTIONS:
         return False
-    written_in: str = getattr(kind.forward, "__globals__", {}).get("__name__", "")  # a wrapper copies __module__
-    return written_in.startswith("torch.nn.modules.")
+    return is_layers(kind.forward)
 
 
 for _kind in filter(_is_torchs, list(vars(nn.modules).values())):

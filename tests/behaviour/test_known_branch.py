@@ -295,15 +295,16 @@ def test_an_inverse_of_a_branch_of_which_nothing_is_known(what):
 
 
 class Through(nn.Module):
-    """Runs what one of our own layers has on it, and has not registered."""
+    """Runs what one of its layers has on it, and has not registered."""
 
-    def __init__(self, held):
+    def __init__(self, held, layer):
         super().__init__()
         self.layers = nn.Sequential(NormAct(nn.BatchNorm1d(4)), nn.Linear(4, 4))
-        self.layers[0].__dict__["held"] = held
+        self.layers[layer].__dict__["held"] = held
+        self.layer = layer
 
     def forward(self, x):
-        x, held = self.layers(x), self.layers[0].held
+        x, held = self.layers(x), self.layers[self.layer].held
         if isinstance(held, torch.Generator):
             return x * torch.rand(x.shape, generator=held)
         return (held[0] if isinstance(held, list | tuple) else held)(x)
@@ -326,13 +327,14 @@ HELD = {
 }
 
 
+@pytest.mark.parametrize("layer", [0, 1], ids=["one of ours", "one of torch's"])
 @pytest.mark.parametrize("held", HELD.values(), ids=HELD)
-def test_what_a_layer_has_on_it_is_reached(held):
+def test_what_a_layer_has_on_it_is_reached(held, layer):
     found = []
     for activations in ("store", "reconstruct"):
         torch.manual_seed(0)
         inner, x = nn.BatchNorm1d(4), rows().float().detach().requires_grad_()
-        code = Through(held(inner))
+        code = Through(held(inner), layer)
         net = ReversibleSequential(ReversibleBlock(code, nn.Tanh()), activations=activations)
         for _ in range(2):
             inner.train()
