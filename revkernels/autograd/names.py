@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import re
 import types
 import weakref
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,11 @@ _TORCHS_SILENT = "torch.ao.quantization."
 _MANY = 256  # functions that are looked at for one class
 
 _BY_NAME = frozenset(("getattr", "__dict__", "vars"))  # by which any attribute is read
+_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "DELETE_ATTR")
+#: Of `_accesses` to an attribute in a function, and in a forward: what that may have written first is a state if it is
+#: written again once it was read, and else made once, as `if not self.made: self.weight = ...` does it.
+_READ, _STATES = re.compile(".*r"), re.compile("r|m.*r.*[wm]")
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 
 _read_by: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 _of_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -52,39 +58,39 @@ def writes_silently(module: nn.Module) -> bool:
 
 def may_read(module: nn.Module, name: str) -> bool:
     """Whether the module's code may read this attribute as a call before has left it: not where its forward writes it
-    first, and no other method reads it."""
+    first, and nothing else of its class, or that this calls, reads it."""
     kind = type(module)
     found = _read_by.get(kind)
     if found is None:
         found = _read_by[kind] = _read_first(kind)
-    return name in found or not _BY_NAME.isdisjoint(found)
+    return name in found or not _BY_NAME.isdisjoint(found) or "forward" in module.__dict__
 
 
 def _read_first(kind: type) -> frozenset[str]:
+    forwards = {id(vars(base).get("forward")) for base in kind.__mro__}
     found: set[str] = set()
-    for base in kind.__mro__:
-        for name, value in () if _is_torchs(base.__module__) else vars(base).items():
-            value = getattr(value, "fget", value)
-            value = getattr(value, "__func__", value)
-            if isinstance(value, types.FunctionType):
-                order = _accesses(value.__code__)
-                if name == "forward":
-                    order = list(dict(reversed(order)).items())  # the first of each
-                found.update(attribute for attribute, reads in order if reads)
+    for function in _reached(_held_by(kind)):
+        ways: dict[str, str] = {}
+        for attribute, way in _accesses(function.__code__):
+            ways[attribute] = ways.get(attribute, "") + way
+        is_read = _STATES.match if id(function) in forwards else _READ.match
+        found.update(attribute for attribute, way in ways.items() if is_read(way))
     return frozenset(found)
 
 
-def _accesses(code: types.CodeType) -> list[tuple[str, bool]]:
-    """The attributes, and globals, that the code names, in its order, and whether it reads each."""
-    found = [(str(one.argval), not one.opname.startswith("STORE")) for one in dis.get_instructions(code) if _names(one)]
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found += _accesses(constant)
-    return found
-
-
-def _names(instruction: dis.Instruction) -> bool:
-    return instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "STORE_ATTR"))
+def _accesses(code: types.CodeType, whole: bool = True) -> Iterator[tuple[str, str]]:
+    """The attributes, and globals, that the code names, in its order: whether it reads each, writes it, or may write
+    it, on one way of several or in a function inside it (``whole`` is False)."""
+    furthest = 0
+    for one in dis.get_instructions(code):
+        if one.opcode in _JUMPS:
+            furthest = max(furthest, one.argval)
+        elif isinstance(one.argval, types.CodeType):  # which may run from here on
+            yield from _accesses(one.argval, False)
+        elif one.opname.startswith("STORE_ATTR"):
+            yield str(one.argval), "w" if whole and one.offset >= furthest else "m"
+        elif one.opname.startswith(_READS):
+            yield str(one.argval), "r"
 
 
 def _in(branch: Any, modules: Sequence[nn.Module]) -> Iterator[frozenset[str]]:
@@ -124,7 +130,11 @@ def _names_of(function: Any) -> frozenset[str]:
 
 def _follow(waiting: list[Any]) -> frozenset[str]:
     """The names in the code of these, and in that of functions that they name, close over or are made of."""
-    names: set[str] = set()
+    return frozenset().union(*(named(function).all for function in _reached(waiting)))
+
+
+def _reached(waiting: list[Any]) -> Iterator[types.FunctionType]:
+    """These functions, and those that they name, close over or are made of."""
     seen: set[int] = set()
     while waiting and len(seen) < _MANY:
         held = waiting.pop()
@@ -141,9 +151,8 @@ def _follow(waiting: list[Any]) -> frozenset[str]:
             waiting.append(held.fget)
         elif isinstance(held, types.FunctionType) and not _is_torchs(held.__globals__.get("__name__")):
             waiting += [cell.cell_contents for cell in held.__closure__ or () if _is_full(cell)]
-            names |= named(held).all
             waiting += _named_by(named(held).all, held.__globals__)
-    return frozenset(names)
+            yield held
 
 
 def _named_by(names: frozenset[str], table: dict[str, Any]) -> Iterator[Any]:

@@ -126,7 +126,7 @@ class OwnState:
                 if is_state(value):
                     if not (name == FLAT and isinstance(module, nn.RNNBase)):
                         self.hung.append((table, name, value))  # parameters, frozen ones too, are the snapshot's affair
-                elif registered and type(value) is tuple and may_be_state(value) and may_read(module, name):
+                elif registered and may_be_state(value) and may_read(module, name):
                     self.graphs.append((table, name, without_graph(value), None, 0))
                 if registered and type(value) in (list, dict) and module in self.holders:
                     self._note(value)
@@ -143,7 +143,7 @@ class OwnState:
 
     def complete(self) -> list[tuple[nn.Module, Slot, torch.Tensor | None]]:
         """After the forward: return what it has written in place, with the copy of before where there is one."""
-        changed = []
+        changed, stays = [], set()
         for module, slot, value in self.loose:
             found = written_by(module)
             if version_of(slot[2]) != slot[3]:
@@ -154,6 +154,8 @@ class OwnState:
             now = dict(table.items())  # a scripted module's is no dictionary
             for name in own_names(now):
                 was, value = before.get(name, MISSING), now[name]
+                if was is value and type(value) in (list, dict):
+                    stays.add((id(table), name))  # what is put back into it is `replaced`
                 if was is value or not may_be_state(value):
                     continue
                 blank, state = type(was) in _BLANK, is_state(value)
@@ -173,7 +175,8 @@ class OwnState:
                 if value is not was and may_be_state(value) and (type(was) in _BLANK or may_be_state(was)):
                     self.replaced.append((container, key, without_graph(was)))
         # Who asks may keep something for the second run; and what is added up in place is no state to come back to.
-        unwritten = (one for one in self.graphs if one[3] is None or version_behind(one[3]) in (None, one[4]))
+        graphs = (one for one in self.graphs if (id(one[0]), one[1]) not in stays)
+        unwritten = (one for one in graphs if one[3] is None or version_behind(one[3]) in (None, one[4]))
         self.graphs = [] if asked else list(unwritten)
         self.loose = self.tables = self.containers = self.gaps = NONE
         self.holders, self.hung = self.holders or NONE, self.hung or NONE

@@ -60,28 +60,28 @@ def hang(slots: Any, name: Any, tensor: Any) -> None:
         slots[name] = tensor
 
 
-def is_state(value: Any, depth: int = 3) -> bool:
+def is_state(value: Any, depth: int = 3, with_graph: bool = False) -> bool:
     """Whether it is what a branch may leave on itself for its next call to read: a tensor without a gradient, or a
     tuple, list or dictionary of a few, such as the (h, c) of an LSTM."""
     if type(value) in PLAIN:
-        return not value.requires_grad
+        return with_graph or not value.requires_grad
     if type(value) not in (tuple, list, dict) or not depth or len(value) > FEW:
         return False
     items = list(value.values() if type(value) is dict else value)
-    return all(item is None or is_state(item, depth - 1) for item in items)
+    return all(item is None or is_state(item, depth - 1, with_graph) for item in items)
 
 
 def may_be_state(value: Any) -> bool:
-    """The same, or with a gradient that goes through it from call to call: a tensor, or a tuple of such."""
-    if type(value) is tuple:
-        return len(value) <= FEW and all(item is None or may_be_state(item) for item in value)
-    return type(value) in PLAIN or is_state(value)
+    """The same, or with a gradient that goes through it from call to call."""
+    return is_state(value, with_graph=True)
 
 
 def without_graph(value: Any) -> Any:
     """What a recompute reads of it: its value. The graph behind it may be that of all steps before."""
-    if type(value) is tuple:
-        return tuple(map(without_graph, value))
+    if type(value) is dict:
+        return {name: without_graph(item) for name, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(without_graph, value))
     if type(value) in PLAIN and value.requires_grad and not value.is_leaf:
         return value.detach().requires_grad_()
     return value

@@ -114,6 +114,105 @@ def test_a_state_through_time(where, first, detached, options):
     assert_all_close(*results)
 
 
+class Leaky(nn.Module):
+    """The same, with its code elsewhere than in its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.v = nn.Linear(4, 4), 0.0
+
+    def forward(self, h):
+        return step(self, h)
+
+
+def step(self, h):
+    self.v = 0.5 * self.v + self.linear(h)
+    return (4 * self.v).sigmoid()
+
+
+class Decorated(Leaky):
+    forward = (lambda function: lambda *given: function(*given))(step)
+
+
+class MadeInForward(Leaky):
+    def __init__(self):
+        super().__init__()
+        del self.v
+
+    def forward(self, h):
+        if not hasattr(self, "v"):
+            self.v = torch.zeros_like(h)
+        self.v = 0.5 * self.v + self.linear(h)
+        return (4 * self.v).sigmoid()
+
+
+class OnTheInstance(Leaky):
+    def __init__(self):
+        super().__init__()
+        self.forward = step.__get__(self)
+
+    def __deepcopy__(self, memo):
+        new = type(self)().to(WIDE)
+        new.load_state_dict(self.state_dict())
+        return new
+
+
+class InALambda(Leaky):
+    def forward(self, h):
+        decayed = lambda: 0.5 * self.v  # noqa: E731
+        self.v = decayed() + self.linear(h)
+        return (4 * self.v).sigmoid()
+
+
+class InANewList(Leaky):
+    def forward(self, h):
+        self.v = [0.5 * (self.v[0] if self.v else 0) + self.linear(h)]
+        return (4 * self.v[0]).sigmoid()
+
+
+class InANewDictionary(Leaky):
+    def forward(self, h):
+        self.v = {"v": 0.5 * (self.v["v"] if self.v else 0) + self.linear(h)}
+        return (4 * self.v["v"]).sigmoid()
+
+
+@pytest.mark.parametrize(
+    "kind", [Leaky, Decorated, MadeInForward, OnTheInstance, InALambda, InANewList, InANewDictionary]
+)
+def test_a_state_through_time_wherever_it_is_read(kind, options):
+    """Row 34: what tells a state from an output that is kept is the code, wherever that is."""
+    nets, results = twins(pairs_of(lambda: kind().to(WIDE), 2), **options), []
+    x = rows()
+    for net in nets:
+        sum(net(x * step).sin().sum() for step in range(1, 4)).backward()
+        results.append([p.grad for p in net.parameters()])
+    assert_all_close(*results)
+
+
+class MadeOnce(nn.Module):
+    """A weight with a gradient that is made in the first call, and is no state."""
+
+    made = False
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, h):
+        if not self.made:
+            self.turned, self.made = self.linear.weight.t(), True
+        return (h @ self.turned).sin()
+
+
+def test_what_is_made_once_is_no_state(options):
+    nets, results = twins(pairs_of(lambda: MadeOnce().to(WIDE), 2), **options), []
+    x = rows()
+    for net in nets:
+        loss_of(net(x)).backward()
+        results.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert_all_close(*results)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_recurrent_state(shared, checkpointed, backend):
