@@ -68,7 +68,7 @@ class Snapshot(Parts):
 
     __slots__ = (
         *("absent", "constant", "fixed", "flags", "hooks", "late", "others", "placed", "rewound", "statistics"),
-        "structure",
+        *("since", "structure"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -105,6 +105,7 @@ class Snapshot(Parts):
                 self._take_buffers(module, place >= self.registered)
         if self.own is not None:
             self.held += self.own.take(self.registered)
+            self.since = torch.autograd._get_sequence_nr()
         if self.held:
             self.others = [(name, weakref.ref(tensor), version_of(tensor)) for name, tensor in self.held]
             self.held = []
@@ -175,7 +176,7 @@ class Snapshot(Parts):
             if (written or (moves and is_elsewhere(tensor, memory))) and isinstance(tensor, nn.Parameter):
                 self.late.add(id(tensor))
         if self.own is not None:
-            self.placed = placed_by_forward(self.constant, self.modules) or NONE
+            self.placed = placed_by_forward(self.constant, self.modules, self.since) or NONE
         for module in self.stateful():
             known = known_to_write(module)
             if known is not None:  # a buffer written now and never before: lost for this step, kept from the next

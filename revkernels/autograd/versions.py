@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,27 +69,41 @@ def has_moved(one: Constant) -> bool:
     return was_written(one[:4]) or is_elsewhere(one[2], one[5])
 
 
-#: What a forward has put in a parameter's place, by where it hangs: its memory, and the sum of its values.
-Placed = dict[tuple[int, str], tuple[int, torch.Tensor]]
+#: What a forward has put in a parameter's place, by where it hangs: its memory, and the sum of its values. And by how
+#: much that may be another one: if the forward computed it, maybe from its input, which is rebuilt but for rounding.
+Placed = dict[tuple[int, str], tuple[int, torch.Tensor, torch.Tensor | None]]
 
 
-def placed_by_forward(constant: Sequence[Constant], modules: Sequence[nn.Module]) -> Placed:
-    """After a forward: the parameters in whose place it has itself put another tensor."""
-    found = _placed(constant, modules)
-    return {(id(slots), name): (memory_of(now), _sum_of(now)) for slots, name, now, _ in found}
+def placed_by_forward(constant: Sequence[Constant], modules: Sequence[nn.Module], since: int) -> Placed:
+    """After a forward: the parameters in whose place it has itself put another tensor. ``since``: autograd's count of
+    its nodes when it began."""
+    placed: Placed = {}
+    for slots, name, now, _ in _placed(constant, modules):
+        made = now.grad_fn is not None and now.grad_fn._sequence_nr() >= since
+        placed[id(slots), name] = memory_of(now), _sum_of(now), _sum_of(now, torch.abs) if made else None
+    return placed
 
 
 def misplaced(constant: Sequence[Constant], modules: Sequence[nn.Module], placed: Placed) -> str | None:
     """After a recompute: what is wrong where it has put another tensor in a parameter's place than the forward did, or
     None. In the same memory it is no other (what is sharded comes back to it), nor is one that was computed anew."""
     for slots, name, now, memory in _placed(constant, modules):
-        then, total = placed.get((id(slots), name), (memory, None))
-        if is_elsewhere(now, then) and (total is None or differs(total, _sum_of(now))):
+        then, total, size = placed.get((id(slots), name), (memory, None, None))
+        if is_elsewhere(now, then) and (total is None or _is_other(total, now, size)):
             return (
                 f"{name} is put in its place by the branch's own forward, and is another tensor now than it was then "
                 f"(as fast weights are that have been updated since): set activations='store'"
             )
     return None
+
+
+def _is_other(total: torch.Tensor, now: torch.Tensor, size: torch.Tensor | None) -> bool:
+    if now.is_meta:
+        return False
+    if now.is_cuda and torch.cuda.is_current_stream_capturing():  # what cannot be asked is believed to be computed
+        return size is None
+    slack = 0.0 if size is None else math.sqrt(torch.finfo(now.dtype).eps) * size.nan_to_num().item()
+    return not torch.isclose(total, _sum_of(now), rtol=0, atol=slack, equal_nan=True)
 
 
 def _placed(constant: Sequence[Constant], modules: Sequence[nn.Module]) -> list[tuple[Any, str, Any, int]]:
@@ -103,8 +118,14 @@ def _placed(constant: Sequence[Constant], modules: Sequence[nn.Module]) -> list[
     return [one for one in found if id(one[0]) not in buffers]
 
 
-def _sum_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().sum(dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+def _sum_of(tensor: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        return torch.zeros(())
+    if tensor.is_quantized or tensor.is_mkldnn:
+        tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+    values = of(tensor)
+    return values.sum(dtype=torch.complex128 if values.is_complex() else torch.float64)
 
 
 def was_written(slot: Slot) -> bool:

@@ -280,6 +280,38 @@ def test_a_parameter_that_the_forward_computes(options):
         assert_all_close(one, found[0])
 
 
+class ComputesFrom(nn.Module):
+    """What it puts in its parameter's place ``of`` makes of another weight and the input."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.inner, self.weight, self.of = nn.Linear(4, 4), nn.Parameter(torch.zeros(4, 4)), of
+
+    def forward(self, h):
+        self._parameters["weight"] = self.of(self.inner.weight, h)
+        weight = self.weight.dequantize().to(h.dtype) if self.weight.is_quantized else self.weight
+        return functional.linear(self.inner(h), weight.nan_to_num()).tanh()
+
+
+COMPUTED = {
+    "of the input": lambda weight, h: weight @ (h.mT @ h).sin(),
+    "not a number": lambda weight, h: weight.masked_fill(torch.eye(4, dtype=torch.bool), float("nan")),
+    "quantised": lambda weight, h: torch.quantize_per_tensor(weight.detach().float(), 0.01, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("of", COMPUTED.values(), ids=COMPUTED)
+def test_a_parameter_that_the_forward_computes_of_what_is_rebuilt(of, options):
+    """Where it depends on the input it is another one by the rounding of that."""
+    branches, x = [ComputesFrom(of).to(WIDE) for _ in range(12)], rows()
+    blocks = [ReversibleBlock(*pair) for pair in zip(branches[::2], branches[1::2], strict=True)]
+    found = []
+    for net in (ReversibleSequential(*blocks, **options), Plain([(block.F, block.G) for block in blocks])):
+        learnt = [x, *(branch.inner.weight for branch in branches)]
+        found.append(torch.autograd.grad(net(x).sin().sum(), learnt))
+    assert_all_close(*found)
+
+
 def test_a_parameter_that_hooks_cast():
     """Of layers whose weights are stored narrow, and cast for the time of their forward: not a change behind it."""
     layer = nn.Linear(4, 4).bfloat16()
