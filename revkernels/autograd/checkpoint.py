@@ -78,11 +78,11 @@ class Checkpoint(Rebuilding):
         try:
             with snapshot.turn:
                 snapshot.take()
-                compiled = frames_compiled()
+                compiled, since = frames_compiled(), torch.autograd._get_sequence_nr()
                 with hooks, surroundings.guard, within_a_branch(), Within(self.kernels, step.tape(False)):
                     result = self._function(*args, **kwargs)
                 if frames_compiled() != compiled:
-                    step.note_nodes(result, [tensor for tensor, _ in self._given])
+                    step.note_nodes(result, [tensor for tensor, _ in self._given], since)
                 snapshot.complete(step.counted())
                 step.over()
             step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.own is None)

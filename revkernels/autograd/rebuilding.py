@@ -301,6 +301,7 @@ class Rebuilding:
                 surroundings = self._surroundings.restore(step.drawn)
                 undo = step.snapshot.restore(is_same)
                 set_grad_enabled(True)
+                since = torch.autograd._get_sequence_nr()
                 with self._hooks:
                     f = self._again(step, h)
                 if (problem := step.snapshot.misplaced()) is not None:
@@ -316,7 +317,7 @@ class Rebuilding:
                 put_attributes_back(attributes)
                 if surroundings is not None:
                     surroundings.close()
-        if (problem := step.difference(self._frame, f, h)) is not None:
+        if (problem := step.difference(self._frame, f, h, since)) is not None:
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         return f
 

@@ -80,14 +80,15 @@ class RecordedStep:
         """Whether the recompute saved as many tensors as the forward, of the same dtypes and shapes."""
         return [t.shape for t, _ in frame] == self.saved and [t.dtype for t, _ in frame] == self.dtypes
 
-    def note_nodes(self, result: Any, given: Any) -> None:
+    def note_nodes(self, result: Any, given: Any, since: int) -> None:
         """Something was compiled while it ran. When it is run again torch may compile parts otherwise, or not at all,
-        and these may save tensors of the same shapes in another order, which only the nodes of the graph tell."""
-        self.nodes = self._nodes_behind(result, given)
+        and these may save tensors of the same shapes in another order, which only the nodes of the graph tell.
+        ``since``: autograd's count of its nodes when it began."""
+        self.nodes = self._nodes_behind(result, given, since)
 
-    def difference(self, frame: Frame, result: Any, given: Any) -> str | None:
+    def difference(self, frame: Frame, result: Any, given: Any, since: int) -> str | None:
         """Say what is not as it was in the recompute, which returned this for what it was given; None if all is."""
-        if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given)):
+        if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given, since)):
             return None
         if len(frame) != len(self.saved):
             problem = f"the recompute saved {len(frame)} tensors, the forward {len(self.saved)}"
@@ -109,14 +110,15 @@ class RecordedStep:
             f"it comes again. Call the network once before its first step, with gradients, and drop the result"
         )
 
-    def _nodes_behind(self, result: Any, given: Any) -> list[str]:
-        """The names of the nodes between what it returned and what it was given, in a fixed order."""
+    def _nodes_behind(self, result: Any, given: Any, since: int) -> list[str]:
+        """The names of the nodes between what it returned and what it was given, in a fixed order. Those from
+        before are left out: a state comes back without its graph."""
         given = (given, self.half_step.args, dict(self.half_step.kwargs))
         seen = {tensor.grad_fn for _, tensor in tensors_in(given)}
         queue = [tensor.grad_fn for _, tensor in tensors_in(result)]
         names = []
         for node in queue:
-            if node is not None and node not in seen:
+            if node is not None and node not in seen and node._sequence_nr() >= since:
                 seen.add(node)
                 names.append(node.name())
                 queue += [before for before, _ in node.next_functions]

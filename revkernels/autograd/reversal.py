@@ -191,7 +191,7 @@ class Reversal(Rebuilding):
             if recorded is not None:
                 recorded.needs_grad = h.requires_grad
                 recorded.entry = None if normed is None else entry
-            version, compiled = version_of(watched), frames_compiled()
+            version, compiled, made = version_of(watched), frames_compiled(), torch.autograd._get_sequence_nr()
             f = self._call(step, h, normed)
         if version_of(watched) != version:
             raise ReconstructionError(
@@ -199,7 +199,7 @@ class Reversal(Rebuilding):
                 f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
         if recorded is not None and normed is None and frames_compiled() != compiled:
-            recorded.note_nodes(f, h)
+            recorded.note_nodes(f, h, made)
         if recorded is not None and leaf_comes_first(f, h):
             reach_first(self, self._count, f)
         return f

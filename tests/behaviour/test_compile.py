@@ -14,6 +14,7 @@ from torch import nn
 from behaviour.common import (
     KINDS,
     WIDE,
+    assert_all_close,
     assert_close,
     assert_same,
     check_step,
@@ -273,3 +274,37 @@ def test_parts_that_are_compiled_otherwise_when_they_come_again(how):
     torch._dynamo.reset()
     net(x)
     check_step(net, plain, x)
+
+
+class Leaks(nn.Module):
+    """A state with a gradient that goes through it from call to call, and a part that is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.v = nn.Linear(4, 4), None
+        self.part = torch.compile(torch.sin, backend="aot_eager", dynamic=False)
+
+    def forward(self, h):
+        self.v = self.linear(h) if self.v is None else 0.5 * self.v + self.linear(h)
+        return self.part(self.v)
+
+    def __deepcopy__(self, memo):
+        new = type(self)().to(WIDE)
+        new.load_state_dict(self.state_dict())
+        return new
+
+
+def test_a_state_through_time_beside_a_part_that_is_compiled():
+    """Row 34: its graph is not there in the recompute, and is not missed where torch.compile was at work."""
+    nets, results = twins(pairs_of(lambda: Leaks().to(WIDE), 2)), []
+    x = rows()
+    for net in nets:
+        for branch in (branch for block in net.children() for branch in (block.F, block.G)):
+            branch.v = None
+        torch._dynamo.reset()
+        y = [net(x)]
+        torch._dynamo.reset()  # it is compiled again, in a call with a state
+        y += [net(x), net(x)]
+        sum(one.sin().sum() for one in y).backward()
+        results.append([p.grad for p in net.parameters()])
+    assert_all_close(*results)
