@@ -69,9 +69,9 @@ def has_moved(one: Constant) -> bool:
     return was_written(one[:4]) or is_elsewhere(one[2], one[5])
 
 
-#: What a forward has put in a parameter's place, by where it hangs: its memory, and the sum of its values. And by how
-#: much that may be another one: if the forward computed it, maybe from its input, which is rebuilt but for rounding.
-Placed = dict[tuple[int, str], tuple[int, torch.Tensor, torch.Tensor | None]]
+#: What a forward has put in a parameter's place, by where it hangs: its memory, and the sum of its values; and whether
+#: the forward computed it, maybe from its input, which is rebuilt but for rounding.
+Placed = dict[tuple[int, str], tuple[int, torch.Tensor, bool]]
 
 
 def placed_by_forward(constant: Sequence[Constant], modules: Sequence[nn.Module], since: int) -> Placed:
@@ -80,7 +80,7 @@ def placed_by_forward(constant: Sequence[Constant], modules: Sequence[nn.Module]
     placed: Placed = {}
     for slots, name, now, _ in _placed(constant, modules):
         made = now.grad_fn is not None and now.grad_fn._sequence_nr() >= since
-        placed[id(slots), name] = memory_of(now), _sum_of(now), _sum_of(now, torch.abs) if made else None
+        placed[id(slots), name] = memory_of(now), _sum_of(now), made
     return placed
 
 
@@ -88,8 +88,8 @@ def misplaced(constant: Sequence[Constant], modules: Sequence[nn.Module], placed
     """After a recompute: what is wrong where it has put another tensor in a parameter's place than the forward did, or
     None. In the same memory it is no other (what is sharded comes back to it), nor is one that was computed anew."""
     for slots, name, now, memory in _placed(constant, modules):
-        then, total, size = placed.get((id(slots), name), (memory, None, None))
-        if is_elsewhere(now, then) and (total is None or _is_other(total, now, size)):
+        then, total, made = placed.get((id(slots), name), (memory, None, False))
+        if is_elsewhere(now, then) and (total is None or _is_other(total, now, made)):
             return (
                 f"{name} is put in its place by the branch's own forward, and is another tensor now than it was then "
                 f"(as fast weights are that have been updated since): set activations='store'"
@@ -97,13 +97,16 @@ def misplaced(constant: Sequence[Constant], modules: Sequence[nn.Module], placed
     return None
 
 
-def _is_other(total: torch.Tensor, now: torch.Tensor, size: torch.Tensor | None) -> bool:
+def _is_other(total: torch.Tensor, now: torch.Tensor, made: bool) -> bool:
     if now.is_meta:
         return False
     if now.is_cuda and torch.cuda.is_current_stream_capturing():  # what cannot be asked is believed to be computed
-        return size is None
-    slack = 0.0 if size is None else math.sqrt(torch.finfo(now.dtype).eps) * size.nan_to_num().item()
-    return not torch.isclose(total, _sum_of(now), rtol=0, atol=slack, equal_nan=True)
+        return not made
+    again = _sum_of(now)
+    if torch.equal(total, again):
+        return False
+    slack = math.sqrt(torch.finfo(now.dtype).eps) * _sum_of(now, torch.abs).nan_to_num().item() if made else 0.0
+    return not torch.isclose(total, again, rtol=0, atol=slack, equal_nan=True)
 
 
 def _placed(constant: Sequence[Constant], modules: Sequence[nn.Module]) -> list[tuple[Any, str, Any, int]]:
