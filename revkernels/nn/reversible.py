@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -283,9 +284,9 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
         from revkernels.autograd.compiling import untraced
 
         return untraced(_run, owner, named, x, args, kwargs)
-    proxy = x[0] if isinstance(x, (tuple, list)) and x else x
-    if isinstance(proxy, Proxy):
-        return _symbolically(owner, proxy.tracer, x, args, kwargs)
+    for given in itertools.chain(x if isinstance(x, (tuple, list)) else (x,), args, kwargs.values()):
+        if isinstance(given, Proxy):
+            return _symbolically(owner, given.tracer, x, args, kwargs)
     blocks = list(named.values())
     half_steps = _half_steps(blocks, args, kwargs)
     # A block called alone has been called through its hooks already.

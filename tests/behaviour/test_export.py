@@ -137,6 +137,20 @@ def test_torch_fx(activations, backend):
     torch.testing.assert_close(*found)
 
 
+class ArgumentAlone(Between):
+    """What torch.fx gives a symbol for is the argument, or a half of the pair."""
+
+    def forward(self, x, scale):
+        y1, y2 = self.pair((torch.ones(5, 4, dtype=torch.float64), x.chunk(2, 1)[0]))
+        return self.scaled(torch.ones(5, 8, dtype=torch.float64), scale=scale) + torch.cat([y1, y2], 1)
+
+
+def test_torch_fx_of_an_argument_alone():
+    torch.manual_seed(0)
+    net, given = ArgumentAlone("store").double().eval(), [torch.randn(5, 8).double(), torch.randn(4).double()]
+    torch.testing.assert_close(fx.symbolic_trace(net)(*given), net(*given))
+
+
 def test_torch_fx_of_a_chain_by_itself():
     net, _ = convolutions()
     parts = ["traces a ReversibleSequential by itself", "trace a network that holds it"]
