@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names in a branch's code, and what they tell of its buffers that nothing else does.
+"""The names in a branch's code, and what they tell of its buffers and attributes that nothing else does.
 
 `torch.batch_norm` writes running statistics without counting it as a write, fake quantisation the range that it
 observes, and so does who writes through ``.data`` or NumPy; what a branch reads of a batch norm's statistics leaves no
 trace at all. To take every buffer for written and read would cost copies in every forward, so it is done where the code
 names such things: that of the module's class, of hooks, and of functions that these name, torch's own left out.
+
+An attribute with a gradient may be a state that the next call reads, whose value of then a recompute needs, or a
+feature or a loss that is kept for others, which is not to be held: whether code reads it before it writes it tells.
 """
 
 from __future__ import annotations
