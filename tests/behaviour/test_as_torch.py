@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import re
 
 import pytest
 from torch import nn
@@ -56,20 +57,22 @@ def test_the_default_eps_of_an_rms_norm(dtype, scale, weighted, compiled):
         (lambda: nn.BatchNorm2d(4, eps=-1e-3), "eps must be positive"),
         (lambda: nn.GroupNorm(2.0, 4), "num_groups.*must be int, not float"),
         (lambda: nn.GroupNorm(2, 4, eps="1"), "eps.*must be float, not str"),
-        (lambda: nn.GroupNorm(2, 4, eps=float("nan")), None),
+        (lambda: nn.GroupNorm(2, 4, eps=float("nan")), "computed with"),
     ],
 )
 def test_numbers_that_no_kernel_takes_are_left_to_torch(norm, error, compiled):
     branch = nn.Sequential(norm(), nn.ReLU())
     plain, x = copy.deepcopy(branch), torch.randn(2, 8, 3, 3)
     net = ReversibleSequential(ReversibleBlock(branch, nn.Conv2d(4, 4, 1)))
-    if error is None:
-        assert net(x).isnan().any()
-        return
-    for module, of in ((plain, x[:, 4:]), (net, x)):
-        with pytest.raises((TypeError, ValueError), match=error):
-            module(of)
-    assert all(a.equal(b) for a, b in zip(branch.buffers(), plain.buffers(), strict=True))
+    try:
+        expected = plain(x[:, 4:])
+    except (TypeError, ValueError) as refusal:
+        assert re.search(error, str(refusal))
+        with pytest.raises(type(refusal), match=error):
+            net(x)
+        assert all(a.equal(b) for a, b in zip(branch.buffers(), plain.buffers(), strict=True))
+    else:  # a NaN; and older versions of torch compute with a negative eps
+        assert net(x).isnan().any() == expected.isnan().any()
 
 
 @pytest.mark.parametrize("training", [True, False])
