@@ -191,15 +191,17 @@ class Reversal(Rebuilding):
             if recorded is not None:
                 recorded.needs_grad = h.requires_grad
                 recorded.entry = None if normed is None else entry
-            version, compiled, made = version_of(watched), frames_compiled(), torch.autograd._get_sequence_nr()
+            version = version_of(watched)
+            asks = recorded is not None and normed is None
+            compiled, made = (frames_compiled(), torch.autograd._get_sequence_nr()) if asks else (0, 0)
             f = self._call(step, h, normed)
         if version_of(watched) != version:
             raise ReconstructionError(
                 f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
                 f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
-        if recorded is not None and normed is None and frames_compiled() != compiled:
-            recorded.note_nodes(f, h, made)
+        if asks and frames_compiled() != compiled:
+            recorded.note_nodes(f, h, made)  # type: ignore[union-attr]
         if recorded is not None and leaf_comes_first(f, h):
             reach_first(self, self._count, f)
         return f
