@@ -128,5 +128,6 @@ class Checkpoint(Rebuilding):
     def _again(self, step: RecordedStep, inputs: Sequence[torch.Tensor]) -> Any:
         leaves = [other if place < 0 else inputs[place] for place, other in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
+        self._began = torch.autograd._get_sequence_nr()
         with Within(self.kernels, step.tape(True)):
             return self._function(*args, **kwargs)

@@ -71,6 +71,7 @@ class Rebuilding:
         self._kept: Any = None  # a tensor whose node holds the outputs
         self._frame: Frame = []
         self._first: int | None = None  # the first half-step that saved something
+        self._began = 0  # autograd's count of its nodes when the branch itself began, behind its norm, to run again
         self._unread: set[int] = set()  # the tensors of its frame that nobody has asked for yet
         self._ready: Ready | None = None  # what the norm of half-step `_cursor - 1` makes of its stream
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
@@ -301,9 +302,9 @@ class Rebuilding:
                 surroundings = self._surroundings.restore(step.drawn)
                 undo = step.snapshot.restore(is_same)
                 set_grad_enabled(True)
-                since = torch.autograd._get_sequence_nr()
                 with self._hooks:
                     f = self._again(step, h)
+                began = self._began
                 if (problem := step.snapshot.misplaced()) is not None:
                     raise ReconstructionError(f"{self.name(k)}: {problem}")
                 if step.drawn and strayed(step.drawn):
@@ -317,7 +318,7 @@ class Rebuilding:
                 put_attributes_back(attributes)
                 if surroundings is not None:
                     surroundings.close()
-        if (problem := step.difference(self._frame, f, h, since)) is not None:
+        if (problem := step.difference(self._frame, f, h, began)) is not None:
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         return f
 

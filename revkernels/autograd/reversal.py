@@ -192,16 +192,15 @@ class Reversal(Rebuilding):
                 recorded.needs_grad = h.requires_grad
                 recorded.entry = None if normed is None else entry
             version = version_of(watched)
-            asks = recorded is not None and normed is None
-            compiled, made = (frames_compiled(), torch.autograd._get_sequence_nr()) if asks else (0, 0)
+            compiled, began = (0, 0) if recorded is None else (frames_compiled(), torch.autograd._get_sequence_nr())
             f = self._call(step, h, normed)
         if version_of(watched) != version:
             raise ReconstructionError(
                 f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
                 f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
             )
-        if asks and frames_compiled() != compiled:
-            recorded.note_nodes(f, h, made)  # type: ignore[union-attr]
+        if recorded is not None and frames_compiled() != compiled:
+            recorded.note_nodes(f, h, began)
         if recorded is not None and leaf_comes_first(f, h):
             reach_first(self, self._count, f)
         return f
@@ -278,6 +277,7 @@ class Reversal(Rebuilding):
         ready, self._ready = self._ready, None
         with Within(self.kernels, step.tape(True)):
             normed = None if step.entry is None else step.entry.again(h, ready)
+            self._began = torch.autograd._get_sequence_nr()
             return self._call(step.half_step, h, normed)
 
     def adopt(self, streams: Any, whose: str) -> None:

@@ -252,7 +252,7 @@ class Calls(nn.Module):
         return self.call(x, self.part)
 
 
-@pytest.mark.parametrize("how", ["chain", "branches", "checkpoint"])
+@pytest.mark.parametrize("how", ["chain", "branches", "checkpoint", "behind a fused norm"])
 def test_parts_that_are_compiled_otherwise_when_they_come_again(how):
     """Row 25: refused, or right; and right behind a call whose result is dropped. As many rows as columns: the tensors
     that are saved are of the same shapes then."""
@@ -262,7 +262,12 @@ def test_parts_that_are_compiled_otherwise_when_they_come_again(how):
         F, as_it_is = net[0].F, next(plain.children()).F
         F.compile(backend="aot_eager")
         net.forward, plain.forward = lambda x: checkpoint(F, x), lambda x: as_it_is(x)
-    for module in {"chain": [net], "branches": [net[0].F, net[0].G], "checkpoint": []}[how]:
+    if how == "behind a fused norm":
+        layers = [nn.LayerNorm(4), *map(Calls, parts)]
+        net, plain = twins(pairs_of(lambda: nn.Sequential(*copy.deepcopy(layers)).to(WIDE), 1))
+    layers = [layer for F in (net[0].F, net[0].G) for layer in list(F.children())[1:]]
+    compiled = {"chain": [net], "branches": [net[0].F, net[0].G], "checkpoint": [], "behind a fused norm": layers}
+    for module in compiled[how]:
         module.compile(backend="aot_eager")
     x = rows(4, 4 if how == "checkpoint" else 8)
     try:
