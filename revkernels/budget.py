@@ -46,7 +46,7 @@ class MemoryBudget:
         self.amount, self.offload = amount, offload
         self.bytes: float | None = None
         self.share: float | None = None
-        self.planner: Any = None  # of `revkernels.autograd.planner`, made with the first step
+        self.planner: Any = None  # of `revkernels.autograd.planning.planner`, made with the first step
         value = _parsed(amount)
         if isinstance(value, float):
             self.share = value

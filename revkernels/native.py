@@ -7,8 +7,8 @@ as much as the kernel. They take torch tensors and NumPy arrays of any rank, che
 call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread
 count. Torch is used where it is imported already, and never imported from here.
 
-`module_tree` and `is_module_tree` are no kernels: they tell `autograd.known_branch` whether a torch module's layers are
-still what they were.
+`module_tree` and `is_module_tree` are no kernels: they tell `autograd.state.known_branch` whether a torch module's
+layers are still what they were.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import revkernels as rk  # noqa: E402
-from revkernels.autograd.costs import Choice  # noqa: E402
+from revkernels.autograd.planning.costs import Choice  # noqa: E402
 from revkernels.diagnostics import memory_report  # noqa: E402
 from revkernels.diagnostics.report import CHAIN, HELD, OUTSIDE, SAVED  # noqa: E402
 from revkernels.models import revnet38  # noqa: E402

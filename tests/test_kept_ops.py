@@ -12,7 +12,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from revkernels.autograd.kept_ops import Looking, Measuring, Noting, Replaying  # noqa: E402
+from revkernels.autograd.planning.kept_ops import Looking, Measuring, Noting, Replaying  # noqa: E402
 
 
 class NoLevel:

@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import revkernels as rk  # noqa: E402
-from revkernels.autograd.costs import CallCost, Choice, StepCost  # noqa: E402
-from revkernels.autograd.planner import Made, Planner, _kept_by, _workings  # noqa: E402
+from revkernels.autograd.planning.costs import CallCost, Choice, StepCost  # noqa: E402
+from revkernels.autograd.planning.planner import Made, Planner, _kept_by, _workings  # noqa: E402
 
 NOTHING = Choice.nothing()
 

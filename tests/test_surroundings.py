@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
 from revkernels import ReconstructionError  # noqa: E402
-from revkernels.autograd import surroundings  # noqa: E402
+from revkernels.autograd.state import surroundings  # noqa: E402
 from revkernels.nn import ReversibleBlock, ReversibleSequential  # noqa: E402
 
 DRAWS = {

@@ -16,15 +16,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from revkernels.autograd.ambient import Within, ambient
 from revkernels.autograd.early import leaf_comes_first, reach_first
+from revkernels.autograd.fused.ambient import Within, ambient
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept import Kept
 from revkernels.autograd.rebuilding import Rebuilding
 from revkernels.autograd.recomputing import within_a_branch
 from revkernels.autograd.recorded import RecordedStep, frames_compiled
-from revkernels.autograd.surroundings import Surroundings, drawn, states_of, tensors_in
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.state.surroundings import Surroundings, drawn, states_of, tensors_in
+from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 
 __all__ = ["Checkpoint"]

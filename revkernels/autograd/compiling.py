@@ -25,32 +25,9 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 #: What dynamo must neither trace nor compile when it meets it, in a forward or on the way of a backward.
 _OUTSIDE = (
-    *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "entry", "inverse", "norm_act")),
-    *(
-        f"revkernels.autograd.{name}"
-        for name in (
-            "early",
-            "fixed",
-            "grid",
-            "kept_ops",
-            "ownership",
-            "parts",
-            "known_branch",
-            "planner",
-            "rebuilding",
-            "recomputing",
-            "recorded",
-            "names",
-            "own_state",
-            "rewinding",
-            "reversal",
-            "snapshot",
-            "structure",
-            "surroundings",
-            "turns",
-            "versions",
-        )
-    ),
+    *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "inverse", "norm_act", "ownership")),
+    *(f"revkernels.autograd.{name}" for name in ("early", "fixed", "grid", "rebuilding", "recomputing", "recorded")),
+    *(f"revkernels.autograd.{name}" for name in ("reversal", "fused.entry", "planning", "state")),  # folders too
     "revkernels.eager",
 )
 

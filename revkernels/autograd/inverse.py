@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from revkernels import eager
-from revkernels.autograd import fusion
-from revkernels.autograd.ambient import Within
 from revkernels.autograd.coupling import differentiable
+from revkernels.autograd.fused import fusion
+from revkernels.autograd.fused.ambient import Within
 from revkernels.autograd.grid import half_type_of
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
-from revkernels.autograd.rewinding import put_back
-from revkernels.autograd.snapshot import Snapshot
+from revkernels.autograd.state.rewinding import put_back
+from revkernels.autograd.state.snapshot import Snapshot
 from revkernels.coupling import Coupling
 
 

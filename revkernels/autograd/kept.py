@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.made_again import SavedView
-from revkernels.autograd.offload import Away
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.planning.made_again import SavedView
+from revkernels.autograd.planning.offload import Away
+from revkernels.autograd.state.versions import version_of
 
 
 class Kept(torch.autograd.Function):

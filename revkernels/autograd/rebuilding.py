@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from revkernels.autograd.attributes import attributes_of, put_attributes_back
-from revkernels.autograd.entry import Ready
+from revkernels.autograd.fused.entry import Ready
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import resolved
 from revkernels.autograd.kept import KeptTensor
-from revkernels.autograd.made_again import AtHand, Outputs, SavedView
-from revkernels.autograd.offload import Arrivals, Away
 from revkernels.autograd.ownership import has_memory, memory_is_free
-from revkernels.autograd.planner import Keeping, Replaying
+from revkernels.autograd.planning.made_again import AtHand, Outputs, SavedView
+from revkernels.autograd.planning.offload import Arrivals, Away
+from revkernels.autograd.planning.planner import Keeping, Replaying
 from revkernels.autograd.recomputing import recomputes, set_recomputing
 from revkernels.autograd.recorded import Frame, RearrangedStep, RecordedStep
-from revkernels.autograd.rewinding import put_back
-from revkernels.autograd.surroundings import Surroundings, refuses_a_race, strayed
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.state.attributes import attributes_of, put_attributes_back
+from revkernels.autograd.state.rewinding import put_back
+from revkernels.autograd.state.surroundings import Surroundings, refuses_a_race, strayed
+from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from revkernels.autograd.ambient import Noted, Tape
-from revkernels.autograd.entry import Entry
+from revkernels.autograd.fused.ambient import Noted, Tape
+from revkernels.autograd.fused.entry import Entry
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.kept_ops import KeptOp
-from revkernels.autograd.made_again import Outputs
-from revkernels.autograd.offload import Away, Luggage
-from revkernels.autograd.rewinding import NONE
-from revkernels.autograd.snapshot import Snapshot
-from revkernels.autograd.surroundings import Drawn, tensors_in
+from revkernels.autograd.planning.kept_ops import KeptOp
+from revkernels.autograd.planning.made_again import Outputs
+from revkernels.autograd.planning.offload import Away, Luggage
+from revkernels.autograd.state.rewinding import NONE
+from revkernels.autograd.state.snapshot import Snapshot
+from revkernels.autograd.state.surroundings import Drawn, tensors_in
 
 Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, with their versions
 

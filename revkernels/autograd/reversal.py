@@ -27,26 +27,26 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels import eager
-from revkernels.autograd import fusion
 from revkernels.autograd.accumulate import prepare
-from revkernels.autograd.ambient import Within, outputs_alone
 from revkernels.autograd.coupling import couple, enter
 from revkernels.autograd.early import leaf_comes_first, reach_first
-from revkernels.autograd.entry import Entry, Waiting, entry_of
 from revkernels.autograd.fixed import FixedGrid
+from revkernels.autograd.fused import fusion
+from revkernels.autograd.fused.ambient import Within, outputs_alone
+from revkernels.autograd.fused.entry import Entry, Waiting, entry_of
 from revkernels.autograd.grid import Grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
 from revkernels.autograd.kept import Kept, KeptTensor
-from revkernels.autograd.kept_ops import Noting
-from revkernels.autograd.made_again import Outputs
-from revkernels.autograd.offload import Luggage
 from revkernels.autograd.ownership import both_tensors, has_memory, same_memory
-from revkernels.autograd.planner import Keeping
+from revkernels.autograd.planning.kept_ops import Noting
+from revkernels.autograd.planning.made_again import Outputs
+from revkernels.autograd.planning.offload import Luggage
+from revkernels.autograd.planning.planner import Keeping
 from revkernels.autograd.rebuilding import Rebuilding
 from revkernels.autograd.recomputing import is_recomputing, within_a_branch
 from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep, frames_compiled
-from revkernels.autograd.surroundings import Surroundings, drawn, moved, states_of
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.state.surroundings import Surroundings, drawn, moved, states_of
+from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 from revkernels.tracking import met_compiler
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from revkernels.autograd.ambient import Tape, Within, ambient
+from revkernels.autograd.fused.ambient import Tape, Within, ambient
 from revkernels.autograd.kept import KeptTensor
-from revkernels.autograd.made_again import AtHand, Outputs, SavedView
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.planning.made_again import AtHand, Outputs, SavedView
+from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from revkernels.autograd.planner import planner_of
+from revkernels.autograd.planning.planner import planner_of
 from revkernels.bench.chains import plain_block, unfuse
 from revkernels.bench.networks import Data, Workload
 from revkernels.bench.peers import PEERS, Pairs, Peer

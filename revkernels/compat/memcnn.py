@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.rewinding import put_back
-from revkernels.autograd.snapshot import Snapshot
+from revkernels.autograd.state.rewinding import put_back
+from revkernels.autograd.state.snapshot import Snapshot
 from revkernels.compat import UnsupportedError
 from revkernels.compat._chains import kind_of
 from revkernels.nn.chain import HalfStep, run

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.state.versions import version_of
 from revkernels.diagnostics.chains import chains_of
 from revkernels.diagnostics.errors import relative_errors
 from revkernels.diagnostics.untouched import untouched

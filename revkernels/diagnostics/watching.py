@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revkernels.autograd import fusion
+from revkernels.autograd.fused import fusion
 from revkernels.autograd.kept import KeptTensor
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import recomputes

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from revkernels.autograd.keywords import keywords_of
+from revkernels.autograd.fused.keywords import keywords_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

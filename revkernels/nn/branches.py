@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from revkernels.autograd.known_layers import NORM_LAYERS
-from revkernels.autograd.plain_layers import plain
+from revkernels.autograd.fused.known_layers import NORM_LAYERS
+from revkernels.autograd.state.plain_layers import plain
 from revkernels.nn.conv_branches import BasicBranch, BottleneckBranch
 from revkernels.nn.fusion import FusedSequential
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from revkernels.autograd.checkpoint import Checkpoint
-from revkernels.autograd.fusion import is_recorded
+from revkernels.autograd.fused.fusion import is_recorded
 from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.autograd.selective import Selective
 from revkernels.errors import ReconstructionError

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from revkernels.autograd.plain_layers import plain
+from revkernels.autograd.state.plain_layers import plain
 from revkernels.nn.fusion import FusedSequential
 
 __all__ = ["BLOCKS", "BasicBranch", "BottleneckBranch", "PadShortcut", "conv", "norm_relu"]

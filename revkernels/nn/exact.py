@@ -13,7 +13,7 @@ from torch import nn
 from revkernels.autograd.fixed import FixedGrid
 from revkernels.autograd.grid import Grid, check_streams
 from revkernels.autograd.recomputing import recomputes
-from revkernels.autograd.rewinding import will_write
+from revkernels.autograd.state.rewinding import will_write
 from revkernels.errors import ReconstructionError
 from revkernels.exact import EXPONENTS, Exact, exponent_for
 from revkernels.nn.streams import check_coupling

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from revkernels import backends
-from revkernels.autograd import fusion
-from revkernels.autograd.ambient import Within, ambient
-from revkernels.autograd.entry import entry_of
+from revkernels.autograd.fused import fusion
+from revkernels.autograd.fused.ambient import Within, ambient
+from revkernels.autograd.fused.entry import entry_of
+from revkernels.autograd.fused.keywords import keywords_of, passes_keywords
+from revkernels.autograd.fused.known_layers import NORM_LAYERS, Fusable, fusable_at, has_hooks, hooked, is_sequential
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.keywords import keywords_of, passes_keywords
-from revkernels.autograd.known_layers import NORM_LAYERS, Fusable, fusable_at, has_hooks, hooked, is_sequential
-from revkernels.autograd.plain_layers import plain
+from revkernels.autograd.state.plain_layers import plain
 
 __all__ = ["BranchFusion", "Explanation", "FusedSequential", "norms_by"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from revkernels.autograd import fusion
-from revkernels.autograd.ambient import ambient
-from revkernels.autograd.known_layers import ACTIVATION_LAYERS, fusable_at
-from revkernels.autograd.plain_layers import plain
+from revkernels.autograd.fused import fusion
+from revkernels.autograd.fused.ambient import ambient
+from revkernels.autograd.fused.known_layers import ACTIVATION_LAYERS, fusable_at
+from revkernels.autograd.state.plain_layers import plain
 from revkernels.nn.fusion import FusedSequential, norms_by
 
 __all__ = ["NormAct"]

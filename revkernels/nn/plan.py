@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.planner import Made, Planner, planner_of
+from revkernels.autograd.planning.planner import Made, Planner, planner_of
 from revkernels.budget import MemoryBudget, words
 
 _STEPS = 3  # that `plan_of` takes for the time

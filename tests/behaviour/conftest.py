@@ -53,7 +53,7 @@ def kind(request):
 @pytest.fixture
 def made(monkeypatch):
     """Outputs of norms and activations that are made again, by weak references."""
-    from revkernels.autograd import made_again
+    from revkernels.autograd.planning import made_again
 
     seen, make = [], made_again.MadeAgain.make
 

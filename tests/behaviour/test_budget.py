@@ -28,7 +28,7 @@ from behaviour.exact_chains import NARROW, assert_same_bits
 from behaviour.random_cases import SCENARIOS, cases
 from behaviour.random_networks import networks_of
 from behaviour.random_scenarios import outcome_of
-from revkernels.autograd.costs import Choice
+from revkernels.autograd.planning.costs import Choice
 from revkernels.nn import AttentionBranch, MLPBranch, ReversibleBlock, ReversibleSequential, is_recomputing
 from revkernels.nn.exact import KeepsGrid
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import revkernels as rk
 from behaviour.common import assert_raises, torch
-from revkernels.autograd import inside
+from revkernels.autograd.planning import inside
 from revkernels.measure import peak_bytes
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 

@@ -24,7 +24,7 @@ from behaviour.common import (
     twins,
 )
 from revkernels import native
-from revkernels.autograd import fusion
+from revkernels.autograd.fused import fusion
 from revkernels.measure import peak_bytes
 from revkernels.models import RevNet, revnet38
 from revkernels.models.layers import BasicBranch

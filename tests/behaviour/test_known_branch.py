@@ -11,10 +11,10 @@ from torch import nn
 
 from behaviour.common import rows, torch
 from revkernels import native
-from revkernels.autograd import known_branch as module
-from revkernels.autograd import plain_layers
-from revkernels.autograd.known_branch import known_branch
-from revkernels.autograd.snapshot import Snapshot
+from revkernels.autograd.state import known_branch as module
+from revkernels.autograd.state import plain_layers
+from revkernels.autograd.state.known_branch import known_branch
+from revkernels.autograd.state.snapshot import Snapshot
 from revkernels.nn import FusedSequential, NormAct, ReversibleBlock, ReversibleSequential
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -11,7 +11,7 @@ from torch import nn
 import revkernels as rk
 from behaviour.common import assert_raises, rows, step, torch
 from behaviour.exact_chains import assert_same_bits
-from revkernels.autograd import made_again
+from revkernels.autograd.planning import made_again
 from revkernels.measure import peak_bytes
 from revkernels.nn import (
     AttentionBranch,

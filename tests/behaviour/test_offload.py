@@ -11,7 +11,7 @@ from torch import nn
 import revkernels as rk
 from behaviour.common import KINDS, WIDE, assert_same, step, torch
 from behaviour.exact_chains import STORED, assert_same_bits, conv, pair_of
-from revkernels.autograd import offload, planner
+from revkernels.autograd.planning import offload, planner
 from revkernels.nn import BasicBranch, MLPBranch
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import WIDE, assert_all_close, fresh, loss_of, rows, torch, twins
-from revkernels.autograd import plain_layers
+from revkernels.autograd.state import plain_layers
 from revkernels.nn import FusedSequential, ReversibleBlock, ReversibleSequential
 from revkernels.nn.branches import DropPath
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from behaviour.common import WIDE, assert_raises, rows, torch
-from revkernels.autograd import behind
+from revkernels.autograd.state import behind
 from revkernels.errors import ReconstructionError
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
 

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from behaviour.common import assert_raises, rows, torch
-from revkernels.autograd import fusion
+from revkernels.autograd.fused import fusion
 from revkernels.models import revnet38
 from revkernels.nn import (
     AttentionBranch,

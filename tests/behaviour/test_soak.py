@@ -14,7 +14,9 @@ from torch import nn
 
 from behaviour.common import assert_raises, loss_of, torch
 from behaviour.test_exceptions import BrokenError, Trap
-from revkernels.autograd import keywords, reversal, surroundings
+from revkernels.autograd import reversal
+from revkernels.autograd.fused import keywords
+from revkernels.autograd.state import surroundings
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 

@@ -25,16 +25,15 @@ from behaviour.test_random_numbers import check_dropout, check_two_forwards
 from revkernels.autograd import (
     accumulate,
     coupling,
-    fusion,
     inverse,
     norm_act,
     rebuilding,
     recomputing,
     recorded,
     reversal,
-    snapshot,
-    surroundings,
 )
+from revkernels.autograd.fused import fusion
+from revkernels.autograd.state import snapshot, surroundings
 from revkernels.errors import ReconstructionError
 from revkernels.nn import chain, reversible
 

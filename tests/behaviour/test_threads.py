@@ -25,7 +25,7 @@ from behaviour.common import (
     torch,
     twins,
 )
-from revkernels.autograd.snapshot import Snapshot
+from revkernels.autograd.state.snapshot import Snapshot
 from revkernels.nn import is_recomputing
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import revkernels as rk
 from behaviour.common import torch
-from revkernels.autograd import snapshot
+from revkernels.autograd.state import snapshot
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
 
 WIDE = torch.float64

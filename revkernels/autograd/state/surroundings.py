@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from revkernels.autograd.ownership import memory_of
-from revkernels.autograd.rewinding import NONE
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.state.rewinding import NONE
+from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 
 #: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from revkernels.autograd.offload import Away, Luggage
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.versions import version_of
+from revkernels.autograd.planning.offload import Away, Luggage
+from revkernels.autograd.state.versions import version_of
 
 
 class MadeAgain:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
-from revkernels.autograd.keywords import passes_keywords
+from revkernels.autograd.fused.keywords import passes_keywords
 from revkernels.autograd.ownership import PLAIN
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from revkernels.autograd.known_layers import has_global_hooks, has_hooks
-from revkernels.autograd.plain_layers import Options, options_of
-from revkernels.autograd.rewinding import MISSING, Undo
+from revkernels.autograd.fused.known_layers import has_global_hooks, has_hooks
+from revkernels.autograd.state.plain_layers import Options, options_of
+from revkernels.autograd.state.rewinding import MISSING, Undo
 from revkernels.errors import ReconstructionError
 
 __all__ = ["Hooks", "Structure", "tree_of"]

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.names import writes_silently
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.parts import Parts, is_scripted
-from revkernels.autograd.rewinding import (
+from revkernels.autograd.state.names import writes_silently
+from revkernels.autograd.state.parts import Parts, is_scripted
+from revkernels.autograd.state.rewinding import (
     MISSING,
     NONE,
     Slot,
@@ -32,8 +32,8 @@ from revkernels.autograd.rewinding import (
     put_back,
     written_by,
 )
-from revkernels.autograd.structure import Hooks, Structure
-from revkernels.autograd.versions import (
+from revkernels.autograd.state.structure import Hooks, Structure
+from revkernels.autograd.state.versions import (
     Constant,
     Placed,
     constant_of,

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.behind import own_names
-from revkernels.autograd.names import may_read
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
-from revkernels.autograd.rewinding import (
+from revkernels.autograd.state.behind import own_names
+from revkernels.autograd.state.names import may_read
+from revkernels.autograd.state.rewinding import (
     FEW,
     FLAT,
     MISSING,
@@ -36,7 +36,7 @@ from revkernels.autograd.rewinding import (
     without_graph,
     written_by,
 )
-from revkernels.autograd.versions import version_behind, version_of
+from revkernels.autograd.state.versions import version_behind, version_of
 
 #: What stands where a state is to come.
 _BLANK = (type(None), type(MISSING), int, float)

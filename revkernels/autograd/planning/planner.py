@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.allotment import Stop, allot
-from revkernels.autograd.costs import CallCost, Choice, Meter, StepCost
-from revkernels.autograd.kept_ops import Looking, Noting, Replaying, Stopwatch
-from revkernels.autograd.level import Level
-from revkernels.autograd.live_bytes import bytes_of
-from revkernels.autograd.offload import way_of
+from revkernels.autograd.planning.allotment import Stop, allot
+from revkernels.autograd.planning.costs import CallCost, Choice, Meter, StepCost
+from revkernels.autograd.planning.kept_ops import Looking, Noting, Replaying, Stopwatch
+from revkernels.autograd.planning.level import Level
+from revkernels.autograd.planning.live_bytes import bytes_of
+from revkernels.autograd.planning.offload import way_of
 from revkernels.budget import MemoryBudget, words
 
 _KINDS = 32  # of steps that are remembered

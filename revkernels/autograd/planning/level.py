@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.kept_ops import Stopwatch, overhead
-from revkernels.autograd.live_bytes import bytes_of, live_bytes
+from revkernels.autograd.planning.kept_ops import Stopwatch, overhead
+from revkernels.autograd.planning.live_bytes import bytes_of, live_bytes
 
 _FEW = 1024  # bytes that a tensor takes besides its data
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.ownership import PLAIN, memory_of
-from revkernels.autograd.rewinding import Slot
+from revkernels.autograd.state.rewinding import Slot
 from revkernels.errors import ReconstructionError
 
 #: Where a tensor hangs, its name, itself, its version, whether it required grad, and its memory.

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd import fusion
-from revkernels.autograd.ambient import put_running, running_of
 from revkernels.autograd.coupling import couple
+from revkernels.autograd.fused import fusion
+from revkernels.autograd.fused.ambient import put_running, running_of
+from revkernels.autograd.fused.known_layers import NORM_LAYERS, Fusable, fusable_at, narrows
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.known_layers import NORM_LAYERS, Fusable, fusable_at, narrows
 from revkernels.autograd.norm_act import Call, couple_norm_act, enter_norm_act, norm_act, walk_together
 from revkernels.norm import Norm, Statistics
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.level import Level
 from revkernels.autograd.ownership import PLAIN
+from revkernels.autograd.planning.level import Level
 
 _FEW = 8  # allocations: of more, their sum is far above what is there at a time
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd import inside
-from revkernels.autograd.allotment import Option
-from revkernels.autograd.kept_ops import Looking, Measuring, OpCost, is_distributed, overhead
-from revkernels.autograd.level import Level
-from revkernels.autograd.live_bytes import bytes_of
-from revkernels.autograd.made_again import MadeAgain, SavedView
 from revkernels.autograd.ownership import PLAIN, blocks_of
+from revkernels.autograd.planning import inside
+from revkernels.autograd.planning.allotment import Option
+from revkernels.autograd.planning.kept_ops import Looking, Measuring, OpCost, is_distributed, overhead
+from revkernels.autograd.planning.level import Level
+from revkernels.autograd.planning.live_bytes import bytes_of
+from revkernels.autograd.planning.made_again import MadeAgain, SavedView
 from revkernels.autograd.recorded import Frame, RecordedStep
 
 _LEAST_SHARE = 0.02  # of a recompute's time: operators below it are not worth a place in the plan

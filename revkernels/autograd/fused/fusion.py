@@ -20,11 +20,10 @@ from torch.nn.modules import module as _torch_module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from revkernels import backends, eager
-from revkernels.autograd.ambient import ambient, running_of
 from revkernels.autograd.coupling import in_usual_order
-from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.keywords import keywords_of, passes_keywords
-from revkernels.autograd.known_layers import (
+from revkernels.autograd.fused.ambient import ambient, running_of
+from revkernels.autograd.fused.keywords import keywords_of, passes_keywords
+from revkernels.autograd.fused.known_layers import (
     ACTIVATION_LAYERS,
     NORM_LAYERS,
     READ_THEIR_INPUT,
@@ -39,6 +38,7 @@ from revkernels.autograd.known_layers import (
     number_of,
     untouchable,
 )
+from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.norm_act import ACTIVATIONS, Call, making_again, norm_act
 from revkernels.autograd.ownership import PLAIN
 from revkernels.integers import as_int
