@@ -10,8 +10,8 @@ from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+from revkernels.autograd.driver_forward import Reversal  # noqa: E402
 from revkernels.autograd.fused import fusion  # noqa: E402
-from revkernels.autograd.reversal import Reversal  # noqa: E402
 from revkernels.diagnostics import memory_report  # noqa: E402
 from revkernels.diagnostics.report import CHAIN, HELD, INPUT, OUTPUT, OUTSIDE, PARAMETERS, SAVED, UNSEEN  # noqa: E402
 from revkernels.diagnostics.watching import Watch  # noqa: E402

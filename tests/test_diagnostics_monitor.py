@@ -16,7 +16,7 @@ from one_thread import one_thread_here  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
 import revkernels as rk  # noqa: E402
-from revkernels.autograd.reversal import Reversal  # noqa: E402
+from revkernels.autograd.driver_forward import Reversal  # noqa: E402
 from revkernels.diagnostics import AngleRecord, DriftMonitor, DriftRecord, plot_training, relative_errors  # noqa: E402
 from revkernels.measure import angle  # noqa: E402
 from revkernels.models import BasicBranch, revnet38  # noqa: E402

@@ -16,15 +16,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from revkernels.autograd.early import leaf_comes_first, reach_first
-from revkernels.autograd.fused.ambient import Within, ambient
+from revkernels.autograd.driver_backward import Rebuilding
+from revkernels.autograd.early_recompute import leaf_comes_first, reach_first
+from revkernels.autograd.fused.norm_context import Within, ambient
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.kept import Kept
-from revkernels.autograd.rebuilding import Rebuilding
+from revkernels.autograd.kept_tensors import Kept
 from revkernels.autograd.recomputing import within_a_branch
-from revkernels.autograd.recorded import RecordedStep, frames_compiled
-from revkernels.autograd.state.surroundings import Surroundings, drawn, states_of, tensors_in
+from revkernels.autograd.state.rng_and_autocast import Surroundings, drawn, states_of, tensors_in
 from revkernels.autograd.state.versions import version_of
+from revkernels.autograd.step_record import RecordedStep, frames_compiled
 from revkernels.errors import ReconstructionError
 
 __all__ = ["Checkpoint"]

@@ -10,9 +10,9 @@ import torch
 
 from revkernels import eager
 from revkernels.autograd.coupling import differentiable
+from revkernels.autograd.exact_coupling import half_type_of
 from revkernels.autograd.fused import fusion
-from revkernels.autograd.fused.ambient import Within
-from revkernels.autograd.grid import half_type_of
+from revkernels.autograd.fused.norm_context import Within
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
 from revkernels.autograd.state.rewinding import put_back
 from revkernels.autograd.state.snapshot import Snapshot

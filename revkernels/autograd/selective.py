@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from revkernels.autograd.fused.ambient import Tape, Within, ambient
-from revkernels.autograd.kept import KeptTensor
-from revkernels.autograd.planning.made_again import AtHand, Outputs, SavedView
+from revkernels.autograd.fused.norm_context import Tape, Within, ambient
+from revkernels.autograd.kept_tensors import KeptTensor
+from revkernels.autograd.planning.rematerialize import AtHand, Outputs, SavedView
 from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 

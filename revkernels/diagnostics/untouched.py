@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from revkernels.autograd.state.behind import beside
+from revkernels.autograd.state.reachable import beside
 from revkernels.nn import PerBlock
 
 _TABLES = ("_parameters", "_buffers", "_modules")

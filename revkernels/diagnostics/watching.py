@@ -22,11 +22,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revkernels.autograd.driver_forward import Reversal
 from revkernels.autograd.fused import fusion
-from revkernels.autograd.kept import KeptTensor
+from revkernels.autograd.kept_tensors import KeptTensor
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import recomputes
-from revkernels.autograd.reversal import Reversal
 from revkernels.autograd.selective import Selective
 from revkernels.diagnostics.untouched import tensors_in
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reversible networks as torch modules."""
 
-from revkernels.autograd.reversal import is_recomputing
+from revkernels.autograd.driver_forward import is_recomputing
 from revkernels.nn.arguments import PerBlock
 from revkernels.nn.branches import AttentionBranch, BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch
 from revkernels.nn.checkpoint import checkpoint, selective_checkpoint

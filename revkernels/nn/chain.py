@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from revkernels.autograd.driver_forward import Reversal
+from revkernels.autograd.exact_coupling import check_streams, to_grid
 from revkernels.autograd.fused.fusion import is_recorded
-from revkernels.autograd.grid import check_streams, to_grid
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output
 from revkernels.autograd.inverse import invert
-from revkernels.autograd.links import Names, ending_in, mark
+from revkernels.autograd.linked_calls import Names, ending_in, mark
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.planning.live_bytes import bytes_of
 from revkernels.autograd.planning.planner import Keeping, planner_of
 from revkernels.autograd.recomputing import is_within_a_branch
-from revkernels.autograd.reversal import Reversal
-from revkernels.autograd.state.behind import behind, beside
-from revkernels.autograd.state.surroundings import autocast_dtype, tensors_in
+from revkernels.autograd.state.reachable import behind, beside
+from revkernels.autograd.state.rng_and_autocast import autocast_dtype, tensors_in
 from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from revkernels.autograd.fixed import FixedGrid
-from revkernels.autograd.grid import Grid, check_streams
+from revkernels.autograd.exact_coupling import Grid, check_streams
+from revkernels.autograd.exact_coupling_int16 import FixedGrid
 from revkernels.autograd.recomputing import recomputes
 from revkernels.autograd.state.rewinding import will_write
 from revkernels.errors import ReconstructionError

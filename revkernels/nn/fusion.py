@@ -14,10 +14,10 @@ from torch import nn
 
 from revkernels import backends
 from revkernels.autograd.fused import fusion
-from revkernels.autograd.fused.ambient import Within, ambient
-from revkernels.autograd.fused.entry import entry_of
+from revkernels.autograd.fused.coupled_norm import entry_of
 from revkernels.autograd.fused.keywords import keywords_of, passes_keywords
 from revkernels.autograd.fused.known_layers import NORM_LAYERS, Fusable, fusable_at, has_hooks, hooked, is_sequential
+from revkernels.autograd.fused.norm_context import Within, ambient
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.state.plain_layers import plain
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from revkernels.autograd.driver_forward import Reversal
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.links import ending_in, mark
-from revkernels.autograd.recorded import Rearrangement
-from revkernels.autograd.reversal import Reversal
+from revkernels.autograd.linked_calls import ending_in, mark
+from revkernels.autograd.step_record import Rearrangement
 from revkernels.nn.chain import Name, Options, forward
 from revkernels.nn.streams import check_options
 from revkernels.options import Activations

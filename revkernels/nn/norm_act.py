@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from revkernels.autograd.fused import fusion
-from revkernels.autograd.fused.ambient import ambient
 from revkernels.autograd.fused.known_layers import ACTIVATION_LAYERS, fusable_at
+from revkernels.autograd.fused.norm_context import ambient
 from revkernels.autograd.state.plain_layers import plain
 from revkernels.nn.fusion import FusedSequential, norms_by
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.fx import Proxy
 from torch.nn.modules import module as _torch_module
 
+from revkernels.autograd.driver_forward import Reversal
 from revkernels.autograd.half_step import HalfStep, grouped
-from revkernels.autograd.reversal import Reversal
 from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, input_on_grid, inverse
 from revkernels.nn.exact import KeepsGrid

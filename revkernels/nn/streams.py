@@ -10,7 +10,7 @@ import torch
 from revkernels import backends
 from revkernels.autograd.half_step import arrived
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.state.surroundings import autocast_dtype
+from revkernels.autograd.state.rng_and_autocast import autocast_dtype
 from revkernels.budget import MemoryBudget
 from revkernels.exact import Exact
 from revkernels.options import Activations

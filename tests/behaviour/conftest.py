@@ -53,14 +53,14 @@ def kind(request):
 @pytest.fixture
 def made(monkeypatch):
     """Outputs of norms and activations that are made again, by weak references."""
-    from revkernels.autograd.planning import made_again
+    from revkernels.autograd.planning import rematerialize
 
-    seen, make = [], made_again.MadeAgain.make
+    seen, make = [], rematerialize.MadeAgain.make
 
     def noting(self):
         out = make(self)
         seen.append(weakref.ref(out))
         return out
 
-    monkeypatch.setattr(made_again.MadeAgain, "make", noting)
+    monkeypatch.setattr(rematerialize.MadeAgain, "make", noting)
     return seen

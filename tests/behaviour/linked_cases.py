@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from behaviour.common import WIDE, mlp, torch
-from revkernels.autograd.reversal import Reversal
+from revkernels.autograd.driver_forward import Reversal
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
 

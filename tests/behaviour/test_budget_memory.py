@@ -10,9 +10,9 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import assert_raises, mlp, rows, torch, unwritten
-from revkernels.autograd.planning.allotment import Option
 from revkernels.autograd.planning.costs import CallCost, StepCost
 from revkernels.autograd.planning.kept_ops import OpCost
+from revkernels.autograd.planning.knapsack import Option
 from revkernels.autograd.planning.planner import Made
 from revkernels.measure import peak_bytes
 from revkernels.models import revnet38

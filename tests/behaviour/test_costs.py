@@ -9,7 +9,7 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import WIDE, pairs_of, rows, torch, twins
-from revkernels.autograd.reversal import Reversal
+from revkernels.autograd.driver_forward import Reversal
 from revkernels.measure import peak_bytes
 from revkernels.nn import is_recomputing
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from behaviour.common import WIDE, assert_all_close, loss_of, mlp, pairs_of, rows, torch, twins
 from revkernels import MemoryBudget
-from revkernels.autograd.early import leaf_comes_first
+from revkernels.autograd.early_recompute import leaf_comes_first
 from revkernels.nn import ReversibleBlock, checkpoint
 
 

@@ -23,7 +23,7 @@ from behaviour.common import (
     torch,
     twins,
 )
-from revkernels.autograd import reversal
+from revkernels.autograd import driver_forward
 from revkernels.nn import PerBlock, ReversibleBlock, ReversibleSequential, is_recomputing
 
 
@@ -103,13 +103,13 @@ def test_backward_again_after_a_failed_one(backend):
 def alive(monkeypatch):
     """The calls of chains that are still in memory."""
     calls = weakref.WeakSet()
-    init = reversal.Reversal.__init__
+    init = driver_forward.Reversal.__init__
 
     def counting(self, *args, **kwargs):
         init(self, *args, **kwargs)
         calls.add(self)
 
-    monkeypatch.setattr(reversal.Reversal, "__init__", counting)
+    monkeypatch.setattr(driver_forward.Reversal, "__init__", counting)
     return calls
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from behaviour.common import WIDE, assert_all_close, check_step, rows, step, torch, twins
-from revkernels.autograd.state.names import reads_running, writes_silently
+from revkernels.autograd.state.bytecode import reads_running, writes_silently
 from revkernels.errors import ReconstructionError
 from revkernels.nn import NormAct, checkpoint
 

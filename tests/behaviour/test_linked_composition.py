@@ -23,9 +23,9 @@ from behaviour.common import (
     torch,
 )
 from behaviour.linked_cases import Layer, Stack, chains, flow, twins
-from revkernels.autograd import links
-from revkernels.autograd.links import ending_in
-from revkernels.autograd.reversal import Reversal
+from revkernels.autograd import linked_calls
+from revkernels.autograd.driver_forward import Reversal
+from revkernels.autograd.linked_calls import ending_in
 from revkernels.errors import ReconstructionError
 from revkernels.nn import checkpoint as by_this_package
 from revkernels.nn import linked
@@ -179,7 +179,7 @@ def test_a_checkpoint_begins_within_a_chain(by, backend):
 
 def test_where_torch_tells_only_whether_hooks_are_on(backend, monkeypatch):
     """As torch 2.6 does: calls under hooks are not joined, others are."""
-    monkeypatch.setattr(links, "_top_hooks", None)
+    monkeypatch.setattr(linked_calls, "_top_hooks", None)
     net, plain = twins([Layer(backend=backend) for _ in range(4)])
     x = rows()
     assert chains(net, x) == 1
@@ -187,9 +187,9 @@ def test_where_torch_tells_only_whether_hooks_are_on(backend, monkeypatch):
         assert chains(net, x) == 4
         check_step(net, plain, x)
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-        assert links._any_hooks()
+        assert linked_calls._any_hooks()
         assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() == "not here"
-    assert not links._any_hooks()
+    assert not linked_calls._any_hooks()
     for by in (by_torch, by_this_package):
         test_a_checkpoint_begins_within_a_chain(by, backend)
 

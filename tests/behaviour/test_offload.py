@@ -24,7 +24,7 @@ def a_way(monkeypatch):
 def moved(monkeypatch):
     """What was sent away, as weak references, and how often something was fetched."""
     seen = {"sent": [], "bytes": 0, "fetched": 0}
-    init, fetch = offload.Away.__init__, offload.Away.fetch
+    init, fetch = offload.OffloadedTensor.__init__, offload.OffloadedTensor.fetch
 
     def noting(self, tensor):
         init(self, tensor)
@@ -35,8 +35,8 @@ def moved(monkeypatch):
         seen["fetched"] += self.back is None
         fetch(self)
 
-    monkeypatch.setattr(offload.Away, "__init__", noting)
-    monkeypatch.setattr(offload.Away, "fetch", counting)
+    monkeypatch.setattr(offload.OffloadedTensor, "__init__", noting)
+    monkeypatch.setattr(offload.OffloadedTensor, "fetch", counting)
     return seen
 
 
@@ -110,13 +110,36 @@ def test_forced(storage, again, compiled, moved, monkeypatch):
 
 def test_parameters_stay(compiled, moved):
     net, _ = pair_of(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh()), 3, backend=compiled)
-    luggage = offload.Luggage(frozenset(p.untyped_storage().data_ptr() for p in net.parameters()))
+    offloaded = offload.OffloadGroup(frozenset(p.untyped_storage().data_ptr() for p in net.parameters()))
     weight = net[0].F[0].weight.detach()
-    assert luggage.send(weight) is weight and luggage.send(weight.t()) is not None and not moved["sent"]
+    assert offloaded.send(weight) is weight and offloaded.send(weight.t()) is not None and not moved["sent"]
     other = torch.ones(3, dtype=WIDE)
-    first, second = luggage.send(other), luggage.send(other.view(3))
+    first, second = offloaded.send(other), offloaded.send(other.view(3))
     assert first is second and len(moved["sent"]) == 1  # one memory, one copy
     assert torch.equal(first.here(), other) and first.here().data_ptr() != other.data_ptr()
+
+
+def test_every_stream_waits_for_the_copy(monkeypatch):
+    """Nodes of a branch that used several CUDA streams ask on their own ones. No GPU is needed to see whom they ask."""
+    waited = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            waited.append((self.name, event))
+
+    class Back:
+        def record_stream(self, stream):
+            waited.append((stream.name, "recorded"))
+
+    tensor = offload.OffloadedTensor(torch.ones(2))
+    tensor.back, tensor.done = Back(), "copied"
+    for name in ("first", "second"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
+        assert tensor.here() is tensor.back
+    assert waited == [(name, what) for name in ("first", "second") for what in ("copied", "recorded")]
 
 
 def test_options():

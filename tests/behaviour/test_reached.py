@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from behaviour.common import WIDE, assert_raises, rows, torch
-from revkernels.autograd.state import behind
+from revkernels.autograd.state import reachable
 from revkernels.errors import ReconstructionError
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
 
@@ -262,8 +262,8 @@ def test_odd_things_are_left_alone():
     deep = [[[0.5] * 1000] * 1000] * 1000
     net[0].G.data = deep
     net(rows()).sum().backward()
-    assert abs(behind.beside([net[0].G])._left) < behind._MANY  # of a thousand million items
+    assert abs(reachable.beside([net[0].G])._left) < reachable._MANY  # of a thousand million items
     net[0].G.held[:], net[0].G.data = [None] * 4, [nn.BatchNorm1d(1) for _ in range(300)]
-    assert len(behind.beside([net[0].G]).modules) == 300
+    assert len(reachable.beside([net[0].G]).modules) == 300
     net[0].G.held[2] = own = torch.Generator()  # in place of what was looked at before
-    assert behind.beside([net[0].G]).generators == [own]
+    assert reachable.beside([net[0].G]).generators == [own]

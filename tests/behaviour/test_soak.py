@@ -14,9 +14,9 @@ from torch import nn
 
 from behaviour.common import assert_raises, loss_of, torch
 from behaviour.test_exceptions import BrokenError, Trap
-from revkernels.autograd import reversal
+from revkernels.autograd import driver_forward
 from revkernels.autograd.fused import keywords
-from revkernels.autograd.state import surroundings
+from revkernels.autograd.state import rng_and_autocast
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
@@ -170,23 +170,23 @@ def test_memory_is_flat_for_long(compiled):
 
 
 def calls_kept(plant, kept):
-    init = reversal.Reversal.__init__
+    init = driver_forward.Reversal.__init__
 
     def hoarding(self, *args, **kwargs):
         init(self, *args, **kwargs)
         kept.append(self)
 
-    plant.setattr(reversal.Reversal, "__init__", hoarding)
+    plant.setattr(driver_forward.Reversal, "__init__", hoarding)
 
 
 def streams_kept(plant, kept):
-    end = reversal.Reversal._end
+    end = driver_forward.Reversal._end
 
     def hoarding(self, task=None):
         kept.extend(self._rebuilt)
         end(self, task)
 
-    plant.setattr(reversal.Reversal, "_end", hoarding)
+    plant.setattr(driver_forward.Reversal, "_end", hoarding)
 
 
 def branches_kept(plant, kept):
@@ -194,24 +194,24 @@ def branches_kept(plant, kept):
 
 
 def a_global_grows(plant, kept):
-    plant.setattr(reversal, "kept", kept, raising=False)
-    release = reversal.Reversal.release
+    plant.setattr(driver_forward, "kept", kept, raising=False)
+    release = driver_forward.Reversal.release
 
     def hoarding(self):
         kept.append(0)
         release(self)
 
-    plant.setattr(reversal.Reversal, "release", hoarding)
+    plant.setattr(driver_forward.Reversal, "release", hoarding)
 
 
 def states_kept(plant, kept):
-    states = surroundings.Surroundings.states
+    states = rng_and_autocast.Surroundings.states
 
     def hoarding(self):
         kept.append(bytes(5056))
         return states(self)
 
-    plant.setattr(surroundings.Surroundings, "states", hoarding)
+    plant.setattr(rng_and_autocast.Surroundings, "states", hoarding)
 
 
 LEAKS = [calls_kept, streams_kept, branches_kept, a_global_grows, states_kept]

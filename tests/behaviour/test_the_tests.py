@@ -25,15 +25,15 @@ from behaviour.test_random_numbers import check_dropout, check_two_forwards
 from revkernels.autograd import (
     accumulate,
     coupling,
+    driver_backward,
+    driver_forward,
     inverse,
     norm_act,
-    rebuilding,
     recomputing,
-    recorded,
-    reversal,
+    step_record,
 )
 from revkernels.autograd.fused import fusion
-from revkernels.autograd.state import snapshot, surroundings
+from revkernels.autograd.state import rng_and_autocast, snapshot
 from revkernels.errors import ReconstructionError
 from revkernels.nn import chain, reversible
 
@@ -154,25 +154,27 @@ def branches_swapped(plant):
 def nothing_rebuilt(plant):
     """The recompute reads the outputs."""
     plant.setattr(
-        reversal.Reversal, "_read", lambda self, sources: self._split(*self._kept.grad_fn.saved_tensors)[sources[0]]
+        driver_forward.Reversal,
+        "_read",
+        lambda self, sources: self._split(*self._kept.grad_fn.saved_tensors)[sources[0]],
     )
 
 
 @found_by(row_2)
 def frames_kept(plant):
-    rebuild = reversal.Reversal._rebuild
+    rebuild = driver_forward.Reversal._rebuild
     kept = []
 
     def hoarding(self, k):
         kept.append(self._frame)
         rebuild(self, k)
 
-    plant.setattr(reversal.Reversal, "_rebuild", hoarding)
+    plant.setattr(driver_forward.Reversal, "_rebuild", hoarding)
 
 
 @found_by(row_3)
 def recomputed_twice(plant):
-    rebuild = reversal.Reversal._rebuild
+    rebuild = driver_forward.Reversal._rebuild
 
     def twice(self, k):
         step = self._steps[k]
@@ -182,7 +184,7 @@ def recomputed_twice(plant):
             self._call(step.half_step, self._read(step.half_step.sources))
         rebuild(self, k)
 
-    plant.setattr(reversal.Reversal, "_rebuild", twice)
+    plant.setattr(driver_forward.Reversal, "_rebuild", twice)
 
 
 @found_by(row_4)
@@ -195,8 +197,8 @@ def statistics_not_protected(plant):
 @found_by(row_4)
 def batch_counted_again(plant):
     """A fused norm computes its statistics in the recompute too."""
-    tape = recorded.RecordedStep.tape
-    plant.setattr(recorded.RecordedStep, "tape", lambda self, replaying: tape(self, False))
+    tape = step_record.RecordedStep.tape
+    plant.setattr(step_record.RecordedStep, "tape", lambda self, replaying: tape(self, False))
 
 
 @found_by(row_4)
@@ -219,7 +221,7 @@ def norm_gradient_always_accumulated(plant):
 
 @found_by(row_6)
 def generator_not_restored(plant):
-    plant.setattr(reversal, "drawn", lambda before, after, plain: [])
+    plant.setattr(driver_forward, "drawn", lambda before, after, plain: [])
 
 
 @found_by(row_6)
@@ -229,13 +231,13 @@ def generator_left_where_the_recompute_put_it(plant):
             if state is not None:
                 generator.set_state(state)
 
-    plant.setattr(surroundings.Surroundings, "restore", restore)
+    plant.setattr(rng_and_autocast.Surroundings, "restore", restore)
 
 
 @found_by(row_7)
 def generator_of_the_latest_forward(plant):
     """The state is kept at the block, where the next forward overwrites it."""
-    record, rebuild = reversal.Reversal._record, reversal.Reversal._rebuild
+    record, rebuild = driver_forward.Reversal._record, driver_forward.Reversal._rebuild
     latest = {}
 
     def recording(self, *args):
@@ -247,19 +249,19 @@ def generator_of_the_latest_forward(plant):
         self._steps[k].drawn = latest[k]
         rebuild(self, k)
 
-    plant.setattr(reversal.Reversal, "_record", recording)
-    plant.setattr(reversal.Reversal, "_rebuild", watching)
+    plant.setattr(driver_forward.Reversal, "_record", recording)
+    plant.setattr(driver_forward.Reversal, "_rebuild", watching)
 
 
 @found_by(row_8)
 def autocast_dropped(plant):
-    init = surroundings.Surroundings.__init__
+    init = rng_and_autocast.Surroundings.__init__
 
     def forgetful(self, *args):
         init(self, *args)
         self.autocast = []
 
-    plant.setattr(surroundings.Surroundings, "__init__", forgetful)
+    plant.setattr(rng_and_autocast.Surroundings, "__init__", forgetful)
 
 
 @found_by(row_15)
@@ -286,7 +288,7 @@ def input_written_to(plant):
         return s, s.detach()
 
     plant.setattr(coupling.Couple, "forward", staticmethod(in_place))
-    plant.setattr(reversal, "entry_of", lambda step, kernels: None)
+    plant.setattr(driver_forward, "entry_of", lambda step, kernels: None)
 
 
 @found_by(row_20)
@@ -303,13 +305,13 @@ def side_inputs_detached(plant):
 
 @found_by(row_21)
 def auxiliary_outputs_detached(plant):
-    check = reversal.check_aux
+    check = driver_forward.check_aux
 
     def detached(*args):
         f, aux = check(*args)
         return f, tensors_in(aux)[0].detach()
 
-    plant.setattr(reversal, "check_aux", detached)
+    plant.setattr(driver_forward, "check_aux", detached)
 
 
 @found_by(row_22)
@@ -326,7 +328,7 @@ def recompute_not_told_apart(plant):
 
 @found_by(row_22_streams)
 def streams_always_free(plant):
-    plant.setattr(rebuilding, "memory_is_free", lambda tensor: True)
+    plant.setattr(driver_backward, "memory_is_free", lambda tensor: True)
 
 
 @found_by(row_22_gradients)
@@ -359,7 +361,7 @@ def inverse_counts_the_batch(plant):
 @found_by(row_33_side_inputs)
 def versions_not_checked(plant):
     plant.setattr(snapshot.Snapshot, "problem", lambda self: None)
-    plant.setattr(surroundings.Surroundings, "problem", lambda self: None)
+    plant.setattr(rng_and_autocast.Surroundings, "problem", lambda self: None)
 
 
 @found_by(row_34)

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from revkernels import backends, eager
 from revkernels.autograd.coupling import in_usual_order
-from revkernels.autograd.fused.ambient import ambient, running_of
 from revkernels.autograd.fused.keywords import keywords_of, passes_keywords
 from revkernels.autograd.fused.known_layers import (
     ACTIVATION_LAYERS,
@@ -38,6 +37,7 @@ from revkernels.autograd.fused.known_layers import (
     number_of,
     untouchable,
 )
+from revkernels.autograd.fused.norm_context import ambient, running_of
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.norm_act import ACTIVATIONS, Call, making_again, norm_act
 from revkernels.autograd.ownership import PLAIN

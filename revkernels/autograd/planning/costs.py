@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.ownership import PLAIN, blocks_of
-from revkernels.autograd.planning import inside
-from revkernels.autograd.planning.allotment import Option
+from revkernels.autograd.planning import op_workspace
 from revkernels.autograd.planning.kept_ops import Looking, Measuring, OpCost, is_distributed, overhead
-from revkernels.autograd.planning.level import Level
+from revkernels.autograd.planning.knapsack import Option
 from revkernels.autograd.planning.live_bytes import bytes_of
-from revkernels.autograd.planning.made_again import MadeAgain, SavedView
-from revkernels.autograd.recorded import Frame, RecordedStep
+from revkernels.autograd.planning.memory_meter import Level
+from revkernels.autograd.planning.rematerialize import MadeAgain, SavedView
+from revkernels.autograd.step_record import Frame, RecordedStep
 
 _LEAST_SHARE = 0.02  # of a recompute's time: operators below it are not worth a place in the plan
 
@@ -231,7 +231,7 @@ class Meter:
         self._entered, self._left = self.watch.read(), None
         self._turn: int | None = None
         self._forward: dict[int, int] = {}
-        self._inside = inside.Inside(level, self._count)
+        self._inside = op_workspace.Inside(level, self._count)
         level.watch(p for branch in branches if isinstance(branch, nn.Module) for p in branch.parameters())
 
     def forward_over(self) -> None:
@@ -258,7 +258,7 @@ class Meter:
             if func is not None:
                 seen.append((func, most))
 
-        return Looking(self.level, look, lambda: inside.begin(self.level.device))
+        return Looking(self.level, look, lambda: op_workspace.begin(self.level.device))
 
     def forward_ran(self, k: int, f: Any, since: int) -> None:
         """Half-step k's branch has returned ``f``; its graph begins at number ``since``."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revkernels.autograd.coupling import CHANNELS_LAST
 from revkernels.autograd.ownership import blocks_of, has_memory
-from revkernels.autograd.state.surroundings import States, draws, states_of
+from revkernels.autograd.state.rng_and_autocast import States, draws, states_of
 
 #: Kept outputs of an operator: its print, what it returned, and the versions of the tensors in that.
 KeptOp = tuple[int, Any, list[int]]

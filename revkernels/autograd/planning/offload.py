@@ -18,7 +18,7 @@ import torch
 _PROBE = 64 << 20  # bytes that the speed of the way there and back is measured with
 
 
-class Away:
+class OffloadedTensor:
     """A tensor's copy in host memory."""
 
     __slots__ = ("back", "copy", "device", "done")
@@ -57,10 +57,11 @@ class Away:
     def here(self) -> torch.Tensor:
         """It, on the device."""
         self.fetch()
-        if self.done is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.done)
-            self.done = None
         tensor: torch.Tensor = self.back  # type: ignore[assignment]
+        if self.done is not None:  # each time: several nodes may ask, on streams of their own
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self.done)
+            tensor.record_stream(stream)
         return tensor
 
     def let_go(self) -> None:
@@ -68,16 +69,16 @@ class Away:
         self.back = self.done = None
 
 
-class Luggage:
+class OffloadGroup:
     """What one half-step has sent away: each piece of memory once, however often it was saved."""
 
     def __init__(self, at_home: frozenset[int]) -> None:
         self.at_home = at_home  # memory that stays, of parameters and buffers: where it begins
-        self._sent: dict[Any, Away] = {}
+        self._sent: dict[Any, OffloadedTensor] = {}
         self._held: list[torch.Tensor] = []  # while the half-step runs, for an address to mean one tensor
         self._left: Any = None  # the event behind the last copy
 
-    def send(self, tensor: torch.Tensor) -> torch.Tensor | Away:
+    def send(self, tensor: torch.Tensor) -> torch.Tensor | OffloadedTensor:
         """Send the tensor away, unless it stays."""
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
             return tensor
@@ -87,11 +88,11 @@ class Luggage:
             return tensor
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if key not in self._sent:
-            self._sent[key] = Away(tensor)
+            self._sent[key] = OffloadedTensor(tensor)
             self._held.append(tensor)
         return self._sent[key]
 
-    def sealed(self, last: Luggage | None) -> None:
+    def sealed(self, last: OffloadGroup | None) -> None:
         """The half-step's forward is over: from now on other tensors may have its addresses. ``last``: what was sent
         before it, which the device now waits for."""
         self._sent, self._held = dict(enumerate(self._sent.values())), []
@@ -113,19 +114,19 @@ class Luggage:
             away.let_go()
 
 
-class Arrivals:
-    """What is back from host memory: the luggage of the half-step at work, while that of the one before it follows."""
+class Prefetcher:
+    """What is back from host memory: the tensors of the half-step at work, while those of the one before it follow."""
 
     def __init__(self) -> None:
-        self._now: Luggage | None = None
+        self._now: OffloadGroup | None = None
 
-    def come(self, luggage: Luggage | None, following: Luggage | None) -> None:
-        """Have ``luggage`` here, if there is any, in the place of what was."""
-        if luggage is None or luggage is self._now:
+    def come(self, offloaded: OffloadGroup | None, following: OffloadGroup | None) -> None:
+        """Have ``offloaded`` here, if there is any, in the place of what was."""
+        if offloaded is None or offloaded is self._now:
             return
         self.let_go()
-        self._now = luggage
-        luggage.fetch()
+        self._now = offloaded
+        offloaded.fetch()
         if following is not None:
             following.fetch()
 

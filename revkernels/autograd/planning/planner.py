@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.planning.allotment import Stop, allot
 from revkernels.autograd.planning.costs import CallCost, Choice, Meter, StepCost
 from revkernels.autograd.planning.kept_ops import Looking, Noting, Replaying, Stopwatch
-from revkernels.autograd.planning.level import Level
+from revkernels.autograd.planning.knapsack import Stop, allot
 from revkernels.autograd.planning.live_bytes import bytes_of
+from revkernels.autograd.planning.memory_meter import Level
 from revkernels.autograd.planning.offload import way_of
 from revkernels.budget import MemoryBudget, words
 

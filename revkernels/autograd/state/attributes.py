@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.state.behind import own_names
+from revkernels.autograd.state.reachable import own_names
 
 __all__ = ["CONTAINERS", "attributes_of", "put_attributes_back"]
 

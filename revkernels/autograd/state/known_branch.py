@@ -16,11 +16,11 @@ from torch import nn
 
 from revkernels import native
 from revkernels.autograd.fused.known_layers import has_hooks
-from revkernels.autograd.state.behind import own_names
+from revkernels.autograd.state.locks import turn_of
 from revkernels.autograd.state.plain_layers import has_options, is_plain, unpatched
+from revkernels.autograd.state.reachable import own_names
 from revkernels.autograd.state.rewinding import MISSING
 from revkernels.autograd.state.structure import Structure, tree_of
-from revkernels.autograd.state.turns import turn_of
 
 __all__ = ["KnownBranch", "Tree", "known_branch"]
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
-from revkernels.autograd.state.behind import own_names
-from revkernels.autograd.state.names import may_read
+from revkernels.autograd.state.bytecode import may_read
+from revkernels.autograd.state.reachable import own_names
 from revkernels.autograd.state.rewinding import (
     FEW,
     FLAT,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.state.behind import Reached, behind, beside
+from revkernels.autograd.state.bytecode import reads_running
 from revkernels.autograd.state.known_branch import KnownBranch, Tree, known_branch
-from revkernels.autograd.state.names import reads_running
+from revkernels.autograd.state.locks import turn_of
 from revkernels.autograd.state.own_state import OwnState
+from revkernels.autograd.state.reachable import Reached, behind, beside
 from revkernels.autograd.state.rewinding import NONE
 from revkernels.autograd.state.structure import tree_of
-from revkernels.autograd.state.turns import turn_of
 from revkernels.errors import ReconstructionError
 
 __all__ = ["Parts", "is_scripted"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that are known to reach nothing but what they have registered.
 
-Looking for what a branch holds and reads besides (`revkernels.autograd.state.behind`) takes longer than a small layer
-runs. torch's own layers and this package's need no look, unless somebody has hung a tensor, a function or a hook on one
-of them, or replaced what their class is called through.
+Looking for what a branch holds and reads besides (`revkernels.autograd.state.reachable`) takes longer than a small
+layer runs. torch's own layers and this package's need no look, unless somebody has hung a tensor, a function or a hook
+on one of them, or replaced what their class is called through.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from revkernels.autograd.fused.known_layers import has_global_hooks, has_hooks
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.state.attributes import CONTAINERS
-from revkernels.autograd.state.behind import FUNCTIONS, LISTS, WITH_FUNCTIONS, is_layers, own_names
+from revkernels.autograd.state.reachable import FUNCTIONS, LISTS, WITH_FUNCTIONS, is_layers, own_names
 from revkernels.autograd.state.rewinding import is_state
 
 __all__ = ["Options", "has_options", "is_plain", "options_of", "plain", "unpatched"]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.state.names import writes_silently
+from revkernels.autograd.state.bytecode import writes_silently
 from revkernels.autograd.state.parts import Parts, is_scripted
 from revkernels.autograd.state.rewinding import (
     MISSING,

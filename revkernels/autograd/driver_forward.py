@@ -13,9 +13,9 @@ what it saves is collected, and its output turns the stream back into what it wa
 branch's saved tensors are alive at a time, at any depth; gradients travel through torch's engine, so hooks, DDP and
 frozen parameters are its business, not ours.
 
-The forward is here, the backward in `revkernels.autograd.rebuilding`. With a `Grid` the couplings are exact: streams
-are rounded to it on their way in and with every coupling, and come back bit for bit. With a `Keeping`, under a memory
-budget, some half-steps keep what they save, and others the outputs of their slowest operators.
+The forward is here, the backward in `revkernels.autograd.driver_backward`. With a `Grid` the couplings are exact:
+streams are rounded to it on their way in and with every coupling, and come back bit for bit. With a `Keeping`, under a
+memory budget, some half-steps keep what they save, and others the outputs of their slowest operators.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from torch.autograd.graph import saved_tensors_hooks
 from revkernels import eager
 from revkernels.autograd.accumulate import prepare
 from revkernels.autograd.coupling import couple, enter
-from revkernels.autograd.early import leaf_comes_first, reach_first
-from revkernels.autograd.fixed import FixedGrid
+from revkernels.autograd.driver_backward import Rebuilding
+from revkernels.autograd.early_recompute import leaf_comes_first, reach_first
+from revkernels.autograd.exact_coupling import Grid
+from revkernels.autograd.exact_coupling_int16 import FixedGrid
 from revkernels.autograd.fused import fusion
-from revkernels.autograd.fused.ambient import Within, outputs_alone
-from revkernels.autograd.fused.entry import Entry, Waiting, entry_of
-from revkernels.autograd.grid import Grid
+from revkernels.autograd.fused.coupled_norm import Entry, Waiting, entry_of
+from revkernels.autograd.fused.norm_context import Within, outputs_alone
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
-from revkernels.autograd.kept import Kept, KeptTensor
+from revkernels.autograd.kept_tensors import Kept, KeptTensor
 from revkernels.autograd.ownership import both_tensors, has_memory, same_memory
 from revkernels.autograd.planning.kept_ops import Noting
-from revkernels.autograd.planning.made_again import Outputs
-from revkernels.autograd.planning.offload import Luggage
+from revkernels.autograd.planning.offload import OffloadGroup
 from revkernels.autograd.planning.planner import Keeping
-from revkernels.autograd.rebuilding import Rebuilding
+from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.autograd.recomputing import is_recomputing, within_a_branch
-from revkernels.autograd.recorded import RearrangedStep, Rearrangement, RecordedStep, frames_compiled
-from revkernels.autograd.state.surroundings import Surroundings, drawn, moved, states_of
+from revkernels.autograd.state.rng_and_autocast import Surroundings, drawn, moved, states_of
 from revkernels.autograd.state.versions import version_of
+from revkernels.autograd.step_record import RearrangedStep, Rearrangement, RecordedStep, frames_compiled
 from revkernels.errors import ReconstructionError
 from revkernels.tracking import met_compiler
 
@@ -95,7 +95,7 @@ class Reversal(Rebuilding):
         self.planned = 0  # half-steps that are known to come, for who asks where an error came from
         #: The half-step that writes a stream last before somebody sees it; None if nobody does.
         self.last_written: dict[int, int] | None = None
-        self.end: Any = None  # how its outputs are known again: `revkernels.autograd.links`
+        self.end: Any = None  # how its outputs are known again: `revkernels.autograd.linked_calls`
         self._claimed: Any = None  # the end before, while it is reopened
         self._finished: tuple[Any, ...] = ()  # what a reopened call is put back to if it fails
         if self.recording:
@@ -132,10 +132,10 @@ class Reversal(Rebuilding):
             recorded.strides = before.stride()
             if self._keeping is not None and self._keeping.steps_over(self._count):
                 recorded.before = before.detach()
-                if recorded.luggage is not None:
-                    recorded.before = recorded.luggage.send(recorded.before)
-            if recorded.luggage is not None:
-                recorded.luggage.sealed(self._steps[-2].luggage if self._count else None)
+                if recorded.offloaded is not None:
+                    recorded.before = recorded.offloaded.send(recorded.before)
+            if recorded.offloaded is not None:
+                recorded.offloaded.sealed(self._steps[-2].offloaded if self._count else None)
         self._count += 1
         if kernels is eager and grid is None:
             streams[index] = (target + f).to(target.dtype)
@@ -239,7 +239,7 @@ class Reversal(Rebuilding):
             snapshot.take()
             if keeping is not None and keeping.away(self._count):
                 at_home = (t.untyped_storage().data_ptr() for t in snapshot.tensors() if has_memory(t))
-                step.luggage = Luggage(frozenset(at_home))
+                step.offloaded = OffloadGroup(frozenset(at_home))
             with self._hooks, self._surroundings.guard, within_a_branch():
                 since = 0 if keeping is None else torch.autograd._get_sequence_nr()
                 f = self._run(half_step, step)
@@ -380,13 +380,13 @@ class Reversal(Rebuilding):
         self._saved.append(tensor.shape)
         self._dtypes.append(tensor.dtype)
         step, k = self._steps[-1], len(self._steps) - 1
-        luggage, again = step.luggage, None if step.outputs is None else step.outputs.find(tensor)
+        offloaded, again = step.offloaded, None if step.outputs is None else step.outputs.find(tensor)
         if again is not None:
-            if luggage is not None:
-                again.output.leave(luggage)
+            if offloaded is not None:
+                again.output.leave(offloaded)
             return KeptTensor(again, step=k)
         kept = tensor.detach()
-        return KeptTensor(kept if luggage is None else luggage.send(kept), version_of(tensor), k)
+        return KeptTensor(kept if offloaded is None else offloaded.send(kept), version_of(tensor), k)
 
 
 def _keep(outputs: Sequence[torch.Tensor]) -> Any:

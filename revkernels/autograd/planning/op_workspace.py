@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.planning.level import Level
+from revkernels.autograd.planning.memory_meter import Level
 
 _FEW = 8  # allocations: of more, their sum is far above what is there at a time
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import revkernels as rk
 from behaviour.common import assert_raises, torch
-from revkernels.autograd.planning import inside
+from revkernels.autograd.planning import op_workspace
 from revkernels.measure import peak_bytes
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
@@ -156,9 +156,9 @@ def test_a_chain_inside_a_branch(compiled):
 def test_stretches_on_the_host():
     """The peak above the beginning, of one within another too; what was there before does not count."""
     cpu = torch.device("cpu")
-    outer = inside.begin(cpu)
+    outer = op_workspace.begin(cpu)
     held = torch.empty(BYTES, dtype=torch.uint8)
-    inner = inside.begin(cpu)
+    inner = op_workspace.begin(cpu)
     torch.empty(3 * BYTES, dtype=torch.uint8)
     assert inner.end() == 3 * BYTES and inner.end() == 3 * BYTES
     torch.empty(2 * BYTES, dtype=torch.uint8)
@@ -167,8 +167,8 @@ def test_stretches_on_the_host():
     assert outer.end() == 4 * BYTES
     assert not torch.autograd._profiler_enabled()
     with profile(activities=[ProfilerActivity.CPU]):
-        assert inside.begin(cpu) is None
-    assert inside.begin(torch.device("meta")) is None
+        assert op_workspace.begin(cpu) is None
+    assert op_workspace.begin(torch.device("meta")) is None
 
 
 def test_stretches_on_a_device(monkeypatch):
@@ -183,8 +183,8 @@ def test_stretches_on_a_device(monkeypatch):
 
     for later, most in {(12, 1030, 500): 30, (12, 1900, 500): 400, (12, 1700, 600): 500, (90, 1900, 500): 0}.items():
         told(10, 1000, 500)
-        stretch = inside.begin(torch.device("cuda", 0))
+        stretch = op_workspace.begin(torch.device("cuda", 0))
         told(*later)
         assert stretch.end() == most
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    assert inside.begin(torch.device("cuda", 0)) is None
+    assert op_workspace.begin(torch.device("cuda", 0)) is None

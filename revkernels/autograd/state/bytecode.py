@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from revkernels.autograd.state.behind import named
+from revkernels.autograd.state.reachable import named
 
 __all__ = ["may_read", "reads_running", "writes_silently"]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from revkernels.autograd.ownership import PLAIN
-from revkernels.autograd.planning.offload import Away, Luggage
+from revkernels.autograd.planning.offload import OffloadedTensor, OffloadGroup
 from revkernels.autograd.state.versions import version_of
 
 
@@ -24,7 +24,9 @@ class MadeAgain:
 
     __slots__ = ("_left", "_make", "_now", "_of", "bytes", "saved")
 
-    def __init__(self, make: Callable[..., torch.Tensor], of: Sequence[torch.Tensor | Away | None], size: int) -> None:
+    def __init__(
+        self, make: Callable[..., torch.Tensor], of: Sequence[torch.Tensor | OffloadedTensor | None], size: int
+    ) -> None:
         self._make, self.bytes = make, size
         self._of = [(tensor, version_of(tensor) if isinstance(tensor, torch.Tensor) else 0) for tensor in of]
         self.saved = self._left = 0  # by how many it is saved, and how many of them are still to have it
@@ -33,11 +35,13 @@ class MadeAgain:
     def make(self) -> torch.Tensor:
         """The output, new memory."""
         with torch.no_grad():
-            return self._make(*(tensor.here() if isinstance(tensor, Away) else tensor for tensor, _ in self._of))
+            return self._make(
+                *(tensor.here() if isinstance(tensor, OffloadedTensor) else tensor for tensor, _ in self._of)
+            )
 
-    def leave(self, luggage: Luggage) -> None:
+    def leave(self, offloaded: OffloadGroup) -> None:
         """Have what it is made of in host memory."""
-        self._of = [(luggage.send(of) if isinstance(of, torch.Tensor) else of, version) for of, version in self._of]
+        self._of = [(offloaded.send(of) if isinstance(of, torch.Tensor) else of, version) for of, version in self._of]
 
     @property
     def awaited(self) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 import revkernels as rk
 from behaviour.common import assert_raises, rows, step, torch
 from behaviour.exact_chains import assert_same_bits
-from revkernels.autograd.planning import made_again
+from revkernels.autograd.planning import rematerialize
 from revkernels.measure import peak_bytes
 from revkernels.nn import (
     AttentionBranch,
@@ -284,7 +284,7 @@ def test_it_saves_the_memory(compiled):
 
 
 def noted(h, x):
-    outputs = made_again.Outputs()
+    outputs = rematerialize.Outputs()
     outputs.note(h, lambda x: x * 2, x)
     return outputs
 
@@ -325,7 +325,7 @@ def test_what_it_is_made_of():
 def test_memory_that_was_freed():
     """As FSDP does with a parameter that it shards again: a kernel would see a norm without weight."""
     x, weight = torch.randn(4, requires_grad=True), torch.randn(4)
-    h, outputs = x * weight, made_again.Outputs()
+    h, outputs = x * weight, rematerialize.Outputs()
     outputs.note(h, torch.mul, x, weight)
     view = outputs.find(h)
     assert not view.output.changed()

@@ -33,8 +33,15 @@ class _Turn(contextlib.AbstractContextManager[None]):
         self.locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
 
     def __enter__(self) -> None:
-        for lock in self.locks:
-            lock.acquire()
+        count = 0
+        try:
+            for lock in self.locks:
+                lock.acquire()
+                count += 1
+        except BaseException:  # an interrupt while it waits
+            for lock in self.locks[:count]:
+                lock.release()
+            raise
 
     def __exit__(self, *_: object) -> None:
         for lock in self.locks:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")  # revkernels.autograd imports it
 
-from revkernels.autograd.planning.allotment import UNITS, Option, Stop, allot
+from revkernels.autograd.planning.knapsack import UNITS, Option, Stop, allot
 
 NOTHING = Option(0, 0.0)
 

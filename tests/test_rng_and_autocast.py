@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
 from revkernels import ReconstructionError  # noqa: E402
-from revkernels.autograd.state import surroundings  # noqa: E402
+from revkernels.autograd.state import rng_and_autocast  # noqa: E402
 from revkernels.nn import ReversibleBlock, ReversibleSequential  # noqa: E402
 
 DRAWS = {
@@ -36,26 +36,26 @@ def x():
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_draw_is_refused(name, x):
-    with pytest.raises(ReconstructionError, match="draws random numbers"), surroundings.RefusesToDraw("so on"):
+    with pytest.raises(ReconstructionError, match="draws random numbers"), rng_and_autocast.RefusesToDraw("so on"):
         DRAWS[name](x)
 
 
 @pytest.mark.parametrize("name", QUIET)
 def test_what_does_not_draw_is_left_alone(name, x):
-    with surroundings.RefusesToDraw("so on"):
+    with rng_and_autocast.RefusesToDraw("so on"):
         got = QUIET[name](x)
     assert torch.equal(got, QUIET[name](x))
 
 
 def test_a_chain_refuses_the_branch_that_draws(monkeypatch):
     """As in a capture: the guard is there, and the exception comes from the forward, out of the branch."""
-    init = surroundings.Surroundings.__init__
+    init = rng_and_autocast.Surroundings.__init__
 
     def capturing(self, *args):
         init(self, *args)
-        self.guard = surroundings.RefusesToDraw("so on")
+        self.guard = rng_and_autocast.RefusesToDraw("so on")
 
-    monkeypatch.setattr(surroundings.Surroundings, "__init__", capturing)
+    monkeypatch.setattr(rng_and_autocast.Surroundings, "__init__", capturing)
     net = ReversibleSequential(ReversibleBlock(torch.nn.Tanh(), torch.nn.Dropout(0.5)))
     x = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(ReconstructionError, match="draws random numbers"):

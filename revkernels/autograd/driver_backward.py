@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward half of the driver: streams and a branch's saved tensors, rebuilt when autograd asks for them.
 
-See `revkernels.autograd.reversal`, which is the forward half.
+See `revkernels.autograd.driver_forward`, which is the forward half.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from revkernels.autograd.fused.entry import Ready
-from revkernels.autograd.grid import Grid
+from revkernels.autograd.exact_coupling import Grid
+from revkernels.autograd.fused.coupled_norm import Ready
 from revkernels.autograd.half_step import resolved
-from revkernels.autograd.kept import KeptTensor
+from revkernels.autograd.kept_tensors import KeptTensor
 from revkernels.autograd.ownership import has_memory, memory_is_free
-from revkernels.autograd.planning.made_again import AtHand, Outputs, SavedView
-from revkernels.autograd.planning.offload import Arrivals, Away
+from revkernels.autograd.planning.offload import OffloadedTensor, Prefetcher
 from revkernels.autograd.planning.planner import Keeping, Replaying
+from revkernels.autograd.planning.rematerialize import AtHand, Outputs, SavedView
 from revkernels.autograd.recomputing import recomputes, set_recomputing
-from revkernels.autograd.recorded import Frame, RearrangedStep, RecordedStep
 from revkernels.autograd.state.attributes import attributes_of, put_attributes_back
 from revkernels.autograd.state.rewinding import put_back
-from revkernels.autograd.state.surroundings import Surroundings, refuses_a_race, strayed
+from revkernels.autograd.state.rng_and_autocast import Surroundings, refuses_a_race, strayed
 from revkernels.autograd.state.versions import version_of
+from revkernels.autograd.step_record import Frame, RearrangedStep, RecordedStep
 from revkernels.errors import ReconstructionError
 
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
@@ -59,7 +59,7 @@ class Rebuilding:
         self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
         self._whole = False  # the half-step under way keeps what it saves
         self._mode: Any = None  # to run the next branch in
-        self._arrivals = Arrivals()
+        self._prefetcher = Prefetcher()
         self._outputs: Outputs | None = None  # of the half-step that is measured
         self._made = AtHand()  # outputs that were made again in this backward
         # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
@@ -160,17 +160,17 @@ class Rebuilding:
                     self._step_back()
         return tensor
 
-    def _at_hand(self, k: int, kept: torch.Tensor | Away | SavedView) -> torch.Tensor:
+    def _at_hand(self, k: int, kept: torch.Tensor | OffloadedTensor | SavedView) -> torch.Tensor:
         """A saved tensor of half-step k: as it is, back from host memory, or made again."""
         if isinstance(kept, torch.Tensor):
             return kept
         with self._lock:
-            self._arrivals.come(self._steps[k].luggage, self._steps[k - 1].luggage if k else None)
-            return kept.here() if isinstance(kept, Away) else self._made.get(kept, k)
+            self._prefetcher.come(self._steps[k].offloaded, self._steps[k - 1].offloaded if k else None)
+            return kept.here() if isinstance(kept, OffloadedTensor) else self._made.get(kept, k)
 
     def _unload(self) -> None:
         with self._lock:
-            self._arrivals.let_go()
+            self._prefetcher.let_go()
             self._made.clear()
 
     def _step_back(self) -> None:
@@ -186,7 +186,7 @@ class Rebuilding:
             return
         index = step.half_step.target
         before, step.before = step.before, None
-        self._rebuilt[index] = before.here() if isinstance(before, Away) else before
+        self._rebuilt[index] = before.here() if isinstance(before, OffloadedTensor) else before
         self._strides_now[index] = step.strides
         self._frame, self._ready, self._cursor = [], None, k
 

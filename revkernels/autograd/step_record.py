@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from revkernels.autograd.fused.ambient import Noted, Tape
-from revkernels.autograd.fused.entry import Entry
+from revkernels.autograd.fused.coupled_norm import Entry
+from revkernels.autograd.fused.norm_context import Noted, Tape
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.planning.kept_ops import KeptOp
-from revkernels.autograd.planning.made_again import Outputs
-from revkernels.autograd.planning.offload import Away, Luggage
+from revkernels.autograd.planning.offload import OffloadedTensor, OffloadGroup
+from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.autograd.state.rewinding import NONE
+from revkernels.autograd.state.rng_and_autocast import Drawn, tensors_in
 from revkernels.autograd.state.snapshot import Snapshot
-from revkernels.autograd.state.surroundings import Drawn, tensors_in
 
 Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, with their versions
 
@@ -32,7 +32,7 @@ class RecordedStep:
         ways: how norms and Sequentials inside it were run, likewise.
         kept: outputs of operators that the recompute need not run again, by the operator's number; let go once used.
         before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
-        luggage: what it has sent to host memory; None if nothing goes there.
+        offloaded: what it has sent to host memory; None if nothing goes there.
         outputs: while it runs, what it makes that can be made again; None if nobody asks.
         nodes: of its graph, if torch.compile was at work while it ran; else None.
         saved, dtypes: the shapes of the tensors that it saved, and their dtypes: two lists, for thousands of pairs are
@@ -40,7 +40,7 @@ class RecordedStep:
     """
 
     __slots__ = (
-        *("before", "drawn", "dtypes", "entry", "half_step", "kept", "luggage", "needs_grad", "nodes", "outputs"),
+        *("before", "drawn", "dtypes", "entry", "half_step", "kept", "offloaded", "needs_grad", "nodes", "outputs"),
         *("saved", "snapshot", "statistics", "strides", "ways"),
     )
 
@@ -56,8 +56,8 @@ class RecordedStep:
         self.drawn: Drawn = []
         self.strides: tuple[int, ...] = ()  # of the target, before it was added to
         self.kept: dict[int, KeptOp] = {}
-        self.before: torch.Tensor | Away | None = None
-        self.luggage: Luggage | None = None
+        self.before: torch.Tensor | OffloadedTensor | None = None
+        self.offloaded: OffloadGroup | None = None
         self.outputs: Outputs | None = None
         self.nodes: list[str] | None = None
 
@@ -147,7 +147,7 @@ class RearrangedStep:
 
     __slots__ = ("rearrangement", "strides")
     saved: Sequence[torch.Size] = ()
-    before = entry = luggage = None
+    before = entry = offloaded = None
 
     def __init__(self, rearrangement: Rearrangement, streams: Sequence[torch.Tensor]) -> None:
         self.rearrangement = rearrangement

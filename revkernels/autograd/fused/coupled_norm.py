@@ -16,8 +16,8 @@ import torch
 
 from revkernels.autograd.coupling import couple
 from revkernels.autograd.fused import fusion
-from revkernels.autograd.fused.ambient import put_running, running_of
 from revkernels.autograd.fused.known_layers import NORM_LAYERS, Fusable, fusable_at, narrows
+from revkernels.autograd.fused.norm_context import put_running, running_of
 from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.norm_act import Call, couple_norm_act, enter_norm_act, norm_act, walk_together
 from revkernels.norm import Norm, Statistics

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.planning.made_again import Outputs
+from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.norm import Statistics
 
 #: A batch norm, the statistics of its batch, and copies of its running ones after it if somebody may look at them.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.planning.made_again import SavedView
-from revkernels.autograd.planning.offload import Away
+from revkernels.autograd.planning.offload import OffloadedTensor
+from revkernels.autograd.planning.rematerialize import SavedView
 from revkernels.autograd.state.versions import version_of
 
 
@@ -35,7 +35,7 @@ class KeptTensor:
 
     __slots__ = ("__weakref__", "_version", "step", "tensor")
 
-    def __init__(self, tensor: torch.Tensor | Away | SavedView, version: int = 0, step: int = -1) -> None:
+    def __init__(self, tensor: torch.Tensor | OffloadedTensor | SavedView, version: int = 0, step: int = -1) -> None:
         self.tensor, self._version, self.step = tensor, version, step
 
     def changed(self) -> bool:

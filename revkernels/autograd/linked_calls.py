@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.reversal import Reversal
+from revkernels.autograd.driver_forward import Reversal
 
 _KEY = "revkernels.end"
 

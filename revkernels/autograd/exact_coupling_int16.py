@@ -15,7 +15,7 @@ import torch
 
 from revkernels.autograd.accumulate import gather
 from revkernels.autograd.coupling import walkable
-from revkernels.autograd.grid import Grid
+from revkernels.autograd.exact_coupling import Grid
 from revkernels.coupling import Coupling
 
 
