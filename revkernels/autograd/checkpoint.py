@@ -85,6 +85,7 @@ class Checkpoint(Rebuilding):
                     step.note_nodes(result, [tensor for tensor, _ in self._given], since)
                 snapshot.complete(step.counted())
                 step.over()
+            step.note_result(result)
             step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.own is None)
             if any(version_of(tensor) != version for tensor, version in self._given):
                 raise ReconstructionError(

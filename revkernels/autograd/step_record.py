@@ -13,6 +13,7 @@ from torch import nn
 from revkernels.autograd.fused.coupled_norm import Entry
 from revkernels.autograd.fused.norm_context import Noted, Tape
 from revkernels.autograd.half_step import HalfStep
+from revkernels.autograd.output_check import OutputSample, sample_of
 from revkernels.autograd.planning.kept_ops import KeptOp
 from revkernels.autograd.planning.offload import OffloadedTensor, OffloadGroup
 from revkernels.autograd.planning.rematerialize import Outputs
@@ -35,13 +36,14 @@ class RecordedStep:
         offloaded: what it has sent to host memory; None if nothing goes there.
         outputs: while it runs, what it makes that can be made again; None if nobody asks.
         nodes: of its graph, if torch.compile was at work while it ran; else None.
+        sample: of what it returned, to be compared in its first recomputes; else None.
         saved, dtypes: the shapes of the tensors that it saved, and their dtypes: two lists, for thousands of pairs are
             so many things for Python's garbage collector to look through.
     """
 
     __slots__ = (
         *("before", "drawn", "dtypes", "entry", "half_step", "kept", "offloaded", "needs_grad", "nodes", "outputs"),
-        *("saved", "snapshot", "statistics", "strides", "ways"),
+        *("sample", "saved", "snapshot", "statistics", "strides", "ways"),
     )
 
     def __init__(self, half_step: HalfStep) -> None:
@@ -60,6 +62,7 @@ class RecordedStep:
         self.offloaded: OffloadGroup | None = None
         self.outputs: Outputs | None = None
         self.nodes: list[str] | None = None
+        self.sample: OutputSample | None = None
 
     def over(self) -> None:
         """The forward is: see `Snapshot.complete`, what is empty stays so."""
@@ -86,10 +89,25 @@ class RecordedStep:
         ``since``: autograd's count of its nodes when it began."""
         self.nodes = self._nodes_behind(result, given, since)
 
+    def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
+        """Note what the branch returned, if it has code of its own; and the stream that this is added to."""
+        if self.snapshot.own is not None:
+            self.sample = sample_of(self.half_step.branch, [tensor for _, tensor in tensors_in(result)], stream)
+
     def difference(self, frame: Frame, result: Any, given: Any, since: int) -> str | None:
         """Say what is not as it was in the recompute, which returned this for what it was given; None if all is."""
+        problem = None
         if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given, since)):
-            return None
+            if self.sample is not None:
+                problem = self.sample.difference([tensor for _, tensor in tensors_in(result)])
+            if problem is None:
+                return None
+            return (
+                f"{problem}. The branch did not do the same twice: does it count its calls, draw from Python's or "
+                f"NumPy's generators, or keep what it reads in an object of its own? Keep that in a buffer or a tensor "
+                f"attribute, and draw from torch's generators; or set activations='store'. (If it is rounding that "
+                f"went so far, revkernels.diagnostics.drift tells, and coupling='exact' prevents it)"
+            )
         if len(frame) != len(self.saved):
             problem = f"the recompute saved {len(frame)} tensors, the forward {len(self.saved)}"
         elif self.saved_alike(frame):

@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 from behaviour.common import WIDE, assert_all_close, loss_of, rows, torch, twins
+from revkernels.errors import ReconstructionError
 from revkernels.measure import peak_bytes
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing
 
@@ -220,7 +221,8 @@ class Replaces(nn.Module):
 
 
 def test_an_attribute_that_is_replaced_for_the_second_run(backend):
-    """It may be a recurrent state as well, which comes back as the forward found it: a warning tells, once a module."""
+    """It may be a recurrent state as well, which comes back as the forward found it: a warning tells, once a module,
+    and that the branch does not do the same twice then an error."""
     x = torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8)
     net, twin = twins([(Replaces(True), Replaces(True)) for _ in range(2)])
     with warnings.catch_warnings():
@@ -236,7 +238,8 @@ def test_an_attribute_that_is_replaced_for_the_second_run(backend):
     net = ReversibleSequential(ReversibleBlock(Replaces(False), Replaces(True)))
     with pytest.warns(UserWarning, match="Replaces has got another kept.*revkernels_comes_back = True") as told:
         for _ in range(2):
-            net(x).sum().backward()
+            with pytest.raises(ReconstructionError, match="returned other values"):
+                net(x).sum().backward()
     assert len(told) == 1
 
 

@@ -30,8 +30,9 @@ class Sorts(nn.Module):
 
     def forward(self, x):
         h = self.layer(x).cumsum(0)
-        order = torch.argsort(x.detach(), 0)
-        return torch.zeros_like(h).scatter_(0, order, h).clone().index_put_((order[:, 0] % 7,), h, accumulate=True)
+        order = torch.argsort(torch.arange(x.numel()).reshape(x.shape).sin(), 0)
+        sums = torch.zeros_like(h).scatter_(0, order, h).clone()
+        return sums.index_put_((order[:, 0] % 7,), h, accumulate=True).mul_(1e-6)  # large ones would not come back
 
 
 CASES = {
