@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.ownership import has_memory
+from revkernels.autograd.state.rng_and_autocast import tensors_in
 
 TIMES = 3  # recomputes of a branch that are compared
 _ELEMENTS = 256
@@ -38,36 +38,40 @@ class OutputSample:
 
     __slots__ = ("_key", "_stream", "_values")
 
-    def __init__(self, key: Any, outputs: Sequence[torch.Tensor], stream: torch.Tensor | None) -> None:
+    def __init__(self, key: Any, outputs: list[torch.Tensor], stream: torch.Tensor | None) -> None:
         self._key = key
-        self._values = [_elements(output) for output in outputs]
+        self._values = [(output.stride(), _elements(output)) for output in outputs]
         self._stream = 0.0 if stream is None else float(norm(_elements(stream)))
 
-    def difference(self, outputs: Sequence[torch.Tensor]) -> str | None:
-        """Say how far the recompute's outputs are from these; None if they are near, or nobody can tell."""
-        if len(outputs) != len(self._values) or any(map(_cannot_be_read, outputs)):
-            return None
-        for then, output in zip(self._values, outputs, strict=True):
+    def difference(self, result: Any) -> str | None:
+        """Say how far what the recompute returned is from it; None if it is near, or nobody can tell."""
+        outputs = _readable(result)
+        if [output.stride() for output in outputs] != [stride for stride, _ in self._values]:
+            return None  # laid out otherwise, as by torch.compile, or captured: other elements, or none
+        for (_, then), output in zip(self._values, outputs, strict=True):
             now = _elements(output)
-            size, apart = max(norm(then), norm(now)), norm(now - then)
-            if size < float("inf") and apart > _TOLERANCE.get(output.dtype, _HALF) * size + _NOISE * self._stream:
+            if now.shape != then.shape:
+                return "the recompute returned a tensor of another shape than the forward"
+            size, apart = norm(then), norm(now - then)
+            if np.isfinite(size) and not apart <= _TOLERANCE.get(output.dtype, _HALF) * size + _NOISE * self._stream:
                 return (
-                    f"the recompute returned other values than the forward (they differ by {100 * apart / size:.0f} % "
-                    f"in {len(now)} elements that were compared)"
+                    f"the recompute returned other values than the forward (they differ by "
+                    f"{100 * apart / max(size, norm(now)):.0f} % in {len(now)} elements that were compared)"
                 )
         _compared[self._key] = _compared.get(self._key, 0) + 1
         return None
 
 
-def sample_of(branch: Any, outputs: Sequence[torch.Tensor], stream: torch.Tensor | None = None) -> OutputSample | None:
+def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> OutputSample | None:
     """Note what a branch returned, if it is one whose recompute is to be compared.
 
     ``stream``: what that is added to. Where it is of half precision nothing is compared: it drifts far.
     """
     key = _key_of(branch)
-    if key is None or _compared.get(key, 0) >= TIMES or not outputs:
+    if key is None or _compared.get(key, 0) >= TIMES:
         return None
-    if any(map(_cannot_be_read, outputs)) or (stream is not None and stream.dtype not in _TOLERANCE):
+    outputs = _readable(result)
+    if not outputs or (stream is not None and not (has_memory(stream) and stream.dtype in _TOLERANCE)):
         return None
     return OutputSample(key, outputs, stream)
 
@@ -81,10 +85,10 @@ def _key_of(branch: Any) -> Any:
     return getattr(branch, "__code__", type(branch))
 
 
-def _cannot_be_read(output: torch.Tensor) -> bool:
-    if not has_memory(output) or output.is_meta or not output.is_floating_point():
-        return True
-    return output.is_cuda and torch.cuda.is_current_stream_capturing()
+def _readable(result: Any) -> list[torch.Tensor]:
+    """Those of its tensors that have floating-point values, and are not just captured."""
+    found = (tensor for _, tensor in tensors_in(result) if has_memory(tensor) and tensor.is_floating_point())
+    return [t for t in found if not t.is_meta and not (t.is_cuda and torch.cuda.is_current_stream_capturing())]
 
 
 def _elements(tensor: torch.Tensor) -> Any:

@@ -92,14 +92,14 @@ class RecordedStep:
     def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
         """Note what the branch returned, if it has code of its own; and the stream that this is added to."""
         if self.snapshot.own is not None:
-            self.sample = sample_of(self.half_step.branch, [tensor for _, tensor in tensors_in(result)], stream)
+            self.sample = sample_of(self.half_step.branch, result, stream)
 
     def difference(self, frame: Frame, result: Any, given: Any, since: int) -> str | None:
         """Say what is not as it was in the recompute, which returned this for what it was given; None if all is."""
         problem = None
         if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given, since)):
             if self.sample is not None:
-                problem = self.sample.difference([tensor for _, tensor in tensors_in(result)])
+                problem = self.sample.difference(result)
             if problem is None:
                 return None
             return (

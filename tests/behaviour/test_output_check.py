@@ -12,7 +12,7 @@ import revkernels as rk
 from behaviour.common import WIDE, torch
 from revkernels import ReconstructionError
 from revkernels.autograd import output_check
-from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint, linked
+from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint, is_recomputing, linked
 
 
 class Counts(nn.Module):
@@ -111,7 +111,7 @@ def test_it_is_looked_at_so_often(monkeypatch):
     compared = []
     difference = output_check.OutputSample.difference
     monkeypatch.setattr(
-        output_check.OutputSample, "difference", lambda self, outputs: compared.append(1) or difference(self, outputs)
+        output_check.OutputSample, "difference", lambda self, result: compared.append(1) or difference(self, result)
     )
 
     class Tanh(Counts):
@@ -167,6 +167,32 @@ def test_not_finite():
             return x * float("inf")
 
     assert not step(chain(Overflows)).isfinite().any()
+
+
+def test_only_the_recompute_is_not_finite():
+    """Row 34."""
+
+    class Overflows(Counts):
+        def forward(self, x):
+            return self.layer(x) * (float("nan") if is_recomputing() else 1.0)
+
+    with pytest.raises(ReconstructionError, match="returned other values"):
+        step(chain(Overflows))
+
+
+class Laid(Counts):
+    """Another layout in the recompute; beside whole numbers."""
+
+    def forward(self, x):
+        f = self.layer(x.movedim(1, -1)).movedim(-1, 1)
+        return (f.contiguous() if is_recomputing() else f), {"whole": x.argmax(), "none": None}
+
+
+def test_layouts_and_whole_numbers():
+    """Elements are compared where they are the same ones."""
+    net = ReversibleSequential(ReversibleBlock(Laid(), Laid()))
+    x = torch.randn(2, 8, 3, 3, dtype=WIDE, requires_grad=True)
+    net(x)[0].sum().backward()
 
 
 def test_narrow_streams():

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 import revkernels as rk
 from behaviour.common import torch
+from revkernels.autograd import output_check
 from revkernels.autograd.state import snapshot
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
 
@@ -233,6 +234,51 @@ def test_other_tensors_that_change_are_refused():
             with pytest.raises(rk.ReconstructionError, match=f"the tensor {name}, which is no parameter or buffer"):
                 y.sum().backward()
             run(x).sum().backward()
+
+
+class Holds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6).double()
+        self.mask, self.masks, self.all = TENSOR, {"a": TENSOR, "deeper": [TENSOR]}, [TENSOR]
+
+    def forward(self, x):
+        return self.layer(x) * self.mask * self.masks["a"] * self.masks["deeper"][0] * self.all[0]
+
+
+def _replaced(module, other):
+    module.mask = module.masks["a"] = module.masks["deeper"][0] = module.all[0] = other
+
+
+def _removed(module, other):
+    del module.masks["a"]
+    module.all.append(other)
+
+
+@pytest.mark.parametrize("change", [_replaced, _removed])
+def test_what_hangs_elsewhere_now_is_put_back(change, monkeypatch):
+    """Row 33: attributes and items of containers that are others in the backward; and afterwards they are again."""
+    monkeypatch.setattr(output_check, "TIMES", 0)  # which would tell if it were not so
+    torch.manual_seed(0)
+    net = ReversibleSequential(*(ReversibleBlock(Holds(), Holds()) for _ in range(2)))
+    x = torch.randn(3, 12, dtype=WIDE)
+    net(x).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    y = net(x)
+    other = torch.full((6,), 3.0, dtype=WIDE)
+    for module in net.modules():
+        if isinstance(module, Holds):
+            change(module, other)
+    y.square().sum().backward()
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-10)
+    for module in net.modules():
+        if isinstance(module, Holds):
+            if change is _replaced:
+                assert module.mask is module.masks["a"] is module.masks["deeper"][0] is module.all[0] is other
+            else:
+                assert "a" not in module.masks and module.all[1] is other
 
 
 def test_what_a_forward_counts_for_itself_is_let_be():

@@ -66,6 +66,7 @@ class OwnState:
         "graphs",
         "holders",
         "hung",
+        "items",
         "loose",
         "modules",
         "replaced",
@@ -86,6 +87,8 @@ class OwnState:
         self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
         #: What was None, a number or not there, and is a tensor since: where it hangs, its name, and what it was.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
+        #: Items of lists and dictionaries that it leaves as they are, likewise.
+        self.items: list[tuple[Any, Any, Any]] = []
         #: Items of lists and dictionaries that the forward has replaced: where each was, and what.
         self.replaced: list[tuple[Any, Any, Any]] = []
         #: Those lists and dictionaries, while it runs, and what is in them before.
@@ -172,7 +175,10 @@ class OwnState:
             # What has been added since may be another thread's.
             for key, was in before.items() if type(before) is dict else enumerate(before):
                 value = item_of(container, key)
-                if value is not was and may_be_state(value) and (type(was) in _BLANK or may_be_state(was)):
+                if value is was:
+                    if type(was) in PLAIN and not was.requires_grad:
+                        self.items.append((container, key, was))
+                elif may_be_state(value) and (type(was) in _BLANK or may_be_state(was)):
                     self.replaced.append((container, key, without_graph(was)))
         # Who asks may keep something for the second run; and what is added up in place is no state to come back to.
         graphs = (one for one in self.graphs if (id(one[0]), one[1]) not in stays)
@@ -181,6 +187,7 @@ class OwnState:
         self.loose = self.tables = self.containers = self.gaps = NONE
         self.holders, self.hung = self.holders or NONE, self.hung or NONE
         self.blank, self.replaced, self.graphs = self.blank or NONE, self.replaced or NONE, self.graphs or NONE
+        self.items = self.items or NONE
         return changed
 
     def restore(self, undo: Undo) -> None:
@@ -194,7 +201,8 @@ class OwnState:
             if ref is None or ref() is not now:
                 undo.append((table, name, now))
                 table[name] = value
-        for place, name, was in [*self.blank, *self.replaced]:
+        elsewhere = (one for one in self.items if item_of(*one[:2]) is not one[2])
+        for place, name, was in [*self.blank, *self.replaced, *elsewhere]:
             undo.append((place, name, item_of(place, name)))
             hang(place, name, was)
 
