@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+NormKind = Literal["batch", "layer", "rms", "group"]
+ActivationName = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 #: The norms, in the order of the C interface's revk_norm_kind.
-KINDS = ("batch", "layer", "rms", "group")
+KINDS: tuple[NormKind, ...] = get_args(NormKind)
 #: The activations, in the order of the C interface's revk_activation.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS: tuple[ActivationName, ...] = get_args(ActivationName)
 
 #: What becomes of the sums of a backward, as in the C interface's revk_norm_sums.
 SUMS_COMPUTED, SUMS_ONLY, SUMS_GIVEN = range(3)
@@ -39,11 +41,11 @@ class Norm:
         momentum: see there.
     """
 
-    kind: str
+    kind: NormKind
     weight: Any = None
     bias: Any = None
     eps: float = 1e-5
-    activation: str = "none"
+    activation: ActivationName = "none"
     groups: int = 1
     channel_dim: int | None = None
     running_mean: Any = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 from revkernels import checks, checks_norm, tracking
 from revkernels.allocation import empty, empty_like
@@ -12,10 +12,12 @@ from revkernels.arrays import compute_dtype, kind_of, seen
 from revkernels.backends import select
 from revkernels.norm import SUMS_COMPUTED, SUMS_GIVEN, SUMS_ONLY, Norm, Statistics
 
+Array = TypeVar("Array")
+
 
 def norm_act(
-    x: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
-) -> tuple[Any, Statistics]:
+    x: Array, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
+) -> tuple[Array, Statistics]:
     """Return (h, statistics) with h = activation(norm(x)), the formulas being those of `Norm`.
 
     h is a new array of x's shape in x's memory order, of ``dtype`` (None: x's own). Statistics that are given are used
@@ -46,8 +48,14 @@ def norm_act(
 
 
 def couple_norm_act(
-    x: Any, f: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
-) -> tuple[Any, Any, Statistics]:
+    x: Array,
+    f: Any,
+    norm: Norm,
+    *,
+    statistics: Statistics | None = None,
+    dtype: Any = None,
+    backend: str | None = None,
+) -> tuple[Array, Array, Statistics]:
     """Return (y, h, statistics) with y = x + f (eq. 6) and h = activation(norm(y)), y as it was stored.
 
     y is what `couple` returns, h and the statistics what `norm_act` makes of it (in float64 if f is float64). Both are
@@ -74,8 +82,14 @@ def couple_norm_act(
 
 
 def uncouple_norm_act_(
-    y: Any, f: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
-) -> tuple[Any, Any, Statistics]:
+    y: Array,
+    f: Any,
+    norm: Norm,
+    *,
+    statistics: Statistics | None = None,
+    dtype: Any = None,
+    backend: str | None = None,
+) -> tuple[Array, Array, Statistics]:
     """y <- y - f, in place (eq. 7), and h = activation(norm(y)) of what was stored. Returns (y, h, statistics).
 
     The output of a coupling becomes its input again, and the branch that read this input gets it normalised as it was.
@@ -98,7 +112,7 @@ def uncouple_norm_act_(
 
 
 def norm_act_backward_(
-    dx: Any,
+    dx: Array,
     dh: Any,
     x: Any,
     norm: Norm,
@@ -108,7 +122,7 @@ def norm_act_backward_(
     count: int = 0,
     constant: bool = False,
     backend: str | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Array, Any, Any]:
     """dx <- dx + the gradient that dh has at x, in place (Algorithm 1, lines 5 and 6). Returns (dx, dweight, dbias).
 
         dz      = dh * activation'(z)

@@ -25,8 +25,7 @@ before it writes anything:
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -55,8 +54,11 @@ __all__ = [
     "uncouple_norm_act_",
 ]
 
+Array = TypeVar("Array")  # torch's, NumPy's, CuPy's, or an exporter's
+Gradient = TypeVar("Gradient")
 
-def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+
+def couple(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
     """Return y = x + f, the additive coupling (Gomez et al. 2017, eq. 6).
 
     y is a new array of x's shape and dtype, dense in x's memory order: channels last stays channels last, and half of a
@@ -68,14 +70,14 @@ def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | N
     return _out_of_place("couple", x, f, coupling, backend)
 
 
-def uncouple(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+def uncouple(y: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
     """Return x = y - f, the inverse of `couple` (eq. 7): a new array, laid out and differentiable as there."""
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple(y, f, coupling, backend)
     return _out_of_place("uncouple", y, f, coupling, backend)
 
 
-def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+def couple_(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
     """x <- x + f, in place (eq. 6). Returns x."""
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple_(x, f, coupling, backend)
@@ -89,7 +91,7 @@ def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | 
     return x
 
 
-def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Any:
+def uncouple_(y: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
     """y <- y - f, in place (eq. 7): the output of a coupling becomes its input again. Returns y."""
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple_(y, f, coupling, backend)
@@ -104,8 +106,8 @@ def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str 
 
 
 def reverse_step_(
-    y: Any, f: Any, dy: Any, df: Any, *, coupling: Coupling | None = None, backend: str | None = None
-) -> tuple[Any, Any]:
+    y: Array, f: Any, dy: Gradient, df: Any, *, coupling: Coupling | None = None, backend: str | None = None
+) -> tuple[Array, Gradient]:
     """Undo one half of a block and add its gradient, in one pass (Algorithm 1, lines 3 to 6).
 
         y  <- y - f      dy <- dy + df
@@ -125,7 +127,7 @@ def reverse_step_(
     return y, dy
 
 
-def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
+def accumulate_(total: Array, part: Any, *, backend: str | None = None) -> Array:
     """total <- total + part, in place: a gradient gathers a second contribution (Algorithm 1, lines 5 and 6).
 
     Both may be lists of arrays of equal length; a CUDA device then takes as few launches as it can. Returns total.
@@ -142,7 +144,7 @@ def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
     return total
 
 
-def _accumulate_lists(totals: Sequence[Any], parts: Sequence[Any], backend: str | None) -> Sequence[Any]:
+def _accumulate_lists(totals: Any, parts: Any, backend: str | None) -> Any:
     if not isinstance(totals, list | tuple) or not isinstance(parts, list | tuple):
         raise TypeError("total and part must both be arrays, or both lists of arrays")
     if len(totals) != len(parts):

@@ -292,8 +292,8 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 def differentiable_norm_act(
-    kernels: Any, x: torch.Tensor, norm: Norm, statistics: Statistics | None, dtype: Any
-) -> tuple[torch.Tensor, Statistics]:
+    kernels: Any, x: Any, norm: Norm, statistics: Statistics | None, dtype: Any
+) -> tuple[Any, Statistics]:
     """`revkernels.ops.norm_act` on tensors that require grad. Given statistics count as constants."""
     call = Call(kernels, norm, dtype, statistics, constant=statistics is not None and norm.kind == "batch")
     h = NormAct.apply(x, norm.weight, norm.bias, call)
@@ -301,8 +301,8 @@ def differentiable_norm_act(
 
 
 def differentiable_couple_norm_act(
-    kernels: Any, x: torch.Tensor, f: torch.Tensor, norm: Norm, statistics: Statistics | None, dtype: Any
-) -> tuple[torch.Tensor, torch.Tensor, Statistics]:
+    kernels: Any, x: Any, f: Any, norm: Norm, statistics: Statistics | None, dtype: Any
+) -> tuple[Any, Any, Statistics]:
     """`revkernels.ops.couple_norm_act` on tensors that require grad. Given statistics count as constants."""
     call = Call(kernels, norm, dtype, statistics, constant=statistics is not None and norm.kind == "batch")
     y, h = CoupleNormAct.apply(x, f, norm.weight, norm.bias, call)

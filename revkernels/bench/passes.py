@@ -30,7 +30,7 @@ from revkernels.backends import BACKENDS
 from revkernels.bench.clocks import last_level_cache
 from revkernels.bench.coupling import Setup
 from revkernels.bench.harness import Goal, Suite, Trial, rotation
-from revkernels.norm import Norm, Statistics
+from revkernels.norm import ActivationName, Norm, NormKind, Statistics
 
 __all__ = ["SUITE", "Case", "PassSetup", "copying"]
 
@@ -46,7 +46,7 @@ _IN_CACHE = {
 _CALLS = 10  # in one sample, of tensors in the cache
 _IN_CACHE_GOAL = 1.0
 _ALL = [True, True, True]  # gradients of x, of weight and of bias
-_LAYOUTS = (
+_LAYOUTS: tuple[tuple[NormKind, ActivationName, str], ...] = (
     ("batch", "relu", "channels-last"),
     ("batch", "relu", "NCHW"),
     ("layer", "none", "rows"),
@@ -65,8 +65,8 @@ class Case:
         in_cache: whether it has the shape of a network's stage, which the last-level cache holds.
     """
 
-    norm: str
-    activation: str
+    norm: NormKind
+    activation: ActivationName
     layout: str
     dtype: str
     in_cache: bool

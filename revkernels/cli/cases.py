@@ -12,14 +12,14 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from revkernels import ops
 from revkernels.arrays import FLOATS, INT16, compute_dtype, dtype_name, kind_of
 from revkernels.coupling import Coupling
-from revkernels.norm import KINDS, Norm, Statistics
+from revkernels.norm import KINDS, Norm, NormKind, Statistics
 
 __all__ = ["KERNELS", "Call", "calls", "differences", "left_out"]
 
@@ -58,7 +58,7 @@ class Call:
     layout: str  # "dense", "NCHW half", "channels-last half"
     shape: tuple[int, ...] = _SMALL
     options: bool = False  # scales, grid, checksum and amax at once
-    norm: str = ""  # the kind, of a kernel that has one
+    norm: NormKind | Literal[""] = ""  # of a kernel that has one
 
     def __str__(self) -> str:
         dtypes = self.stream if self.stream == self.branch else f"{self.stream} with {self.branch}"
@@ -120,7 +120,7 @@ class Call:
 
         groups = (2 if channels % 2 == 0 else channels) if self.norm == "group" else 1
         parameters = (made(channels, self.branch, -3), made(channels, self.branch, -3))
-        norm = Norm(self.norm, *parameters, activation="relu", groups=groups, channel_dim=1)
+        norm = Norm(self.norm or "batch", *parameters, activation="relu", groups=groups, channel_dim=1)
         size = norm.statistics_shape(shape)
         statistics = Statistics(None if self.norm == "rms" else made(size, wide, -3), made(size, wide, -2, scale=True))
         if self.kernel == "norm_act_backward_":

@@ -142,7 +142,7 @@ def explain(branches: Iterable[tuple[str, Callable[..., Any]]], backend: str | N
 def _explain(name: str, branch: Callable[..., Any], backend: str | None) -> BranchFusion:
     name = f"{name} ({type(branch).__name__})"
     if backend == "eager":
-        return BranchFusion(name, "nothing, for backend 'eager' runs every layer as it is", (), ())
+        return BranchFusion(name, "nothing: backend 'eager' runs every layer as it is", (), ())
     fused: list[str] = []
     unfused: list[str] = []
     if isinstance(branch, nn.Module):
@@ -153,19 +153,19 @@ def _explain(name: str, branch: Callable[..., Any], backend: str | None) -> Bran
 
 def _entry(branch: Callable[..., Any]) -> str:
     if not isinstance(branch, nn.Module):
-        return "nothing, for the branch is a plain callable"
+        return "nothing: the branch is a plain callable"
     entry = entry_of(HalfStep(branch, 0, (1,)), None)
     if entry is not None:
         return _words(entry.fusable)
     if not isinstance(branch, nn.Sequential):
-        return f"nothing, for {type(branch).__name__} is no Sequential, whose first layer could be told"
+        return f"nothing: {type(branch).__name__} is no nn.Sequential, so that its first layer is not known"
     if not is_sequential(branch):
-        return f"nothing, for {type(branch).__name__} has a forward of its own"
+        return f"nothing: {type(branch).__name__} has a forward of its own"
     if hooked(branch):
-        return "nothing, for the branch has hooks, and has to be called as a module"
+        return "nothing: the branch has hooks, and has to be called as a module"
     layers = list(branch)
     reason = fusable_at(layers, 0) if layers else "it has no layers"
-    return f"nothing, for {reason}"
+    return f"nothing: {reason}"
 
 
 def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, Fusable | str]]:
@@ -183,7 +183,13 @@ def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, 
             if taken_apart:
                 yield here, f"{type(layer).__name__} is no norm that the kernels know"
             else:
-                yield here, f"{type(layer).__name__} is called by the forward of a {type(module).__name__}"
+                yield (
+                    here,
+                    (
+                        f"{type(layer).__name__} is called by {type(module).__name__}.forward itself (to fuse it, call "
+                        f"revkernels.nn.NormAct there, or make {type(module).__name__} an nn.Sequential)"
+                    ),
+                )
         else:
             yield from _norms_in(layer, here, taken_apart)
 

@@ -240,7 +240,7 @@ def test_explain():
     assert first.branch == "block 0, F (BasicBranch)"
     assert first.entry == "BatchNorm2d + relu"
     assert first.fused == ("0: BatchNorm2d + relu", "3: BatchNorm2d + relu")
-    assert second.entry == "nothing, for Conv2d is no norm that the kernels know"
+    assert second.entry == "nothing: Conv2d is no norm that the kernels know"
     assert second.fused == ("1: GroupNorm + silu",)
     assert "plain callable" in third.entry
     assert "no Sequential" in fourth.entry

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from revkernels.norm import ActivationName, NormKind
+
 __all__ = ["Options", "backward", "norm_act", "statistics"]
 
 _ACTIVATIONS = {
@@ -26,8 +28,8 @@ _ACTIVATIONS = {
 class Options(NamedTuple):
     """What of a `revkernels.Norm` is known while JAX traces; ``axis`` is its channel_dim, counted from the front."""
 
-    kind: str
-    activation: str
+    kind: NormKind
+    activation: ActivationName
     eps: float
     groups: int
     axis: int

@@ -13,37 +13,38 @@ from torch.nn.modules import module as _torch_module
 
 from revkernels.autograd.fused.keywords import passes_keywords
 from revkernels.autograd.ownership import PLAIN
+from revkernels.norm import ActivationName, NormKind
 
 
 class Fusable(NamedTuple):
     """A norm, the activation behind it ("none" if there is none), and how many layers these are."""
 
     norm: nn.Module
-    activation: str
+    activation: ActivationName
     layers: int
 
 
-def _relu(layer: Any) -> str:
+def _relu(layer: Any) -> ActivationName:
     return "relu"
 
 
-def _gelu(layer: Any) -> str:
+def _gelu(layer: Any) -> ActivationName:
     return "gelu" if layer.approximate == "none" else "gelu_tanh"
 
 
-def _silu(layer: Any) -> str:
+def _silu(layer: Any) -> ActivationName:
     return "silu"
 
 
 #: Exact types: a subclass, which may do anything, is called as it is. (A parametrised module is a subclass.)
-ACTIVATION_LAYERS: dict[type, Callable[[Any], str]] = {nn.ReLU: _relu, nn.GELU: _gelu, nn.SiLU: _silu}
+ACTIVATION_LAYERS: dict[type, Callable[[Any], ActivationName]] = {nn.ReLU: _relu, nn.GELU: _gelu, nn.SiLU: _silu}
 
 
 #: Of these, the ones whose gradient is made of their input.
 READ_THEIR_INPUT = (nn.GELU, nn.SiLU)
 
 #: The norms that the kernels know, by exact type too, and the dimension of their channels. `nn.branches` adds its own.
-NORM_LAYERS: dict[type, tuple[str, int]] = {
+NORM_LAYERS: dict[type, tuple[NormKind, int]] = {
     nn.BatchNorm1d: ("batch", 1),
     nn.BatchNorm2d: ("batch", 1),
     nn.BatchNorm3d: ("batch", 1),
