@@ -243,7 +243,7 @@ def test_explain():
     assert second.entry == "nothing: Conv2d is no norm that the kernels know"
     assert second.fused == ("1: GroupNorm + silu",)
     assert "plain callable" in third.entry
-    assert "no Sequential" in fourth.entry
+    assert "no nn.Sequential" in fourth.entry
     assert len(fourth.unfused) == 2
     net.backend = "eager"
     assert all("every layer as it is" in branch.entry for branch in net.explain())
