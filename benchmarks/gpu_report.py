@@ -158,6 +158,10 @@ def _tests() -> list[Stage]:
 _FIRST = 3
 
 
+#: torch.compile takes minutes, and comes last.
+_COMPILED = ("store, compiled", "checkpoint, compiled", "memory budget 0.5, compiled", "store, fused")
+
+
 def _benchmarks(out: Path) -> list[Stage]:
     plan = []
     large = ["--batch", "128"]  # a smaller chain would measure launches
@@ -176,6 +180,7 @@ def _benchmarks(out: Path) -> list[Stage]:
         ("memory", "", 20, large),
         ("overhead", "", 20, ["--rounds", "20"]),
         ("overhead", "convolutions", 20, ["--rounds", "20", "--branch", "conv"]),
+        ("network", "compiled", 200, [*cifar[:-1], "--compile", "--only", *_COMPILED]),
     ):
         bench = ["-m", "revkernels", "bench", subject, "--device", "cuda", "--save", str(out), *more]
         name = f"bench {subject}" + (f", {what}" if what else "")

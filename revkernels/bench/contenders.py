@@ -26,7 +26,7 @@ from revkernels.budget import MemoryBudget
 from revkernels.nn import ReversibleSequential, selective_checkpoint
 from revkernels.nn.plan import Plan
 
-__all__ = ["BASELINE", "BUDGET", "COMPILED", "OPTIONS", "WAYS", "Contender", "Way"]
+__all__ = ["BASELINE", "BUDGET", "CASTING", "COMPILED", "OPTIONS", "WAYS", "Contender", "Way"]
 
 BASELINE = "store, eager"
 BUDGET = 0.5  # of the stored activations: what torch's partitioner may keep
@@ -47,6 +47,7 @@ class Way:
         compiled: by torch.compile.
         budget: torch's ``activation_memory_budget``, of a compiled one.
         peer: whose chain it is.
+        casting: branches enter autocast themselves, so that they are recomputed in it too.
         transitions: of a RevNet; None is its default.
         selective: under `selective_checkpoint`.
     """
@@ -61,6 +62,7 @@ class Way:
     compiled: bool = False
     budget: float | None = None
     peer: Peer | None = None
+    casting: bool = False
     transitions: str | None = None
     selective: bool = False
 
@@ -84,6 +86,19 @@ class _Checkpointed(nn.Module):
         return x1, x2
 
 
+class _Casting(nn.Module):
+    """A branch that enters autocast itself."""
+
+    def __init__(self, branch: nn.Module, device: str) -> None:
+        super().__init__()
+        self.branch, self.device = branch, device
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            f: Tensor = self.branch(x)
+        return f
+
+
 #: Those that torch.compile makes, which takes minutes.
 COMPILED = (
     Way("store, compiled", "torch", compiled=True),
@@ -98,6 +113,10 @@ WAYS = (
     Way("reconstruct, eager", "ours", activations="reconstruct"),
     Way("reconstruct, fused", "ours", activations="reconstruct", backend=None),
     *(Way(peer.name, "peer", chain=peer.chain, peer=peer) for peer in PEERS),
+)
+#: Other libraries recompute outside autocast. This is what they take where their user has put it into the branches.
+CASTING = tuple(
+    Way(f"{peer.name}, autocast in branches", "peer", chain=peer.chain, peer=peer, casting=True) for peer in PEERS
 )
 #: More of this package's, for networks: streams that come back bit for bit, less memory, and a little against time.
 OPTIONS = (
@@ -136,7 +155,7 @@ class Contender:
         self.parameters = list(module.parameters())
         self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
         if way.chain is not None:
-            _replace_chains(module, way.chain)
+            _replace_chains(module, _casting(way.chain, self.device) if way.casting else way.chain)
         self._module = module
         self._call: Callable[..., Any] = torch.compile(module, dynamic=False) if way.compiled else module
         if way.selective:
@@ -207,6 +226,10 @@ class Contender:
         """Return how often the most often updated batch norm has updated its running statistics; None without one."""
         counts = [int(norm.num_batches_tracked) for norm in self.norms if norm.num_batches_tracked is not None]
         return max(counts, default=None)
+
+
+def _casting(chain: Callable[[Pairs], nn.Module], device: str) -> Callable[[Pairs], nn.Module]:
+    return lambda pairs: chain([(_Casting(F, device), _Casting(G, device)) for F, G in pairs])
 
 
 def _replace_chains(module: nn.Module, chain: Callable[[Pairs], nn.Module]) -> None:

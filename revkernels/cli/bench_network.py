@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
 
 def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     """Measure whole networks."""
-    from revkernels.bench.contenders import COMPILED, OPTIONS, WAYS
+    from revkernels.bench.contenders import CASTING, COMPILED, OPTIONS, WAYS
     from revkernels.bench.network import Job
     from revkernels.bench.networks import find
 
-    known = (*WAYS, *OPTIONS, *(COMPILED if args.compile else ()))
+    known = (*WAYS, *CASTING, *OPTIONS, *(COMPILED if args.compile else ()))
     ways = _chosen(known, args.only, "" if args.compile else " --compile")
     jobs = []
     for name in dict.fromkeys(args.network):
@@ -63,13 +63,13 @@ def network(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]
         most = _MOST if args.equal_memory else 0
         fitting = [way for way in ways if way.transitions is None or found.stages]
         for dtype in dict.fromkeys(args.dtype):
-            batch = args.batch or found.batch
+            batch, narrow = args.batch or found.batch, dtype == "bfloat16"
             jobs.append(
                 Job(
                     "network",
                     name,
                     found,
-                    fitting,
+                    [way for way in fitting if narrow or not way.casting],
                     batch,
                     dtype,
                     args.device,
