@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient accumulation of Algorithm 1 (lines 5 and 6) inside a backward: in place wherever nobody can notice."""
+"""The gradient accumulation of Algorithm 1 (lines 5 and 6) inside a backward: in place wherever that is safe."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 from revkernels import eager
 from revkernels.autograd import ownership
 
-#: For each way of calling, what a free gradient's counts are: learnt by `prepare`.
+#: For each `way_of_calling`, the reference counts of a free gradient: learnt by `prepare`.
 _free: dict[int, ownership.Counts] = {}
 _lock = threading.Lock()
-_learning = threading.local()  # .seen: the counts of the two gradients, while this thread learns
+_learning = threading.local()  # .seen: the two gradients' counts, while this thread learns
 
 
 def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> torch.Tensor | None:
-    """Return ds + dh, the gradient of a stream: what came through the coupling, and what came through the branch.
+    """Return ds + dh, the gradient of a stream: ds came through the coupling, dh through the branch.
 
-    Written over ds, else over dh, if that tensor is free; else a new tensor. In memory it lies as torch's own sum does,
-    like ds: some of torch's backwards are slow with a gradient that a branch has permuted, or wrong (an instance
-    norm's). To be called by a node's ``backward`` itself and from nowhere else, since the caller's frames count as
-    holders of the gradient.
+    Written over ds, else over dh, if that tensor is free; else into a new tensor. Its layout is that of torch's own
+    sum, like ds: some of torch's backwards are slow with a gradient that a branch has permuted, or wrong (instance
+    norm's). Call it directly from a node's ``backward`` and from nowhere else: the caller's frames hold references to
+    the gradient, which are counted.
     """
     if ds is None:
         return dh
@@ -34,7 +34,7 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
         return ds + dh  # create_graph: the sum itself must be differentiable
     if ownership.is_batched(ds) or ownership.is_batched(dh):
         return ds + dh
-    if ds.is_neg() or dh.is_neg():  # the imaginary part of a conjugate has a sign that its memory lacks
+    if ds.is_neg() or dh.is_neg():  # lazy negation: the memory has the opposite sign
         return ds + dh
     if ownership.COUNTABLE:
         free = _free.get(ownership.way_of_calling())
@@ -50,29 +50,29 @@ def gather(ds: torch.Tensor | None, dh: torch.Tensor | None, kernels: Any) -> to
 
 
 def _lies_like(dh: torch.Tensor, ds: torch.Tensor) -> bool:
-    """Whether dh is laid out as a new tensor like ds would be."""
+    """Whether dh has the layout of ``empty_like(ds)``."""
     return dh.stride() == ds.stride() or dh.stride() == torch.empty_like(ds, device="meta").stride()
 
 
 def owned(gradient: torch.Tensor) -> bool:
-    """Whether a node may write over a gradient that it was given. To be called as `gather` is, by its ``backward``."""
+    """Whether a node may overwrite a gradient that it received. Call it directly from the node's ``backward``."""
     if torch.is_grad_enabled() or type(gradient) is not torch.Tensor or not ownership.COUNTABLE:
         return False
     return not ownership.is_batched(gradient) and _is_free(gradient, _free.get(ownership.way_of_calling()))
 
 
 def prepare() -> None:
-    """Learn what a free gradient looks like in this Python and this torch, off two that are known to be free.
+    """Learn a free gradient's reference counts in this Python and torch, from two gradients known to be free.
 
     Not at import: it runs a backward, and torch's engine starts its threads with the first one.
     """
     way = ownership.way_of_calling()
     if way in _free or not ownership.COUNTABLE:
         return
-    # No mode of the caller's may keep, or count, or give back later, what is made here.
+    # No mode of the caller's may record, count or cache the tensors made here.
     with _lock, torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
         seen: list[ownership.Counts] = []
-        # On the host whatever torch's default device is: a device has a thread of its own, which learns nothing.
+        # On the CPU whatever the default device: a device's backward runs in another thread, which does not learn.
         first, second = _Twin.apply(torch.zeros(2, device="cpu", requires_grad=True))
         _learning.seen = seen
         try:
@@ -92,7 +92,7 @@ def _is_free(gradient: torch.Tensor, free: ownership.Counts | None) -> bool:
 
 
 class _Twin(torch.autograd.Function):
-    """s -> (s, s): a node with the frames of the real ones, to learn what a free gradient looks like."""
+    """s -> (s, s): a node with the same frames as the real ones, for `prepare`."""
 
     @staticmethod
     def forward(ctx: Any, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

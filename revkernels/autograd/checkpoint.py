@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot be undone, run again from its kept inputs: the driver's other half, for what lies between the chains.
+"""Recomputes what is not reversible from its kept inputs: the driver's other half, for layers between the chains.
 
-A stem or a transition changes shapes, so its input does not follow from its output. Here its inputs are kept instead
-(behind a chain they are kept anyway, as its outputs), and what it saves for the backward is made again by the machinery
-that rebuilds a branch: same random numbers, same autocast, batch statistics of the forward, running statistics updated
+A stem or a transition changes shapes, so its input cannot be reconstructed from its output. Its inputs are kept instead
+(those that come from a chain are kept anyway, as its outputs), and its saved tensors are recomputed by the code that
+recomputes branches: same random numbers, same autocast, batch statistics of the forward, running statistics updated
 once, errors where a parameter or an input has changed.
 """
 
@@ -34,8 +34,8 @@ class Checkpoint(Rebuilding):
     """One call of a function in grad mode, and all backwards through it.
 
     Args:
-        function: a module, or any callable; what a plain callable reads is watched as far as it shows.
-        args, kwargs: of the call. Tensors in them, also in lists, tuples and dicts, are the inputs that are kept.
+            function: a module, or any callable; what a plain callable reads is checked for changes as far as visible.
+            args, kwargs: of the call. Tensors in them, also in lists, tuples and dicts, are the inputs that are kept.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class Checkpoint(Rebuilding):
         self._function = function
         leaves, self._structure = tree_flatten((args, kwargs))
         tensors: list[torch.Tensor] = []
-        places: dict[int, int] = {}  # of each tensor once: what is one tensor in several places is one again
+        places: dict[int, int] = {}  # each tensor once: one in several places stays one
         self._leaves: list[tuple[int, Any]] = []
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
@@ -62,11 +62,11 @@ class Checkpoint(Rebuilding):
         self._keep_inputs(tensors)
 
     def _keep_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
-        # Outside our own hooks: inside a branch of a chain, the chain's take them, and rebuild them.
+        # Outside our own hooks: inside a branch of a chain, the chain's hooks take them, so they are recomputed.
         self._inputs = Kept.apply(torch.zeros((), requires_grad=True), *(tensor.detach() for tensor in tensors))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function, and note all that running it again will need."""
+        """Call the function, and record everything that its recompute needs."""
         others = tuple(other for place, other in self._leaves if place < 0)
         step = RecordedStep(HalfStep(self._function, 0, (0,), others))
         self._steps.append(step)
@@ -103,7 +103,7 @@ class Checkpoint(Rebuilding):
         return result
 
     def _pack(self, tensor: torch.Tensor) -> int:
-        self._saved.append(tensor.shape)  # the tensor is not held meanwhile, as a branch's are: it may be a big part
+        self._saved.append(tensor.shape)  # unlike a branch's, the tensor is not held: it may be large
         self._dtypes.append(tensor.dtype)
         return len(self._saved) - 1
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The additive coupling as autograd nodes.
 
-A chain's node is ``(a, f) -> (s, h)``: s = a + f is the new stream, h the same values for the next branch to read. Its
-backward holds both gradients of the stream, ds from the coupling after next and dh from the branch, and accumulates
+A chain's node is ``(a, f) -> (s, h)``: s = a + f is the new stream, h the same values as the next branch's input. Its
+backward receives both gradients of the stream, ds from the coupling after next and dh from the branch, and accumulates
 them itself, so that the engine adds nothing.
 """
 
@@ -17,7 +17,7 @@ from revkernels.coupling import Coupling
 
 
 def walkable(f: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """f in a layout that a kernel with a checksum can walk beside s: three dimensions at most, once merged."""
+    """f in a layout that a kernel with a checksum can traverse along with s: three dimensions at most, once merged."""
     if f.dim() <= 3 or f.stride() == s.stride() or (in_usual_order(f) and in_usual_order(s)):
         return f
     return torch.empty_strided(s.shape, s.stride(), dtype=f.dtype, device=f.device).copy_(f)
@@ -35,7 +35,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Enter(torch.autograd.Function):
-    """s -> (s, h), both s: where a stream is read by a branch without having been coupled just before."""
+    """s -> (s, h), both s: where a branch reads a stream that was not coupled just before."""
 
     @staticmethod
     def forward(ctx: Any, s: torch.Tensor, kernels: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,9 +49,9 @@ class Enter(torch.autograd.Function):
 
 
 class Couple(torch.autograd.Function):
-    """(a, f) -> (s, h) with s = a + f and h its twin; the gradient of the sum goes to both as it is.
+    """(a, f) -> (s, h) with s = a + f and h its twin; the gradient of the sum is passed to both unchanged.
 
-    So it does where ``coupling`` rounds f to a grid: that rounding's gradient is taken as the identity.
+    The same holds where ``coupling`` rounds f to a grid: the gradient of rounding is taken as the identity.
     """
 
     @staticmethod
@@ -70,13 +70,13 @@ class Couple(torch.autograd.Function):
         return total, total, None, None
 
 
-#: `Function.apply` without what it does for torch.func, whose tensors never come here: a microsecond a call.
+#: `Function.apply` without its torch.func handling, which is not needed here: saves a microsecond a call.
 enter: Any = super(torch.autograd.Function, Enter).apply
 couple: Any = super(torch.autograd.Function, Couple).apply
 
 
 class _Op(torch.autograd.Function):
-    """`revkernels.ops.couple` and `uncouple` on tensors that require grad, with every option."""
+    """`revkernels.ops.couple` and `uncouple` with every option, on tensors that require grad."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backward half of the driver: streams and a branch's saved tensors, rebuilt when autograd asks for them.
+"""The driver's backward: reconstructs the streams and recomputes saved tensors when autograd asks for them.
 
-See `revkernels.autograd.driver_forward`, which is the forward half.
+The forward is in `revkernels.autograd.driver_forward`.
 """
 
 from __future__ import annotations
@@ -35,45 +35,45 @@ from revkernels.errors import ReconstructionError
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
 _local = threading.local()
 INDEX_MASK = (1 << INDEX_BITS) - 1
-#: What torch.set_grad_enabled calls, without its object, and other things that every half-step or saved tensor asks.
+#: The C functions below torch.set_grad_enabled and others, called directly: every half-step or saved tensor calls them.
 set_grad_enabled = torch._C._set_grad_enabled
 graph_task, in_inference_mode = torch._C._current_graph_task_id, torch.is_inference_mode_enabled
 
 
 class Rebuilding:
-    """What all backwards through one call of a chain have in common. `Reversal` adds the forward."""
+    """The part that all backwards through one call of a chain share. `Reversal` adds the forward."""
 
     kernels: Any
     name: Callable[[int], str]
     _surroundings: Surroundings
     _again: Callable[..., Any]
     _split: Callable[..., Sequence[torch.Tensor]]
-    #: Is given the rebuilt input, once a backward.
+    #: Called with the reconstructed input, once a backward.
     witness: Callable[[list[torch.Tensor]], None] | None = None
 
     def __init__(self, grid: Grid | None, keeping: Keeping | None) -> None:
         self._grid, self._keeping = grid, keeping
         self._steps: list[RecordedStep] = []
-        self._saved: list[torch.Size] = []  # of the half-step under way
+        self._saved: list[torch.Size] = []  # shapes, of the current half-step
         self._dtypes: list[torch.dtype] = []
-        self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that differentiates while it runs
-        self._whole = False  # the half-step under way keeps what it saves
-        self._mode: Any = None  # to run the next branch in
+        self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that calls autograd itself
+        self._whole = False  # the current half-step keeps its saved tensors
+        self._mode: Any = None  # a dispatch mode for the next branch
         self._prefetcher = Prefetcher()
-        self._outputs: Outputs | None = None  # of the half-step that is measured
-        self._made = AtHand()  # outputs that were made again in this backward
-        # Strides are part of a stream's value, since others give other bits: of the outputs, and of what is rebuilt.
+        self._outputs: Outputs | None = None  # of the half-step being measured
+        self._made = AtHand()  # outputs that this backward has recomputed
+        # Strides of the outputs, and of the reconstructed streams. They are restored: other strides give other bits.
         self._strides: list[tuple[int, ...]] = []
         self._strides_now: list[tuple[int, ...]] = []
         self._lock = threading.RLock()
         self._task, self._cursor = -1, 0
         self._hooks: Any = None
-        self._kept: Any = None  # a tensor whose node holds the outputs
+        self._kept: Any = None  # a tensor whose grad_fn holds the outputs
         self._frame: Frame = []
         self._first: int | None = None  # the first half-step that saved something
-        self._began = 0  # autograd's count of its nodes when the branch itself began, behind its norm, to run again
-        self._unread: set[int] = set()  # the tensors of its frame that nobody has asked for yet
-        self._ready: Ready | None = None  # what the norm of half-step `_cursor - 1` makes of its stream
+        self._began = 0  # autograd's sequence number when the recompute of the branch began, after its norm
+        self._unread: set[int] = set()  # the tensors of its frame that were not unpacked yet
+        self._ready: Ready | None = None  # the norm's output of half-step `_cursor - 1`, computed ahead
         self._rebuilt: list[torch.Tensor] = []  # the streams before half-step `_cursor`, while a backward runs
 
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:
@@ -83,7 +83,7 @@ class Rebuilding:
         return (len(self._steps) - 1) << INDEX_BITS | (len(self._saved) - 1)
 
     def _unpack(self, token: int | KeptTensor) -> torch.Tensor:
-        if in_inference_mode():  # where a branch that is run again would record nothing
+        if in_inference_mode():  # the recompute would record no graph
             with torch.inference_mode(False):
                 return self._unpack(token)
         if type(token) is not int:
@@ -100,7 +100,7 @@ class Rebuilding:
         if meter is not None:
             meter.asked()
         with self._lock:
-            if k != self._cursor or task != self._task:  # asked for every saved tensor
+            if k != self._cursor or task != self._task:  # checked for every saved tensor
                 self._reach(k, task)
             tensor, version = self._frame[index]
             if k == self._first:
@@ -117,7 +117,7 @@ class Rebuilding:
         return tensor
 
     def _reach(self, k: int, task: int) -> None:
-        """Have half-step k rebuilt, in this backward, and none before it."""
+        """Recompute down to half-step k for this backward, and no further."""
         try:
             if task != self._task or k > self._cursor:
                 self._begin(task)
@@ -128,9 +128,9 @@ class Rebuilding:
             raise
 
     def reach(self, k: int) -> None:
-        """A gradient has come to what branch k returned, and may leave it before anything saved is asked for.
+        """Pre-hook: a gradient has reached branch k's output, and may reach a leaf before any saved tensor is unpacked.
 
-        Nothing is run again that has kept all that it saved, or that nothing to be rebuilt lies before.
+        Does nothing if half-step k kept all its saved tensors, or comes before the first that must be recomputed.
         """
         if in_inference_mode():
             with torch.inference_mode(False):
@@ -161,7 +161,7 @@ class Rebuilding:
         return tensor
 
     def _at_hand(self, k: int, kept: torch.Tensor | OffloadedTensor | SavedView) -> torch.Tensor:
-        """A saved tensor of half-step k: as it is, back from host memory, or made again."""
+        """A saved tensor of half-step k: as it is, copied back from host memory, or recomputed."""
         if isinstance(kept, torch.Tensor):
             return kept
         with self._lock:
@@ -174,7 +174,7 @@ class Rebuilding:
             self._made.clear()
 
     def _step_back(self) -> None:
-        """Undo the last half-step that is not undone: by running it again, or with what it has kept."""
+        """Undo one more half-step: by recomputing it, or with its kept stream."""
         k = self._cursor - 1
         step = self._steps[k]
         if type(step) is RearrangedStep:
@@ -191,7 +191,7 @@ class Rebuilding:
         self._frame, self._ready, self._cursor = [], None, k
 
     def _begin(self, task: int) -> None:
-        """A backward starts, or starts over: from the kept outputs, whatever an earlier one left."""
+        """Start a backward, or restart one, from the kept outputs, discarding the state of any earlier one."""
         other = getattr(_local, "read_up", lambda: None)()
         if other is not None and other is not self:
             other._let_go(task)
@@ -201,14 +201,14 @@ class Rebuilding:
             if self._keeping.meter is not None:
                 self._keeping.meter.backward_begins()
         self._task, self._cursor, self._frame, self._ready = task, len(self._steps), [], None
-        self._unread = {-1}  # of a frame that is still to come
+        self._unread = {-1}  # until the first frame is there
         self._hooks = saved_tensors_hooks(self._keep, self._kept_now)
-        # Not held until the backward is over: with the last of its nodes the engine lets go of it, and of the outputs.
+        # Weak: the engine frees this object and the outputs with the chain's last node, before the whole backward ends.
         over = functools.partial(_over, weakref.ref(self), self._grid, task)
         torch.autograd.Variable._execution_engine.queue_callback(over)
 
     def _fetch(self) -> None:
-        """Read the kept outputs: the streams that a backward starts from."""
+        """Load the kept outputs: the streams that a backward starts from."""
         outputs = self._kept_tensors(
             "the output of the reversible chain was changed in place after the forward, and the backward starts from "
             "it: make the operation that follows the chain out of place"
@@ -229,10 +229,10 @@ class Rebuilding:
         return tensors
 
     def _let_go(self, task: int) -> None:
-        """Drop what the first branch saved, after its last tensor was read and before the backward as a whole is over:
-        of many chains in one graph, only the one at work holds a branch's tensors. Asked once more, we start over.
+        """Drop the first branch's saved tensors once the last one was unpacked, before the whole backward is over: of
+        many chains in one graph, only the active one holds a branch's tensors. If asked for again, start over.
         """
-        if self._lock.acquire(blocking=False):  # in use by another thread, it is not ours to empty
+        if self._lock.acquire(blocking=False):  # if another thread uses it, leave it
             try:
                 if self._task == task and not self._unread:
                     self._frame, self._rebuilt, self._cursor, self._ready = [], [], -1, None
@@ -248,15 +248,15 @@ class Rebuilding:
                 self._grid.end()
 
     def _rebuild(self, k: int) -> None:
-        """Run branch k again: what it saves becomes the frame, and the target what it was before half-step k."""
-        self._frame = []  # first of all: one kept frame more, and memory would grow with depth
+        """Recompute branch k: its saved tensors become the frame. Reconstruct the target from before half-step k."""
+        self._frame = []  # first, so that two branches' tensors are never alive together
         step = self._steps[k]
         index, sources = step.half_step.target, step.half_step.sources
         higher_order = torch.is_grad_enabled()
         meter = None if self._keeping is None else self._keeping.meter
         if self._keeping is not None:
             self._keeping.rebuilds(k)
-        self._outputs = step.outputs = None if meter is None else Outputs()  # whatever one that failed has left
+        self._outputs = step.outputs = None if meter is None else Outputs()  # also drops those of a failed recompute
         if meter is not None:
             self._mode = meter.begin(k, [*self._surroundings.shared, *step.snapshot.generators])
         elif step.kept:
@@ -267,11 +267,11 @@ class Rebuilding:
         f = self._run_again(k, h)
         target = self._rebuilt[index]
         read = [self._rebuilt[source] for source in sources] if meter is not None else []
-        if k == 0 and self._grid is None and self.witness is None:  # nobody reads what the first half-step added to
+        if k == 0 and self._grid is None and self.witness is None:  # nothing reads the target's first value
             self._rebuilt = []
         else:
             f = resolved((f[0] if type(f) is tuple else f).detach())
-            # Written over, unless it is the caller's, or a hook or a gradient's graph holds on to it.
+            # Reconstruct in place, unless the memory is the caller's, or a hook or a gradient's graph holds it.
             free = not higher_order and target.stride() == step.strides and memory_is_free(target)
             self._rebuilt[index] = target if free or not has_memory(target) else _empty(target, step.strides)
             self._strides_now[index] = step.strides
@@ -284,11 +284,11 @@ class Rebuilding:
         self._cursor = k
 
     def _rebuilt_all(self) -> None:
-        """The frame is that of the first half-step that saved something: there is nothing more to run."""
-        self._unread, self._hooks = set(range(len(self._frame))), None  # hooks hold us, and we them
+        """The first half-step that saved something has been recomputed: nothing is left to run."""
+        self._unread, self._hooks = set(range(len(self._frame))), None  # breaks a reference cycle
 
     def _run_again(self, k: int, h: Any) -> Any:
-        """Run branch k as it ran in the forward: what it saves is the frame. Returns what it returns."""
+        """Recompute branch k under the forward's conditions; its saved tensors go to the frame. Returns its output."""
         step, higher_order = self._steps[k], torch.is_grad_enabled()
         with step.snapshot.turn:
             problem = step.snapshot.problem() or self._surroundings.problem()
@@ -297,7 +297,7 @@ class Rebuilding:
             outer, surroundings, undo = recomputes(), None, None
             is_same = step.snapshot.is_same()
             attributes = attributes_of(step.snapshot.looked_at(is_same))
-            try:  # memory may run out at any of these
+            try:  # any of these may run out of memory
                 set_recomputing(True)
                 surroundings = self._surroundings.restore(step.drawn)
                 undo = step.snapshot.restore(is_same)
@@ -310,7 +310,7 @@ class Rebuilding:
                 if step.drawn and strayed(step.drawn):
                     with refuses_a_race(self.name(k), step.snapshot.hooks.lazy):
                         self._again(step, h)
-            finally:  # what this thread would keep comes first: an interrupt may end this too
+            finally:  # thread-wide flags first: an interrupt may cut this short
                 set_recomputing(outer)
                 set_grad_enabled(higher_order)
                 if undo:
@@ -323,7 +323,7 @@ class Rebuilding:
         return f
 
     def _uncouple(self, k: int, index: int, target: torch.Tensor, f: torch.Tensor) -> None:
-        """Make of ``target``, which half-step k has added f to, what it was before."""
+        """Reconstruct the target before half-step k from ``target``, to which half-step k added f."""
         out, before, grid = self._rebuilt[index], self._steps[k - 1] if k else None, self._grid
         if grid is not None:
             grid.uncouple(k, out, target, f)
@@ -336,7 +336,7 @@ class Rebuilding:
             self._ready = before.entry.uncouple(out, target, f)
         elif has_memory(out):
             self.kernels.uncouple(out, target, f, None)
-        else:  # a DTensor, say, or a nested one: written nowhere, for it may know no out=
+        else:  # a DTensor or nested tensor, say, may not support out=
             self._rebuilt[index] = (target - f).to(target.dtype)
         if k == 0:
             if self.witness is not None:
@@ -344,10 +344,10 @@ class Rebuilding:
             self._rebuilt = []
 
     def _read(self, sources: Sequence[int]) -> torch.Tensor:
-        """What the branch read, from the rebuilt streams: the same values in the same strides."""
+        """The branch's input from the reconstructed streams: the same values in the same strides."""
         for index in sources:
             stream = self._rebuilt[index]
-            if stream.stride() != self._strides_now[index]:  # a part of the caller's output
+            if stream.stride() != self._strides_now[index]:  # it is a view of the caller's output
                 self._rebuilt[index] = _empty(stream, self._strides_now[index]).copy_(stream)
         grid = self._grid
         streams = [self._rebuilt[index] if grid is None else grid.value(self._rebuilt[index]) for index in sources]
@@ -364,7 +364,7 @@ class Rebuilding:
         return len(frame) - 1
 
     def _kept_now(self, index: int) -> torch.Tensor:
-        """For a branch that differentiates while it runs; the recompute's graph is used for nothing else."""
+        """Unpack for a branch that calls autograd itself; the recompute's graph is used for nothing else."""
         if index >= len(self._frame):
             raise ReconstructionError(
                 "something is differentiated that a branch left behind when it was run again, whose tensors are gone: "
@@ -374,9 +374,9 @@ class Rebuilding:
 
 
 def _as_it_is(function: Callable[[], None]) -> None:
-    """Call it, so that torch.compile traces nothing of it: what compiles a backward meets our frames as well."""
+    """Call it uncompiled: torch.compile also traces our frames when it compiles a backward."""
     if "torch._dynamo" in sys.modules:
-        from revkernels.autograd.compiling import uncompiled  # slow where dynamo is not there already
+        from revkernels.autograd.compiling import uncompiled  # slow unless dynamo is already imported
 
         uncompiled(function)
     else:
@@ -384,7 +384,7 @@ def _as_it_is(function: Callable[[], None]) -> None:
 
 
 def _over(ref: weakref.ref[Rebuilding], grid: Grid | None, task: int) -> None:
-    """A backward is over, whether the call of the chain is still there or not."""
+    """A backward is over; the call of the chain may have been freed."""
     reversal = ref()
     if reversal is not None:
         reversal._end(task)
@@ -393,4 +393,4 @@ def _over(ref: weakref.ref[Rebuilding], grid: Grid | None, task: int) -> None:
 
 
 def _empty(like: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    return like.new_empty_strided(like.shape, strides)  # of its class
+    return like.new_empty_strided(like.shape, strides)  # keeps its class

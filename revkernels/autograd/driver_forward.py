@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver: an ordinary autograd graph whose saved tensors are rebuilt instead of kept.
+"""The driver's forward: an ordinary autograd graph whose saved tensors are recomputed instead of kept.
 
 A chain of reversible blocks is one recurrence over half-steps. Half-step k adds a branch of some streams to another:
 
     forward   s[target] <- s[target] + B[k](h)      h = s[source], or the sum of several sources
-    inverse   s[target] <- s[target] - B[k](h)      the target is no source, so h is the same both ways
+    inverse   s[target] <- s[target] - B[k](h)      the target is not a source, so h is the same both ways
 
-With two streams and targets 0, 1, 0, 1 ... that is Algorithm 1 of Gomez et al. 2017, twice a block. The forward builds
-the graph that plain torch would build, under saved-tensor hooks that keep a number (half-step, index) in a saved
-tensor's place. When the backward first asks for a tensor of half-step k, branch k is run once more from the same h,
-what it saves is collected, and its output turns the stream back into what it was. The streams, their gradients and one
-branch's saved tensors are alive at a time, at any depth; gradients travel through torch's engine, so hooks, DDP and
-frozen parameters are its business, not ours.
+With two streams and targets 0, 1, 0, 1 ... this is Algorithm 1 of Gomez et al. 2017, two half-steps a block. The
+forward builds the same graph as plain torch, under saved-tensor hooks that store a token (half-step, index) in place of
+each saved tensor. When the backward first unpacks a tensor of half-step k, branch k is recomputed from the same h: the
+tensors it saves are collected, and its output is subtracted to reconstruct the stream. Only the streams, their
+gradients and one branch's saved tensors are alive at a time, at any depth. Gradients flow through torch's own engine,
+so hooks, DDP and frozen parameters need no handling here.
 
-The forward is here, the backward in `revkernels.autograd.driver_backward`. With a `Grid` the couplings are exact:
-streams are rounded to it on their way in and with every coupling, and come back bit for bit. With a `Keeping`, under a
-memory budget, some half-steps keep what they save, and others the outputs of their slowest operators.
+The backward is in `revkernels.autograd.driver_backward`. With a `Grid` the couplings are exact: streams are rounded to
+the grid on entry and at every coupling, and are reconstructed bit for bit. With a `Keeping` (a memory budget) some
+half-steps keep their saved tensors, and others the outputs of their slowest operators.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ __all__ = ["Reversal", "is_recomputing"]
 
 
 class Reversal(Rebuilding):
-    """One call of a chain: its forward, and all backwards through it. State lives here, never on a module.
+    """One call of a chain: its forward, and all backwards through it. State is stored here, never on a module.
 
     Args:
         streams: the streams, dense; none of them is ever written to.
-        kernels: the backend that couples.
-        keep: True stores activations as plain torch does; False rebuilds them.
-        side_inputs: what the branches are given besides their stream, by name, to be checked for changes.
+        kernels: the backend that computes the couplings.
+        keep: True stores activations as plain torch does; False recomputes them.
+        side_inputs: the branches' other inputs by name, checked for changes.
         name: turns a half-step's number into words for error messages.
-        grid: of an exact coupling; None couples in floating point.
-        keeping: what is kept under a memory budget; None rebuilds everything.
+        grid: the grid of an exact coupling; None couples in floating point.
+        keeping: what to keep under a memory budget; None recomputes everything.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Reversal(Rebuilding):
         super().__init__(grid, keeping)
         self.streams = list(streams)
         self._shown: tuple[torch.Tensor, ...] = ()
-        self._twin: tuple[int, torch.Tensor] | None = None  # a stream's number, and the second output of its node
-        self._waiting: Waiting | None = None  # the last coupling, left to the norm that comes next: `_entry`
+        self._twin: tuple[int, torch.Tensor] | None = None  # a stream's index, and the second output of its node
+        self._waiting: Waiting | None = None  # the last coupling, deferred to the next branch's norm: `_entry`
         self._entry: Entry | None = None
         self.kernels = kernels
         self.keep = keep
@@ -92,12 +92,12 @@ class Reversal(Rebuilding):
         compiling = met_compiler()
         self._compiler = None if compiling is None else compiling.compiler()
         self._count = 0
-        self.planned = 0  # half-steps that are known to come, for who asks where an error came from
-        #: The half-step that writes a stream last before somebody sees it; None if nobody does.
+        self.planned = 0  # the count after the half-steps that follow now, to locate errors
+        #: For each stream, the last half-step that writes it before hooks or the caller see it; None if nobody does.
         self.last_written: dict[int, int] | None = None
-        self.end: Any = None  # how its outputs are known again: `revkernels.autograd.linked_calls`
-        self._claimed: Any = None  # the end before, while it is reopened
-        self._finished: tuple[Any, ...] = ()  # what a reopened call is put back to if it fails
+        self.end: Any = None  # identifies its outputs: `revkernels.autograd.linked_calls`
+        self._claimed: Any = None  # the previous end, while the call is reopened
+        self._finished: tuple[Any, ...] = ()  # the state to return to if a reopened call fails
         if self.recording:
             self._surroundings = Surroundings(streams[0].device, side_inputs)
             self._states = self._surroundings.states()
@@ -107,16 +107,16 @@ class Reversal(Rebuilding):
 
     @property
     def count(self) -> int:
-        """The half-steps, and rearrangements, so far."""
+        """The number of half-steps and rearrangements so far."""
         return self._count
 
     def _is_seen(self, index: int) -> bool:
-        """Whether the stream is as somebody will see it. What a branch sends back to it then goes through that very
-        tensor: to its hooks and `retain_grad`, as in plain torch, and the engine adds it up."""
+        """Whether the stream has the value that hooks or the caller will see. Its gradient from a branch then flows
+        through this very tensor, as in plain torch: its hooks and `retain_grad` see it, the engine accumulates it."""
         return self.last_written is not None and self.last_written.get(index, -1) < self._count
 
     def advance(self, step: HalfStep, following: HalfStep | None = None) -> None:
-        """Run the next half-step. ``following``: the one that comes directly after it."""
+        """Run the next half-step. ``following``: the half-step directly after it."""
         kernels, streams, grid = self.kernels, self.streams, self._grid
         f = self._record(step) if self.recording else self._run(step, None)
         index = step.target
@@ -143,7 +143,7 @@ class Reversal(Rebuilding):
         read_next = following is not None and following.sources == (index,) and not self._is_seen(index)
         if grid is not None:
             streams[index], twin = grid.couple(target, f, index)
-            own = grid.fixed or kernels is not eager  # else the engine adds, as in plain torch
+            own = grid.fixed or kernels is not eager  # else the engine accumulates, as in plain torch
             read_next = read_next and own and self._entry_of(following) is None  # type: ignore[arg-type]
         elif read_next:
             self._entry = self._entry_of(following)  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ class Reversal(Rebuilding):
             self._twin = (index, twin)
 
     def rearrange(self, rearrangement: Rearrangement) -> None:
-        """Put the elements of the streams in other places. Not for a grid, nor under a memory budget."""
+        """Permute the elements of the streams. Not supported with a grid or a memory budget."""
         before, self._twin = self.streams, None
         self.streams = list(rearrangement.there(*before))
         if self.recording:
@@ -164,14 +164,14 @@ class Reversal(Rebuilding):
         self._count += 1
 
     def _entry_of(self, step: HalfStep) -> Entry | None:
-        # torch.compile fuses the branch by itself, and has to see all of it.
+        # torch.compile fuses the branch itself, and has to see all of it.
         grid = self._grid
         if self._compiler is not None or (grid is not None and (grid.fixed or grid.narrow(step.branch) is not None)):
             return None
         return entry_of(step, self.kernels)
 
     def _run(self, step: HalfStep, recorded: RecordedStep | None) -> Any:
-        """Let the streams enter the branch, and call it."""
+        """Compute the branch's input from the streams, and call the branch."""
         sources, streams = step.sources, self.streams
         waiting, self._waiting = self._waiting, None
         entry, self._entry = (self._entry_of(step) if waiting is None else self._entry), None
@@ -206,7 +206,7 @@ class Reversal(Rebuilding):
         return f
 
     def _entered(self, index: int) -> torch.Tensor:
-        """The stream for a branch to read: with the gradient that comes back from there accumulated by our own node."""
+        """The stream as a branch's input: its gradient is accumulated by our own node."""
         twin, self._twin = self._twin, None
         if twin is not None and twin[0] == index:
             return twin[1]
@@ -220,7 +220,7 @@ class Reversal(Rebuilding):
         return h
 
     def _record(self, half_step: HalfStep) -> Any:
-        """Run the branch, and note all that running it again will need."""
+        """Run the branch, and record everything that its recompute needs."""
         step = RecordedStep(half_step)
         self._steps.append(step)
         self._saved, self._dtypes = step.saved, step.dtypes
@@ -245,7 +245,7 @@ class Reversal(Rebuilding):
                 f = self._run(half_step, step)
             snapshot.complete(step.counted())
             step.over()
-        if self._grid is None:  # else checksums tell
+        if self._grid is None:  # else checksums detect a difference
             step.note_result(f, self.streams[half_step.target])
         if keeping is not None and keeping.meter is not None:
             keeping.meter.forward_ran(self._count, f, since)
@@ -255,7 +255,7 @@ class Reversal(Rebuilding):
         self._open = []
         after = self._surroundings.states()
         step.drawn = drawn(before, after + states_of(own) if own else after, snapshot.own is None)
-        if moved(step.drawn):  # else all steps share one copy
+        if moved(step.drawn):  # otherwise all steps share one copy
             self._states = after
         return f
 
@@ -271,11 +271,11 @@ class Reversal(Rebuilding):
             return fusion.call_branch(step, h, self.kernels, normed)
         if self._compiler is None:
             return compiling.call(None, fusion.call_branch, step, (h, self.kernels, normed), {})
-        # Compiled in the forward, the branch is compiled in the recompute, and only then.
+        # The recompute is compiled if and only if the forward was.
         return compiling.call(self._compiler, step.branch, h, step.args, step.kwargs)
 
     def _again(self, step: RecordedStep, h: torch.Tensor) -> Any:
-        """Run the branch as `_run` did, from the rebuilt stream."""
+        """Recompute the branch, as `_run` ran it, from the reconstructed stream."""
         ready, self._ready = self._ready, None
         with Within(self.kernels, step.tape(True)):
             normed = None if step.entry is None else step.entry.again(h, ready)
@@ -283,7 +283,7 @@ class Reversal(Rebuilding):
             return self._call(step.half_step, h, normed)
 
     def adopt(self, streams: Any, whose: str) -> None:
-        """Take over streams that went through a module's hooks: torch may wrap them, but their values must stay."""
+        """Replace the streams by what a module's hooks returned: torch may wrap them, but values must not change."""
         theirs = streams if type(streams) is tuple else ()
         alike = both_tensors if self.keep and self._grid is None else same_memory
         if len(theirs) != len(self.streams) or not all(map(alike, theirs, self._shown)):
@@ -293,17 +293,17 @@ class Reversal(Rebuilding):
                 f"cast of FSDP's mixed precision: cast_forward_inputs=False)"
             )
         if self.recording:
-            self._states = self._surroundings.states()  # what the hook drew is not the next branch's
+            self._states = self._surroundings.states()  # a hook's random numbers are not the next branch's
         self.streams = list(theirs) if self._grid is None else self._grid.adopt(list(theirs))
         self._twin = None
 
     def show(self) -> tuple[torch.Tensor, ...]:
-        """The streams as they are now, for hooks and for the caller."""
+        """The current streams, as hooks and the caller see them."""
         self._shown = tuple(self.streams) if self._grid is None else tuple(self._grid.values(self.streams))
         return self._shown
 
     def finish(self, outputs: Sequence[torch.Tensor], split: Callable[..., Sequence[torch.Tensor]]) -> None:
-        """Keep what the backward starts from: ``outputs``, of which ``split`` makes the streams again."""
+        """Keep ``outputs``, which the backward starts from; ``split`` recovers the streams from them."""
         grid = self._grid
         if grid is not None:
             grid.finish()
@@ -316,26 +316,26 @@ class Reversal(Rebuilding):
         self._first = next(
             (k for k, step in enumerate(self._steps) if step.saved and not (keeping and keeping.whole(k))), None
         )
-        if self._first is not None:  # something is kept for the outputs, or for an aux output alone
+        if self._first is not None:  # some branch saved tensors, perhaps for an aux output only
             self._kept = _keep(outputs)
             self._split = split
         elif keeping is not None and any(step.saved for step in self._steps):
-            # For nobody, and freed at once. But a checkpoint around the chain compares what was saved in its two runs,
-            # and gives what the second saves to the first, which may have been without a plan.
+            # Nothing reads this, and it is freed at once. But a checkpoint around the chain compares what its two runs
+            # save, and hands the second run's tensors to the first, which may have run without a plan.
             _keep(outputs)
         self._finished = ()
         self.release()
 
     def claim(self, end: Any, streams: Sequence[torch.Tensor], kernels: Any) -> bool:
-        """Whether ``streams``, the outputs of `finish` as ``end`` knows them, may go through more half-steps of this
-        same call, with these kernels or, for a rearrangement, none. Only the first to ask may.
+        """Claim this call for more half-steps from ``streams``, the outputs of `finish` that ``end`` identifies.
 
-        Then the backward begins from the later outputs, and these are rebuilt like all others.
+        ``kernels`` must be this call's; a rearrangement passes None. Only the first claim succeeds. The backward then
+        starts from the later outputs, and these are reconstructed like all other streams.
         """
         with self._lock:
             may = (
                 self.end is end
-                and (self._hooks is None and self._kept is not None and self._task == -1)  # nothing is under way
+                and (self._hooks is None and self._kept is not None and self._task == -1)  # no forward or backward runs
                 and self._grid is None
                 and self._keeping is None
                 and kernels in (None, self.kernels)
@@ -347,9 +347,9 @@ class Reversal(Rebuilding):
             return may
 
     def reopen(self, streams: Sequence[torch.Tensor], side_inputs: dict[str, Any], name: Callable[[int], str]) -> None:
-        """Take up the outputs where `finish` left them, for more half-steps and another `finish`, once claimed.
+        """Continue a claimed call from the outputs of the last `finish`, with more half-steps and another `finish`.
 
-        ``name`` has the words for what is added, counting from 0.
+        ``name`` has the words for the added half-steps, counting from 0.
         """
         self.name.add(self._count, name)  # type: ignore[attr-defined]
         self._finished = (len(self._steps), self._kept, self._split, self._strides, self._first)
@@ -359,21 +359,21 @@ class Reversal(Rebuilding):
         self._hooks = self._saving()
 
     def shut(self) -> None:
-        """After a failure since `reopen`: be what `finish` had left."""
+        """After a failure since `reopen`: return to the state that `finish` left."""
         self._count, self._kept, self._split, self._strides, self._first = self._finished
         del self._steps[self._count :]
         self.end, self._finished = self._claimed, ()
         self.release()
 
     def release(self) -> None:
-        """Let go of the streams: they hold the graph, and the graph's hooks hold us, in a ring that gc cannot see."""
+        """Drop the streams: they hold the graph, whose hooks hold this object, a reference cycle that gc cannot see."""
         self._twin = self._hooks = self._waiting = self._entry = None
         self.streams, self.aux, self._open, self._states, self._shown = [], [], [], [], ()
         if isinstance(self._grid, FixedGrid):
             self._grid.integers = {}
 
     def _saving(self) -> saved_tensors_hooks:
-        # Nothing is kept whole but under a memory budget: without one, `_pack` would only ask.
+        # Only under a memory budget are saved tensors kept whole; otherwise skip `_pack`'s check.
         return saved_tensors_hooks(super()._pack if self._keeping is None else self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> int | KeptTensor:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has to be run again before its gradient goes on.
+"""Decides which branches must be recomputed before their output's gradient is passed on.
 
-A recompute is due when autograd asks for a tensor that the branch has saved. Where a branch ends with ``+ bias``, the
-bias has its gradient before anything is asked for, and a hook may have stepped it by then, as optimizers that step
-inside the backward do: the branch would be run again with the new one. Such a branch is run again as soon as a gradient
-comes to what it returned, and so is what `nn.checkpoint` called.
+A branch is normally recomputed when autograd unpacks a tensor that it saved. Where a branch ends with ``+ bias``, the
+bias receives its gradient before anything is unpacked, and a hook may have stepped it by then, as optimizers that step
+inside the backward do: the recompute would use the new bias. Such a branch is recomputed as soon as a gradient reaches
+its output. The same applies to calls of `nn.checkpoint`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 
 __all__ = ["leaf_comes_first", "reach_first"]
 
-_MANY = 64  # nodes that are looked at: behind more, a leaf is taken for granted
-#: For each type of node: whether it has saved tensors; None for a Function of somebody's, which has some or not.
+_MANY = 64  # nodes to visit: beyond these, assume a leaf
+#: For each type of node, whether it has saved tensors; None for a custom Function, whose nodes differ.
 _of_type: weakref.WeakKeyDictionary[type, bool | None] = weakref.WeakKeyDictionary()
 
 
 def leaf_comes_first(f: Any, *read: torch.Tensor) -> bool:
-    """Whether a gradient of the branch's output f may come to a leaf through nodes that ask for nothing saved.
+    """Whether the gradient of the branch's output f may reach a leaf through nodes without saved tensors.
 
-    Not behind ``read``, the stream, or whatever it was given.
+    The search stops at ``read``: the stream, or the other inputs.
     """
     node = getattr(f[0] if type(f) is tuple and f else f, "grad_fn", None)  # that it is a tensor is checked later
     if node is None or _asks(node):
@@ -46,7 +46,7 @@ def leaf_comes_first(f: Any, *read: torch.Tensor) -> bool:
 
 
 def _asks(node: Any) -> bool:
-    """Whether the node has saved tensors, which it asks for before it passes a gradient on."""
+    """Whether the node has saved tensors, which it unpacks before it passes a gradient on."""
     kind = type(node)
     if kind not in _of_type:
         names = dir(kind)
@@ -57,8 +57,8 @@ def _asks(node: Any) -> bool:
 
 
 def reach_first(reversal: Any, k: int, f: Any) -> None:
-    """Have half-step k rebuilt before the gradient of its branch's output f goes on."""
-    ref = weakref.ref(reversal)  # which holds the graph, and the graph this
+    """Recompute half-step k before the gradient of its branch's output f is passed on."""
+    ref = weakref.ref(reversal)  # avoids a cycle: the graph holds this hook
 
     def reach(_: Any) -> None:
         found = ref()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact coupling in one call of a chain: streams on the grid of multiples of 2^-k, and proof that they came back.
+"""The exact coupling of one call of a chain: streams on the grid of multiples of 2^-k, and the check that they return.
 
-Each stream has two cells, filled by the kernel that writes it: a checksum, by which the recompute is told to have
-rebuilt the same bits, and the largest |s|, which must stay in the range where sums do not round (`revkernels.Exact` has
-the lemma). On the host the cells are read after every kernel. A device is not waited for so often: there they are read
-at the end of the forward and of the backward.
+Each stream has two cells, filled by the kernel that writes it: a checksum, which shows whether the same bits were
+reconstructed, and the largest |s|, which must stay in the range where sums do not round (`revkernels.Exact` has the
+lemma). On the CPU the cells are read after every kernel; on a device, to avoid synchronizing, at the end of the forward
+and of the backward.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Grid:
     """The grid of one call.
 
     Args:
-        k: its exponent.
-        storage: of the streams, see `revkernels.Exact`.
-        streams: how many there are. couplings: how many half-steps will follow.
-        kernels: the backend. device: of the streams.
-        rebuilds: whether a backward will rebuild the streams.
-        name: turns a half-step's number into words.
-        advice: what to do about streams beyond the range, given the k that they need.
+            k: the grid's exponent.
+            storage: of the streams, see `revkernels.Exact`.
+            streams: how many there are. couplings: how many half-steps will follow.
+            kernels: the backend. device: of the streams.
+            rebuilds: whether a backward will reconstruct the streams.
+            name: turns a half-step's number into words.
+            advice: says what to do about streams beyond the range, given the k that they need.
     """
 
     fixed = False
@@ -57,8 +57,8 @@ class Grid:
         self._tops = torch.zeros(count, dtype=torch.float32, device=device)
         self._sums = torch.zeros(count, dtype=torch.int64, device=device) if rebuilds else None
         self._tops_now = self._tops.numpy() if self._at_once else None
-        self._cells = list(range(streams))  # of the streams as they are now
-        self._before: list[int] = []  # of what each half-step adds to: the cell before it did
+        self._cells = list(range(streams))  # of the current streams
+        self._before: list[int] = []  # for each half-step, its target's cell before it
         self._found: torch.Tensor | None = None
         self._rebuilt: list[int] = []
 
@@ -71,7 +71,7 @@ class Grid:
         return entered
 
     def coupling(self, index: int) -> Coupling:
-        """The options of the next half-step, which writes stream ``index``; `written` is to follow."""
+        """The options of the next half-step, which writes stream ``index``; call `written` afterwards."""
         cell = self._streams + len(self._before)
         self._before.append(self._cells[index])
         self._cells[index] = cell
@@ -84,15 +84,15 @@ class Grid:
         return coupled
 
     def values(self, streams: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The streams as numbers, for what is outside the chain to read."""
+        """The streams' values, for code outside the chain."""
         return streams
 
     def adopt(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The streams, of which these are the `values`."""
+        """The streams that have these `values`."""
         return values
 
     def kept(self, stream: torch.Tensor, index: int) -> torch.Tensor:
-        """What stream ``index`` is stored in."""
+        """The tensor that stores stream ``index``."""
         return stream.detach()
 
     def written(self) -> None:
@@ -107,7 +107,7 @@ class Grid:
                 self._judge(cell)
 
     def narrow(self, branch: Any) -> torch.dtype | None:
-        """`half_type_of` the branch, which is asked once a call."""
+        """`half_type_of` the branch, cached for the call."""
         if id(branch) not in self._narrow:
             self._narrow[id(branch)] = half_type_of(branch)
         return self._narrow[id(branch)]
@@ -150,15 +150,15 @@ class Grid:
         self._found = torch.zeros(len(self._before), dtype=torch.int64, device=self._tops.device)
 
     def stored(self, stream: torch.Tensor) -> torch.Tensor:
-        """What an output is stored in while it is taken back to what it was."""
+        """The tensor that stores an output while the backward reconstructs from it."""
         return stream.detach()
 
     def value(self, stored: torch.Tensor) -> torch.Tensor:
-        """A rebuilt stream as numbers."""
+        """A reconstructed stream's values."""
         return stored
 
     def uncouple(self, k: int, out: torch.Tensor, target: torch.Tensor, f: torch.Tensor) -> None:
-        """Undo half-step k, which has added f: ``out`` becomes what ``target`` was before."""
+        """Undo half-step k, which added f: ``out`` becomes what ``target`` was before."""
         coupling = Coupling(None, None, 1, self.k, self._found_at(k))
         self.kernels.uncouple(out, walkable(target, out), walkable(f, out), coupling)
         self.rebuilt(k)
@@ -211,7 +211,7 @@ enter: Any = super(torch.autograd.Function, Enter).apply
 
 
 def to_grid(x: torch.Tensor, k: int, kernels: Any, storage: str = "float32") -> torch.Tensor:
-    """rint(x * 2^k) * 2^-k as a float32 tensor without -0, differentiable as the identity. It has to be in the range of
+    """rint(x * 2^k) * 2^-k as a float32 tensor without -0, differentiable as the identity. It must be in the range of
     ``storage``."""
 
     def words(_: int) -> str:
@@ -222,9 +222,9 @@ def to_grid(x: torch.Tensor, k: int, kernels: Any, storage: str = "float32") -> 
 
 
 def half_type_of(branch: Any) -> torch.dtype | None:
-    """The dtype that an exact chain hands a branch its input in, if that is not the streams' float32.
+    """The dtype in which an exact chain passes a branch its input, if that is not the streams' float32.
 
-    A branch that has parameters of a half type is given that type: it would refuse another.
+    A branch with half-precision parameters gets their dtype: it would reject another.
     """
     if not isinstance(branch, nn.Module):
         return None
@@ -232,7 +232,7 @@ def half_type_of(branch: Any) -> torch.dtype | None:
 
 
 def check_streams(streams: Sequence[torch.Tensor]) -> None:
-    """TypeError for a dtype that the grid cannot hold, and for what has no values of its own to put on it."""
+    """TypeError for a dtype that the grid cannot hold, and for tensors without values of their own."""
     if streams[0].is_meta:
         raise TypeError(
             "x is on meta: an exact coupling looks at its streams' values, of which there are none there; set "

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact coupling with streams in 16-bit fixed point: q stands for q * 2^-k, half the bytes of float32.
 
-Integers carry no gradient, so a stream is two things here: the integers, held by the grid, and in the graph a carrier,
-a float32 tensor of the stream's shape on the memory of one element, which nobody reads. Branches read the value
-q * 2^-k, which the coupling's kernel writes along. Within the range (see `revkernels.Exact`) sums of whole numbers are
-exact; what wraps beyond it is refused.
+Integers carry no gradient, so a stream has two parts here: the integers, held by the grid, and in the graph a carrier,
+a float32 tensor of the stream's shape on one element's memory, which nobody reads. Branches read the value q * 2^-k,
+which the coupling's kernel also writes. Within the range (see `revkernels.Exact`) integer sums are exact; beyond it
+they wrap, which is detected and refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class FixedGrid(Grid):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.integers: dict[int, torch.Tensor] = {}  # the streams as they are now
+        self.integers: dict[int, torch.Tensor] = {}  # the current streams
         self._seen: dict[int, torch.Tensor] = {}
-        self._value: tuple[torch.Tensor, torch.Tensor] | None = None  # a rebuilt stream, and its value
+        self._value: tuple[torch.Tensor, torch.Tensor] | None = None  # a reconstructed stream, and its value
 
     # ---- forward
 
@@ -43,11 +43,11 @@ class FixedGrid(Grid):
         return coupled
 
     def read(self, carrier: torch.Tensor, index: int, seen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The carrier again, and the value for a branch to read; their gradients are accumulated.
+        """The carrier again, and the value as a branch's input; their gradients are accumulated.
 
-        ``seen``: that same value is to be among the next `values`.
+        ``seen``: the next `values` must return this same tensor.
         """
-        if seen and index in self._seen:  # by another branch before
+        if seen and index in self._seen:  # another branch has read it
             return carrier, self._seen[index]
         both: tuple[torch.Tensor, torch.Tensor] = _read(carrier, self, index)
         if seen:
@@ -133,7 +133,7 @@ class Couple(torch.autograd.Function):
 
 
 class Read(torch.autograd.Function):
-    """carrier -> (carrier, value): where a stream is read without having been coupled just before."""
+    """carrier -> (carrier, value): where a branch reads a stream that was not coupled just before."""
 
     @staticmethod
     def forward(ctx: Any, s: torch.Tensor, grid: FixedGrid, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +147,7 @@ class Read(torch.autograd.Function):
 
 
 class Carry(torch.autograd.Function):
-    """value -> carrier: a stream that has been outside, among a block's hooks."""
+    """value -> carrier: a stream that went through a block's hooks."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ class Carry(torch.autograd.Function):
         return ds
 
 
-#: `Function.apply` without what it does for torch.func, whose tensors never come here.
+#: `Function.apply` without its torch.func handling, which is not needed here.
 _enter: Any = super(torch.autograd.Function, Enter).apply
 _couple: Any = super(torch.autograd.Function, Couple).apply
 _read: Any = super(torch.autograd.Function, Read).apply

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One half-step of a reversible recurrence, and what its branch may return."""
+"""One half-step of a reversible recurrence, and the checks of its branch's output."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class HalfStep(NamedTuple):
 
 
 def grouped(groups: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Targets and sources of a block's half-steps: the first reads the sum of the other streams, a later one what was
-    just updated."""
+    """Targets and sources of a block's half-steps: the first reads the sum of the other streams, each later one the
+    stream updated just before."""
     return [(index, (index - 1,) if index else tuple(range(1, groups))) for index in range(groups)]
 
 
@@ -51,12 +51,12 @@ def check_branch_output(f: Any, stream: torch.Tensor, name: Callable[[int], str]
 
 
 def resolved(f: torch.Tensor) -> torch.Tensor:
-    """f as it is in memory: with the sign that the imaginary part of a conjugate lacks there, and `arrived`."""
+    """f with its lazy negation (the imaginary part of a conjugate) materialized, and `arrived`."""
     return arrived(f).resolve_neg()
 
 
 def arrived(x: torch.Tensor) -> torch.Tensor:
-    """x, waited for if other processes still send it, as they do what a tensor-parallel layer returns."""
+    """x, waited for if an asynchronous collective still produces it, as for a tensor-parallel layer's output."""
     if type(x) in PLAIN:
         return x
     collectives = sys.modules.get("torch.distributed._functional_collectives")

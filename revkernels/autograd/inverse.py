@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain of half-steps run backwards as a function: from its output to its input."""
+"""Runs a chain of half-steps backwards as a function: from its output to its input."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def invert(
 ) -> list[torch.Tensor]:
     """s[target] = s[target] - B[k](h) from the last half-step to the first, out of place.
 
-    With a ``grid_exponent`` the couplings are exact: then the streams have to be on that grid.
+    With a ``grid_exponent`` the couplings are exact, and the streams must be on that grid.
 
     A branch runs on throw-away copies of its running statistics: undoing a batch must not count it again.
     """
-    # A kernel may walk other addresses in another way, and its statistics have other bits then: a chain's own streams
-    # are aligned.
+    # A kernel may traverse unaligned memory in another order, which gives its statistics other bits; a chain's own
+    # streams are aligned.
     streams = [s if grid_exponent is None or s.data_ptr() % 16 == 0 else s.clone() for s in streams]
     coupling = None if grid_exponent is None else Coupling(grid_exponent=grid_exponent)
     for k, step in reversed(list(enumerate(half_steps))):

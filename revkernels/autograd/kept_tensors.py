@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of a forward: a chain's outputs, in the custody of torch's engine, and saved tensors that are."""
+"""What is kept from a forward: a chain's outputs, saved on an autograd node, and kept saved tensors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Kept(torch.autograd.Function):
 
 
 class KeptTensor:
-    """What autograd holds for a saved tensor that is kept: the tensor, or what it is had from.
+    """What autograd holds for a saved tensor that is kept: the tensor, or what yields it.
 
     Attributes:
-        tensor: detached, for a node that held its own output would never be freed.
+        tensor: detached, since a node that held its own output would never be freed.
         step: the half-step that saved it, in a chain.
     """
 
@@ -39,7 +39,7 @@ class KeptTensor:
         self.tensor, self._version, self.step = tensor, version, step
 
     def changed(self) -> bool:
-        """Whether it, or what it is made of, was written to since. (Not noticed of what has gone to host memory.)"""
+        """Whether it, or what it is recomputed from, was written to since. (Undetected for tensors in host memory.)"""
         if isinstance(self.tensor, SavedView):
             return self.tensor.output.changed()
         return isinstance(self.tensor, torch.Tensor) and version_of(self.tensor) != self._version

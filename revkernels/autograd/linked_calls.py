@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that follow each other directly, made one call of the driver: the first one's outputs need not be kept.
+"""Joins calls that directly follow each other into one call of the driver, so that the first one's outputs are dropped.
 
 A network whose reversible modules are called one by one, ``for layer in layers: x = layer(x)``, would keep every
-layer's output. But an output that goes unchanged into the next such module can be rebuilt from that module's output. So
-what a linked call returns is marked, on the node of the graph that made it, as the end of its reversal; a linked call
-that is given just this reopens the reversal and goes on with it.
+layer's output. But an output that goes unchanged into the next such module can be reconstructed from that module's
+output. So a linked call marks the grad_fn of what it returns as the end of its reversal; a linked call whose input has
+this mark reopens the reversal and continues it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class End:
     """The outputs of a reversal, as its caller has them.
 
     Args:
-        reversal: open or shut, it is not kept alive.
+        reversal: open or finished; held by a weak reference.
         outputs: one tensor that holds all streams, or the streams.
-        form: how the streams lie in them; a call of another form does not go on here, nor one under other saved-tensor
-            hooks: a checkpoint, run again, would find that its call cannot go on once more.
+        form: the streams' layout in the outputs. A call of another form cannot continue, nor one under other
+            saved-tensor hooks: a checkpoint could not continue the call a second time when it recomputes.
     """
 
     __slots__ = ("form", "hooks", "places", "reversal")
@@ -40,9 +40,9 @@ class End:
 
 
 def mark(reversal: Reversal, outputs: Any, form: Any) -> None:
-    """Note that this tensor, or these, are the outputs of the reversal now.
+    """Mark this tensor, or these, as the current outputs of the reversal.
 
-    Where one has no gradient nothing can be noted, and the next call begins anew.
+    If one has no grad_fn nothing can be marked, and the next call starts a new reversal.
     """
     outputs = _as_tuple(outputs)
     if reversal.recording and all(output.grad_fn is not None for output in outputs):
@@ -52,9 +52,9 @@ def mark(reversal: Reversal, outputs: Any, form: Any) -> None:
 
 
 def ending_in(inputs: Any, form: Any, streams: Sequence[torch.Tensor], kernels: Any) -> Reversal | None:
-    """The reversal that goes on with ``inputs``, whose streams these are, claimed; None if there is none.
+    """The reversal whose outputs ``inputs`` are, with these streams, claimed; None if there is none.
 
-    They have to be just what it has returned last, unchanged.
+    They must be exactly its last outputs, unchanged.
     """
     inputs = _as_tuple(inputs)
     if any(x.grad_fn is None for x in inputs):
@@ -74,9 +74,9 @@ _top_hooks: Any = getattr(_graph, "_top_saved_tensors_default_hooks", None)
 
 
 def _outer_hooks() -> object:
-    """Which saved-tensor hooks are on: the id of the one that the graph holds with what a reversal keeps, or 0.
+    """Identify the saved-tensor hooks in effect: the id of the unpack hook, which the reversal's graph holds, or 0.
 
-    Torch 2.6 tells only whether any are on: then it is something that equals nothing, and calls are not joined.
+    Torch 2.6 only tells whether there are any: then return an object equal to nothing, so that calls are not joined.
     """
     if _top_hooks is None:
         return object() if _any_hooks() else 0
@@ -85,9 +85,9 @@ def _outer_hooks() -> object:
 
 
 def _any_hooks() -> bool:
-    """Whether saved-tensor hooks are on: torch refuses to disable them then."""
+    """Whether saved-tensor hooks are in effect: torch refuses to disable them then."""
     if _graph._saved_tensors_hooks_get_disabled_error_message() is not None:
-        return True  # nobody knows, and the message stays as it is
+        return True  # unknown; keep the message
     try:
         _graph._saved_tensors_hooks_disable("they are looked for")
     except RuntimeError:
@@ -102,13 +102,13 @@ def _as_tuple(tensors: Any) -> tuple[torch.Tensor, ...]:
 
 
 class Names:
-    """The words for the half-steps of calls that were joined to one."""
+    """The names of the half-steps of joined calls."""
 
     def __init__(self, name: Callable[[int], str]) -> None:
         self._starts, self._names = [0], [name]
 
     def add(self, start: int, name: Callable[[int], str]) -> None:
-        """From half-step ``start`` on it is ``name``, the last one given, that has the words, counting from 0."""
+        """From half-step ``start`` on, use ``name``, the last one added, counting from 0."""
         self._starts.append(start)
         self._names.append(name)
 

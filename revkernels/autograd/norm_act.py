@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalisation with its activation as autograd nodes, alone and together with the coupling in front of it.
+"""Normalisation with its activation as autograd nodes, alone and together with the coupling in front.
 
     norm_act          x -> h                h = activation(norm(x))
-    enter_norm_act    s -> (s, h)           a stream on its way into a branch
+        enter_norm_act    s -> (s, h)           a stream that enters a branch
     couple_norm_act   (a, f) -> (s, h)      s = a + f, h = activation(norm(s))
 
-The last two are `revkernels.autograd.coupling`'s nodes with the next branch's first layers inside: their backward holds
-the stream's gradient, and the norm's backward kernel accumulates straight into it (Algorithm 1, lines 5 and 6). Nothing
-but x (or s) and the statistics is kept: the activation's mask is made again from them.
+The last two are `revkernels.autograd.coupling`'s nodes with the next branch's first layers inside: their backward
+receives the stream's gradient, and the norm's backward kernel accumulates straight into it (Algorithm 1, lines 5 and
+6). Only x (or s) and the statistics are saved: the activation's mask is recomputed from them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from revkernels.norm import SUMS_COMPUTED, Norm, Statistics
 
 _WIDE = {torch.float64: torch.float64}
 
-#: In torch 2.6, and who knows until when, a leaf that a Python node has saved under saved-tensor hooks loses its own
-#: hooks as the node reads it. There weight and bias are held beside the saved tensors.
+#: In torch 2.6, and maybe later versions, a leaf that a Python node saves under saved-tensor hooks loses its own
+#: hooks when the node unpacks it. There weight and bias are stored beside the saved tensors.
 _SAVES_LEAVES = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 
 
@@ -36,13 +36,13 @@ class Call:
 
     Attributes:
         kernels: the backend.
-        norm: what is done; the nodes take weight and bias as arguments of their own.
-        dtype: of h; None is x's.
+        norm: what to compute; the nodes take weight and bias as separate arguments.
+        dtype: of h; None for x's.
         given: the statistics to use, or None to compute them.
-        constant: the statistics are no function of x (batch norm in evaluation).
-        statistics: those that were used, once the node has run.
-        ready: h, if it was computed before (then ``given`` is not None).
-        source: the buffer that constant statistics are a copy of: saved to have writes to it refused, as in torch.
+        constant: the statistics do not depend on x (batch norm in evaluation).
+        statistics: the statistics used, once the node has run.
+        ready: h, if already computed (then ``given`` is not None).
+        source: the buffer that constant statistics were copied from: saved so that writes to it raise, as in torch.
     """
 
     __slots__ = ("constant", "dtype", "given", "kernels", "norm", "ready", "source", "statistics")
@@ -56,7 +56,7 @@ class Call:
         self.source: torch.Tensor | None = None
 
     def outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any, bool]:
-        """Return (h, mean, rstd, whether these are given), what has to be computed being still empty."""
+        """Return (h, mean, rstd, whether the statistics are given); what must be computed is still empty."""
         h = torch.empty_like(x, dtype=self.dtype)
         statistics = self.given
         if statistics is None:
@@ -130,9 +130,9 @@ class CoupleNormAct(torch.autograd.Function):
 
 
 def making_again(call: Call, s: torch.Tensor, h: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Any]:
-    """How to make h once more from s and the statistics that were used, and the tensors that this is given."""
+    """A function that recomputes h from s and the statistics used, and the tensors that it takes."""
     own, kernels, dtype = call.norm, call.kernels, h.dtype
-    # Without their graphs: who holds the output would hold what holds it, in a ring that gc cannot see.
+    # Detached: a holder of the output would hold its own graph, a reference cycle that gc cannot see.
     weight, bias = (t if t is None or t.grad_fn is None else t.detach() for t in (own.weight, own.bias))
 
     def make(s: torch.Tensor, weight: Any, bias: Any, mean: Any, rstd: Any) -> torch.Tensor:
@@ -144,15 +144,15 @@ def making_again(call: Call, s: torch.Tensor, h: torch.Tensor) -> tuple[Callable
     return make, (s.detach(), weight, bias, *call.statistics)  # type: ignore[misc]
 
 
-#: `Function.apply` without what it does for torch.func, whose tensors never come here: a microsecond a call.
+#: `Function.apply` without its torch.func handling, which is not needed here: saves a microsecond a call.
 norm_act: Any = super(torch.autograd.Function, NormAct).apply
 enter_norm_act: Any = super(torch.autograd.Function, EnterNormAct).apply
 couple_norm_act: Any = super(torch.autograd.Function, CoupleNormAct).apply
 
 
 def _remember(ctx: Any, call: Call, s: Any, weight: Any, bias: Any, mean: Any, rstd: Any) -> None:
-    # Statistics go with the saved tensors: a chain that rebuilds its activations drops them, and those of rows, a
-    # float for every position, would otherwise grow with its depth.
+    # Statistics are saved tensors too: a chain that recomputes its activations drops them. Those of rows, a float for
+    # every position, would otherwise grow with its depth.
     if _SAVES_LEAVES:
         ctx.save_for_backward(s, weight, bias, mean, rstd, call.source)
     else:
@@ -164,7 +164,7 @@ def _remember(ctx: Any, call: Call, s: Any, weight: Any, bias: Any, mean: Any, r
 
 
 def _unchanged(saved: Any, leaf: tuple[torch.Tensor, int] | None) -> Any:
-    """The saved tensor, or the leaf beside it as torch would have given it back."""
+    """The saved tensor, or the leaf stored beside it, after the version check that torch would make."""
     if leaf is None:
         return saved
     if leaf[0]._version != leaf[1]:
@@ -176,14 +176,14 @@ def _unchanged(saved: Any, leaf: tuple[torch.Tensor, int] | None) -> Any:
 
 
 def _over(ctx: Any, dh: Any) -> bool:
-    """Whether the kernel could write over dh: a batch norm's can, once it has its sums."""
+    """Whether the kernel may write over dh: batch norm's can, once it has its sums."""
     return dh is not None and ctx.norm.kind == "batch"
 
 
 def _gradients(ctx: Any, ds: Any, dh: Any, into: Any = None, over: bool = False) -> tuple[Any, Any, Any]:
     """(ds + the gradient of h at s, dweight, dbias), the first written to ``into`` unless that is None.
 
-    ``over``: else it may be written over dh, which saves the memory.
+    ``over``: without ``into`` it may be written over dh, which saves memory.
     """
     if dh is None:
         return ds, None, None
@@ -202,7 +202,7 @@ def _gradients(ctx: Any, ds: Any, dh: Any, into: Any = None, over: bool = False)
         )
     dh = _walkable(dh, s, norm)
     if ds is not None and (walked := _walkable(ds, s, norm)) is not ds:
-        ds = into = walked  # a copy, and ours to write over
+        ds = into = walked  # a copy, safe to overwrite
     if rstd.dtype != (wide := _WIDE.get(s.dtype, torch.float32)):  # a coupling with a float64 branch
         mean, rstd = None if mean is None else mean.to(wide), rstd.to(wide)
     wanted = ctx.needs_input_grad[-3:-1]
@@ -227,7 +227,7 @@ def _like(gradient: Any, parameter: torch.Tensor) -> Any:
 
 
 def _walkable(gradient: torch.Tensor, s: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """The gradient in a layout that kernels can walk beside s: torch may hand over any."""
+    """The gradient in a layout that kernels can traverse along with s: torch may pass any."""
     gradient = gradient.resolve_neg()
     if gradient.stride() == s.stride() or not any(gradient.stride()):
         return gradient
@@ -239,15 +239,15 @@ def _walkable(gradient: torch.Tensor, s: torch.Tensor, norm: Norm) -> torch.Tens
 
 
 def walk_together(norm: Norm, s: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether the norm's kernels take tensors laid out like these together."""
+    """Whether the norm's kernels can traverse tensors with these layouts together."""
     strides = s.stride()
     return s.dim() <= 3 or all(t.stride() == strides for t in others) or merges(norm, (s, *others))
 
 
 def _differentiable(s: Any, norm: Norm, constant: Statistics | None, ds: Any, dh: Any) -> tuple[Any, Any, Any]:
-    """Under create_graph: the same gradients by torch's own operators, which can be differentiated again."""
+    """Under create_graph: the same gradients by torch's own operators, which are differentiable again."""
     arguments = [t for t in (s, norm.weight, norm.bias) if t is not None and t.requires_grad]
-    # A copy of each, so that the gradient stops at this norm's own inputs.
+    # An alias of each, so that the gradient stops at this norm's own inputs.
     own = {id(t): t.view_as(t) for t in arguments}
     x, weight, bias = (own.get(id(t), t) for t in (s, norm.weight, norm.bias))
     h = plain(x, replace(norm, weight=weight, bias=bias), constant).to(dh.dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""May this tensor's memory be written over? Only if nobody else can see it.
+"""Whether a tensor's memory may be overwritten: only if nobody else can see it.
 
 A hook, a user's list, a queued engine task or ``.grad`` may hold the tensor, or another tensor on its memory. torch's
-own engine asks the same question before it adds gradients in place.
+engine makes the same check before it accumulates gradients in place.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Tensors with memory of their own: no subclass, which may be sharded or stand for something else.
+#: Plain tensor types. Subclasses are excluded: they may be sharded, or stand for something else.
 PLAIN = (torch.Tensor, nn.Parameter)
 
 Counts = tuple[int, int, int]
 
 _storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 _tensor_use_count: Any = getattr(torch.Tensor, "_use_count", None)
-#: False where torch cannot tell: then nothing is ever written over.
+#: False where torch does not expose the counts: then nothing is ever overwritten.
 COUNTABLE = _storage_use_count is not None and _tensor_use_count is not None
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether it is one block of memory: no subclass, and not sparse."""
+    """Whether it is a plain strided tensor: no subclass, not sparse."""
     return type(tensor) in PLAIN and tensor.layout is torch.strided
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Which block of memory it lies in, also where that is freed and taken again, as FSDP2 does. 0 if it is not one
-    block, or if somebody has put a mark on the tensor, as other ways to shard do: what they move is their affair."""
+    """The id of its storage, which stays the same when the storage is freed and allocated again, as FSDP2 does. 0 for a
+    tensor without one, or with attributes, which other ways to shard set: what they move is not checked."""
     if not has_memory(tensor) or tensor.__dict__:
         return 0
     number: int = tensor.untyped_storage()._cdata
@@ -39,7 +39,7 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 
 def blocks_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
-    """The memory that the tensor lies in: of a sparse one, that of its indices and values."""
+    """The tensor's storages: of a sparse tensor, those of its indices and values."""
     if tensor.layout is torch.strided:
         return [tensor.untyped_storage()]
     if tensor.layout is torch.sparse_coo:
@@ -48,18 +48,18 @@ def blocks_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
         parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    else:  # of libraries' own
+    else:  # other libraries' layouts
         parts = []
     return [part.untyped_storage() for part in parts]
 
 
 def is_batched(gradient: torch.Tensor) -> bool:
-    """Whether it is one of ``is_grads_batched=True``, a tensor round another one: no kernel can be given it."""
+    """Whether it is a gradient under ``is_grads_batched=True``, a wrapper that no kernel can take."""
     return type(gradient) is torch.Tensor and not torch._C._has_storage(gradient)
 
 
 def memory_is_free(tensor: torch.Tensor) -> bool:
-    """Whether no tensor but ``tensor`` uses its memory, and it uses all of it. (Others may hold ``tensor`` itself.)"""
+    """Whether no other tensor uses its storage, and it uses all of it. (Others may hold ``tensor`` itself.)"""
     if not COUNTABLE:
         return False
     storage = tensor.untyped_storage()
@@ -68,19 +68,19 @@ def memory_is_free(tensor: torch.Tensor) -> bool:
 
 
 def holders(tensor: torch.Tensor) -> Counts:
-    """Return the numbers of Python references, of C++ references and of users of the memory.
+    """Return the numbers of Python references, of C++ references and of users of the storage.
 
-    The last is out of reach (a thousand more) for a tensor that is a part of something larger, or an expanded scalar.
-    """
+    A thousand is added to the last, so that it never counts as free, for a part of a larger storage or an expanded
+    scalar."""
     storage = tensor.untyped_storage()
     part = 0 if storage.nbytes() == tensor.numel() * tensor.element_size() else 1000
     return sys.getrefcount(tensor), _tensor_use_count(tensor), _storage_use_count(storage._cdata) + part
 
 
 def way_of_calling() -> int:
-    """Tell apart the ways in which Python calls a function here, which differ in how many references a call holds.
+    """Distinguish the ways in which Python calls functions, which differ in how many references a call holds.
 
-    A process has one, until torch.compile puts its own in its place; and it may stay there (after an error in a trace).
+    A process has one, until torch.compile installs its own, which may stay installed (after an error in a trace).
     """
     return _references(object())
 
@@ -95,7 +95,7 @@ def both_tensors(a: Any, b: torch.Tensor) -> bool:
 
 
 def same_memory(a: Any, b: torch.Tensor) -> bool:
-    """Whether a is b, or a tensor that torch has wrapped round the same memory."""
+    """Whether a is b, or a tensor that torch has wrapped around the same memory."""
     return isinstance(a, torch.Tensor) and (a.data_ptr(), a.dtype, a.shape, a.stride()) == (
         b.data_ptr(),
         b.dtype,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this thread runs a branch that rebuilds, and whether for the second time."""
+"""Whether this thread runs a branch whose saved tensors are recomputed, and whether this is the recompute."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ _local = threading.local()
 
 
 def is_recomputing() -> bool:
-    """Whether this thread is inside the second run of a branch. For hooks and branches that keep count.
+    """Whether this thread is inside the recompute of a branch. For hooks and branches that keep count.
 
-    A tensor that a branch keeps in its forward for the second run goes into a list or dictionary that stays. An
-    attribute that it replaces is taken for a recurrent state, which is put back to what it was before the forward: of
-    a branch that asks this and replaces one a `UserWarning` tells. Set ``revkernels_comes_back = True`` on the branch
-    where it is to find in the second run what its forward has left: none of its attributes is put back then.
+    A branch that keeps a tensor from its forward for the recompute must put it in a list or dictionary that it does not
+    replace. An attribute that it replaces is treated as recurrent state, and restored to its value before the forward;
+    a `UserWarning` says so if the branch calls this function. Set ``revkernels_comes_back = True`` on the branch if its
+    recompute must find what its forward left: none of its attributes is restored then.
     """
     _local.asked = times_asked() + 1
     return recomputes()
 
 
 def recomputes() -> bool:
-    """The same, asked by this package and not by a branch or a hook."""
+    """The same, when this package asks and not a branch or a hook."""
     return getattr(_local, "recomputing", False)
 
 
 def times_asked() -> int:
-    """How often this thread's branches and hooks have asked."""
+    """How often this thread's branches and hooks have called `is_recomputing`."""
     return getattr(_local, "asked", 0)
 
 
 def set_recomputing(flag: bool) -> None:
-    """Say so of this thread."""
+    """Set what `recomputes` returns in this thread."""
     _local.recomputing = flag
 
 
 class within_a_branch:  # noqa: N801, as a function it would be a generator, and slow
-    """While a branch runs that may be run again."""
+    """Context in which a branch runs that may be recomputed."""
 
     __slots__ = ("outer",)
 
@@ -48,5 +48,5 @@ class within_a_branch:  # noqa: N801, as a function it would be a generator, and
 
 
 def is_within_a_branch() -> bool:
-    """Whether this thread runs a branch of a chain that rebuilds, for the first or for the second time."""
+    """Whether this thread runs a branch whose saved tensors are recomputed, in the forward or in the recompute."""
     return getattr(_local, "within", False) or recomputes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call that keeps what its backward needs, but for the outputs that one pass makes again from what is kept."""
+"""A call that keeps its saved tensors, except outputs that one pass recomputes from what is kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Selective:
             with saved_tensors_hooks(self._pack, self._unpack), Within(ambient.kernels, tape):
                 return function(*args, **kwargs)
         finally:
-            self._outputs = None  # it knows inputs of norms whose outputs nobody saved
+            self._outputs = None  # it holds inputs of norms whose outputs nobody saved
 
     def _pack(self, tensor: torch.Tensor) -> KeptTensor:
         view = None if self._outputs is None else self._outputs.find(tensor)
