@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers of a branch become one kernel, alone or together with the coupling in front of them."""
+"""Which layers of a branch run as one kernel, alone or together with the coupling in front of them."""

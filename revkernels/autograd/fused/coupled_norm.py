@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a stream enters a branch that begins with a norm: the norm joins the coupling in front of it.
+"""Fuses the norm at the start of a branch with the coupling in front of it.
 
-In the forward y = x + f and the next branch's h = activation(norm(y)) are one node and, but for batch statistics, one
-pass; in the backward the norm's gradient is accumulated into the stream's; in the recompute x = y - f and h, from the
-statistics of the forward, are one pass again. The norm belongs to the branch, so this needs its weight before the
-branch is called: it is done only where the branch is a Sequential without hooks, which may be taken apart, and where
-the weight is a plain tensor by then (sharded, it is not).
+In the forward y = x + f and the next branch's h = activation(norm(y)) are one node and, except for batch statistics,
+one pass; in the backward the norm's gradient is accumulated into the stream's; in the recompute x = y - f and h, with
+the statistics of the forward, are one pass again. The norm belongs to the branch, so its weight is read before the
+branch is called: this is done only where the branch is a Sequential without hooks, whose layers may be run one by one,
+and where the weight is already a plain tensor (not sharded).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.norm_act import Call, couple_norm_act, enter_norm_act, norm_act, walk_together
 from revkernels.norm import Norm, Statistics
 
-#: A coupling that was left to the next branch's norm: the stream's number, the stream, and what is added.
+#: A coupling deferred to the next branch's norm: the stream's index, the stream, and what is added.
 Waiting = tuple[int, torch.Tensor, torch.Tensor]
 
 
 class Entry:
-    """A branch's first norm and activation, and in a chain that rebuilds its activations what is needed again.
+    """A branch's first norm and activation, and what their recompute needs.
 
     Attributes:
         fusable: the layers.
-        narrow: the layer behind them is one whose input autocast makes narrow.
+        narrow: autocast makes the input of the layer behind them narrow.
         call: how they were applied in the forward.
         given: the statistics for the recompute; None if it computes them (those of rows).
-        running: copies of a batch norm's buffers after it, if code of the branch may look at them.
+        running: copies of a batch norm's buffers after it, if code of the branch may read them.
     """
 
     __slots__ = ("call", "fusable", "given", "narrow", "running")
@@ -53,9 +53,9 @@ class Entry:
     def apply(
         self, streams: list[torch.Tensor], source: int, waiting: Waiting | None, kernels: Any, seen: bool
     ) -> fusion.Normed | None:
-        """Settle what is ``waiting`` and return h for the branch; None if the branch's own layers have to make it.
+        """Run the ``waiting`` coupling and return h for the branch; None if the branch's own layers must compute it.
 
-        ``seen``: somebody sees the stream as it is now, and its gradient is to have the branch's part.
+        ``seen``: hooks or the caller see the stream as it is now, and its gradient must include the branch's part.
         """
         x = streams[source] if waiting is None else waiting[1]
         found = fusion.kernels_for(x)
@@ -83,11 +83,11 @@ class Entry:
             self.given = call.statistics
             self.running = None if call.constant else running_of(self.fusable.norm)
         else:
-            call.statistics = None  # a float for every position: not to be kept
+            call.statistics = None  # a float for every position: too large to keep
         return fusion.Normed(h, self.fusable, self.narrow)
 
     def again(self, s: torch.Tensor, ready: Ready | None) -> fusion.Normed:
-        """Return h from the rebuilt stream, as a node that saves what the forward's saved."""
+        """Return h from the reconstructed stream, as a node that saves the same tensors as the forward's."""
         before: Any = self.call
         call = Call(before.kernels, before.norm, before.dtype, self.given, before.constant)
         call.source = before.source
@@ -100,7 +100,7 @@ class Entry:
         return fusion.Normed(h, self.fusable, self.narrow)
 
     def uncouples(self, x: torch.Tensor, y: torch.Tensor, f: torch.Tensor) -> bool:
-        """Whether `uncouple` takes these."""
+        """Whether `uncouple` supports these tensors."""
         return may_be_one(self.call.norm, x, f, y)  # type: ignore[union-attr]
 
     def uncouple(self, x: torch.Tensor, y: torch.Tensor, f: torch.Tensor) -> Ready:
@@ -113,15 +113,15 @@ class Entry:
 
 
 def may_be_one(norm: Norm, stream: torch.Tensor, f: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether coupling and norm may be one pass. It would compute a norm of float32 streams in float64 behind a float64
-    branch, and its statistics with it, where the norm by itself does not; and a branch may lay out f as no norm's
-    kernel takes it, where any coupling does."""
+    """Whether coupling and norm may be one pass. Behind a float64 branch it would compute the norm of float32 streams
+    and its statistics in float64, unlike the norm by itself; and f may have a layout that couplings can traverse and
+    the norm's kernels cannot."""
     if f.dtype == torch.float64 and stream.dtype != torch.float64:
         return False
     return walk_together(norm, stream, f, *others)
 
 
-#: h, made ahead of the branch's turn, and the statistics behind it.
+#: h, computed ahead of the branch's recompute, and its statistics.
 Ready = tuple[torch.Tensor, Statistics]
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a branch with its norms and activations fused: which layers these are, and when they may be.
+"""Runs a branch with its norms and activations fused, and decides which layers may be.
 
-A `torch.nn.Sequential` is taken apart as far as it is made of known layers: a norm and the activation behind it become
-one kernel, everything else is called as it is. A layer is left alone if anything else has a hand in it (hooks,
-parametrisations, sharded parameters), and so is a whole call where torch has to see its own operators (torch.compile,
-torch.func, forward-mode differentiation). Results are the same either way, up to rounding.
+The known layers of a `torch.nn.Sequential` are run one by one: a norm and the activation behind it become one kernel,
+every other layer is called unchanged. A layer is not fused if anything else hooks into it (hooks, parametrisations,
+sharded parameters), and nothing is where torch must see its own operators (torch.compile, torch.func, forward-mode
+differentiation). Results are the same either way, up to rounding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kernels_for(x: Any) -> Any:
-    """The backend that fuses here, or None where the layers have to run as they are."""
+    """The backend that fuses here, or None where the layers must run unfused."""
     if type(x) not in PLAIN or x.dtype not in _FLOATS or is_recorded():
         return None
     kernels = ambient.kernels
@@ -70,18 +70,18 @@ def kernels_for(x: Any) -> Any:
 
 
 def is_recorded() -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace or make_fx records a graph, which is not to have our hooks
-    and would miss our kernels."""
+    """Whether torch.compile, torch.export, torch.jit.trace or make_fx records a graph, which must not contain our hooks
+    and would not record our kernels."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import; who records has done so
+    recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import; imported if make_fx records
     return recorder is not None and recorder.get_proxy_mode() is not None
 
 
 def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Call | None:
-    """Prepare the norm for x; None if the layer itself has to run (and to raise what it raises).
+    """Prepare the norm for x; None if the layer itself must run (and raise its own errors).
 
-    ``narrow``: the next layer is one whose input autocast makes narrow.
+    ``narrow``: autocast makes the next layer's input narrow.
     """
     layer: Any = fusable.norm
     parameters, buffers = layer._parameters, layer._buffers
@@ -90,7 +90,7 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
         return None
     eps, groups = _eps(layer, kind, x), as_int(layer.num_groups) if kind == "group" else 1
     if eps is None or type(groups) is not int:
-        return None  # torch's own words for that
+        return None  # torch raises its own error
     given, constant, running, source = None, False, _NOT_RUNNING, None
     weight = _held(parameters, "weight", layer)
     bias = None if kind == "rms" else _held(parameters, "bias", layer)
@@ -102,7 +102,7 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
             return None
         if layer.training or running_mean is None:
             if x.numel() == x.shape[1]:
-                return None  # one value a channel has no variance: torch's own words for that
+                return None  # one value a channel has no variance: torch raises its own error
             tape = ambient.tape
             if tape is not None and tape.replaying:
                 given = tape.next(layer)
@@ -113,11 +113,11 @@ def call_of(fusable: Fusable, x: torch.Tensor, kernels: Any, narrow: bool) -> Ca
                 if running_mean is not None:
                     running = running_mean, running_var, momentum
         elif running_var is None:
-            return None  # torch's own words for that
+            return None  # torch raises its own error
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             rstd = (running_var.to(wide) + eps).rsqrt_()
-            # A copy for the backward: a forward in training may write the buffer before that, where no version tells.
+            # A copy for the backward: until then a forward in training may write the buffer, undetected by versions.
             source = running_mean if torch.is_grad_enabled() else None
             given, constant = Statistics(running_mean.to(wide, copy=source is not None), rstd), True
     norm = Norm(kind, weight, bias, eps, fusable.activation, groups, axis, *running)
@@ -132,24 +132,24 @@ _NOT_RUNNING: tuple[Any, Any, float] = (None, None, 0.0)
 def _eps(layer: Any, kind: str, x: torch.Tensor) -> float | None:
     if layer.eps is not None or kind != "rms":
         return number_of(layer.eps)
-    wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")  # the layer would be given float32
+    wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")  # the layer would get float32
     return default_eps(torch.float32 if wide and x.dtype != torch.float64 else x.dtype)
 
 
 @functools.cache
 def default_eps(dtype: torch.dtype) -> float:
-    """What `torch.nn.RMSNorm` with eps None adds: by version that of the input's dtype, or that of its arithmetic."""
+    """The eps that `torch.nn.RMSNorm` with eps None uses: by torch version, its input's or its compute dtype's."""
     own = torch.finfo(dtype).eps
     if dtype not in (torch.bfloat16, torch.float16):
         return own
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x = torch.full((1, 2), 2.0**-10, dtype=dtype, device="cpu")  # its square is far above the one, below the other
+        x = torch.full((1, 2), 2.0**-10, dtype=dtype, device="cpu")  # its square is far above one eps, below the other
         h = nn.functional.rms_norm(x, (2,))
     return own if float(h[0, 0]) < 0.5 else torch.finfo(torch.float32).eps
 
 
 def _held(table: Mapping[str, Any], name: str, layer: Any) -> Any:
-    """A parameter or buffer. Asking the module costs ten times as much, and is right where the table lacks the name."""
+    """A parameter or buffer. `getattr` on the module takes ten times as long; it is the fallback for missing names."""
     return table[name] if name in table else getattr(layer, name)
 
 
@@ -164,7 +164,7 @@ def _count(layer: Any, batches: Any) -> float:
 
 
 def _dtype(kind: str, x: torch.Tensor, narrow: bool) -> torch.dtype:
-    """What the layers themselves would give under autocast, or what the layer behind them would make of it."""
+    """The output dtype: that of the layers themselves under autocast, or the one that the next layer casts to."""
     device = "cpu" if x.is_cpu else x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         if narrow:
@@ -175,14 +175,14 @@ def _dtype(kind: str, x: torch.Tensor, narrow: bool) -> torch.dtype:
 
 
 def record(fusable: Fusable, call: Call) -> None:
-    """After the norm has run: note its batch statistics for the recompute."""
+    """After the norm has run: record its batch statistics for the recompute."""
     tape = ambient.tape
     if tape is not None and not tape.replaying and call.norm.kind == "batch" and not call.constant:
         tape.entries.append((fusable.norm, call.statistics, running_of(fusable.norm)))  # type: ignore[arg-type]
 
 
 def note(call: Call, s: torch.Tensor, h: torch.Tensor) -> None:
-    """After the norm has run: note how h can be made again, if somebody wants to know."""
+    """After the norm has run: register how to recompute h, if anything asks for it."""
     tape = ambient.tape
     if tape is not None and tape.outputs is not None:
         make, of = making_again(call, s, h)
@@ -190,13 +190,13 @@ def note(call: Call, s: torch.Tensor, h: torch.Tensor) -> None:
 
 
 def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """``layer(x)`` of an activation whose gradient reads x, so that its output can be made again."""
+    """``layer(x)`` of an activation whose gradient reads x, so that its output can be recomputed from it."""
     h: torch.Tensor = layer(x)
     tape = ambient.tape
     if tape is None or tape.outputs is None or type(x) not in PLAIN:
         return h
     if not hooked(layer) and untouchable(layer) is None and not getattr(layer, "inplace", False):
-        at = x.detach()  # with its graph, who holds the output would hold what holds it
+        at = x.detach()  # with its graph it would be a reference cycle
         tape.outputs.note(h, ACTIVATIONS[ACTIVATION_LAYERS[type(layer)](layer)], at)
     return h
 
@@ -205,7 +205,7 @@ def _activated(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class Normed(NamedTuple):
-    """What the norm that a branch begins with made of its stream, and how it was run."""
+    """The output of a branch's first norm, and how it was run."""
 
     h: torch.Tensor
     fusable: Fusable
@@ -215,9 +215,9 @@ class Normed(NamedTuple):
 def run(
     layers: Sequence[nn.Module], x: Any, normed: Normed | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> Any:
-    """Run the layers one after the other, fused. ``normed``: what the norm that they begin with made of x.
+    """Run the layers one after the other, fused. ``normed``: the output of the first layers' norm, if already computed.
 
-    ``kwargs`` go to the layers whose ``forward`` names them; those that none names, to layers that take any.
+    ``kwargs`` go to the layers whose ``forward`` names them; those that no layer names, to layers that take any.
     """
     index, count, fuses = 0, len(layers), not torch.compiler.is_compiling()
     while index < count:
@@ -247,9 +247,9 @@ def run(
 
 
 def _way_of(layers: Sequence[nn.Module], index: int, normed: Normed | None) -> tuple[Any, bool]:
-    """How the norm at ``layers[index]`` is to be run: with what it fuses, or None; whether its output is narrow."""
+    """How to run the norm at ``layers[index]``: the fused layers, or None; and whether its output is narrow."""
     tape = ambient.tape
-    if tape is not None and tape.replaying:  # what was no norm yet, lazy as it was, is not noted
+    if tape is not None and tape.replaying:  # a lazy layer that was not yet a norm is not recorded
         return tape.taken(layers[index]) or (None, False)
     if normed is not None:
         return normed.fusable, normed.narrow
@@ -265,7 +265,7 @@ def _unhooked(layer: nn.Module) -> bool:
 
 
 def _apart(sequential: nn.Module, may: Callable[[nn.Module], bool]) -> bool:
-    """Whether its layers are run one by one: as they were in the forward, else if they ``may`` now."""
+    """Whether to run its layers one by one: as recorded in the forward, else if ``may`` allows it now."""
     tape = ambient.tape
     if tape is None:
         return may(sequential)
@@ -276,8 +276,8 @@ def _apart(sequential: nn.Module, may: Callable[[nn.Module], bool]) -> bool:
 
 
 def _taken(kwargs: Mapping[str, Any], layer: nn.Module, layers: Sequence[nn.Module]) -> Mapping[str, Any]:
-    """Those that the layer names; of one that takes any, those that no other names: it may hand them on to a layer that
-    takes none, as an adapter round a linear layer does."""
+    """The keywords that the layer names; for a layer that takes any, those that no other layer names: it may pass them
+    to a layer that takes none, as an adapter around a linear layer does."""
     names = keywords_of(layer)
     if names is not None:
         return {name: value for name, value in kwargs.items() if name in names}
@@ -286,7 +286,7 @@ def _taken(kwargs: Mapping[str, Any], layer: nn.Module, layers: Sequence[nn.Modu
 
 
 def fused(fusable: Fusable, x: Any, narrow: bool) -> torch.Tensor | None:
-    """activation(norm(x)) in one kernel, or None where the layers have to run as they are."""
+    """activation(norm(x)) in one kernel, or None where the layers must run unfused."""
     kernels = kernels_for(x)
     call = None if kernels is None else call_of(fusable, x, kernels, narrow)
     if call is None:
@@ -298,7 +298,7 @@ def fused(fusable: Fusable, x: Any, narrow: bool) -> torch.Tensor | None:
 
 
 def call_branch(step: HalfStep, x: Any, kernels: Any, normed: Normed | None = None) -> Any:
-    """Return ``branch(x, *args, **kwargs)``. ``normed``: what the norm that it begins with made of x."""
+    """Return ``branch(x, *args, **kwargs)``. ``normed``: the output of its first norm, if already computed."""
     branch: Any = step.branch
     if kernels is not eager and _apart(branch, lambda _: normed is not None or may_be_taken_apart(step)):
         return run(list(branch._modules.values()), x, normed, step.kwargs)
@@ -306,7 +306,7 @@ def call_branch(step: HalfStep, x: Any, kernels: Any, normed: Normed | None = No
 
 
 def may_be_taken_apart(step: HalfStep) -> bool:
-    """Whether the branch's layers may be run one by one: it is a Sequential, and nobody would notice."""
+    """Whether the branch's layers may be run one by one: it is a Sequential, and nothing would observe it."""
     branch: Any = step.branch
     if step.args or not is_sequential(branch) or hooked(branch):
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers are known: norms and activations that can be one kernel, and what keeps them from it."""
+"""The known layers: norms and activations that can be one kernel, and what prevents that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from revkernels.norm import ActivationName, NormKind
 
 
 class Fusable(NamedTuple):
-    """A norm, the activation behind it ("none" if there is none), and how many layers these are."""
+    """A norm, the activation behind it ("none" if there is none), and the number of these layers."""
 
     norm: nn.Module
     activation: ActivationName
@@ -36,14 +36,14 @@ def _silu(layer: Any) -> ActivationName:
     return "silu"
 
 
-#: Exact types: a subclass, which may do anything, is called as it is. (A parametrised module is a subclass.)
+#: Exact types: a subclass may do anything, so it is called unchanged. (A parametrised module is a subclass.)
 ACTIVATION_LAYERS: dict[type, Callable[[Any], ActivationName]] = {nn.ReLU: _relu, nn.GELU: _gelu, nn.SiLU: _silu}
 
 
-#: Of these, the ones whose gradient is made of their input.
+#: Of these, the ones whose gradient is computed from their input.
 READ_THEIR_INPUT = (nn.GELU, nn.SiLU)
 
-#: The norms that the kernels know, by exact type too, and the dimension of their channels. `nn.branches` adds its own.
+#: The norms that the kernels know, also by exact type, and their channel dimension. `nn.branches` adds its own.
 NORM_LAYERS: dict[type, tuple[NormKind, int]] = {
     nn.BatchNorm1d: ("batch", 1),
     nn.BatchNorm2d: ("batch", 1),
@@ -53,7 +53,7 @@ NORM_LAYERS: dict[type, tuple[NormKind, int]] = {
     nn.GroupNorm: ("group", 1),
 }
 RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-#: Forwards that are a matrix product or a convolution of their input, and nothing before that.
+#: Forwards whose only operation is a matrix product or a convolution of their input.
 _NARROWING = frozenset(
     kind.forward
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -61,9 +61,9 @@ _NARROWING = frozenset(
 
 
 def narrows(layer: nn.Module) -> bool:
-    """Whether autocast makes the layer's input narrow: what feeds it is then written narrow at once, without a cast."""
+    """Whether autocast makes the layer's input narrow: the output before it is then written narrow, without a cast."""
     if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
-        # One with a forward of its own may keep its input wide; hooks are shown what torch would show them.
+        # A custom forward may keep its input wide; hooks must see the same input as in torch.
         return type(layer).forward in _NARROWING and "forward" not in layer.__dict__ and not hooked(layer)
     return getattr(layer, "narrows_input", False)
 
@@ -87,7 +87,7 @@ def fusable_at(layers: Sequence[nn.Module], index: int) -> Fusable | str:
 
 
 def untouchable(layer: nn.Module) -> str | None:
-    """Return why the layer has to be called as a module, or None."""
+    """Return why the layer must be called as a module, or None."""
     if has_hooks(layer):
         return f"{type(layer).__name__} has hooks"
     for name, parameter in layer._parameters.items():
@@ -131,7 +131,7 @@ def has_global_hooks() -> bool:
 
 
 def all_dense(*tensors: torch.Tensor | None) -> bool:
-    """Whether a norm's tensors lie as the kernels take them. Others somebody has put in, as functional_call does."""
+    """Whether a norm's tensors have the layout that the kernels take. torch.func.functional_call may pass others."""
     return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
 
@@ -141,7 +141,7 @@ def is_momentum(momentum: Any) -> bool:
 
 
 def number_of(value: Any) -> float | None:
-    """The number that it stands for, of NumPy or torch too; None if the kernels take none like it."""
+    """The number that it represents, also of NumPy or torch types; None if the kernels do not take it."""
     if value is None or isinstance(value, str | bool):
         return None
     try:
@@ -152,7 +152,7 @@ def number_of(value: Any) -> float | None:
 
 
 def fits(layer: Any, kind: str, axis: int, x: torch.Tensor) -> bool:
-    """Whether x has the shape, and of rows the memory, that the norm's kernels take."""
+    """Whether x has the shape, and for norms of rows the layout, that the norm's kernels take."""
     if kind == "batch":
         return x.dim() in RANKS[type(layer)] and x.shape[1] == layer.num_features
     if x.dim() < 2:

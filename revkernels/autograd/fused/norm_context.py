@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chain tells the norms inside its branches: which kernels run them, and the batch statistics of the forward."""
+"""What a chain passes to the norms inside its branches: the kernels that run them, and the forward's statistics."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.norm import Statistics
 
-#: A batch norm, the statistics of its batch, and copies of its running ones after it if somebody may look at them.
+#: A batch norm, the statistics of its batch, and copies of its running ones after it if code may read them.
 Noted = tuple[nn.Module, Statistics, dict[str, torch.Tensor] | None]
 
 
 class Ambient(threading.local):
-    """What a chain tells the norms inside its branches, in the thread that runs them.
+    """What a chain passes to the norms inside its branches, in the thread that runs them.
 
     Attributes:
         kernels: the chain's backend; None outside any chain.
-        tape: the batch statistics of the half-step under way; None outside a chain that rebuilds its activations.
+            tape: the batch statistics of the current half-step; None outside a chain that recomputes its activations.
     """
 
     kernels: Any = None
@@ -32,11 +32,11 @@ ambient = Ambient()
 
 
 class Tape:
-    """The batch statistics of one run of a branch: noted in the forward, used again in the recompute.
+    """The batch statistics of one run of a branch: recorded in the forward, used again in the recompute.
 
-    So the recompute needs no pass for statistics, gives the forward's bits, and counts no batch twice. ``ways`` are how
-    layers were run, for hooks may come and go before the recompute, which then saves other tensors. ``outputs``: where
-    to note what can be made again; None if nobody asks.
+    So the recompute needs no pass for statistics, gives the forward's bits, and counts no batch twice. ``ways`` records
+    how layers were run: hooks may be added or removed before the recompute, which would then save other tensors.
+    ``outputs``: where to register outputs that can be recomputed; None if nothing asks.
     """
 
     __slots__ = ("at", "entries", "is_read", "outputs", "replaying", "way", "ways")
@@ -50,11 +50,11 @@ class Tape:
         is_read: bool = False,
     ) -> None:
         self.entries, self.ways, self.replaying, self.outputs = entries, ways, replaying, outputs
-        self.is_read = is_read  # code of the branch may look at running statistics
-        self.at = self.way = 0  # where the recompute is in these
+        self.is_read = is_read  # code of the branch may read running statistics
+        self.at = self.way = 0  # the recompute's position in each list
 
     def next(self, norm: nn.Module) -> Statistics | None:
-        """The statistics that ``norm`` had at this place of the forward; None if it ran otherwise then."""
+        """The statistics of ``norm`` at this point of the forward; None if another norm ran there."""
         if self.at < len(self.entries) and self.entries[self.at][0] is norm:
             self.at += 1
             _, statistics, running = self.entries[self.at - 1]
@@ -63,39 +63,39 @@ class Tape:
         return None
 
     def taken(self, layer: nn.Module) -> Any:
-        """The way that ``layer`` was run at this place of the forward; None if that is not known."""
+        """How ``layer`` was run at this point of the forward; None if that is not known."""
         if self.replaying and self.way < len(self.ways) and self.ways[self.way][0] is layer:
             self.way += 1
             return self.ways[self.way - 1][1]
         return None
 
     def took(self, layer: nn.Module, way: Any) -> None:
-        """Note it."""
+        """Record how ``layer`` is run."""
         if not self.replaying:
             self.ways.append((layer, way))
 
 
 def outputs_alone() -> Tape | None:
-    """A tape for what stores its activations: what can be made again, if somebody around it wants to know."""
+    """A tape for a run that stores its activations: registers outputs that can be recomputed, if an outer tape asks."""
     tape = ambient.tape
     return None if tape is None or tape.outputs is None else Tape([], [], False, tape.outputs)
 
 
 def running_of(norm: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Copies of the norm's buffers as they are now, if code of the branch may look at them."""
+    """Copies of the norm's current buffers, if code of the branch may read them."""
     if ambient.tape is None or not ambient.tape.is_read:
         return None
     return {name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None}
 
 
 def put_running(norm: nn.Module, running: dict[str, torch.Tensor] | None) -> None:
-    """In a recompute, which counts no batch: let the throw-away buffers be what they were after the norm."""
+    """In a recompute, which counts no batch: set the throw-away buffers to their values after the norm."""
     for name, value in (running or {}).items():
         norm._buffers[name].copy_(value)  # type: ignore[union-attr]
 
 
 class Within:
-    """``with Within(kernels, tape)``: what `ambient` says there, in this thread."""
+    """``with Within(kernels, tape)``: sets `ambient` in this thread."""
 
     __slots__ = ("before", "now")
 
