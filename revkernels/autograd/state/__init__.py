@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch must find again when it is run once more, how that is put there, and what of it is refused."""
+"""What is restored for a branch's recompute, how that is done, and what is refused."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that a branch keeps on itself while it runs, such as the auxiliary loss of a mixture of experts."""
+"""Tensors that a branch sets as attributes while it runs, such as the auxiliary loss of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from revkernels.autograd.state.reachable import own_names
 
 __all__ = ["CONTAINERS", "attributes_of", "put_attributes_back"]
 
-#: Of a module: its ``__dict__``, what it holds there besides what every module has, and the contents of containers.
+#: For a module: its ``__dict__``, its entries that not every module has, and the contents of containers in them.
 Attributes = list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]]
 
 
 def attributes_of(modules: Sequence[nn.Module]) -> Attributes:
-    """Before a recompute: the modules' own attributes."""
+    """Before a recompute: the modules' attributes."""
     found: Attributes = []
     for module in modules:
         own = {name: module.__dict__.get(name) for name in own_names(module.__dict__)}
@@ -33,9 +33,9 @@ def attributes_of(modules: Sequence[nn.Module]) -> Attributes:
 
 
 def put_attributes_back(before: Attributes) -> None:
-    """After it: tensors with a graph that a branch keeps as attributes, or in lists and dictionaries there, are the
-    forward's again. Those of the recompute belong to a graph that nobody uses, and would hold a stream's memory. What
-    has no graph is left: `is_recomputing` is there for who collects such things."""
+    """After a recompute: restore the forward's tensors with a graph, in attributes and in lists and dictionaries there.
+    The recompute's belong to a graph that nobody uses, and would keep a stream's memory alive. Values without a graph
+    stay: code that collects such values can call `is_recomputing`."""
     for table, own, containers in before:
         for name in own_names(table):
             value = table.get(name)
@@ -49,8 +49,8 @@ def put_attributes_back(before: Attributes) -> None:
 
 
 def _copy(container: Any, into: list[tuple[Any, Any]], depth: int, room: int) -> int:
-    """Note the container and what is in it. Returns how many of ``room`` items are left; of what has more, which is
-    data, the length is noted alone, so that what is added to it can be taken off."""
+    """Record the container and its contents. Returns how many of ``room`` items are left. Of a list with more items,
+    which is data, only the length is recorded, so that items appended to it can be removed."""
     if len(container) > room or len(into) > room:
         if isinstance(container, list | collections.deque) and len(into) <= room:
             into.append((container, len(container)))
@@ -66,7 +66,7 @@ def _copy(container: Any, into: list[tuple[Any, Any]], depth: int, room: int) ->
 
 
 def _put_back(container: Any, contents: Any) -> None:
-    """Undo what the recompute has put in, item by item: others may put something in at the same time."""
+    """Undo what the recompute added, item by item: other threads may add items at the same time."""
     if isinstance(container, dict):
         for key, value in list(container.items()):
             if value is not contents.get(key, _MISSING) and _has_graphs(value):
@@ -89,9 +89,9 @@ def _put_back(container: Any, contents: Any) -> None:
 
 
 CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
-_DEPTH = 2  # containers in containers
-_ROOM = 256  # items of a module's containers that are copied
-_FEW = 1024  # items that are looked at for tensors
+_DEPTH = 2  # nesting of containers
+_ROOM = 256  # items to copy of a module's containers
+_FEW = 1024  # items to search for tensors
 _MISSING = object()
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names in a branch's code, and what they tell of its buffers and attributes that nothing else does.
+"""Finds out from the names in a branch's code how it uses buffers and attributes, where nothing else shows that.
 
-`torch.batch_norm` writes running statistics without counting it as a write, fake quantisation the range that it
-observes, and so does who writes through ``.data`` or NumPy; what a branch reads of a batch norm's statistics leaves no
-trace at all. To take every buffer for written and read would cost copies in every forward, so it is done where the code
-names such things: that of the module's class, of hooks, and of functions that these name, torch's own left out.
+`torch.batch_norm` writes running statistics without a new version, and fake quantisation the range that it observes; so
+does code that writes through ``.data`` or NumPy. What a branch reads of a batch norm's statistics leaves no trace at
+all. To treat every buffer as written and read would cost copies in every forward, so only code that names such things
+is: the code of the module's class, of hooks, and of functions that these name, torch's own excluded.
 
-An attribute with a gradient may be a state that the next call reads, whose value of then a recompute needs, or a
-feature or a loss that is kept for others, which is not to be held: whether code reads it before it writes it tells.
+An attribute with a gradient may be state that the next call reads, whose old value a recompute needs, or a feature or
+loss kept for others, which must not be kept alive. It is state if the code reads it before it writes it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _RUNNING = frozenset(
 _SILENT = frozenset(
     ("batch_norm", "instance_norm", "native_batch_norm", "fused_moving_avg_obs_fake_quant", "data", "numpy", "_buffers")
 )
-#: Where torch's own modules are that fake quantisation runs in. Its operator writes buffers of one of them and of
-#: another that this one holds, so that all of them are taken to name it.
+#: torch's own modules for fake quantisation. The operator writes buffers of one module and of another that this one
+#: holds, so all of them are treated as if they named it.
 _TORCHS_SILENT = "torch.ao.quantization."
-_MANY = 256  # functions that are looked at for one class
+_MANY = 256  # functions to search for one class
 
-_BY_NAME = frozenset(("getattr", "__dict__", "vars"))  # by which any attribute is read
+_BY_NAME = frozenset(("getattr", "__dict__", "vars"))  # these can read any attribute
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "DELETE_ATTR")
-#: Of `_accesses` to an attribute in a function, and in a forward: what that may have written first is a state if it is
-#: written again once it was read, and else made once, as `if not self.made: self.weight = ...` does it.
+#: Patterns of `_accesses` to an attribute, in a function and in a forward. If the first access may be a write, it is
+#: state if read and then written again; else it is created once, as by `if not self.made: self.weight = ...`.
 _READ, _STATES = re.compile(".*r"), re.compile("r|m.*r.*[wm]")
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 
@@ -50,18 +50,18 @@ _of_function: weakref.WeakKeyDictionary[types.FunctionType, frozenset[str]] = we
 
 
 def reads_running(branch: Any, modules: Sequence[nn.Module]) -> bool:
-    """Whether code in the branch may look at running statistics, its own or those of a norm inside it."""
+    """Whether code in the branch may read running statistics, its own or those of a norm inside it."""
     return any(not _RUNNING.isdisjoint(names) for names in _in(branch, modules))
 
 
 def writes_silently(module: nn.Module) -> bool:
-    """Whether the module's forward may write its buffers so that no version tells, or that of one that holds it."""
+    """Whether the forward of the module, or of one that holds it, may write its buffers without a new version."""
     return not _SILENT.isdisjoint(_names_of_class(type(module)))
 
 
 def may_read(module: nn.Module, name: str) -> bool:
-    """Whether the module's code may read this attribute as a call before has left it: not where its forward writes it
-    first, and nothing else of its class, or that this calls, reads it."""
+    """Whether the module's code may read the value that a previous call left in this attribute: not if its forward
+    writes it first, and no other code of its class, or called by it, reads it."""
     kind = type(module)
     found = _read_by.get(kind)
     if found is None:
@@ -82,13 +82,13 @@ def _read_first(kind: type) -> frozenset[str]:
 
 
 def _accesses(code: types.CodeType, whole: bool = True) -> Iterator[tuple[str, str]]:
-    """The attributes, and globals, that the code names, in its order: whether it reads each, writes it, or may write
-    it, on one way of several or in a function inside it (``whole`` is False)."""
+    """The attributes and globals that the code names, in order, each with r (read), w (written) or m (may be written:
+    in one of several paths, or in a nested function, for which ``whole`` is False)."""
     furthest = 0
     for one in dis.get_instructions(code):
         if one.opcode in _JUMPS:
             furthest = max(furthest, one.argval)
-        elif isinstance(one.argval, types.CodeType):  # which may run from here on
+        elif isinstance(one.argval, types.CodeType):  # may run from here on
             yield from _accesses(one.argval, False)
         elif one.opname.startswith("STORE_ATTR"):
             yield str(one.argval), "w" if whole and one.offset >= furthest else "m"
@@ -132,12 +132,12 @@ def _names_of(function: Any) -> frozenset[str]:
 
 
 def _follow(waiting: list[Any]) -> frozenset[str]:
-    """The names in the code of these, and in that of functions that they name, close over or are made of."""
+    """The names in the code of these, and of functions that they name, close over or consist of."""
     return frozenset().union(*(named(function).all for function in _reached(waiting)))
 
 
 def _reached(waiting: list[Any]) -> Iterator[types.FunctionType]:
-    """These functions, and those that they name, close over or are made of."""
+    """These functions, and those that they name, close over or consist of."""
     seen: set[int] = set()
     while waiting and len(seen) < _MANY:
         held = waiting.pop()
@@ -148,7 +148,7 @@ def _reached(waiting: list[Any]) -> Iterator[types.FunctionType]:
             waiting += [held.func, *held.args, *held.keywords.values()]
         elif isinstance(held, types.MethodType | staticmethod | classmethod):
             waiting.append(held.__func__)
-            if isinstance(held, types.MethodType):  # which may call others of its class
+            if isinstance(held, types.MethodType):  # it may call others of its class
                 waiting += _held_by(type(held.__self__))
         elif isinstance(held, property):
             waiting.append(held.fget)
@@ -159,7 +159,7 @@ def _reached(waiting: list[Any]) -> Iterator[types.FunctionType]:
 
 
 def _named_by(names: frozenset[str], table: dict[str, Any]) -> Iterator[Any]:
-    """Functions of these names among the globals, and in modules that are."""
+    """Functions of these names among the globals, and in modules among the globals."""
     for name in names:
         value = table.get(name)
         if isinstance(value, types.FunctionType | functools.partial):
@@ -177,6 +177,6 @@ def _is_full(cell: Any) -> bool:
 
 
 def _is_torchs(module: Any) -> bool:
-    """Torch's own code, and this package's, read no statistics but to normalise with them."""
+    """Whether it is torch's own code or this package's, which read statistics only to normalise with them."""
     first = str(module).partition(".")[0]
     return first in ("torch", "revkernels", "builtins", "numpy", "functools", "typing")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A branch that was looked through once, and is asked from then on whether it is still the same.
+"""Caches what was found out about a branch, and checks whether the branch is still the same.
 
-A half-step has to know that twice, and what is asked lies all over the memory: the extension asks. Of layers that are
-plain that is all there is to know; what modules with code of somebody's own hold is looked at besides.
+A half-step makes this check twice, and what it reads is scattered all over memory, so the C++ extension does it. For
+plain layers nothing else is needed; what modules with custom code hold is searched in addition.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from revkernels.autograd.state.structure import Structure, tree_of
 
 __all__ = ["KnownBranch", "Tree", "known_branch"]
 
-#: A branch's modules, itself first, and what is registered in them, one after another.
+#: A branch's modules, itself first, and what is registered in them, in one list.
 Tree = tuple[list[nn.Module], list[Any]]
 
-#: A module, where something hangs, its name, and None or `MISSING`, which was there before.
+#: A module, the dictionary, a name, and its value before: None, or `MISSING` if there was none.
 Gap = tuple[nn.Module, dict[str, Any], str, Any]
 
 _known: weakref.WeakKeyDictionary[nn.Module, KnownBranch] = weakref.WeakKeyDictionary()
-_SAME, _EMPTY, _NAMES, _MODULES, _CLASS = range(5)  # what the extension is to ask
+_SAME, _EMPTY, _NAMES, _MODULES, _CLASS = range(5)  # the kinds of check
 _ASKED = {
     "training": _SAME,
     **dict.fromkeys(("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"), _EMPTY),
     **dict.fromkeys(("_parameters", "_buffers"), _NAMES),
     "_modules": _MODULES,
 }
-_HEAP_TYPE = 1 << 9  # of Python's type flags: of a class that was made by a class statement
+_HEAP_TYPE = 1 << 9  # a type flag of Python: made by a class statement
 
 
 def known_branch(branch: nn.Module) -> tuple[KnownBranch, Tree] | None:
-    """What is known of a branch; None of one with hooks on its modules or on all modules, or with scripted modules."""
+    """What is known of a branch; None if it has hooks on its modules or on all modules, or scripted modules."""
     known = _known.get(branch)
     if known is not None and (tree := known.tree(branch)) is not None:
         return known, tree
@@ -53,27 +53,27 @@ def known_branch(branch: nn.Module) -> tuple[KnownBranch, Tree] | None:
     if not known.may_be_held():
         return None
     tree = known.tree(branch)
-    if tree is None:  # without the extension, or with something unheard of in a registry's place
+    if tree is None:  # no extension, or a registry of an unknown type
         return None
     _known[branch] = known
     return known, tree
 
 
 class KnownBranch:
-    """Of a branch, which this does not hold, nor its layers and tensors: it is there for as long as the branch is.
+    """What is known of a branch. Holds no references to it, its layers or its tensors; lives as long as the branch.
 
     Attributes:
-        others: the numbers of the modules that are not plain. Of these only what follows is known, what is registered
-            in them, that they have no hooks, and the options of one of torch's own that has more than these.
+        others: the indices of the modules that are not plain. Of these only the following is known: what is registered
+            in them, that they have no hooks, and the options of those that have the class of a known layer.
         flags: whether each module is in training mode.
-        stateful: the numbers of the modules with buffers.
+        stateful: the indices of the modules with buffers.
     """
 
     __slots__ = ("_kinds", "_names", "_rows", "_structure", "_turn", "flags", "others", "stateful")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         plain = list(map(is_plain, modules))
-        tables = [module.__dict__.copy() for module in modules]  # once: another thread's recompute may change them
+        tables = [module.__dict__.copy() for module in modules]  # a copy: another thread's recompute may change them
         self._rows = list(map(_row_of, modules, tables, plain))
         self._names = [tuple(table) if is_ else () for table, is_ in zip(tables, plain, strict=True)]
         self._kinds = {type(module) for module, is_ in zip(modules, plain, strict=True) if is_}
@@ -84,20 +84,20 @@ class KnownBranch:
         self._turn = self._turn_of([modules[number] for number in self.stateful])
 
     def may_be_held(self) -> bool:
-        """Whether no option refers to something, such as the branch."""
+        """Whether no option may refer to an object, such as the branch."""
         return all(map(_is_value, self._structure.options()))
 
     def tree(self, branch: nn.Module) -> Tree | None:
-        """The branch as it is now; None if it is not what it was, or a layer no longer plain."""
+        """The branch's current tree; None if it has changed, or a layer is no longer plain."""
         tree: Tree | None = native.module_tree(branch, self._rows)
         return tree if unpatched(self._kinds) else None
 
     def is_tree(self, branch: nn.Module, tree: Tree) -> bool:
-        """Whether that is still this tree."""
+        """Whether the branch still has this tree."""
         return native.is_module_tree(branch, self._rows, *tree) and unpatched(self._kinds)
 
     def turn(self, modules: Sequence[nn.Module]) -> Any:
-        """The right to run these, which it is made of now: perhaps others than at first, that are like them."""
+        """The lock for these modules, the branch's current ones: they may have replaced the first ones, if alike."""
         refs, turn = self._turn
         stateful = [modules[number] for number in self.stateful]
         if any(ref() is not module for ref, module in zip(refs, stateful, strict=True)):
@@ -109,7 +109,7 @@ class KnownBranch:
         return list(map(weakref.ref, stateful)), turn_of(stateful)
 
     def gaps(self, tree: Tree) -> Iterator[Gap]:
-        """Where nothing was on its plain layers, or None, when it was this tree, and something is now."""
+        """Attributes and buffers of plain layers that were missing or None when it had this tree, and now are not."""
         for module, names, (_, _, known, _) in zip(tree[0], self._names, self._rows, strict=True):
             if not names:
                 continue
@@ -123,7 +123,7 @@ class KnownBranch:
                     yield module, buffers, name, MISSING
 
     def structure(self, tree: Tree, kinds: Iterable[type]) -> Structure:
-        """That of the branch when it was this tree, whose ``others`` were of these classes."""
+        """The structure of the branch when it had this tree and its ``others`` had these classes."""
         registered, at, left = [], 0, iter(kinds)
         for _, _, held, asked in self._rows:
             below = held[asked.index(_MODULES)]
@@ -132,13 +132,13 @@ class KnownBranch:
         return self._structure.of([row[0] if row[1] is None else next(left) for row in self._rows], registered)
 
 
-#: A module's class, or a reference to it; of which attributes something is asked, None for all in their order; what
-#: hangs there, or what is known of that; and what is to be asked of each of these.
+#: A module's class, or a reference to it; the names of the attributes to check, None for all in order; their values, or
+#: what is known of these; and the kind of check for each.
 _Row = tuple[Any, tuple[str, ...] | None, tuple[Any, ...], bytes]
 
 
 def _is_usual(module: nn.Module) -> bool:
-    """Whether it has no hooks, and what there is to ask of: a scripted module's are no dictionaries."""
+    """Whether it has no hooks, and the usual dictionaries, which a scripted module does not have."""
     return not has_hooks(module) and type(module._modules) is dict and _ASKED.keys() <= module.__dict__.keys()
 
 
@@ -160,13 +160,13 @@ def _known_of(held: Any, ask: int) -> Any:
 
 
 def _class_of(held: Any) -> Any:
-    """Its class, or a weak reference: one that was made in a function may refer to the branch."""
+    """Its class, or a weak reference: one defined in a function may refer to the branch."""
     kind = type(held)
     return weakref.ref(kind) if kind.__flags__ & _HEAP_TYPE else kind
 
 
 def _is_value(held: Any) -> bool:
-    """Whether it is like a number, and refers to nothing: what may refer to the branch must not be held here."""
+    """Whether it is like a number and refers to no object: a reference to the branch must not be held here."""
     if type(held) is tuple:
         return all(map(_is_value, held))
     return not gc.is_tracked(held) and (type(held) is str or not hasattr(held, "__len__"))

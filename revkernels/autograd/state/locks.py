@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which thread may run a branch that a recompute changes for a while."""
+"""Locks for branches that a recompute temporarily changes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _EVERYBODY = contextlib.nullcontext()
 
 
 def turn_of(modules: Sequence[nn.Module]) -> contextlib.AbstractContextManager[Any]:
-    """The right to run these modules, which have buffers, or items in lists or dictionaries: one thread's at a time.
+    """The lock to run these modules, which have buffers, or items in lists or dictionaries: one thread at a time.
 
-    A recompute hangs throw-away buffers into them, where another thread's forward would lose its statistics.
+    A recompute replaces their buffers by throw-away copies, where another thread's forward would lose its statistics.
     """
     return _Turn(modules) if modules else _EVERYBODY
 
@@ -29,7 +29,7 @@ class _Turn(contextlib.AbstractContextManager[None]):
     __slots__ = ("locks",)
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        # In one order for all threads, so that no two wait for each other.
+        # In the same order in all threads, to avoid deadlocks.
         self.locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
 
     def __enter__(self) -> None:
@@ -38,7 +38,7 @@ class _Turn(contextlib.AbstractContextManager[None]):
             for lock in self.locks:
                 lock.acquire()
                 count += 1
-        except BaseException:  # an interrupt while it waits
+        except BaseException:  # an interrupt while waiting
             for lock in self.locks[:count]:
                 lock.release()
             raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch is made of, and what it reaches besides, as found before each of its forwards."""
+"""The modules, tensors and generators that a branch consists of or reaches, found before each of its forwards."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = ["Parts", "is_scripted"]
 
 
 class Parts:
-    """The modules of a branch, and what there is to know of them.
+    """The modules of a branch, and what is known of them.
 
     Args:
-        given: the branch's arguments, for the modules among them.
+        given: the branch's arguments, whose modules are included.
 
     Attributes:
-        modules: all of them, itself first if it is one.
-        registered: behind so many come modules that the branch holds without having registered them, and may not run.
-        known: what is known of it; None where it is looked through anew.
-        tree: of a known one, what it is made of.
-        kinds: of a known one, the classes of its modules that are not plain layers.
-        own: what its modules have on themselves; None if all are plain layers, which have nothing.
-        generators: that it reaches.
-        held: tensors that it reaches or has on itself and that are no parameters or buffers, by name.
-        reads_running: whether its code may look at running statistics, which are then rewound like other buffers.
-        turn: the right to run it.
+        modules: all of them, the branch first if it is a module.
+        registered: how many are registered; later ones are only held by the branch, which may not run them.
+        known: the cached `KnownBranch`; None if the branch is inspected anew.
+        tree: of a known branch, its modules and what is registered in them.
+        kinds: of a known branch, the classes of its modules that are not plain layers.
+        own: the state in its modules' attributes; None if all are plain layers, which have none.
+        generators: random generators that it reaches.
+        held: tensors that it reaches or has as attributes, other than parameters and buffers, by name.
+        reads_running: whether its code may read running statistics, which are then rewound like other buffers.
+        turn: the lock to hold while it runs.
     """
 
     __slots__ = (
@@ -79,15 +79,15 @@ class Parts:
             self._look_into(self.modules if self.known is None else code)
 
     def _look_beside(self, modules: Sequence[nn.Module]) -> list[nn.Module]:
-        """Note what the branch reaches, of which these modules are all or those that are worth a look. Returns modules
-        that it has not registered."""
+        """Record what the branch reaches. ``modules``: all of its modules, or those that need a look. Returns the
+        modules that it has not registered."""
         reached = beside(modules, self.modules) if self.modules else behind(self.branch)
         self.held += reached.tensors
         self.generators = reached.generators
         return [module for module in reached.modules if not is_scripted(module)]
 
     def _look_into(self, modules: Sequence[nn.Module]) -> None:
-        """Likewise what is on these."""
+        """Record the state of these modules."""
         self.own = OwnState(self.branch, modules)
         for module in modules:
             if is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
@@ -103,29 +103,29 @@ class Parts:
             self.turn = turn_of(stateful)
 
     def look_again(self) -> None:
-        """In its turn: before that, another thread's recompute may have had it as that one's forward had found it."""
+        """To be called with `turn` held: another thread's recompute may have changed the modules for a while before."""
         known = self.known
         if known is not None and (known.stateful or (self.own and self.own.holders)) and not self.is_same():
             self.known, self.modules = None, tree_of(self.branch)
             self.registered, self.own = len(self.modules), OwnState(self.branch, self.modules)
 
     def stateful(self) -> list[nn.Module]:
-        """Its modules with buffers, but for those that it may not run."""
+        """Its modules with buffers, without those that it may not run."""
         if self.known is not None:
             return [self.modules[number] for number in self.known.stateful]
         return [module for module in self.modules[: self.registered] if module._buffers]
 
     def is_same(self) -> bool:
-        """Whether it is a known branch, and its modules and what is registered in them what they were."""
+        """Whether it is a known branch whose modules and registered tensors have not changed."""
         return self.known is not None and self.known.is_tree(self.branch, self.tree)  # type: ignore[arg-type]
 
     def looked_at(self, is_same: bool) -> Sequence[nn.Module]:
-        """Its modules, but for plain layers that `is_same` has seen."""
+        """Its modules, without the plain layers that `is_same` has checked."""
         if not is_same:
             return self.modules
         return NONE if self.own is None else self.own.modules
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Whether torch.jit has made it, so that its tables are no dictionaries."""
+    """Whether torch.jit created it: its tables are not dictionaries."""
     return isinstance(module, torch.jit.ScriptModule)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that are known to reach nothing but what they have registered.
+"""Plain layers: known to reach nothing but what they have registered.
 
-Looking for what a branch holds and reads besides (`revkernels.autograd.state.reachable`) takes longer than a small
-layer runs. torch's own layers and this package's need no look, unless somebody has hung a tensor, a function or a hook
-on one of them, or replaced what their class is called through.
+Searching what a branch holds and reads besides (`revkernels.autograd.state.reachable`) takes longer than a small layer
+runs. torch's own layers and this package's need no search, unless one of them has been given a tensor attribute, a
+function or a hook, or the methods through which their class is called have been replaced.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ["Options", "has_options", "is_plain", "options_of", "plain", "unpatch
 
 Kind = TypeVar("Kind", bound=type)
 
-#: The classes, each with what its modules are called through.
+#: The plain classes, each with the methods that call its modules.
 _known: dict[type, tuple[Any, Any]] = {}
 _call_impl = nn.Module._call_impl
 
 
 def plain(kind: Kind) -> Kind:
-    """Say of a class, as a decorator, that its modules read what they have registered and numbers, and leave nothing on
+    """Class decorator: declares that the modules read only what they have registered and numbers, and set nothing on
     themselves."""
     _known[kind] = kind.forward, kind.__call__  # type: ignore[attr-defined]
     return kind
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether it is of such a class, as that was at the start, without hooks, and none of its attributes is a tensor,
-    as one in a parameter's place is, or a function, as in a method's place, or something in which the code of a module
-    above may keep what it reads in its next call."""
+    """Whether it is of a plain class whose methods have not changed, has no hooks, and no attribute is a tensor (as in
+    a parameter's place), a function (as in a method's place), or an object in which the code of a parent module may
+    store what it reads in its next call."""
     kind, table = type(module), module.__dict__
     if kind not in _known or "forward" in table or has_hooks(module) or not unpatched((kind,)):
         return False
@@ -51,8 +51,8 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _may_keep(value: Any) -> bool:
-    """Whether it is a container, but for tuples of numbers, a generator, a module or another callable, or a tensor of
-    somebody's own class."""
+    """Whether it is a container other than a tuple of numbers, a generator, a module or other callable, or a tensor of
+    a custom class."""
     kind = type(value)
     if kind is tuple:
         return is_state(value) or any(map(_may_keep, value))
@@ -60,7 +60,7 @@ def _may_keep(value: Any) -> bool:
 
 
 def unpatched(kinds: Iterable[Any]) -> bool:
-    """Whether plain classes are called through what they were, and no hooks are on all modules."""
+    """Whether plain classes are called through their original methods, and there are no global hooks."""
     for kind in kinds:
         forward, call = _known[kind]
         if kind.forward is not forward or kind.__call__ is not call:
@@ -69,14 +69,14 @@ def unpatched(kinds: Iterable[Any]) -> bool:
 
 
 class Options(NamedTuple):
-    """The names of a class's options, such as ``p`` of a dropout, and what takes their values out of a ``__dict__``."""
+    """The names of a class's options, such as ``p`` of a dropout, and a function that reads a ``__dict__``'s values."""
 
     names: tuple[str, ...]
     read: Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
 def options_of(module: nn.Module) -> tuple[Options | None, tuple[Any, ...] | None]:
-    """Those of a layer, if it is of one of these classes, and their values now."""
+    """The options of a layer of a plain class, and their current values."""
     kind, table = type(module), module.__dict__
     options = _options.get(kind)
     if options is None:
@@ -85,13 +85,13 @@ def options_of(module: nn.Module) -> tuple[Options | None, tuple[Any, ...] | Non
         options = _options[kind] = _options_named(name for name in own_names(table) if type(table[name]) in _OPTIONS)
     try:
         return options, options.read(table)
-    except KeyError:  # the first one had attributes of somebody's own
+    except KeyError:  # the first module had additional attributes
         options = _options[kind] = _options_named(name for name in options.names if name in table)
         return options, options.read(table)
 
 
 def has_options(module: nn.Module) -> bool:
-    """Whether it is of one of these classes, plain or not."""
+    """Whether it is of a plain class, even if it `is_plain` no longer."""
     return type(module) in _known
 
 
@@ -102,11 +102,11 @@ def _options_named(names: Iterable[str]) -> Options:
 
 def _reader(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     if len(names) > 1:
-        return operator.itemgetter(*names)  # one call: every half-step does this for every layer
+        return operator.itemgetter(*names)  # one call, since every half-step does this for every layer
     return lambda table: tuple([table[name] for name in names])
 
 
-_options: dict[type, Options] = {}  # of each class, what all of its modules have that were met
+_options: dict[type, Options] = {}  # for each class, those that all of its modules so far have
 _OPTIONS = frozenset((int, float, bool, str, tuple, type(None)))
 _MORE = frozenset((*PLAIN, *FUNCTIONS, types.BuiltinFunctionType))
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a callable, or a module, reaches without having registered it: modules, tensors and generators, as far as that
-shows."""
+"""Finds the modules, tensors and generators that a callable or a module reaches without registering them, as far as
+they are visible."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from torch import nn
 
 __all__ = ["FUNCTIONS", "LISTS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "is_layers", "named", "own_names"]
 
-_DEPTH = 3  # containers in containers that are looked into: one may hold itself
-_MANY = 1024  # items that are looked at for one branch: it is looked through in every forward, and what is more is data
-_BEGINNING = 16  # items of a container by which it is told from data
-#: What every module's ``__dict__`` has, in the order in which it gets it.
+_DEPTH = 3  # nesting depth of containers to search: one may hold itself
+_MANY = 1024  # items to search per branch, which is done in every forward; longer containers are data
+_BEGINNING = 16  # items after which a container without a find is data
+#: The names that every module's ``__dict__`` has, in order.
 _STANDARD = list(nn.Module().__dict__)
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, torch.device))
 _CONTAINERS = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)  # others may do anything
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
-#: For a branch, modules that it holds and that contain it.
+#: For a branch, the modules that it holds and that contain it.
 _around: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 class Reached:
-    """What was found.
+    """The modules, tensors and generators found.
 
     Attributes:
         modules: with all that they contain, and hold in turn.
         tensors: each with a name.
-        generators: of random numbers.
+        generators: random generators.
     """
 
     def __init__(self, within: Sequence[nn.Module] = ()) -> None:
@@ -57,9 +57,9 @@ class Reached:
         return list(self._generators.values())
 
     def look(self, name: str, held: Any, objects: bool = False, depth: int = _DEPTH) -> bool:
-        """Note what is in ``held``; ``objects``: modules among the attributes of others too. Returns whether it is, or
-        has, something that was worth a look: a long container that begins without is data."""
-        kind = type(held)  # not its class: of a weak proxy that is another's
+        """Record what is in ``held``; with ``objects``, also modules among other objects' attributes. Returns whether
+        there is anything relevant: a long container whose first items have nothing is data."""
+        kind = type(held)  # not __class__: a weak proxy's is its target's
         if kind in _CONTAINERS:
             return self._look_into(name, held, objects, depth - 1) if depth and len(held) <= _MANY else False
         if issubclass(kind, nn.Module):
@@ -96,7 +96,7 @@ class Reached:
         return found
 
     def take(self, module: nn.Module) -> None:
-        """Note the module, and all in it."""
+        """Record the module and all its submodules."""
         if module in self.modules or module in self._within or _contains(module, self._branch):
             return
         new = [found for found in module.modules() if found not in self.modules]
@@ -105,13 +105,13 @@ class Reached:
             self.attributes(found)
 
     def attributes(self, module: nn.Module) -> None:
-        """Look at what the module holds besides parameters, buffers and registered modules."""
+        """Search what the module holds besides parameters, buffers and registered modules."""
         kind: Any = type(module)
         own = module.__dict__
         torchs, names = _about(getattr(kind, "forward", None))
         torchs = torchs and "forward" not in own
         if torchs and not is_layers(getattr(kind, "forward", None)):
-            return  # its forward reads what it has registered; what is on a layer code round it may read
+            return  # its forward reads only what is registered; a layer's attributes may be read by other code
         if not torchs and names is not None:
             for name in names.globals:
                 value = kind.forward.__globals__.get(name)
@@ -127,7 +127,7 @@ class Reached:
                 self.look(name, value)
 
     def follow(self) -> Reached:
-        """Look behind the callables that were met."""
+        """Search what the callables found so far reach."""
         while self._waiting:
             function = self._waiting.pop()
             for name, held in _held_by(function):
@@ -135,9 +135,9 @@ class Reached:
         return self
 
 
-#: torch's own layers that are given a function, and hold it.
+#: torch's own layers that take a function, and hold it.
 WITH_FUNCTIONS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-#: Lists that convolutions and recurrent layers have themselves.
+#: Lists that convolutions and recurrent layers create themselves.
 LISTS = frozenset(
     ("_reversed_padding_repeated_twice", "_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
 )
@@ -147,9 +147,9 @@ _UNSEEN = (type, types.ModuleType, types.BuiltinFunctionType, *weakref.ProxyType
 def behind(function: Callable[..., Any]) -> Reached:
     """Return what a callable is bound to, closes over, defaults to, holds or names.
 
-    Looked through are partials, other callables met on the way, lists, tuples and dictionaries that are not long, and,
-    of the globals that its code names, modules, tensors and functions of the same file; of other objects, such as the
-    one that a method is bound to, modules among their attributes.
+    Searched are partials, other callables found on the way, short lists, tuples and dictionaries, and, of the globals
+    that its code names, modules, tensors, generators and functions of the same file; of other objects, such as the one
+    that a method is bound to, the modules among their attributes.
     """
     reached = Reached()
     reached._seen.add(id(function))
@@ -158,11 +158,11 @@ def behind(function: Callable[..., Any]) -> Reached:
 
 
 def beside(modules: Sequence[nn.Module], within: Sequence[nn.Module] | None = None) -> Reached:
-    """Return what the modules hold in lists, tuples, dictionaries and callables, or under names that they have not
-    registered, and modules and generators that are globals which their ``forward`` names.
+    """Return what the modules hold in lists, tuples, dictionaries and callables, or in attributes that are not
+    registered, and the modules and generators among the globals that their ``forward`` names.
 
-    Left out are those ``within``, of which these are all or a part, and what contains the first of them: a branch may
-    know the whole model."""
+    Excluded are the modules ``within``, of which ``modules`` are all or a part, and modules that contain the first of
+    them: a branch may hold the whole model."""
     reached = Reached(modules if within is None else within)
     for module in modules:
         reached.attributes(module)
@@ -184,7 +184,7 @@ def _contains(module: nn.Module, branch: nn.Module | None) -> bool:
 def _is_torchs(function: Any) -> bool:
     """Whether it is a function of torch's own, such as functional.relu or a layer's forward.
 
-    Not a wrapper of one, which takes its names over, nor one that torch wraps.
+    Not a wrapper of one, which copies its names, nor a function that torch wraps.
     """
     if not issubclass(type(function), types.FunctionType):
         return False
@@ -192,7 +192,7 @@ def _is_torchs(function: Any) -> bool:
 
 
 def is_layers(forward: Any) -> bool:
-    """Whether a forward is that of one of torch's own layers, by where it is written: a wrapper copies __module__."""
+    """Whether a forward belongs to one of torch's own layers. Uses its globals: a wrapper copies __module__."""
     written_in: str = getattr(forward, "__globals__", {}).get("__name__", "")
     return written_in.startswith("torch.nn.modules.")
 
@@ -233,7 +233,7 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
 
 
 class _Names:
-    """The names in a function's code, and in that of functions written inside it; which are those of globals."""
+    """The names in a function's code and in functions nested in it, and which of them are globals."""
 
     def __init__(self, codes: Sequence[types.CodeType]) -> None:
         self.all = frozenset(name for code in codes for name in code.co_names)
@@ -250,16 +250,16 @@ def _about(forward: Any) -> tuple[bool, _Names | None]:
     """Whether a class's forward is torch's own (or there is none), and the names in it."""
     if not isinstance(forward, types.FunctionType):
         return forward is None, None
-    found = _forwards.get(forward)  # weakly: it may close over the network
+    found = _forwards.get(forward)  # weak: it may close over the network
     if found is None:
         found = _forwards[forward] = _is_torchs(forward), named(forward)
     return found
 
 
 def own_names(table: dict[str, Any]) -> list[str]:
-    """The names in a module's ``__dict__`` that not every module has. (Made at once: another thread may add some.)"""
+    """The names in a module's ``__dict__`` that not every module has. (A new list: another thread may add names.)"""
     names = list(table)
-    if names[: len(_STANDARD)] == _STANDARD:  # as long as nobody has set some before `nn.Module.__init__`
+    if names[: len(_STANDARD)] == _STANDARD:  # unless some were set before `nn.Module.__init__`
         return names[len(_STANDARD) :]
     return [name for name in names if name not in _STANDARD]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hangs on modules while a branch is run again, in the place of their own tensors, and how these come back."""
+"""Replaces tensors of modules during a recompute, and restores them afterwards."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from torch import nn
 
 from revkernels.autograd.ownership import PLAIN, has_memory
 
-Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # where the tensor hangs, its name, itself, its version
+Slot = tuple[dict[str, Any], str, torch.Tensor, int]  # the dictionary, name, tensor, version
 Undo = list[tuple[Any, Any, Any]]
-FEW = 64  # items of a state: what has more is data
-NONE: Any = ()  # in the place of an empty list that nothing is added to any more
-MISSING = object()  # in a tensor's place: nothing hung there
+FEW = 64  # items of a state at most: longer containers are data
+NONE: Any = ()  # replaces an empty list to which nothing more is added
+MISSING = object()  # in place of a tensor: there was none
 FLAT = "_flat_weights"  # a recurrent layer's list of its parameters
 
-#: For each module seen, in train and in eval mode, the names of those buffers that its forward was found to write,
-#: statistics aside; with a dot in front, of attributes that it was found to write in place.
+#: For each module seen, in train and in eval mode, the names of the buffers that its forward was found to write, except
+#: statistics; with a dot in front, the attributes that it was found to write in place.
 _written: weakref.WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = weakref.WeakKeyDictionary()
 
 
 def will_write(module: nn.Module, name: str) -> None:
-    """Tell beforehand that the module's forward writes this buffer, in some calls if not in all."""
+    """Declare that the module's forward writes this buffer, in some calls at least."""
     for training in (False, True):
         _written.setdefault(module, {}).setdefault(training, set()).add(name)
 
 
 def known_to_write(module: nn.Module) -> set[str] | None:
-    """What the module's forward was found to write in its present mode, or None before its first."""
+    """The names that the module's forward was found to write in its current mode, or None before its first."""
     return _written.get(module, {}).get(module.training)
 
 
 def written_by(module: nn.Module) -> set[str]:
-    """The same, to be added to."""
+    """The same set, to be extended."""
     return _written.setdefault(module, {}).setdefault(module.training, set())
 
 
 def item_of(slots: Any, name: Any) -> Any:
-    """What hangs there, in a dictionary, or a list by its index."""
+    """The item of a dictionary, or of a list by its index."""
     if type(slots) is list:
         return slots[name] if name < len(slots) else MISSING
     return slots.get(name, MISSING)
 
 
 def hang(slots: Any, name: Any, tensor: Any) -> None:
-    """Put it there, or leave nothing there. A list keeps its length. Of a module it is the class."""
+    """Set or remove an item. A list keeps its length. For a module, ``tensor`` is the new class."""
     if type(slots) is list:
         if name < len(slots) and tensor is not MISSING:
             slots[name] = tensor
@@ -61,8 +61,8 @@ def hang(slots: Any, name: Any, tensor: Any) -> None:
 
 
 def is_state(value: Any, depth: int = 3, with_graph: bool = False) -> bool:
-    """Whether it is what a branch may leave on itself for its next call to read: a tensor without a gradient, or a
-    tuple, list or dictionary of a few, such as the (h, c) of an LSTM."""
+    """Whether a branch may have set this as state for its next call: a tensor without a gradient, or a short tuple,
+    list or dictionary of such tensors, such as the (h, c) of an LSTM."""
     if type(value) in PLAIN:
         return with_graph or not value.requires_grad
     if type(value) not in (tuple, list, dict) or not depth or len(value) > FEW:
@@ -72,12 +72,12 @@ def is_state(value: Any, depth: int = 3, with_graph: bool = False) -> bool:
 
 
 def may_be_state(value: Any) -> bool:
-    """The same, or with a gradient that goes through it from call to call."""
+    """The same, also for tensors with a gradient, which flows from call to call."""
     return is_state(value, with_graph=True)
 
 
 def without_graph(value: Any) -> Any:
-    """What a recompute reads of it: its value. The graph behind it may be that of all steps before."""
+    """The value, as a recompute reads it, without its graph, which may be that of all previous steps."""
     if type(value) is dict:
         return {name: without_graph(item) for name, item in value.items()}
     if type(value) in (tuple, list):
@@ -88,25 +88,25 @@ def without_graph(value: Any) -> Any:
 
 
 def inner(tensor: torch.Tensor) -> torch.Tensor:
-    """The same, as what was computed with a gradient: to be saved where that was, and to be written to."""
+    """A non-leaf copy with a gradient: saved wherever the original was, and writable in place."""
     with torch.enable_grad():
         return tensor.requires_grad_().clone()
 
 
 def put_back(undo: Undo) -> None:
-    """The branch has its own tensors again."""
+    """Restore the branch's own tensors."""
     for slots, name, tensor in reversed(undo):
         hang(slots, name, tensor)
 
 
 def is_registered(modules: Sequence[nn.Module], tensor: torch.Tensor) -> bool:
-    """Whether it is a parameter, perhaps under another name, as pruning leaves it."""
+    """Whether it is a parameter, perhaps under another name, as after pruning."""
     return any(now is tensor for module in modules for now in module._parameters.values())
 
 
 def hang_again(modules: Sequence[nn.Module], what: tuple[dict[str, Any], str, torch.Tensor], undo: Undo) -> None:
-    """A parameter or buffer of these modules: where it was taken away, as pruning does, with a plain attribute in its
-    place, which is found first."""
+    """Restore a parameter or buffer of these modules that was removed, as by pruning, which sets a plain attribute of
+    that name: the attribute, which would be found first, is removed."""
     slots, name, tensor = what
     for module in modules:
         table = module.__dict__
@@ -117,9 +117,9 @@ def hang_again(modules: Sequence[nn.Module], what: tuple[dict[str, Any], str, to
 
 
 def hang_flat_weights(modules: Sequence[nn.Module], undo: Undo) -> None:
-    """Let recurrent layers compute with the parameters that hang on them: they read a list of these beside them, which
-    they make anew where they notice that a parameter is another one, and not where that one was assigned to them. They
-    notice by another list, of references: the two come back together."""
+    """Make recurrent layers use their current parameters. They read a list of these, ``_flat_weights``, which they
+    update when they notice that a parameter was replaced, but not when the replacement was assigned to them. They
+    notice by a second list, of references: both are restored together."""
     for module in modules:
         table = module.__dict__
         flat = table.get(FLAT) if isinstance(module, nn.RNNBase) else None
@@ -130,10 +130,10 @@ def hang_flat_weights(modules: Sequence[nn.Module], undo: Undo) -> None:
 
 
 def copies_of(rewound: Sequence[tuple[nn.Module, Slot, torch.Tensor]]) -> list[torch.Tensor]:
-    """Copies of the values, to be written to. Those of tensors that share memory share it again."""
+    """Writable copies of the values. Tensors that share memory share it in the copies too."""
     memories = [slot[2].untyped_storage()._cdata if has_memory(slot[2]) else None for _, slot, _ in rewound]
     bases: dict[int, torch.UntypedStorage] = {}
-    same: dict[int, torch.Tensor] = {}  # by the tensor that it stands for
+    same: dict[int, torch.Tensor] = {}  # by the id of the original
     copies = []
     for memory, (_, (_, _, tensor, _), value) in zip(memories, rewound, strict=True):
         if memory is None or memories.count(memory) == 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch's result depends on outside the branch: random numbers, autocast, the default dtype, side inputs."""
+"""State outside the branch that its result depends on: random numbers, autocast, the default dtype, side inputs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from revkernels.errors import ReconstructionError
 
 #: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).
 States = list[tuple[torch.Generator, torch.Tensor, bytes]]
-#: Generators that a branch drew from, with their states before it and a hash of those after; and those that it left as
-#: they were, or may have moved and put back, with the bytes of their states alone.
+#: Generators that a branch drew from, with their states before it and a hash of those after; and generators that it
+#: left unchanged, or may have moved and restored, with only the bytes of their states.
 Drawn = list[tuple[torch.Generator, torch.Tensor | None, int | bytes]]
 
 
@@ -31,10 +31,10 @@ _IN_A_CAPTURE = (
 
 
 class Surroundings:
-    """Recorded for one call of a chain, in the forward; put back round each recompute.
+    """Recorded for one call of a chain, in the forward; restored for each recompute.
 
-    Watched are torch's default generators of the CPU and of the streams' device, and those that the branch reaches or
-    is given. Python's and NumPy's generators are not (nor are they by ``torch.utils.checkpoint``).
+    Covers torch's default generators of the CPU and of the streams' device, and those that the branch reaches or is
+    given. Python's and NumPy's generators are not covered (nor are they by ``torch.utils.checkpoint``).
     """
 
     def __init__(self, device: torch.device, side_inputs: dict[str, Any]) -> None:
@@ -53,28 +53,28 @@ class Surroundings:
                 self.shared.append(generator)
 
     def states(self) -> States:
-        """The shared generators' states as they are now."""
+        """The shared generators' current states."""
         return states_of(self.shared)
 
     def extend(self, side_inputs: dict[str, Any]) -> None:
-        """Watch these as well, as they are now."""
+        """Check these side inputs as well, from now on."""
         known = {id(t) for _, t, *_ in self.side_inputs}
         self.side_inputs += [item for item in _as_they_are(side_inputs) if id(item[1]) not in known]
 
     def are_same(self) -> bool:
-        """Whether autocast and the default dtype are now what they were."""
+        """Whether autocast and the default dtype are unchanged."""
         same = all(state == (state[0], *_autocast_state(state[0])) for state in self.autocast)
         return same and torch.get_default_dtype() == self.default_dtype
 
     def problem(self) -> str | None:
-        """Return which side input is not as it was in the forward, or None."""
+        """Return which side input has changed since the forward, or None."""
         for name, tensor, version, memory in self.side_inputs:
             if tensor._version != version:
                 return (
                     f"the side input {name} was changed in place between the forward and the backward (version "
                     f"{version}, now {tensor._version}), so the branch cannot be run again as it was"
                 )
-            if memory and memory_of(tensor) not in (0, memory):  # 0: somebody has put a mark on it since
+            if memory and memory_of(tensor) not in (0, memory):  # 0: it has been given attributes since
                 return (
                     f"the side input {name} was given other memory between the forward and the backward (through "
                     f".data), so the branch cannot be run again as it was"
@@ -82,7 +82,7 @@ class Surroundings:
         return None
 
     def restore(self, drawn: Drawn) -> ExitStack | None:
-        """Put all but the side inputs back to what it was; closing the result puts back what is now."""
+        """Restore everything except the side inputs; closing the result returns to the current state."""
         other = [
             state
             for state in self.autocast
@@ -92,7 +92,7 @@ class Surroundings:
         elsewhere = []
         for generator, state, after in drawn:
             now, found = _state_of(generator)
-            if found != after:  # else the branch finds it as it was, and leaves it so
+            if found != after:  # else the generator is already in the state to restore
                 elsewhere.append((generator, _tensor_of(after) if state is None else state, now))
         default = torch.get_default_dtype()
         if not other and not elsewhere and default == self.default_dtype:
@@ -101,7 +101,7 @@ class Surroundings:
             if default != self.default_dtype:
                 stack.callback(torch.set_default_dtype, default)
                 torch.set_default_dtype(self.default_dtype)
-            if other:  # torch finds a weight's cast again by the weight, in whichever dtype it was cast to
+            if other:  # torch caches a weight's cast by the weight, whatever the dtype
                 torch.clear_autocast_cache()
                 stack.callback(torch.clear_autocast_cache)
             for kind, enabled, dtype, cache in other:
@@ -113,7 +113,7 @@ class Surroundings:
 
 
 class RefusesToDraw(TorchDispatchMode):
-    """Raises `ReconstructionError` where an operator draws random numbers. ``why``: what is wrong with that here."""
+    """Raises `ReconstructionError` where an operator draws random numbers. ``why``: why that is not allowed here."""
 
     def __init__(self, why: str) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class RefusesToDraw(TorchDispatchMode):
 
 
 def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Operators are marked as random by what they can do: attention without dropout, or rrelu in eval mode, is not."""
+    """Whether this call draws. Operators are tagged by what they can do: attention without dropout, say, does not."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.name in ("dropout_p", "training", "train"):
             return bool(args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value))
@@ -164,7 +164,7 @@ def _state_of(generator: torch.Generator) -> tuple[torch.Tensor, bytes]:
 def drawn(before: States, after: States, plain: bool) -> Drawn:
     """Those of ``before`` whose generator was drawn from; all, if the branch is not ``plain``.
 
-    Code of somebody else's may fork or seed a generator and leave it as it was, like one that draws nothing.
+    Custom code may fork or seed a generator and restore it, which looks like no draw at all.
     """
     found: Drawn = []
     for (generator, state, then), (_, _, now) in zip(before, after, strict=True):
@@ -179,7 +179,7 @@ _recent = threading.local()
 
 
 def _shared(state: bytes) -> bytes:
-    """The bytes, or equal ones that an earlier half-step of this thread has: one copy for many that draw nothing."""
+    """The bytes, or this thread's equal copy from an earlier half-step: one copy for many that draw nothing."""
     last: bytes = getattr(_recent, "state", b"")
     if last != state:
         _recent.state = last = state
@@ -192,13 +192,13 @@ def _tensor_of(state: Any) -> torch.Tensor:
 
 
 def moved(drawn: Drawn) -> bool:
-    """Whether a generator is not where it was."""
+    """Whether a generator was drawn from."""
     return any(before is not None for _, before, _ in drawn)
 
 
 def refuses_a_race(name: str, lazy: bool) -> RefusesToDraw:
-    """To run a branch in whose generators have `strayed`, for it is in order if it draws nothing itself. ``lazy``: it
-    had modules that were to make their parameters, which are drawn once and not again."""
+    """Mode to recompute a branch once more whose generators have `strayed`: valid if the branch draws nothing itself.
+    ``lazy``: it had lazy modules, whose parameters were drawn in the forward and are not drawn again."""
     if lazy:
         return RefusesToDraw(
             f"in the forward {name} also drew the parameters of its lazy modules, so that the numbers cannot be the "
@@ -211,7 +211,7 @@ def refuses_a_race(name: str, lazy: bool) -> RefusesToDraw:
 
 
 def strayed(drawn: Drawn) -> bool:
-    """After the recompute: whether a generator was drawn from, and is not where the forward left it."""
+    """After the recompute: whether a generator that was drawn from is not in the state that the forward left."""
     for generator, before, after in drawn:
         if before is not None and hash(now := _state_of(generator)[1]) != after:
             with _disable_current_modes():
@@ -226,7 +226,7 @@ def _autocast_state(kind: str) -> tuple[bool, torch.dtype, bool]:
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The dtype of autocast for devices of this kind; None where it is off, and where there is none, as for "meta"."""
+    """The dtype of autocast for devices of this kind; None where it is off or not supported, as for "meta"."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch saw when it ran, so that it can be run again and come out the same, or be refused.
+"""The state that a branch saw when it ran, restored for its recompute, which is refused if the state has changed.
 
-Saved-tensor hooks switch off autograd's own version check, so everything that a branch reads besides its input is
-recorded here: parameters, buffers and train/eval flags, and other tensors that it holds. `surroundings` has the rest.
+Saved-tensor hooks disable autograd's own version check, so everything that a branch reads besides its input is
+recorded here: parameters, buffers, train/eval flags, and other tensors that it holds. `rng_and_autocast` has the rest.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _NO_HOOKS = Hooks()
 
 
 class Snapshot(Parts):
-    """One branch at one half-step: taken before its forward, completed after it, consulted before its recompute.
+    """One branch at one half-step: taken before its forward, completed after it, checked before its recompute.
 
-    Each of these belongs inside ``with snapshot.turn``, together with the run of the branch. ``given``: its arguments,
-    for the modules among them.
+    Call its methods inside ``with snapshot.turn``, together with the run of the branch. ``given``: the branch's
+    arguments, whose modules are included.
     """
 
     __slots__ = (
@@ -75,18 +75,18 @@ class Snapshot(Parts):
         super().__init__(branch, given)
         #: Parameters and buffers that the branch does not write.
         self.constant: list[Constant] = []
-        self.absent: list[tuple[dict[str, Any], str]] = []  # parameters and buffers that are None, as a layer's bias
-        self.fixed: list[Slot] = []  # attributes that it has written in place, of which there is no copy
-        self.late: set[int] = set()  # of these and of the constant ones, by id, those that it turned out to write
-        #: Tensors that are no parameters or buffers, as attributes of modules, and their versions. Not kept alive.
+        self.absent: list[tuple[dict[str, Any], str]] = []  # parameters and buffers that are None, such as a bias
+        self.fixed: list[Slot] = []  # attributes that it wrote in place, without a copy
+        self.late: set[int] = set()  # ids of fixed and constant tensors found to be written
+        #: Tensor attributes of modules that are not parameters or buffers, with their versions. Weak references.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
-        self.placed: Placed = NONE  # by its own forward, in parameters' places
-        self.structure: Structure | None = None  # once the forward is over, of what is not known
+        self.placed: Placed = NONE  # by its own forward, in place of parameters
+        self.structure: Structure | None = None  # set after the forward, unless `known`
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
 
     def take(self) -> None:
-        """Before the forward: note what there is."""
+        """Before the forward: record the current state."""
         self.look_again()
         known = self.known
         self.flags = [module.training for module in self.modules] if known is None else known.flags
@@ -129,20 +129,20 @@ class Snapshot(Parts):
                 self.constant.append(constant_of(slot))
 
     def complete(self, counted: Sequence[nn.Module] = ()) -> None:
-        """After the forward: of the buffers copied, keep the copies of those that it wrote.
+        """After the forward: of the copied buffers, keep the copies of those that it wrote.
 
         ``counted``: batch norms that the recompute runs with the forward's statistics, so that it writes no buffers,
-        once for each call.
+        one entry for each call.
         """
         made = [(slots, name) for slots, name in self.absent if slots.get(name) is not None]
-        if made:  # what the forward itself has made stays
+        if made:  # do not remove what the forward itself created
             self.absent = [(slots, name) for slots, name in self.absent if slots.get(name) is None]
         if self.known is None:
             self.structure = Structure(self.modules)
         elif self.own is not None:
             stateful = self.stateful() if made else ()
             self.own.gaps = [(m, slots, name, None) for slots, name in made for m in stateful if m._buffers is slots]
-            if not self.is_same():  # it may have registered something, or hung it on a plain layer
+            if not self.is_same():  # it may have registered a module, or set a plain layer's attribute
                 self.own.gaps += self.known.gaps(self.tree)  # type: ignore[arg-type]
                 self.known, self.structure = None, Structure(self.modules)
         if counted:
@@ -152,7 +152,7 @@ class Snapshot(Parts):
             own = set(self.modules[: self.registered]) if len(self.modules) > self.registered else None
             for module, slot, value in self.rewound:
                 if own is not None and module not in own:
-                    # Held, and perhaps another's: what this branch does not write is not its affair.
+                    # Held, not registered, and perhaps another branch's: ignore it unless this branch wrote it.
                     if was_written(slot) or differs(value, slot[2]):
                         changed.append((module, slot, value))
                     continue
@@ -170,7 +170,7 @@ class Snapshot(Parts):
                 self.late.add(id(slot[2]))
             else:
                 self.rewound.append((module, slot, before))
-        moves = self.known is None  # by a hook, say, that casts a layer's weights for the time of its forward
+        moves = self.known is None  # memory may change: a hook, say, casts a layer's weights during its forward
         for _, _, tensor, version, _, memory in self.constant:
             written = version >= 0 and tensor._version != version
             if (written or (moves and is_elsewhere(tensor, memory))) and isinstance(tensor, nn.Parameter):
@@ -179,14 +179,14 @@ class Snapshot(Parts):
             self.placed = placed_by_forward(self.constant, self.modules, self.since) or NONE
         for module in self.stateful():
             known = known_to_write(module)
-            if known is not None:  # a buffer written now and never before: lost for this step, kept from the next
+            if known is not None:  # first write of a buffer: no copy in this step, but from the next on
                 late = [one for one in self.constant if one[0] is module._buffers and has_moved(one)]
                 known.update(one[1] for one in late)
                 self.late.update(id(one[2]) for one in late)
-        # What the forward itself writes there is not rewound, nor is it found fault with.
+        # Tensors that the forward itself writes are neither rewound nor checked.
         if self.others:
             self.others = [held for held in self.others if version_behind(held[1]) == held[2]]
-        # A deep chain has thousands of these, and what is empty, as most is, need not be looked through for garbage.
+        # A deep chain has thousands of these lists, mostly empty: spare the garbage collector the empty ones.
         self.fixed, self.statistics, self.rewound = self.fixed or NONE, self.statistics or NONE, self.rewound or NONE
         self.others, self.held, self.late = self.others or NONE, NONE, self.late or NONE
         self.absent, self.generators = self.absent or NONE, self.generators or NONE
@@ -196,7 +196,7 @@ class Snapshot(Parts):
         for module in counted:
             calls[id(module._buffers)] = calls.get(id(module._buffers), 0) + 1
         for slots, name, tensor, version in self.statistics:
-            # Each call adds to this buffer: one more, and the module was also called in another way.
+            # Each call adds 1 to this buffer. A higher count: the module was also called without recorded statistics.
             if name == "num_batches_tracked" and version_of(tensor) - version != calls.get(id(slots)):
                 calls.pop(id(slots), None)
         self.statistics = [slot for slot in self.statistics if id(slot[0]) not in calls]
@@ -208,7 +208,7 @@ class Snapshot(Parts):
         return [tensor for tensor in tensors if not isinstance(tensor, UninitializedTensorMixin)]
 
     def problem(self) -> str | None:
-        """Return what the branch reads and is not as it was in the forward, or None."""
+        """Return what the branch reads that has changed since the forward, or None."""
         for _, name, tensor, version, wanted, memory in self.constant:
             if version >= 0 and tensor._version != version:
                 return self._written(tensor, name, version)
@@ -257,22 +257,22 @@ class Snapshot(Parts):
         )
 
     def restore(self, is_same: bool = False) -> Undo:
-        """Let the branch run as it did: in the mode and on the tensors of then, writing to throw-away buffers.
+        """Restore the forward's modes and tensors, with throw-away buffers to write to. Returns how to undo it.
 
-        ``is_same``: what `is_same` said just now.
+        ``is_same``: the result of `is_same` just before.
         """
         undo: Undo = []
         try:
             if not is_same:
                 self._restore_modules(undo)
             self._restore(undo)
-        except BaseException:  # memory may run out for a copy
+        except BaseException:  # a copy may run out of memory
             put_back(undo)
             raise
         return undo
 
     def misplaced(self) -> str | None:
-        """After the recompute: what it has put in a parameter's place and the forward had not, or None."""
+        """After the recompute: what it put in a parameter's place and the forward did not, or None."""
         return None if self.own is None else misplaced(self.constant, self.modules, self.placed or {})
 
     def _restore_modules(self, undo: Undo) -> None:
@@ -284,7 +284,7 @@ class Snapshot(Parts):
         self.hooks.hang(self.modules, undo)
         tree: Any = self.tree
         structure = self.structure if self.known is None else self.known.structure(tree, self.kinds)
-        if structure is not None:  # there is none of a branch that is run for an inverse, and not to be run again
+        if structure is not None:  # None in an inverse, which runs a branch without a forward
             structure.hang(self.modules, undo)
 
     def _restore(self, undo: Undo) -> None:
@@ -311,15 +311,15 @@ class Snapshot(Parts):
             slots[name] = inner(copy) if was.requires_grad else copy
 
     def _hang(self, slots: dict[str, Any], name: str, tensor: torch.Tensor, undo: Undo) -> None:
-        """Another hangs there now: put this one there."""
-        if type(tensor) not in PLAIN:  # what was sharded then is its owner's affair
+        """Restore a parameter or buffer that has been replaced by another."""
+        if type(tensor) not in PLAIN:  # sharded in the forward: left to the sharding library
             return
         now = slots.get(name)
-        if type(now) in PLAIN:  # torch.func.functional_call has put other tensors in since
+        if type(now) in PLAIN:  # torch.func.functional_call has since replaced it
             undo.append((slots, name, now))
             slots[name] = tensor
         elif now is None and (not tensor.__dict__ or name in slots or is_registered(self.modules, tensor)):
-            hang_again(self.modules, (slots, name, tensor), undo)  # else, with a mark on it, it was sharded then
+            hang_again(self.modules, (slots, name, tensor), undo)  # else it has attributes: it was sharded
         elif isinstance(now, nn.Parameter):
             raise ReconstructionError(
                 f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the group "

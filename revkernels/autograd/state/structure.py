@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a branch is made of besides tensors: its modules' classes, the layers in them, their options, and the hooks
-on them. It is run again with those of the forward, as stored activations are differentiated through them."""
+"""The structure of a branch: its modules' classes, submodules, options and hooks. They are restored for the recompute,
+since gradients of stored activations would be those of the forward's structure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NONE: dict[str, Any] = {}
 
 
 def tree_of(module: nn.Module) -> list[nn.Module]:
-    """``list(module.modules())``, in any order but that the module comes first: each once."""
+    """``list(module.modules())``, in any order except that the module comes first: each once."""
     found = [module]
     if module._modules:
         seen = {module}
@@ -36,10 +36,10 @@ def tree_of(module: nn.Module) -> list[nn.Module]:
 
 
 class Structure:
-    """The class of each of ``modules``, which modules and parameters are registered in it, as its forward left it, and
-    the options of layers that are known.
+    """The class of each of ``modules``, the modules and parameters registered in it as its forward left them, and the
+    options of known layers.
 
-    Attributes of other classes are not looked at: a branch may keep a count there, or what its second run is to read.
+    Attributes of other classes are not included: a branch may count there, or store what its recompute reads.
     """
 
     __slots__ = ("_children", "_kinds", "_names", "_options")
@@ -55,16 +55,16 @@ class Structure:
         return itertools.chain.from_iterable(values for _, values in self._options if values)
 
     def of(self, kinds: list[type], children: list[dict[str, Any]]) -> Structure:
-        """The same of modules that are of these classes, and in which these are registered."""
+        """The same names and options, for modules of these classes with these submodules."""
         made = object.__new__(Structure)
         made._kinds, made._names, made._options, made._children = kinds, self._names, self._options, children
         return made
 
     def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
-        """Let the modules, the same ones, be made of these again."""
+        """Restore this structure in the same modules."""
         own = zip(self._kinds, self._names, self._children, self._options, strict=True)
         for module, (kind, names, children, (options, values)) in zip(modules, own, strict=False):
-            if type(module) is not kind:  # a parametrization makes a class of its own
+            if type(module) is not kind:  # a parametrization changes the class
                 undo.append((module, "__class__", type(module)))
                 module.__class__ = kind
             if (*module._parameters.keys(),) != names:
@@ -77,23 +77,23 @@ class Structure:
 
 
 class Hooks:
-    """The hooks of ``modules`` before their forward, and those on all modules there are, for one may take itself off,
-    or be taken off behind it."""
+    """The hooks of ``modules`` before their forward, and the global hooks on all modules: a hook may remove itself, or
+    be removed after the forward."""
 
     __slots__ = ("_everywhere", "_hooks", "lazy")
 
     def __init__(self, modules: Sequence[nn.Module] | None = None) -> None:
-        """Without ``modules``: there are none, nor any on all modules."""
+        """Without ``modules``: no hooks, and no global ones."""
         self._hooks = None if modules is None else [_hooks_of(m) for m in modules]
         everywhere = modules is not None and has_global_hooks()
         self._everywhere = [dict(table) for table in _global_tables()] if everywhere else None
-        #: Whether parameters are to be made in the forward: torch's lazy modules have a hook for that.
+        #: Whether the forward initializes parameters: torch's lazy modules have a hook for that.
         self.lazy = any(isinstance(m, LazyModuleMixin) for m in modules or ())
 
     def hang(self, modules: Sequence[nn.Module], undo: Undo) -> None:
-        """Let the modules, the same ones, have these again, and no others.
+        """Restore exactly these hooks on the same modules.
 
-        Those on all modules are all threads': another that runs a forward meanwhile meets them too.
+        Global hooks are shared by all threads: a forward in another thread sees them meanwhile too.
         """
         if self._everywhere is not None or has_global_hooks():
             for now, then in zip(_global_tables(), self._everywhere or itertools.repeat(_NONE)):  # noqa: B905, as below
@@ -111,7 +111,7 @@ class Hooks:
 _KINDS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks"),  # which make views in the forward, that may not be written in place
+    *("_backward_hooks", "_backward_pre_hooks"),  # they make views in the forward, which may not be written in place
 )
 
 
@@ -119,7 +119,7 @@ _NO_HOOKS = (_NONE,) * len(_KINDS)
 
 
 def _global_tables() -> list[dict[Any, Any]]:
-    """Torch's tables of hooks on all modules, in the order of `_KINDS`; a version may lack some."""
+    """Torch's tables of global hooks, in the order of `_KINDS`; a torch version may lack some."""
     tables = [getattr(_torch_module, f"_global{kind}", None) for kind in _KINDS]
     return [table for table in tables if table is not None]
 
@@ -129,15 +129,15 @@ def _hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...] | None:
         return None
     hooks = tuple([dict(getattr(module, kind)) for kind in _KINDS])
     own = getattr(module, "_initialize_hook", None) if isinstance(module, LazyModuleMixin) else None
-    if own is not None:  # which it takes off as it becomes another class
+    if own is not None:  # removed when the module changes its class
         for table in hooks:
             table.pop(own.id, None)
     return hooks
 
 
 def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None:
-    """Put these there and nothing else. Out and in again, also to undo it: hooks and a Sequential's layers run in their
-    order, and optimizers count parameters in theirs."""
+    """Replace all entries. Entries are removed and inserted anew, also in the undo, to restore their order: that of
+    hooks, of a Sequential's layers and of parameters in optimizers matters."""
     undo += [(slots, name, thing) for name, thing in reversed(slots.items())]
     undo += [(slots, name, MISSING) for name in things]
     slots.clear()
@@ -145,8 +145,8 @@ def _hang_all(slots: dict[Any, Any], things: dict[Any, Any], undo: Undo) -> None
 
 
 def _take_away(module: nn.Module, names: Sequence[str], children: dict[str, Any], undo: Undo) -> None:
-    """Parameters that have come since the forward, where it may have had a plain attribute or made a tensor. Those with
-    a mark on them are sharded now."""
+    """Remove parameters added since the forward, which may have had a plain attribute or a computed tensor instead.
+    Those with attributes are sharded now, and stay."""
     slots = module._parameters
     added = [name for name, now in slots.items() if name not in names and not getattr(now, "__dict__", None)]
     if not added:
@@ -169,11 +169,11 @@ def _set_all(table: dict[str, Any], names: Sequence[str], values: Sequence[Any],
 
 def _children_of(module: nn.Module) -> dict[str, Any]:
     children = module._modules
-    return dict(children) if children and isinstance(children, dict) else _NONE  # a scripted module's is no dictionary
+    return dict(children) if children and isinstance(children, dict) else _NONE  # a scripted module has no dictionary
 
 
 def _values_of(options: Options, module: nn.Module) -> tuple[Any, ...] | None:
-    """None if one was taken away."""
+    """None if an option was deleted."""
     try:
         return options.read(module.__dict__)
     except KeyError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a tensor is what it was: its version, how often autograd counts that it was written, and the rest."""
+"""Detects changes of tensors: by the version counter, memory and other properties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from revkernels.autograd.ownership import PLAIN, memory_of
 from revkernels.autograd.state.rewinding import Slot
 from revkernels.errors import ReconstructionError
 
-#: Where a tensor hangs, its name, itself, its version, whether it required grad, and its memory.
+#: The dictionary that holds a tensor, its name, itself, its version, whether it required grad, and its memory.
 Constant = tuple[dict[str, Any], str, torch.Tensor, int, bool, int]
 
 
@@ -29,16 +29,16 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def version_behind(ref: weakref.ref[torch.Tensor]) -> int | None:
-    """The same of what is no longer kept alive; None where it has gone."""
+    """The version of a weakly referenced tensor; None if it was freed."""
     tensor = ref()
     return None if tensor is None else version_of(tensor)
 
 
 def constant_of(slot: Slot) -> Constant:
-    """The same with what else is to stay."""
+    """The slot with the other properties that must not change."""
     try:
         return *slot, slot[2].requires_grad, memory_of(slot[2])
-    except RuntimeError as error:  # of a class that is not to be asked, as in torch.nn.utils._per_sample_grad
+    except RuntimeError as error:  # a class without these, as in torch.nn.utils._per_sample_grad
         raise ReconstructionError(
             f"{slot[1]} is a {type(slot[2]).__name__}, which cannot be watched for changes ({error}): set "
             f"activations='store' for the time that such tensors take the place of parameters"
@@ -46,11 +46,11 @@ def constant_of(slot: Slot) -> Constant:
 
 
 def differs(before: torch.Tensor, now: torch.Tensor) -> bool:
-    """Whether the values are others: `torch.batch_norm` writes running statistics and does not count it as a write.
+    """Whether the values differ: `torch.batch_norm` writes running statistics without a new version.
 
-    Asked in a module's first run in train or eval mode, not of buffers known to be written: a device is waited for.
+    Called in a module's first run in train or eval mode, not for buffers known to be written: it synchronizes a device.
     """
-    if before.shape != now.shape:  # an operator may give a buffer its shape in a first call, as an observer's range
+    if before.shape != now.shape:  # the first call may set a buffer's shape, as an observer's range
         return True
     if now.is_meta or now.layout is not torch.strided:
         return False
@@ -60,23 +60,23 @@ def differs(before: torch.Tensor, now: torch.Tensor) -> bool:
 
 
 def is_elsewhere(tensor: torch.Tensor, memory: int) -> bool:
-    """Whether it was given other memory than this, which no version tells."""
+    """Whether it has other memory than this, which its version does not show."""
     return memory != 0 and memory_of(tensor) not in (0, memory)
 
 
 def has_moved(one: Constant) -> bool:
-    """Whether it `was_written`, or is elsewhere."""
+    """Whether it `was_written`, or has other memory."""
     return was_written(one[:4]) or is_elsewhere(one[2], one[5])
 
 
-#: What a forward has put in a parameter's place, by where it hangs: its memory, and the sum of its values; and whether
-#: the forward computed it, maybe from its input, which is rebuilt but for rounding.
+#: For a tensor that a forward put in a parameter's place, by dictionary and name: its memory, the sum of its values,
+#: and whether the forward computed it, maybe from its input, which is reconstructed only up to rounding.
 Placed = dict[tuple[int, str], tuple[int, torch.Tensor, bool]]
 
 
 def placed_by_forward(constant: Sequence[Constant], modules: Sequence[nn.Module], since: int) -> Placed:
-    """After a forward: the parameters in whose place it has itself put another tensor. ``since``: autograd's count of
-    its nodes when it began."""
+    """After a forward: the tensors that it put in the place of parameters. ``since``: autograd's sequence number when
+    it began."""
     placed: Placed = {}
     for slots, name, now, _ in _placed(constant, modules):
         made = now.grad_fn is not None and now.grad_fn._sequence_nr() >= since
@@ -85,8 +85,8 @@ def placed_by_forward(constant: Sequence[Constant], modules: Sequence[nn.Module]
 
 
 def misplaced(constant: Sequence[Constant], modules: Sequence[nn.Module], placed: Placed) -> str | None:
-    """After a recompute: what is wrong where it has put another tensor in a parameter's place than the forward did, or
-    None. In the same memory it is no other (what is sharded comes back to it), nor is one that was computed anew."""
+    """After a recompute: an error if it put another tensor in a parameter's place than the forward did, else None. In
+    the same memory it counts as the same (so does a sharded one, which returns there); one computed anew is allowed."""
     for slots, name, now, memory in _placed(constant, modules):
         then, total, made = placed.get((id(slots), name), (memory, None, False))
         if is_elsewhere(now, then) and (total is None or _is_other(total, now, made)):
@@ -100,7 +100,7 @@ def misplaced(constant: Sequence[Constant], modules: Sequence[nn.Module], placed
 def _is_other(total: torch.Tensor, now: torch.Tensor, made: bool) -> bool:
     if now.is_meta:
         return False
-    if now.is_cuda and torch.cuda.is_current_stream_capturing():  # what cannot be asked is believed to be computed
+    if now.is_cuda and torch.cuda.is_current_stream_capturing():  # cannot compare here: trust computed ones
         return not made
     again = _sum_of(now)
     if torch.equal(total, again):
@@ -110,14 +110,14 @@ def _is_other(total: torch.Tensor, now: torch.Tensor, made: bool) -> bool:
 
 
 def _placed(constant: Sequence[Constant], modules: Sequence[nn.Module]) -> list[tuple[Any, str, Any, int]]:
-    """Of parameters, those in whose place another tensor hangs now: where, that one, and the memory of the first."""
+    """Parameters replaced by another tensor: the dictionary, name, new tensor, and the parameter's memory."""
     found = [
         (slots, name, slots.get(name), memory)
         for slots, name, tensor, _, _, memory in constant
         if slots.get(name) is not tensor
     ]
     found = [one for one in found if type(one[2]) in PLAIN]
-    buffers = {id(module._buffers) for module in modules} if found else ()  # which are rewound where that is needed
+    buffers = {id(module._buffers) for module in modules} if found else ()  # those are rewound where necessary
     return [one for one in found if id(one[0]) not in buffers]
 
 
@@ -132,6 +132,6 @@ def _sum_of(tensor: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor] = t
 
 
 def was_written(slot: Slot) -> bool:
-    """Whether its version is another, or another tensor hangs in its place."""
+    """Whether its version has changed, or another tensor has replaced it."""
     slots, name, tensor, version = slot
     return version_of(tensor) != version or slots.get(name) is not tensor
