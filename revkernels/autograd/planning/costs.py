@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call of a chain costs, half-step by half-step: measured where its backward rebuilds everything."""
+"""Measures the costs of a chain's call, half-step by half-step, in a backward that recomputes everything."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from revkernels.autograd.planning.memory_meter import Level
 from revkernels.autograd.planning.rematerialize import MadeAgain, SavedView
 from revkernels.autograd.step_record import Frame, RecordedStep
 
-_LEAST_SHARE = 0.02  # of a recompute's time: operators below it are not worth a place in the plan
+_LEAST_SHARE = 0.02  # of a recompute's time: faster operators are left out of the plan
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """One half-step.
+    """The cost of one half-step.
 
     Attributes:
-        branch: in words.
+        branch: its name.
         ops: of the branch, in order.
-        rebuild: seconds of the recompute, couplings included. backward: of the branch's backward behind it.
-        own: bytes that its saved tensors hold besides streams and parameters.
+        rebuild: seconds of the recompute, couplings included. backward: of the branch's backward after it.
+        own: bytes of its saved tensors, except streams and parameters.
         source: bytes of the stream it reads, if that is saved. target: of the stream it adds to.
-        parameter: bytes of the parameters of its largest layer, whose gradients are made before they are added up.
-        live: bytes that were allocated where its backward was looked at, at most, above what there was when the call
-            began; None if nobody tells. forward: likewise where its forward was.
+        parameter: bytes of the parameters of its largest layer, whose gradients exist before they are accumulated.
+        live: most bytes allocated at the readings in its backward, above the level at the start of the call; None if
+            not available. forward: the same for its forward.
         covers: the stream it reads is saved, and is the one that the next half-step adds to.
-        made_again: bytes of ``own`` that are outputs of norms and activations, which can be made again. making: seconds
+        made_again: bytes of ``own`` that are outputs of norms and activations, which can be recomputed. making: seconds
             that this takes.
-        inside: bytes that were allocated inside an operator of it, or a node of its backward, at most, counted like
-            ``live``; None if nobody tells. scratch: of these, what came on top of the level before.
-        talks: its recompute talks to other processes.
+        inside: most bytes allocated inside one of its operators, or a node of its backward, counted like ``live``; None
+            if not available. scratch: the part of these on top of the level before.
+        talks: its recompute communicates with other processes.
     """
 
     branch: str
@@ -65,19 +65,19 @@ class StepCost:
 
     @property
     def kind(self) -> Any:
-        """Equal for half-steps that do the same on tensors of the same sizes."""
+        """Equal for half-steps that run the same operators on tensors of the same sizes."""
         ops = tuple((op.name, op.bytes, op.print) for op in self.ops)
         return ops, self.own, self.source, self.target, self.parameter, self.made_again
 
     def working(self, base: int, earlier: int) -> int:
-        """Bytes at the peak of its backward. ``earlier``: those there were when the call began; ``base``: these and all
-        that is around it.
+        """Bytes at the peak of its backward. ``earlier``: allocated when the call began; ``base``: these and all that
+        the call's backward has throughout.
 
-        Seen was what there is before each of its nodes runs, and behind each operator of its forward. Between these an
-        operator makes one tensor more than it returns, to have its data in another order, and its backward what is
-        `OpCost.passing`. Told without looking is what is rebuilt, and the branch's output beside what is made of it
-        next. The larger of both counts: a reading is too low where something else was freed meanwhile. And so does what
-        was seen inside operators, where that could be.
+        Readings are taken before each node of the backward, and after each operator of the forward. Between these, an
+        operator may create one tensor more than it returns, to reorder its data, and its backward `OpCost.passing`.
+        Known without a reading are the reconstructed stream, and the branch's output beside the result of adding it.
+        The larger estimate counts: a reading is too low if something else was freed meanwhile. What was seen inside
+        operators counts too, where available.
         """
         largest = max([self.target, *(op.bytes for op in self.ops)])
         passing = max([self.target, *(op.passing for op in self.ops)])
@@ -89,10 +89,10 @@ class StepCost:
         return max(seen, told)
 
     def choices(self, way: tuple[float, float] | None = None) -> list[Choice]:
-        """What may be kept of it: nothing, outputs of operators (those that save most time a byte first), all of it, or
-        all of it but what norms and activations can make again, in host memory or here.
+        """What it may keep: nothing, outputs of operators (those that save most time per byte first), everything, or
+        everything except what norms and activations can recompute, in host memory or on the device.
 
-        ``way``: seconds a byte to host memory and back; None: not at all.
+        ``way``: seconds per byte to host memory and back; None if host memory is not used.
         """
         found = [Choice.nothing()]
         worth = [op for op in self.ops if op.keepable and op.bytes and op.seconds > _LEAST_SHARE * self.rebuild]
@@ -103,11 +103,11 @@ class StepCost:
             ops[op.number] = op.print
             if saved > found[-1].option.saved:
                 found.append(Choice(Option(kept, saved), dict(ops)))
-        sizes = [(self.own + self.source, self.rebuild, False)]  # bytes, seconds saved, whether outputs are made again
+        sizes = [(self.own + self.source, self.rebuild, False)]  # bytes, seconds saved, whether outputs are recomputed
         if self.made_again:
             sizes.insert(0, (sizes[0][0] - self.made_again, self.rebuild - self.making, True))
         for size, saved, again in sizes if way is not None else ():
-            # On their way beside the forward, which takes as long as the rebuild, and beside the backward.
+            # Copies overlap with the forward, which takes as long as the recompute, and with the backward.
             there, back = ((size + self.target) * a_byte for a_byte in way)  # type: ignore[union-attr]
             saved -= max(0.0, there - self.rebuild) + max(0.0, back - self.backward)
             if saved > 0.0:
@@ -119,8 +119,8 @@ class StepCost:
 
 
 class Choice(NamedTuple):
-    """An `Option`, the numbers of the operators whose outputs it keeps, with their prints, and whether it keeps all in
-    host memory, or all but what norms and activations can make again."""
+    """An `Option`, the numbers of the operators whose outputs it keeps, with their fingerprints, and whether it keeps
+    everything in host memory, or everything except what norms and activations can recompute."""
 
     option: Option
     ops: dict[int, int]
@@ -135,14 +135,14 @@ class Choice(NamedTuple):
 
 @dataclass
 class CallCost:
-    """One call of a chain.
+    """The cost of one call of a chain.
 
     Attributes:
         streams: bytes of all streams together.
-        steps: its half-steps; None where the backward did not come.
-        measured: seconds that its forward took, and the rebuilds and backwards of its half-steps, as they were.
-        turn: bytes allocated where its forward had ended and its backward began, counted like `StepCost.live`.
-        entry: bytes allocated where it began, its input aside, above what there was when the step began.
+        steps: its half-steps; None for those whose backward did not run.
+        measured: seconds that its forward and its half-steps' recomputes and backwards took, unsmoothed.
+        turn: bytes allocated at the end of its forward and the start of its backward, counted like `StepCost.live`.
+        entry: bytes allocated when it began, without its input, above the level when the step began.
     """
 
     streams: int
@@ -153,8 +153,8 @@ class CallCost:
 
     @property
     def talks(self) -> bool:
-        """Whether rebuilding it talks to other processes. These may have measured other times: were they to keep other
-        half-steps, one would wait for what the other does not send, or take it for something else."""
+        """Whether its recompute communicates with other processes. These may have measured other times: if they kept
+        other half-steps, one would wait for a message that another does not send, or mistake one for another."""
         return any(step is not None and step.talks for step in self.steps)
 
     @property
@@ -164,13 +164,13 @@ class CallCost:
 
     @property
     def base(self) -> int:
-        """Bytes that its backward has at hand throughout: input, output, the streams rebuilt, and gradients of streams
-        as they came in and as they are gathered."""
+        """Bytes that its backward has throughout: input, output, reconstructed streams, and the streams' gradients,
+        both as they came in and accumulated."""
         return self.held + 3 * self.streams
 
 
 def smoothed(steps: Sequence[StepCost | None]) -> list[StepCost | None]:
-    """The same, with times that are the medians over half-steps of one kind: the first of them ran cold."""
+    """The same with median times over half-steps of one kind: the first of them ran cold."""
     kinds: dict[Any, list[StepCost]] = {}
     for step in steps:
         if step is not None:
@@ -180,7 +180,7 @@ def smoothed(steps: Sequence[StepCost | None]) -> list[StepCost | None]:
 
 
 def _at(typical: StepCost, step: StepCost) -> StepCost:
-    """What is typical of its kind, in the step's place."""
+    """The typical cost of its kind, with the step's own readings."""
     own: dict[str, Any] = {"live": step.live, "forward": step.forward, "inside": step.inside, "scratch": step.scratch}
     return replace(typical, branch=step.branch, covers=step.covers, talks=step.talks, **own)
 
@@ -207,17 +207,17 @@ class _Reading:
     mode: Measuring
     start: Any
     end: Any = None
-    left: Any = None  # and what was looked at behind that
+    left: Any = None  # including the checks after the recompute
     sizes: dict[str, int] = field(default_factory=dict)
     making: list[tuple[Any, Any]] = field(default_factory=list)
     live: int | None = None
-    reads: int | None = None  # the stream that it reads, if that is saved
+    reads: int | None = None  # index of the stream that it reads, if that is saved
     target: int = -1
     talks: bool = False
 
 
 class Meter:
-    """Reads the clock and the sizes while a call's backward rebuilds its half-steps; `costs` when that is over."""
+    """Records times and sizes while a call's backward recomputes its half-steps; `costs` returns them afterwards."""
 
     def __init__(
         self, streams: Sequence[torch.Tensor], branches: Sequence[Any], level: Level, entered: int, kept: int
@@ -265,13 +265,13 @@ class Meter:
         self._inside.watch(k, f, since)
 
     def backward_begins(self) -> None:
-        """The streams are about to be rebuilt."""
+        """The backward is about to reconstruct the streams."""
         now = self._read()
         if now is not None and self._turn is not None:
             self._turn = max(self._turn, now)
 
     def asked(self) -> None:
-        """A node of the backward asks for a tensor that it has saved."""
+        """A node of the backward unpacks a saved tensor."""
         self._inside.pause()
 
     def look(self, k: int) -> None:
@@ -285,7 +285,7 @@ class Meter:
             reading.live = now if reading.live is None else max(reading.live, now)
 
     def begin(self, k: int, generators: Sequence[torch.Generator] = ()) -> Measuring:
-        """Half-step k is about to be rebuilt: the mode to run its branch in. ``generators``: it may draw from these."""
+        """Half-step k is about to be recomputed: the mode for its branch, which may draw from these ``generators``."""
         saw, within = self._inside.operators.get(k, ()), functools.partial(self._inside.operator, k)
         mode = Measuring(self.watch.read, self.level, saw, within, generators)
         self._readings[k] = _Reading(mode, self.watch.read())
@@ -294,12 +294,12 @@ class Meter:
         return mode
 
     def end(self, k: int, step: RecordedStep, frame: Frame, streams: Sequence[torch.Tensor], target: int) -> None:
-        """It has been rebuilt, and has saved ``frame``; the stream that it adds to has ``target`` bytes."""
+        """It has been recomputed, and has saved ``frame``; the stream that it adds to has ``target`` bytes."""
         reading = self._readings[k]
         reading.mode.settle()
         self._look(k)
         reading.end = self.watch.read()
-        # Of a branch that torch.compile has compiled the mode sees nothing.
+        # The mode sees nothing of a branch that torch.compile has compiled.
         parameters = (p for module in step.snapshot.modules for p in list(module._parameters.values()))
         reading.talks = reading.mode.talks or any(is_distributed(type(p)) for p in parameters)
         owned = (t for t in step.snapshot.tensors() if type(t) in PLAIN)
@@ -323,7 +323,7 @@ class Meter:
         reading.left = self.watch.read()
 
     def _make_again(self, reading: _Reading, step: RecordedStep, frame: Frame) -> int:
-        """Make again what can be, and time it. Returns its bytes; 0 if it comes out otherwise than it was saved."""
+        """Recompute the outputs that can be, and time it. Returns their bytes; 0 if one differs from what was saved."""
         outputs: dict[MadeAgain, list[tuple[SavedView, int]]] = {}
         for view, index in step.outputs.views if step.outputs else ():
             outputs.setdefault(view.output, []).append((view, index))
@@ -331,13 +331,13 @@ class Meter:
             start = self.watch.read()
             made = output.make()
             reading.making.append((start, self.watch.read()))
-            # The branch may have written to it where no version tells, through .data or NumPy.
+            # The branch may have written to it without a new version, through .data or NumPy.
             if not all(torch.equal(view.on(made), frame[index][0]) for view, index in views):
                 return 0
         return sum(output.bytes for output in outputs)
 
     def costs(self, names: Sequence[str]) -> CallCost:
-        """What was read; waits for a device. ``names``: of the half-steps."""
+        """The measured costs; waits for a device. ``names``: of the half-steps."""
         between, cost, beside = self.watch.between, overhead(), 0.0
         self._inside.over()
         found: list[StepCost | None] = [None] * len(names)
@@ -346,7 +346,7 @@ class Meter:
                 continue
             behind, ahead = self._readings.get(k - 1), self._readings.get(k + 1)
             making = sum(between(*pair) for pair in reading.making)
-            looking = between(reading.end, reading.left)  # at what can be made again: no part of a step
+            looking = between(reading.end, reading.left)  # the checks, which are no part of a step
             backward = 0.0 if behind is None else between(reading.left, behind.start)
             beside += looking
             ops = tuple(reading.mode.costs(between))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators whose outputs are kept from a branch's forward, so that its recompute does not run them again.
+"""Keeps outputs of operators from a branch's forward, so that its recompute does not run them again.
 
-An operator is known by its number among those that count: that make something new out of tensors, the same every time.
-The branch's forward and its recompute run the same ones in the same order; where they turn out not to, since a hook
-does more in one of them, say, nothing is kept or used from there on: an operator goes with a print of all before it.
+An operator is identified by its number among those counted: those that compute new tensors, deterministically. The
+branch's forward and its recompute run the same ones in the same order. If they do not, since a hook runs in only one of
+them, say, nothing is kept or used from there on: each operator has a fingerprint of it and all before it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from revkernels.autograd.coupling import CHANNELS_LAST
 from revkernels.autograd.ownership import blocks_of, has_memory
 from revkernels.autograd.state.rng_and_autocast import States, draws, states_of
 
-#: Kept outputs of an operator: its print, what it returned, and the versions of the tensors in that.
+#: Kept outputs of an operator: its fingerprint, its result, and the versions of the tensors in it.
 KeptOp = tuple[int, Any, list[int]]
 
 
 @dataclass(frozen=True)
 class OpCost:
-    """What one operator of a branch costs.
+    """The cost of one operator of a branch.
 
     Attributes:
-        number: among those that count; -1 for one that does not.
-        print: of it and of all that count before it.
+        number: among those counted; -1 if not counted.
+        print: fingerprint of it and all counted before it.
         name: of the operator.
-        seconds: that it took.
-        bytes: of its outputs. passing: that its backward may have at hand besides what it is given.
+        seconds: its run time.
+        bytes: of its outputs. passing: that its backward may allocate besides its inputs.
         keepable: whether its outputs may be kept.
     """
 
@@ -50,13 +50,13 @@ class OpCost:
 
 
 class _Counting(TorchDispatchMode):
-    """Numbers the operators that count."""
+    """Numbers the operators to count."""
 
     supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What torch.compile has compiled runs compiled, in the mode as without it (where torch knows of this, 2.9)."""
+        """Code compiled by torch.compile runs compiled in this mode too (where torch has this option, from 2.9)."""
         return True
 
     def __init__(self) -> None:
@@ -79,9 +79,9 @@ class _Counting(TorchDispatchMode):
 
 
 class Noting(_Counting):
-    """In the forward: keeps the outputs of the ``wanted`` operators (number: print), in ``kept`` by number.
+    """In the forward: keeps the outputs of the ``wanted`` operators (number: fingerprint), in ``kept`` by number.
 
-    ``generators``: where an operator that is not torch's own moves one, its output is not kept.
+    ``generators``: if an operator outside torch draws from one of these, its output is not kept.
     """
 
     def __init__(self, wanted: Mapping[int, int]) -> None:
@@ -92,7 +92,7 @@ class Noting(_Counting):
 
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         wanted = self.wanted.get(number) == self._print
-        # It may have a probability that was 0 where it was measured.
+        # It may draw now even if it did not when measured, with a probability of 0.
         states = states_of(self.generators) if wanted and func.namespace not in _TAGGED else []
         out = func(*args, **kwargs)
         if wanted and _is_plain(out) and not _drew(states):
@@ -100,9 +100,9 @@ class Noting(_Counting):
         return out
 
     def settle(self) -> dict[int, KeptOp]:
-        """After the branch: what is kept, without what it has written over since."""
+        """After the branch: the kept outputs, without those that it has since overwritten."""
         kept, self.kept = self.kept, {}
-        # Detached here and not in the mode, where an alias has a version of its own and would not tell of a write.
+        # Detached only now: inside the mode, an alias has its own version counter, which would not show a write.
         return {
             number: (mark, _each(out, torch.Tensor.detach), versions)
             for number, (mark, out, versions) in kept.items()
@@ -111,7 +111,7 @@ class Noting(_Counting):
 
 
 class Replaying(_Counting):
-    """In the recompute: an operator whose outputs were kept is not run."""
+    """In the recompute: returns kept outputs instead of running their operators."""
 
     def __init__(self, kept: dict[int, KeptOp]) -> None:
         super().__init__()
@@ -120,16 +120,16 @@ class Replaying(_Counting):
     def run(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = self.kept.get(number)
         if known is not None and known[0] == self._print and _unwritten(*known[1:]):
-            return _each(known[1], torch.Tensor.detach)  # an alias of its own, for autograd makes it part of its graph
+            return _each(known[1], torch.Tensor.detach)  # a new alias, since autograd makes it part of its graph
         return func(*args, **kwargs)
 
 
 class Looking(_Counting):
-    """Has ``level`` look behind every operator that makes something, and inside it and those that write in place.
+    """Reads ``level`` after every operator that computes new tensors, and inside it and operators that write in place.
 
-    Calls ``look`` there, with the operator (None for a cast, which the recompute may not have), the level before it and
-    behind it, and the bytes that it had on top of the former at a time. ``begin`` begins a stretch whose ``end()``
-    tells of the last.
+    Calls ``look`` with the operator (None for a cast, which the recompute may lack), the level before and after it, and
+    the bytes that it allocated at most on top of the former and freed again. ``begin`` starts a measurement inside an
+    operator, whose ``end()`` returns the bytes.
     """
 
     def __init__(
@@ -156,11 +156,11 @@ class Looking(_Counting):
 
 
 class Measuring(_Counting):
-    """Times every operator that counts. ``costs`` may be read when ``clock`` can tell.
+    """Times every operator that computes new tensors. Read ``costs`` when ``clock`` is ready.
 
-    ``inside``: what `Looking` has seen inside the operators, passed on to ``look``. ``generators``: an operator
-    that moves one of them draws, however it is tagged. ``talks``: one has talked to other processes, or may have, where
-    torch's DTensor does so by itself.
+    ``inside``: what `Looking` has seen inside the operators, passed on to ``look``. ``generators``: an operator that
+    moves one of them draws, whatever its tags. ``talks``: an operator has communicated with other processes, or may
+    have, as torch's DTensor does by itself.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Measuring(_Counting):
         self.clock, self.level, self.generators = clock, level, generators
         self._inside, self._look = iter(inside), look
         self._seen: list[tuple[OpCost, Any, Any, list[tuple[Any, int]]]] = []
-        # Outputs by their memory, held weakly so that an address stays theirs: an alias without the version writes too.
+        # Outputs by storage, held weakly so that the key stays theirs: an alias without the version may write too.
         self._memory: dict[int, tuple[StorageWeakRef, tuple[int, ...]]] = {}
         self._written: set[int] = set()
         self.talks = False
@@ -192,7 +192,7 @@ class Measuring(_Counting):
         out = func(*args, **kwargs)
         end = self.clock()
         size = size_of(out)
-        if self.level.cheap:  # on the host the forward was of the same thread, and has learnt it
+        if self.level.cheap:  # on the host the forward ran in the same thread, and has learnt it
             self.level.learn(before, self.level.raw(), size)
         versions = [(weakref.ref(t), t._version) for t in _tensors(out)]  # not held: the step's peak must not rise
         keepable = number >= 0 and _is_plain(out) and not _drew(states)
@@ -200,7 +200,7 @@ class Measuring(_Counting):
         for tensor in _tensors(out) if keepable else ():
             storage = tensor.untyped_storage()
             ref, indices = self._memory.get(storage._cdata) or (StorageWeakRef(storage), ())
-            # Of several: `unsafe_chunk`, as in a GRU, gives parts of what it is given and does not say so.
+            # Several: `unsafe_chunk`, as in a GRU, returns views of its input and does not declare it.
             self._memory[storage._cdata] = ref, (*indices, len(self._seen))
         self._seen.append((cost, start, end, versions))
         self.level.aside(since, start, end)
@@ -217,10 +217,10 @@ class Measuring(_Counting):
         return func(*args, **kwargs)
 
     def _within(self, func: Any) -> int | None:
-        """Tell of what was seen inside the operator in the forward: looking once more would take its time. Returns the
-        level, if there was something to tell or asking is cheap."""
+        """Report what was seen inside the operator in the forward: measuring again would distort its time. Returns the
+        level, if there was something to report or reading it is cheap."""
         of, most = (None, 0) if func in _CASTS else next(self._inside, (None, 0))
-        if of is not func and func not in _CASTS:  # the branch does otherwise than there
+        if of is not func and func not in _CASTS:  # the branch runs other operators now
             self._inside = iter(())
         before = self.level.raw() if most or self.level.cheap else None
         if of is func and self._look is not None:
@@ -228,19 +228,19 @@ class Measuring(_Counting):
         return before
 
     def settle(self) -> None:
-        """After the branch: see which outputs it wrote over, as far as they are still there. (`Noting` sees to it.)"""
+        """After the branch: find outputs that it has overwritten, if they still exist. (`Noting` handles the rest.)"""
         for index, (cost, start, end, versions) in enumerate(self._seen):
             now = ((ref(), version) for ref, version in versions)
             written = index in self._written or any(t is not None and t._version != version for t, version in now)
             self._seen[index] = replace(cost, keepable=cost.keepable and not written), start, end, []
 
     def costs(self, between: Callable[[Any, Any], float]) -> list[OpCost]:
-        """The operators, in order. ``between``: the seconds between two readings of the clock."""
+        """The operators, in order. ``between``: returns the seconds between two readings of the clock."""
         return [replace(cost, seconds=between(start, end)) for cost, start, end, _ in self._seen]
 
 
 class Watched(Protocol):
-    """What `revkernels.autograd.planning.costs.Level` does for the modes."""
+    """The part of `revkernels.autograd.planning.memory_meter.Level` that the modes use."""
 
     cheap: bool
 
@@ -254,22 +254,22 @@ class Watched(Protocol):
 
 
 _KNOWN: dict[Any, bool] = {}
-_TAGGED = ("aten", "prims", "revkernels")  # whose operators say of themselves whether they draw
-#: Autocast casts a leaf once and any other tensor each time, and a stream is a leaf in the recompute alone.
+_TAGGED = ("aten", "prims", "revkernels")  # namespaces whose operators are tagged if they draw
+#: Autocast casts a leaf once and other tensors each time, and a stream is a leaf only in the recompute.
 _CASTS = {torch.ops.aten._to_copy.default}
 _FACTORIES = ("empty", "new_", "zeros_like", "ones_like", "full_like")
 
 
 def _counts(func: Any) -> bool:
-    """Whether the operator makes something new of tensors, and is no cast."""
+    """Whether the operator computes new tensors from tensors, and is not a cast."""
     return func not in _CASTS and _makes(func)
 
 
 def _makes(func: Any) -> bool:
-    """Whether the operator makes something new of tensors: no view, nothing in place, no mere memory."""
+    """Whether the operator computes new tensors from tensors: no view, nothing in place, no mere allocation."""
     known = _KNOWN.get(func)
     if known is None and not isinstance(func, torch._ops.OpOverload):
-        known = _KNOWN[func] = False  # an operator of higher order
+        known = _KNOWN[func] = False  # a higher-order operator
     if known is None:
         schema = func._schema
         reads = any("Tensor" in str(argument.type) for argument in schema.arguments)
@@ -277,7 +277,7 @@ def _makes(func: Any) -> bool:
         makes = any("Tensor" in str(value.type) for value in schema.returns)
         name = schema.name.rpartition("::")[2]
         known = reads and makes and not aliases and not name.startswith(_FACTORIES) and "c10d" not in schema.name
-        _KNOWN[func] = known  # (what talks to other processes has to be said again)
+        _KNOWN[func] = known  # (communication must be repeated)
     return known
 
 
@@ -288,7 +288,7 @@ def _drew(states: States) -> bool:
 
 
 def _works(func: Any) -> bool:
-    """Whether the operator makes something new of tensors, or writes to some: no view."""
+    """Whether the operator computes new tensors from tensors, or writes to some: no view."""
     mutable = isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable and func.namespace != "c10d"
     return mutable or _makes(func)
 
@@ -305,8 +305,8 @@ def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
 
 
 def _passing(func: Any, out: Any, size: int) -> int:
-    """Two gradients, of inputs of the output's size; of a convolution one, and where the host's library wants the data
-    in another order, a second and a third to put it there and back."""
+    """Two gradients, of inputs of the output's size. For a convolution one, and where the host's library reorders the
+    data, a second and a third for that."""
     if "convolution" not in str(func) or not isinstance(out, torch.Tensor):
         return 2 * size
     last = CHANNELS_LAST.get(out.dim())
@@ -315,12 +315,12 @@ def _passing(func: Any, out: Any, size: int) -> int:
 
 
 def is_distributed(kind: type) -> bool:
-    """Whether tensors of the class are parts of one that several processes have."""
+    """Whether tensors of the class are parts of a tensor distributed over several processes."""
     return kind.__module__.startswith("torch.distributed.")
 
 
 def _is_plain(out: Any) -> bool:
-    """Whether it is a tensor, or a tuple of tensors and numbers, that are nothing but tensors, and not sparse."""
+    """Whether it is a plain dense tensor, or a tuple of such tensors and numbers."""
     items = out if isinstance(out, (tuple, list)) else (out,)
     return all(
         item is None
@@ -354,7 +354,7 @@ def _each(out: Any, action: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 class Stopwatch:
     """Readings of the time on a device: of the host's clock, or events in the device's stream.
 
-    ``beside``: seconds of the host that are not to count.
+    ``beside``: seconds of the host that do not count.
     """
 
     def __init__(self, device: torch.device) -> None:

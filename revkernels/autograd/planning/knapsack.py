@@ -2,13 +2,13 @@
 """What to keep under a bound on memory: the choice that saves most time, found exactly.
 
 Half-steps run forward one after another, and backward in reverse. What half-step k keeps is alive from its forward to
-its backward: while the backward is at half-step p, there is what 0 .. p - 1 have kept, and what p works with:
+its backward: while the backward is at half-step p, that is what 0 .. p - 1 have kept, and what p works with:
 
     used(p) = kept(0) + ... + kept(p - 1)      used(p) + working(p) <= limit for every p, and used(n) at the turn
 
-A knapsack with nested bounds, then. Bytes are counted in units (rounded up), the half-steps walked from the first to
-the last, and for every amount used the most time saved is noted: dynamic programming, which finds the best of all
-plans. The unit does not depend on the limit, so that a larger limit never saves less.
+This is a knapsack with nested bounds. Bytes are counted in units (rounded up). Dynamic programming visits the
+half-steps from first to last and stores, for every amount used, the most time saved; it finds the best of all plans.
+The unit does not depend on the limit, so that a larger limit never saves less.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-UNITS = 2048  # that all there is to keep is divided into
+UNITS = 2048  # into which the total to keep is divided
 
 
 class Option(NamedTuple):
@@ -26,10 +26,10 @@ class Option(NamedTuple):
 
     Attributes:
         kept: bytes that it keeps until its backward.
-        saved: seconds of the recompute that it spares.
-        whole: it keeps all that its backward needs, and is not run again.
-        before: of a ``whole`` one, the bytes of the stream it adds to, as it was: kept too, unless the half-step before
-            ``covers`` it.
+        saved: seconds of the recompute that it saves.
+        whole: it keeps all that its backward needs, and is not recomputed.
+        before: of a ``whole`` one, bytes of the stream it adds to, before the addition: kept too, unless the
+            previous half-step ``covers`` it.
         covers: what it keeps includes the stream that the next half-step adds to.
     """
 
@@ -48,12 +48,12 @@ class Stop(NamedTuple):
 
 
 def allot(stops: Sequence[Stop], turn: int, limit: float) -> list[int] | None:
-    """Return the number of the option for every half-step, or None if the limit cannot be kept at all.
+    """Return the number of the option for every half-step, or None if the limit cannot be met at all.
 
     Args:
         stops: the half-steps in the order of the forward, over all chains.
-        turn: bytes that are held besides, when the forward is over.
-        limit: bytes, never exceeded by what is kept and worked with together.
+        turn: bytes held in addition when the forward is over.
+        limit: bytes, never exceeded by what is kept plus what is worked with.
     """
     needed = max([turn, *(stop.working for stop in stops)])
     if needed > limit:
@@ -93,7 +93,7 @@ def allot(stops: Sequence[Stop], turn: int, limit: float) -> list[int] | None:
 
 
 def _cut(best: np.ndarray, working: int, limit: float, unit: int) -> None:
-    """Rule out what leaves no room for ``working``."""
+    """Exclude what leaves no room for ``working``."""
     room = (limit - working) // unit
     if room < best.shape[1] - 1:
         best[:, int(room) + 1 :] = -np.inf

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes are allocated at this moment, by what the allocators tell: torch's on CUDA, glibc's on the host."""
+"""Reads how many bytes are allocated now, from the allocators: torch's on CUDA, glibc's on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from revkernels.autograd.ownership import PLAIN
 
 
 def live_bytes(device: torch.device) -> int | None:
-    """Bytes allocated now; None where nobody tells (a host without glibc 2.33)."""
+    """Bytes allocated now; None where they cannot be read (a host without glibc 2.33)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     read = _glibc()
@@ -42,12 +42,12 @@ def _glibc() -> Callable[[], int] | None:
 
     def read() -> int:
         info = mallinfo()
-        return int(info.uordblks + info.hblkhd)  # in arenas, and in mappings of their own
+        return int(info.uordblks + info.hblkhd)  # in arenas, and in separate mappings
 
     return read
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Of a sharded tensor, what is here."""
+    """The tensor's bytes; for a sharded tensor, those on this process."""
     here: torch.Tensor = tensor if type(tensor) in PLAIN else getattr(tensor, "to_local", lambda: tensor)()
     return here.numel() * here.element_size()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes that a step has allocated, and a clock that leaves out how long it takes to ask."""
+"""Reads the bytes that a step has allocated, and excludes the time that this takes from the clock."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FEW = 1024  # bytes that a tensor takes besides its data
 
 
 class Level:
-    """The bytes allocated now above what there was when the step began, gradients of parameters aside."""
+    """The bytes allocated now above the level when the step began, without gradients of parameters."""
 
     def __init__(self, device: torch.device, entered: int) -> None:
         self.device, self.clock = device, Stopwatch(device)
-        self.cheap = device.type == "cuda"  # to ask; glibc looks at all that a process has freed and not used again
-        overhead()  # torch imports for the first mode of a process what takes tens of megabytes of the host
+        self.cheap = device.type == "cuda"  # to read; glibc visits all memory that was freed and not reused
+        overhead()  # a process's first mode makes torch import tens of megabytes
         start = live_bytes(device)
         self.start = None if start is None else start - entered  # its input counts
         self._others = 0
@@ -29,37 +29,37 @@ class Level:
         self._gradients = 0
 
     def watch(self, parameters: Iterable[torch.Tensor]) -> None:
-        """These may get gradients, which are not to count."""
+        """Exclude the gradients that these parameters may receive."""
         for parameter in parameters:
             self._parameters.setdefault(parameter, parameter.grad is not None)
 
     def recount(self) -> None:
-        """See which of them have got some."""
+        """Update the size of these gradients."""
         self._gradients = sum(bytes_of(p.grad) for p, had in self._parameters.items() if not had and p.grad is not None)
 
     def raw(self) -> int | None:
-        """The bytes as the allocator has them; None if nobody tells."""
+        """The bytes as the allocator counts them; None if not available."""
         if self.start is None:
             return None
         began = time.perf_counter()
         now = live_bytes(self.device)
-        self.clock.beside += time.perf_counter() - began  # with a large heap the question takes its time
+        self.clock.beside += time.perf_counter() - began  # slow with a large heap
         return now
 
     def since(self) -> tuple[float, float]:
-        """Before an operator and what is read of it."""
+        """To be called before an operator and the readings around it."""
         return time.perf_counter(), self.clock.beside
 
     def aside(self, since: tuple[float, float], start: Any, end: Any) -> None:
-        """Behind them: on the host only the operator itself, between two readings of the clock, is to count."""
+        """To be called after them: on the host only the operator itself, between two readings of the clock, counts."""
         if self.device.type != "cuda":
             began, beside = since
             self.clock.beside = beside + time.perf_counter() - began - (end - start)
 
     def learn(self, before: int | None, now: int | None, made: int) -> int:
-        """Of an operator, between two readings of `raw`: what it has allocated beyond what it made stays with a library
-        (buffers of its threads, what it has compiled), which allocates it once. Not this step's. (What a backward does
-        so is not seen.) Returns those bytes, as far as they are of torch's allocator.
+        """For an operator, between two readings of `raw`: what it allocated beyond its outputs is held by a library
+        (buffers of its threads, compiled code), which allocates it once; it does not count for this step. (Not detected
+        in a backward.) Returns those bytes, if they are from torch's allocator.
         """
         if now is None or before is None:
             return 0
@@ -69,9 +69,9 @@ class Level:
         return max(0, more) if self.device.type == "cuda" else 0
 
     def read(self) -> int | None:
-        """The bytes; None if nobody tells."""
+        """The bytes; None if not available."""
         return self.count(self.raw())
 
     def count(self, now: int | None) -> int | None:
-        """What of a reading of `raw` counts."""
+        """The part of a reading of `raw` that counts."""
         return None if now is None else max(0, now - self.start - self._gradients - self._others)  # type: ignore[operator]

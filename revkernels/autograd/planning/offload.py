@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved tensors that wait in host memory: pinned, and moved by a stream of their own beside the computation.
+"""Keeps saved tensors in host memory: pinned, and copied by a separate CUDA stream in parallel with the computation.
 
-A half-step that is offloaded keeps what one that keeps everything does, elsewhere. On their way out the tensors stay
-where they are until the copy is done, and the next half-step's wait for them, so that no more than two half-steps' are
-under way; on their way back those of the half-step before are fetched while one is at work. What is written over in
-place after it was saved is not noticed here (nor is it by ``torch.autograd.graph.save_on_cpu``).
+An offloaded half-step keeps what one that keeps everything does, in host memory. On the way out the tensors stay on the
+device until the copy is done, and the next half-step's wait for them, so that at most two half-steps' are in flight; on
+the way back those of the previous half-step are fetched while one runs its backward. Writes in place after a tensor was
+saved are not detected here (nor are they by ``torch.autograd.graph.save_on_cpu``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_PROBE = 64 << 20  # bytes that the speed of the way there and back is measured with
+_PROBE = 64 << 20  # bytes copied to measure the speed in both directions
 
 
 class OffloadedTensor:
@@ -25,8 +25,8 @@ class OffloadedTensor:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.device = tensor.device
-        self.back: torch.Tensor | None = None  # on the device again
-        self.done: Any = None  # the event behind that
+        self.back: torch.Tensor | None = None  # the copy on the device
+        self.done: Any = None  # the event after that copy
         pin = self.device.type == "cuda"
         self.copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=pin)
         if not pin:
@@ -39,7 +39,7 @@ class OffloadedTensor:
         tensor.record_stream(mover)
 
     def fetch(self) -> None:
-        """Have it on its way back."""
+        """Start the copy back to the device."""
         if self.back is not None:
             return
         if self.device.type != "cuda":
@@ -47,7 +47,7 @@ class OffloadedTensor:
             return
         here, mover = torch.cuda.current_stream(self.device), _mover(self.device)
         self.back = torch.empty_strided(self.copy.shape, self.copy.stride(), dtype=self.copy.dtype, device=self.device)
-        mover.wait_stream(here)  # its memory may have been something else's until now
+        mover.wait_stream(here)  # its memory may have been in use until now
         with torch.cuda.stream(mover):
             self.back.copy_(self.copy, non_blocking=True)
             self.done = torch.cuda.Event()
@@ -55,10 +55,10 @@ class OffloadedTensor:
         self.back.record_stream(mover)
 
     def here(self) -> torch.Tensor:
-        """It, on the device."""
+        """The tensor on the device."""
         self.fetch()
         tensor: torch.Tensor = self.back  # type: ignore[assignment]
-        if self.done is not None:  # each time: several nodes may ask, on streams of their own
+        if self.done is not None:  # each time: several nodes may unpack it, on their own streams
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.done)
             tensor.record_stream(stream)
@@ -70,21 +70,21 @@ class OffloadedTensor:
 
 
 class OffloadGroup:
-    """What one half-step has sent away: each piece of memory once, however often it was saved."""
+    """What one half-step has sent to host memory: each piece of memory once, however often it was saved."""
 
     def __init__(self, at_home: frozenset[int]) -> None:
-        self.at_home = at_home  # memory that stays, of parameters and buffers: where it begins
+        self.at_home = at_home  # addresses of parameters and buffers, which stay
         self._sent: dict[Any, OffloadedTensor] = {}
-        self._held: list[torch.Tensor] = []  # while the half-step runs, for an address to mean one tensor
-        self._left: Any = None  # the event behind the last copy
+        self._held: list[torch.Tensor] = []  # while the half-step runs, so that addresses stay unique
+        self._left: Any = None  # the event after the last copy
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor | OffloadedTensor:
-        """Send the tensor away, unless it stays."""
+        """Send the tensor to host memory, unless it stays."""
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
             return tensor
         if tensor.untyped_storage().data_ptr() in self.at_home:
             return tensor
-        if tensor.numel() > tensor.untyped_storage().nbytes() // tensor.element_size():  # expanded: there is less of it
+        if tensor.numel() > tensor.untyped_storage().nbytes() // tensor.element_size():  # expanded: less memory
             return tensor
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if key not in self._sent:
@@ -93,8 +93,8 @@ class OffloadGroup:
         return self._sent[key]
 
     def sealed(self, last: OffloadGroup | None) -> None:
-        """The half-step's forward is over: from now on other tensors may have its addresses. ``last``: what was sent
-        before it, which the device now waits for."""
+        """The half-step's forward is over: from now on other tensors may reuse its addresses. ``last``: the previous
+        group, whose copies the device now waits for."""
         self._sent, self._held = dict(enumerate(self._sent.values())), []
         device = next((away.device for away in self._sent.values()), torch.device("cpu"))
         if device.type == "cuda":
@@ -104,24 +104,24 @@ class OffloadGroup:
                 torch.cuda.current_stream(device).wait_event(last._left)
 
     def fetch(self) -> None:
-        """Have all of it on its way back."""
+        """Start to copy all of it back."""
         for away in self._sent.values():
             away.fetch()
 
     def let_go(self) -> None:
-        """Its backward is over."""
+        """Its backward is over: free its memory on the device."""
         for away in self._sent.values():
             away.let_go()
 
 
 class Prefetcher:
-    """What is back from host memory: the tensors of the half-step at work, while those of the one before it follow."""
+    """Holds the current half-step's tensors on the device, and fetches those of the half-step before it."""
 
     def __init__(self) -> None:
         self._now: OffloadGroup | None = None
 
     def come(self, offloaded: OffloadGroup | None, following: OffloadGroup | None) -> None:
-        """Have ``offloaded`` here, if there is any, in the place of what was."""
+        """Fetch ``offloaded``, if there is any, in place of the previous group, and start to fetch ``following``."""
         if offloaded is None or offloaded is self._now:
             return
         self.let_go()
@@ -131,7 +131,7 @@ class Prefetcher:
             following.fetch()
 
     def let_go(self) -> None:
-        """Nothing is used any more."""
+        """Free the current group."""
         if self._now is not None:
             self._now.let_go()
             self._now = None
@@ -144,7 +144,7 @@ def _mover(device: torch.device) -> torch.cuda.Stream:
 
 @functools.cache
 def way_of(device: torch.device) -> tuple[float, float] | None:
-    """Seconds a byte to host memory and back, measured once a device; None for the host's own."""
+    """Seconds per byte to host memory and back, measured once a device; None for the host itself."""
     if device.type != "cuda":
         return None
     there = torch.empty(_PROBE, dtype=torch.uint8, device=device)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes that an operator allocates inside itself and lets go before it is over: a convolution's columns, say.
+"""Measures the bytes that an operator allocates inside and frees before it ends: a convolution's columns, say.
 
-No reading of the allocator before and behind it shows them. On the host torch tells its profilers of every allocation,
-so a profiler runs round a single operator of the step that is measured, or round a single node of its backward. On CUDA
-the allocator counts all that was ever allocated: what a stretch of few allocations has added to that is a bound.
+Readings of the allocator before and after it do not show them. On the host torch reports every allocation to its
+profilers, so a profiler runs around a single operator of the measured step, or a single node of its backward. On CUDA
+the allocator counts the total ever allocated: its increase over a span of few allocations is an upper bound.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.planning.memory_meter import Level
 
-_FEW = 8  # allocations: of more, their sum is far above what is there at a time
+_FEW = 8  # allocations: with more, their sum is far above their peak
 
 _autograd: Any = torch._C._autograd
-# The profiler of old takes 10 us to begin and end, kineto's 1 ms; where a torch has it no more, nobody looks inside.
+# The legacy profiler takes 10 us to start and stop, kineto's 1 ms; if torch no longer has it, nothing is measured.
 _begin: Any = getattr(_autograd, "_enable_profiler_legacy", None)
 _end: Any = getattr(_autograd, "_disable_profiler_legacy", None)
 _local = threading.local()
 
 
 class _OnHost:
-    """A stretch of one thread's work. Another may lie within it.
+    """A span of one thread's work. Spans may be nested.
 
-    ``now``: bytes allocated in it and not let go. ``most``: at a time.
+    ``now``: bytes allocated in it and not freed. ``most``: their peak.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class _OnHost:
         running = _running()
         if running:
             _turn(running)
-        elif _begin is None or _autograd._profiler_enabled():  # somebody else's
+        elif _begin is None or _autograd._profiler_enabled():  # another profiler runs
             return None
         stretch = _OnHost()
         running.append(stretch)
@@ -50,7 +50,7 @@ class _OnHost:
         return stretch if running else None
 
     def end(self) -> int:
-        """The most that it had allocated at a time, above what there was when it began."""
+        """The peak of its allocations, above the level when it began."""
         running = _running()
         if self in running:
             _turn(running)
@@ -61,11 +61,11 @@ class _OnHost:
 
 
 def _running() -> list[_OnHost]:
-    """The stretches under way in this thread, the innermost last."""
+    """The active spans of this thread, the innermost last."""
     running: list[_OnHost] | None = getattr(_local, "running", None)
     if running is None:
         running = _local.running = []
-    # Where an exception leaves a node, the engine puts back the thread's state of before, without our profiler.
+    # If an exception leaves a node, the engine restores the thread's earlier state, without our profiler.
     if running and _autograd._profiler_type() != torch._C._profiler.ActiveProfilerType.LEGACY:
         running.clear()
     return running
@@ -75,13 +75,13 @@ def _start(running: list[_OnHost]) -> None:
     profiler, experimental = torch._C._profiler, torch._C._profiler._ExperimentalConfig()
     kind = profiler.ProfilerState.CPU
     try:
-        _begin(profiler.ProfilerConfig(kind, False, True, False, False, False, experimental))  # True: of memory
+        _begin(profiler.ProfilerConfig(kind, False, True, False, False, False, experimental))  # True: profile memory
     except (RuntimeError, TypeError):
         running.clear()
 
 
 def _turn(running: list[_OnHost]) -> None:
-    """Stop the profiler, and tell the stretches what it has seen."""
+    """Stop the profiler, and add its events to the spans."""
     events = itertools.chain.from_iterable(_end())
     sizes = [event.cpu_memory_usage() for event in events if event.kind() == "memory_alloc"]
     most = max(itertools.accumulate(sizes, initial=0))
@@ -91,7 +91,7 @@ def _turn(running: list[_OnHost]) -> None:
 
 
 class _OnDevice:
-    """The same on CUDA: no statistic is reset, for they are the user's."""
+    """The same on CUDA. No statistic is reset, since they belong to the user."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.at, self.now = device, torch.cuda.memory_allocated(device), 0
@@ -105,24 +105,24 @@ class _OnDevice:
     def end(self) -> int:
         self.now = torch.cuda.memory_allocated(self.device) - self.at
         (count, total, peak), (more, larger, now) = self.before, self._counters()
-        if now > peak:  # higher than ever: that was here
+        if now > peak:  # a new peak, reached in this span
             return max(0, now - self.at)
         return min(larger - total, now - self.at) if more - count <= _FEW else 0
 
 
 def begin(device: torch.device) -> _OnHost | _OnDevice | None:
-    """A stretch begins, whose ``end()`` tells of it; None if nobody can."""
+    """Begin a span, whose ``end()`` returns its peak; None if it cannot be measured."""
     if device.type == "cpu":
         return _OnHost.begin()
-    # What cuDNN allocates to try its algorithms, it allocates once.
+    # With cuDNN's benchmark, the workspaces to try its algorithms are allocated only once: do not measure them.
     return _OnDevice(device) if device.type == "cuda" and not torch.backends.cudnn.benchmark else None
 
 
 class Inside:
-    """What was seen inside the operators of a call's branches, and inside the nodes of their backward.
+    """What was measured inside the operators of a call's branches, and inside the nodes of their backward.
 
-    ``found``: by half-step, the bytes at the peak there, as ``count`` makes them of a reading of the level and what
-    came on top. ``most``: what came on top alone.
+    ``found``: by half-step, the peak bytes there, as ``count`` converts a reading of the level, plus what came on top.
+    ``most``: only what came on top.
     """
 
     def __init__(self, level: Level, count: Callable[[int | None], int | None]) -> None:
@@ -130,7 +130,7 @@ class Inside:
         self.found: dict[int, int] = {}
         self.most: dict[int, int] = {}
         self.operators: dict[int, list[tuple[Any, int]]] = {}  # of the forward, in order
-        self._node: tuple[int, int, int] | None = None  # the node at work: half-step, thread, backward
+        self._node: tuple[int, int, int] | None = None  # the current node: half-step, thread, backward
         self._stretch: _OnHost | _OnDevice | None = None
         self._went_on = False
         self._handles: list[Any] = []
@@ -143,13 +143,13 @@ class Inside:
             self.found[k] = max(level + most, self.found.get(k, 0))
 
     def watch(self, k: int, f: Any, since: int) -> None:
-        """Look inside the nodes of the graph of half-step k's branch, which has begun at number ``since``."""
+        """Measure inside the graph nodes of half-step k's branch, whose sequence numbers begin at ``since``."""
         for node in _nodes(f, since):
             self._handles.append(node.register_prehook(lambda _, k=k: self._begins(k)))
             self._handles.append(node.register_hook(lambda *_, k=k: self._ends(k)))
 
     def over(self) -> None:
-        """There is nothing more to see."""
+        """Nothing is left to measure."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -165,18 +165,18 @@ class Inside:
             self._node = None
 
     def pause(self) -> None:
-        """The driver is at work in the midst of a node."""
+        """The driver works in the middle of a node."""
         stretch, self._stretch = self._stretch, None
         if stretch is not None and self._node is not None and self._node[1:] == _here():
             began = time.perf_counter()
             most = stretch.end()
             self.level.clock.beside += time.perf_counter() - began
-            if most > max(0, stretch.now):  # else what is read elsewhere tells: with a large heap this takes its time
+            if most > max(0, stretch.now):  # else other readings suffice: with a large heap this is slow
                 now = self.level.raw()
                 self.operator(self._node[0], None if now is None else now - stretch.now, most)
 
     def resume(self) -> bool:
-        """The node goes on. Returns whether it may find another level than when it did so last."""
+        """The node continues. Returns whether the level may have changed since the last time it did."""
         if self._node is None or self._node[1:] != _here():
             return True
         began = time.perf_counter()
@@ -191,8 +191,8 @@ def _here() -> tuple[int, int]:
 
 
 def _nodes(f: Any, since: int) -> Iterator[Any]:
-    """The nodes behind a branch's output that are no older than ``since``, without our own, which work in gradients'
-    memory where nobody else holds it, as a hook does, and without those that gather gradients."""
+    """The nodes behind a branch's output that are not older than ``since``. Excluded are our own, which like a hook may
+    write over gradients that nobody else holds, and those that accumulate gradients."""
     outputs = f if type(f) is tuple else (f,)
     left = [t.grad_fn for t in outputs if type(t) in PLAIN and t.grad_fn is not None]
     seen = set(left)

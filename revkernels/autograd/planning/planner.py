@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner behind a memory budget: which tensors a step keeps, and what that is expected to cost.
 
-One planner serves all chains that were given one budget. A step is a sequence of calls of chains, and the backwards
-that end them. The first step of a kind (the same branches on streams of the same shapes, in the same order) rebuilds
-everything and is measured; then the plan is made, and holds for every later step of that kind. A call whose graph is
-thrown away does not count; one whose backward is still to come does, in whatever step that is.
+One planner serves all chains that share a budget. A step is a sequence of calls of chains, and the backwards that end
+them. The first step of a kind (the same branches on streams of the same shapes, in the same order) recomputes
+everything and is measured; then the plan is made, and is used for every later step of that kind. A call whose graph is
+discarded does not count; one whose backward is still to come does, in whatever step that is.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from revkernels.autograd.planning.memory_meter import Level
 from revkernels.autograd.planning.offload import way_of
 from revkernels.budget import MemoryBudget, words
 
-_KINDS = 32  # of steps that are remembered
-_TIMES = 15  # of steps that the measured time is the median of
+_KINDS = 32  # of steps to remember
+_TIMES = 15  # of steps whose median is the measured time
 _SPARE = 2**16  # bytes by which two readings of small chains differ
 
 NOTHING = Choice.nothing()
@@ -48,9 +48,9 @@ class Made:
     Attributes:
         calls: the costs of the calls of chains, in order. known: whether all of them were measured.
         choices: for every call, what its half-steps keep. kept: the bytes of that, by call.
-        limit, reconstructing, storing: bytes at the peak: allowed, without keeping anything, keeping everything.
-        peak, saved: what the plan is expected to have there, and the seconds that it saves.
-        first: seconds of a step that rebuilds everything, from the measured one.
+        limit, reconstructing, storing: bytes at the peak: allowed, keeping nothing, keeping everything.
+        peak, saved: the plan's expected bytes at the peak, and the seconds that it saves.
+        first: seconds of a step that recomputes everything, from the measured one.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Made:
             [[NOTHING] if step is None or call.talks else step.choices(way) for step in call.steps] for call in calls
         ]
         workings, self.turn = _workings(calls)
-        if way is not None:  # on their way are the tensors of two half-steps at most
+        if way is not None:  # at most two half-steps' tensors are being copied
             owns = [step.own + step.source + step.target for call in calls for step in call.steps if step is not None]
             workings = [[at + 2 * max(owns, default=0) for at in of_call] for of_call in workings]
         nothing = [[NOTHING] * len(of_call) for of_call in menus]
@@ -85,9 +85,9 @@ class Made:
             )
         left = iter(numbers)
         self.choices = [[menu[next(left)] for menu in of_call] for of_call in menus]
-        if budget.reconstructs:  # not even what would cost no memory
+        if budget.reconstructs:  # keep nothing, even if it costs no memory
             self.choices = nothing
-        elif self._peak(everything) <= self.limit:  # `allot` counts streams that are not there if nothing is rebuilt
+        elif self._peak(everything) <= self.limit:  # `allot` also counts the streams of a reconstruction
             self.choices = everything
         self.kept = [sum(_kept_by(of_call)) for of_call in self.choices]
         self.peak = self._peak(self.choices)
@@ -97,7 +97,7 @@ class Made:
     def _peak(self, choices: Sequence[Sequence[Choice]]) -> int:
         used = most = 0
         for call, of_call, at in zip(self.calls, choices, self._workings, strict=True):
-            # What keeps everything never rebuilds its streams; from the output these are rebuilt one by one.
+            # A call that keeps everything reconstructs no streams; from the output they are reconstructed one by one.
             whole, count = all(choice.option.whole for choice in of_call), len(at)
             for k, (kept, working) in enumerate(zip(_kept_by(of_call), at, strict=True)):
                 step = call.steps[k]
@@ -116,13 +116,13 @@ def _kept_by(choices: Sequence[Choice]) -> Iterator[int]:
     """The bytes that each half-step of a call keeps."""
     rebuilt = covered = False
     for option, *_ in choices:
-        # Streams are needed again where an earlier half-step is rebuilt.
+        # The streams are needed where an earlier half-step is recomputed.
         yield option.kept + (option.before if option.whole and rebuilt and not covered else 0)
         rebuilt, covered = rebuilt or not option.whole, option.covers
 
 
 def _workings(calls: Sequence[CallCost]) -> tuple[list[list[int]], int]:
-    """The bytes that every half-step's backward works with, all that earlier calls hold included; and those at the
+    """The bytes that every half-step's backward works with, including all that earlier calls hold; and those at the
     turn from forward to backward."""
     earlier, turn, found = 0, 0, []
     for call in calls:
@@ -141,15 +141,15 @@ class Planner:
         self._lock = threading.RLock()
         self._costs: OrderedDict[Hashable, tuple[CallCost, tuple[Hashable, ...]]] = OrderedDict()
         self._plans: OrderedDict[tuple[Hashable, ...], Made | ValueError] = OrderedDict()
-        self._waiting: tuple[Hashable, ...] = ()  # a step that lacked the backward of a call
-        self._calls: list[weakref.ref[Keeping]] = []  # of the step under way, those whose graph is still there
+        self._waiting: tuple[Hashable, ...] = ()  # a step in which a call's backward did not run
+        self._calls: list[weakref.ref[Keeping]] = []  # of the current step, those whose graph still exists
         self._over = True  # a backward has ended it
         self._start: Any = None
         self._watch: Stopwatch | None = None
-        self._kept = True  # nothing in the step under way was measured
+        self._kept = True  # no call of the current step is being measured
         self._captured = False
         self.latest: Made | None = None
-        self.looks: Callable[[int], None] | None = None  # is told as a step begins: the bytes of its input
+        self.looks: Callable[[int], None] | None = None  # called as a step begins, with the bytes of its input
 
     def enter(
         self,
@@ -163,14 +163,14 @@ class Planner:
         in the streams and besides.
 
         Raises:
-            ValueError: the step has been measured, and not even rebuilding everything keeps to the budget.
+            ValueError: the step has been measured, and even recomputing everything exceeds the budget.
         """
         with self._lock:
             alive = [call for call in self._calls_now() if not call.over]
             self._calls = [weakref.ref(call) for call in alive]
             if self._over or not alive:
                 self._over, self._kept = False, True
-                # What is recorded into a CUDA graph takes no time now: it follows a plan, or rebuilds everything.
+                # Time cannot be measured while a CUDA graph is captured: follow a plan, or recompute everything.
                 self._captured = streams[0].is_cuda and torch.cuda.is_current_stream_capturing()
                 self._level = Level(streams[0].device, entered)
                 if self.looks is not None:
@@ -180,7 +180,7 @@ class Planner:
             order = (*(call.kind for call in alive), kind)
             made = self._plan_for(order)
             if made is not None:
-                # Nothing waits for host memory inside a graph, nor is it the same memory at each replay.
+                # Inside a graph nothing waits for host memory, nor is it the same memory at each replay.
                 choices = [NOTHING if choice.away and self._captured else choice for choice in made.choices[len(alive)]]
                 keeping = Keeping(self, order, names, choices, None, made.kept[len(alive)])
                 keeping.unknown = frozenset(k for k, step in enumerate(made.calls[len(alive)].steps) if step is None)
@@ -199,7 +199,7 @@ class Planner:
 
     def _plan_for(self, order: tuple[Hashable, ...]) -> Made | None:
         """Of the plans for steps that begin with these calls, the one that keeps least in the last of them: whichever
-        step it turns out to be, there is as much room left as its own plan leaves.
+        step it turns out to be, as much room is left as its own plan leaves.
         """
         place = len(order) - 1
         exact = self._plans.get(order)
@@ -222,12 +222,12 @@ class Planner:
             end = self._watch.read()  # type: ignore[union-attr]
             made = self._plans.get(order)
             if made is not None:
-                self._plans.move_to_end(order)  # what is not seen any more is forgotten first
-            if keeping.missed:  # the step that was measured had a backward of a part alone
+                self._plans.move_to_end(order)  # plans that are no longer used are dropped first
+            if keeping.missed:  # the measured step's backward was partial
                 self._forget(keeping.kind)
                 return
             if isinstance(made, Made) and not made.known and all(kind in self._costs for kind in order):
-                made = None  # its backward has come after all
+                made = None  # the missing backward has run after all
             if isinstance(made, Made):
                 if self._kept:
                     self.latest = made
@@ -243,7 +243,7 @@ class Planner:
                 self._costs.popitem(last=False)
 
     def _plan(self, order: tuple[Hashable, ...], end: Any) -> None:
-        """Make the plan of a step of these calls, once all have been measured, or their backward did not come again."""
+        """Plan a step of these calls, once all have been measured, or a backward is missing for the second time."""
         known = all(kind in self._costs for kind in order)
         if not known and self._waiting != order:
             self._waiting = order  # it may be part of this very backward
@@ -263,47 +263,47 @@ class Planner:
             self._plans[order] = error
 
     def _forget(self, kind: Hashable) -> None:
-        """Measure such calls anew."""
+        """Measure such calls again."""
         self._costs.pop(kind, None)
         for order in [order for order in self._plans if kind in order]:
             del self._plans[order]
 
     def _way(self) -> tuple[float, float] | None:
-        """Seconds a byte to host memory and back, if tensors may be sent there."""
+        """Seconds per byte to host memory and back, if tensors may be sent there."""
         device = self._level.device
         return way_of(device) if self.budget.offload else None
 
     def _cost_in(self, order: tuple[Hashable, ...]) -> CallCost:
         """The cost of the last of these calls."""
         cost, measured = self._costs[order[-1]]
-        return cost if measured == order else replace(cost, entry=0)  # entered after other calls, it was another level
+        return cost if measured == order else replace(cost, entry=0)  # after other calls, its entry level was another
 
     def _first(self, calls: Sequence[CallCost], end: Any) -> float:
-        """Seconds of the step that was measured, as a later one would take them: what ran cold is made warm."""
+        """Seconds of a later step that recomputes everything: those of the measured step, without its cold start."""
         took = self._watch.between(self._start, end)  # type: ignore[union-attr]
         steps = [step for call in calls for step in call.steps if step is not None]
         measured = sum(call.measured for call in calls)
         return max(0.0, took - measured) + sum(2 * step.rebuild + step.backward for step in steps)
 
     def forget_times(self) -> None:
-        """Let `measured` tell of later steps alone."""
+        """Let `measured` count later steps only."""
         with self._lock:
             for made in self._plans.values():
                 if isinstance(made, Made):
                     made.times.clear()
 
     def measured(self, made: Made) -> float | None:
-        """Seconds of a step under the plan, the median; None if there was none yet."""
+        """Median seconds of a step under the plan; None if there was none yet."""
         times = [self._watch.between(*pair) for pair in made.times]  # type: ignore[union-attr]
         return statistics.median(times) if times else None
 
 
 def _nothing() -> None:
-    """What is left to do for a call whose graph is gone."""
+    """Stands in for the callback of a call whose graph was freed."""
 
 
 class Keeping:
-    """What one call of a chain keeps, and what is read off it."""
+    """What one call of a chain keeps, and its measurements."""
 
     def __init__(
         self,
@@ -318,8 +318,8 @@ class Keeping:
         self.kind, self.bytes, self.over = order[-1], kept, False
         self.choices = choices
         self.streams = 0  # bytes of them
-        self.unknown: frozenset[int] = frozenset()  # half-steps that were not measured, and are planned as if not there
-        self.missed = False  # one of these is
+        self.unknown: frozenset[int] = frozenset()  # half-steps that were not measured, and are left out of the plan
+        self.missed = False  # one of these was recomputed
         self._task = -1
         self._rebuilt = next((k for k, choice in enumerate(choices) if not choice.option.whole), len(choices))
 
@@ -335,24 +335,24 @@ class Keeping:
         return Noting(ops) if ops else None
 
     def away(self, k: int) -> bool:
-        """Whether half-step k keeps it in host memory."""
+        """Whether half-step k keeps its tensors in host memory."""
         return self.choices[k].away
 
     def makes_again(self, k: int) -> bool:
-        """Whether half-step k keeps everything but what norms and activations can make again."""
+        """Whether half-step k keeps everything except what norms and activations can recompute."""
         return self.choices[k].makes_again
 
     def steps_over(self, k: int) -> bool:
-        """Whether half-step k is not rebuilt, and a stream from before it is needed, for an earlier one that is."""
+        """Whether half-step k is not recomputed, but an earlier half-step is and needs the stream from before it."""
         return k > self._rebuilt and self.choices[k].option.whole
 
     def rebuilds(self, k: int) -> None:
-        """Half-step k is about to be rebuilt."""
+        """Half-step k is about to be recomputed."""
         self.missed = self.missed or k in self.unknown
 
     def watch(self, task: int, end: Callable[[], Callable[[], None] | None]) -> None:
-        """The backward ``task`` is at work on the call: hear of its end, and call what ``end`` refers to then, if it is
-        still there."""
+        """The backward ``task`` works on this call: when it ends, call what ``end`` refers to, if that still exists,
+        and tell the planner."""
         if task != self._task:
             self._task = task
 
