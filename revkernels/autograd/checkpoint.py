@@ -34,8 +34,8 @@ class Checkpoint(Rebuilding):
     """One call of a function in grad mode, and all backwards through it.
 
     Args:
-            function: a module, or any callable; what a plain callable reads is checked for changes as far as visible.
-            args, kwargs: of the call. Tensors in them, also in lists, tuples and dicts, are the inputs that are kept.
+        function: a module, or any callable; what a plain callable reads is checked for changes as far as visible.
+        args, kwargs: of the call. Tensors in them, also in lists, tuples and dicts, are the inputs that are kept.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A driver among code compiled by torch.compile: the driver stays out of the graph, its branches do not.
+"""Runs the driver inside code compiled by torch.compile: the driver stays out of the graph, its branches do not.
 
-The driver looks at reference counts, versions and generators, which a trace has none of. So a chain that rebuilds its
-activations is a break in the graph: it runs as it is, and hands the compiler that met it to each of its branches, in
-the forward and again, for the same graphs and the same saved tensors, in the backward.
+The driver reads reference counts, versions and generators, which do not exist in a trace. So a chain that recomputes
+its activations is a graph break: it runs uncompiled, and passes the compiler that met it to each of its branches, in
+the forward and again in the recompute, for the same graphs and the same saved tensors.
 
-To be imported only where ``torch._dynamo`` has been, which is slow to import.
+Import it only where ``torch._dynamo`` has been imported, which is slow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-#: What dynamo must neither trace nor compile when it meets it, in a forward or on the way of a backward.
+#: What dynamo must neither trace nor compile, in a forward or in a backward.
 _OUTSIDE = (
     *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "inverse", "norm_act", "ownership")),
     *(f"revkernels.autograd.{name}" for name in ("early", "fixed", "grid", "rebuilding", "recomputing", "recorded")),
@@ -31,7 +31,7 @@ _OUTSIDE = (
     "revkernels.eager",
 )
 
-_local = threading.local()  # .compiler: what was compiling where `untraced` was called
+_local = threading.local()  # .compiler: the active compiler where `untraced` was called
 
 
 @skip
@@ -83,7 +83,7 @@ def call(compiler: Any, branch: Any, h: Any, args: tuple[Any, ...], kwargs: Mapp
 
 
 def _call(branch: Any, h: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return branch(h, *args, **kwargs)  # a frame of ours, since dynamo passes over those of torch.nn.Sequential
+    return branch(h, *args, **kwargs)  # our own frame, since dynamo skips those of torch.nn.Sequential
 
 
 _frames: dict[Any, FunctionType] = {}
@@ -93,7 +93,7 @@ _frame_by_branch: weakref.WeakKeyDictionary[Any, FunctionType] = weakref.WeakKey
 def _frame_of(branch: Any) -> Callable[..., Any]:
     """`_call` for the branches of one structure, which share a compilation, however many there are.
 
-    All branches do not share a function, because dynamo compiles one only a few times before it gives up on it.
+    Not one function for all branches, because dynamo compiles a function only a few times before it gives up on it.
     """
     try:
         return _frame_by_branch[branch]
@@ -104,7 +104,7 @@ def _frame_of(branch: Any) -> Callable[..., Any]:
     if frame is None:
         code: CodeType = _call.__code__.replace(co_name=f"call_{type(branch).__name__}")
         frame = _frames[structure] = FunctionType(code, globals())
-    with suppress(TypeError):  # what cannot be remembered is looked at each time
+    with suppress(TypeError):  # if it cannot be cached, look it up each time
         _frame_by_branch[branch] = frame
     return frame
 

@@ -2,7 +2,7 @@
 """Normalisation with its activation as autograd nodes, alone and together with the coupling in front.
 
     norm_act          x -> h                h = activation(norm(x))
-        enter_norm_act    s -> (s, h)           a stream that enters a branch
+    enter_norm_act    s -> (s, h)           a stream that enters a branch
     couple_norm_act   (a, f) -> (s, h)      s = a + f, h = activation(norm(s))
 
 The last two are `revkernels.autograd.coupling`'s nodes with the next branch's first layers inside: their backward

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels with a normalisation as ``torch.library`` operators, beside those of `revkernels.autograd.torch_ops`.
 
-    norm_act, couple_norm_act    new tensors, differentiable (twice too); statistics that are given come back empty
+    norm_act, couple_norm_act    new tensors, differentiable (twice too); given statistics are returned as empty
     norm_act_backward            their gradient
     uncouple_norm_act_           in place; running statistics are written as well
     norm_act_backward_           in place
-    norm_statistics_             a batch's statistics alone, which move the running ones
+    norm_statistics_             a batch's statistics only, which update the running ones
 
-An operator with a gradient may not write, so that in compiled code a batch norm that keeps running statistics takes two
-operators and a pass more than elsewhere. A schema has no `Norm`: its fields are arguments of their own.
+A differentiable operator may not write to its inputs, so in compiled code a batch norm with running statistics takes
+two operators and one pass more than elsewhere. A schema has no `Norm`: its fields are separate arguments.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ def _norm_act_backward(
 ) -> Any:
     backend, norm = _norm(weight, bias, options)
     dx, dweight, dbias = _gradients_fake(base, dh, x, weight, bias, mean, rstd, constant=constant, **options)
-    # A gradient has the strides of what came after, which no kernel need take.
+    # A gradient has the strides of what came after, which a kernel may not support.
     base, dh = (
         t if t is None or checks_norm.merges(norm, [x, t]) else torch.empty_like(x, dtype=t.dtype).copy_(t)
         for t in (base, dh)
     )
-    mean, rstd = (None if t is None else t.to(dbias.dtype) for t in (mean, rstd))  # wider where f was
+    mean, rstd = (None if t is None else t.to(dbias.dtype) for t in (mean, rstd))  # wider if f was
     select(x, backend).norm_act_backward(
         dx, base, dh, x, norm, mean, rstd, dweight, dbias, SUMS_COMPUTED, 0, constant and norm.kind == "batch"
     )
@@ -206,7 +206,7 @@ def _empty(norm: Norm, x: Any, *f: Any) -> Statistics:
 
 
 def _fresh(statistics: Statistics, given: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an operator may return of them: nothing of what it was given, and no None."""
+    """The statistics as an operator may return them: none of its inputs, and no None."""
     mean, rstd = statistics
     nothing = rstd.new_empty(0)
     return (nothing, rstd.new_empty(0)) if given else (nothing if mean is None else mean, rstd)
@@ -220,7 +220,7 @@ def _remember(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output
     coupled = len(operands) == 2
     options = dict(keyword_only_inputs)
     options.pop("dtype")
-    # What is computed, or computed elsewhere from x, is a function of x.
+    # Statistics computed here, or elsewhere from x, are functions of x.
     constant = options.pop("constant") and rstd is not None
     if rstd is None:
         mean, rstd = (None if options["kind"] == "rms" else output[-2]), output[-1]
@@ -321,7 +321,7 @@ def norm_act_backward_(
 
 
 def _moved(x: Any, f: Any, norm: Norm, backend: str | None) -> Statistics | None:
-    """The batch's statistics where they move running ones; else None, for the operator to compute."""
+    """The batch's statistics, if they update running ones; else None, for the operator to compute."""
     if norm.running_mean is None:
         return None
     with torch.no_grad():

@@ -3,14 +3,14 @@
 
 Importing this module registers them; `revkernels.ops` does so when it is traced for the first time.
 
-    couple, uncouple      new tensors, differentiable (twice too), without what a coupling writes besides
+    couple, uncouple      new tensors, differentiable (twice too), without a coupling's additional outputs
     couple_, uncouple_    in place, return nothing; checksum, amax and value are written as well
     reverse_step_         likewise
     accumulate_           lists of tensors, likewise
 
-A schema has no `Coupling`: its fields are arguments of their own, and ``backend=""`` is the choice by device. An
-operator runs the function of the same name in `revkernels.ops`, so that compiled code makes the same checks, raises the
-same errors and obeys `use_backend`, all when it runs.
+A schema has no `Coupling`: its fields are separate arguments, and ``backend=""`` chooses by device. An operator runs
+the function of the same name in `revkernels.ops`, so that compiled code makes the same checks, raises the same errors
+and obeys `use_backend`, all at run time.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _gradient(ctx: Any, dy: torch.Tensor) -> Any:
     return _Op.backward(ctx, dy)[:4]
 
 
-#: Strides are part of a stream's value: a compiler must hand over what the uncompiled call would have seen.
+#: Other strides give other bits: a compiler must pass the strides that the uncompiled call would have seen.
 exact_strides = getattr(torch.Tag, "needs_exact_strides", None) or torch.Tag.needs_fixed_stride_order
 
 
@@ -167,8 +167,8 @@ _calls = torch.ops.revkernels
 
 
 def _new(operator: Any, in_place: Any, x: Any, f: Any, coupling: Any, backend: str | None) -> torch.Tensor:
-    """A new tensor. An operator with a gradient may not write, so what a coupling writes besides is a second call's, in
-    place."""
+    """A new tensor. A differentiable operator may not write to its inputs, so a coupling's additional outputs are
+    written by a second call, in place."""
     if x.dtype == torch.int16 and torch.is_grad_enabled() and coupling is not None:
         scales = coupling.channel_scale, coupling.sample_scale
         tracking.refuse_grad("f channel_scale sample_scale", (f, *scales))

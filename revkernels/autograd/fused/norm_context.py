@@ -21,7 +21,7 @@ class Ambient(threading.local):
 
     Attributes:
         kernels: the chain's backend; None outside any chain.
-            tape: the batch statistics of the current half-step; None outside a chain that recomputes its activations.
+        tape: the batch statistics of the current half-step; None outside a chain that recomputes its activations.
     """
 
     kernels: Any = None
