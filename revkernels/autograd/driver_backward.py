@@ -248,7 +248,7 @@ class Rebuilding:
                 self._grid.end()
 
     def _rebuild(self, k: int) -> None:
-        """Recompute branch k: its saved tensors become the frame. Reconstruct the target from before half-step k."""
+        """Recompute branch k, whose saved tensors become the frame, and reconstruct the target before half-step k."""
         self._frame = []  # first, so that two branches' tensors are never alive together
         step = self._steps[k]
         index, sources = step.half_step.target, step.half_step.sources
@@ -323,7 +323,7 @@ class Rebuilding:
         return f
 
     def _uncouple(self, k: int, index: int, target: torch.Tensor, f: torch.Tensor) -> None:
-        """Reconstruct the target before half-step k from ``target``, to which half-step k added f."""
+        """Reconstruct the target's value before half-step k, which added f, from its value ``target`` after it."""
         out, before, grid = self._rebuilt[index], self._steps[k - 1] if k else None, self._grid
         if grid is not None:
             grid.uncouple(k, out, target, f)

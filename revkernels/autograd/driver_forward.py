@@ -156,7 +156,7 @@ class Reversal(Rebuilding):
             self._twin = (index, twin)
 
     def rearrange(self, rearrangement: Rearrangement) -> None:
-        """Permute the elements of the streams. Not supported with a grid or a memory budget."""
+        """Rearrange the elements of the streams. Not supported with a grid or a memory budget."""
         before, self._twin = self.streams, None
         self.streams = list(rearrangement.there(*before))
         if self.recording:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact coupling of one call of a chain: streams on the grid of multiples of 2^-k, and the check that they return.
+"""The exact coupling of one call of a chain: streams on the grid of multiples of 2^-k, verified by checksums.
 
-Each stream has two cells, filled by the kernel that writes it: a checksum, which shows whether the same bits were
-reconstructed, and the largest |s|, which must stay in the range where sums do not round (`revkernels.Exact` has the
-lemma). On the CPU the cells are read after every kernel; on a device, to avoid synchronizing, at the end of the forward
-and of the backward.
+Each value of a stream has two cells, filled by the kernel that writes it: a checksum, which shows whether the same bits
+were reconstructed, and the largest |s|, which must stay in the range where sums do not round (`revkernels.Exact` has
+the lemma). On the CPU the cells are read after every kernel; on a device, to avoid synchronizing, at the end of the
+forward and of the backward.
 """
 
 from __future__ import annotations

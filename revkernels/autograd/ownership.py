@@ -30,7 +30,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """The id of its storage, which stays the same when the storage is freed and allocated again, as FSDP2 does. 0 for a
+    """The id of its storage, which stays the same when the memory is freed and allocated again, as FSDP2 does. 0 for a
     tensor without one, or with attributes, which other ways to shard set: what they move is not checked."""
     if not has_memory(tensor) or tensor.__dict__:
         return 0

@@ -128,8 +128,8 @@ class Looking(_Counting):
     """Reads ``level`` after every operator that computes new tensors, and inside it and operators that write in place.
 
     Calls ``look`` with the operator (None for a cast, which the recompute may lack), the level before and after it, and
-    the bytes that it allocated at most on top of the former and freed again. ``begin`` starts a measurement inside an
-    operator, whose ``end()`` returns the bytes.
+    its peak bytes on top of the former. ``begin`` starts a measurement inside an operator, whose ``end()`` returns the
+    peak.
     """
 
     def __init__(

@@ -103,7 +103,7 @@ class Parts:
             self.turn = turn_of(stateful)
 
     def look_again(self) -> None:
-        """To be called with `turn` held: another thread's recompute may have changed the modules for a while before."""
+        """Inspect again, with `turn` held: until then another thread's recompute may have changed the modules."""
         known = self.known
         if known is not None and (known.stateful or (self.own and self.own.holders)) and not self.is_same():
             self.known, self.modules = None, tree_of(self.branch)

@@ -80,7 +80,7 @@ class Snapshot(Parts):
         self.late: set[int] = set()  # ids of fixed and constant tensors found to be written
         #: Tensor attributes of modules that are not parameters or buffers, with their versions. Weak references.
         self.others: list[tuple[str, weakref.ref[torch.Tensor], int]] = []
-        self.placed: Placed = NONE  # by its own forward, in place of parameters
+        self.placed: Placed = NONE  # what its own forward put in place of parameters
         self.structure: Structure | None = None  # set after the forward, unless `known`
         self.statistics: list[Slot] = []
         self.rewound: list[tuple[nn.Module, Slot, torch.Tensor]] = []
