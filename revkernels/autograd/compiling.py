@@ -26,8 +26,9 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 #: What dynamo must neither trace nor compile, in a forward or in a backward.
 _OUTSIDE = (
     *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "inverse", "norm_act", "ownership")),
-    *(f"revkernels.autograd.{name}" for name in ("early", "fixed", "grid", "rebuilding", "recomputing", "recorded")),
-    *(f"revkernels.autograd.{name}" for name in ("reversal", "fused.entry", "planning", "state")),  # folders too
+    *(f"revkernels.autograd.{name}" for name in ("driver_backward", "driver_forward", "recomputing", "step_record")),
+    *(f"revkernels.autograd.{name}" for name in ("early_recompute", "exact_coupling", "exact_coupling_int16")),
+    *(f"revkernels.autograd.{name}" for name in ("fused.coupled_norm", "output_check", "planning", "state")),
     "revkernels.eager",
 )
 

@@ -44,7 +44,7 @@ from revkernels.autograd.planning.offload import OffloadGroup
 from revkernels.autograd.planning.planner import Keeping
 from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.autograd.recomputing import is_recomputing, within_a_branch
-from revkernels.autograd.state.rng_and_autocast import Surroundings, drawn, moved, states_of
+from revkernels.autograd.state.rng_and_autocast import Surroundings, drawn, moved, states_of, tensors_in
 from revkernels.autograd.state.versions import version_of
 from revkernels.autograd.step_record import RearrangedStep, Rearrangement, RecordedStep, frames_compiled
 from revkernels.errors import ReconstructionError
@@ -97,6 +97,7 @@ class Reversal(Rebuilding):
         self.last_written: dict[int, int] | None = None
         self.end: Any = None  # identifies its outputs: `revkernels.autograd.linked_calls`
         self._claimed: Any = None  # the previous end, while the call is reopened
+        self._watched = 0  # side inputs of the calls before
         self._finished: tuple[Any, ...] = ()  # the state to return to if a reopened call fails
         if self.recording:
             self._surroundings = Surroundings(streams[0].device, side_inputs)
@@ -201,8 +202,10 @@ class Reversal(Rebuilding):
             )
         if recorded is not None and frames_compiled() != compiled:
             recorded.note_nodes(f, h, began)
-        if recorded is not None and leaf_comes_first(f, h):
-            reach_first(self, self._count, f)
+        if recorded is not None:
+            for output in [tensor for _, tensor in tensors_in(f)] if type(f) is tuple else (f,):
+                if leaf_comes_first(output, h):
+                    reach_first(self, self._count, output)
         return f
 
     def _entered(self, index: int) -> torch.Tensor:
@@ -353,6 +356,7 @@ class Reversal(Rebuilding):
         """
         self.name.add(self._count, name)  # type: ignore[attr-defined]
         self._finished = (len(self._steps), self._kept, self._split, self._strides, self._first)
+        self._watched = len(self._surroundings.side_inputs)
         self.streams, self._kept = list(streams), None
         self._surroundings.extend(side_inputs)
         self._states = self._surroundings.states()
@@ -361,7 +365,7 @@ class Reversal(Rebuilding):
     def shut(self) -> None:
         """After a failure since `reopen`: return to the state that `finish` left."""
         self._count, self._kept, self._split, self._strides, self._first = self._finished
-        del self._steps[self._count :]
+        del self._steps[self._count :], self._surroundings.side_inputs[self._watched :]
         self.end, self._finished = self._claimed, ()
         self.release()
 

@@ -21,12 +21,12 @@ _MANY = 64  # nodes to visit: beyond these, assume a leaf
 _of_type: weakref.WeakKeyDictionary[type, bool | None] = weakref.WeakKeyDictionary()
 
 
-def leaf_comes_first(f: Any, *read: torch.Tensor) -> bool:
-    """Whether the gradient of the branch's output f may reach a leaf through nodes without saved tensors.
+def leaf_comes_first(output: Any, *read: torch.Tensor) -> bool:
+    """Whether the gradient of a branch's output may reach a leaf through nodes without saved tensors.
 
     The search stops at ``read``: the stream, or the other inputs.
     """
-    node = getattr(f[0] if type(f) is tuple and f else f, "grad_fn", None)  # that it is a tensor is checked later
+    node = getattr(output, "grad_fn", None)  # that it is a tensor is checked later
     if node is None or _asks(node):
         return False
     seen = {tensor.grad_fn for tensor in read}
@@ -56,8 +56,8 @@ def _asks(node: Any) -> bool:
     return bool(node._raw_saved_tensors) if saves is None else saves
 
 
-def reach_first(reversal: Any, k: int, f: Any) -> None:
-    """Recompute half-step k before the gradient of its branch's output f is passed on."""
+def reach_first(reversal: Any, k: int, output: Any) -> None:
+    """Recompute half-step k before the gradient of an output of its branch is passed on."""
     ref = weakref.ref(reversal)  # avoids a cycle: the graph holds this hook
 
     def reach(_: Any) -> None:
@@ -65,4 +65,4 @@ def reach_first(reversal: Any, k: int, f: Any) -> None:
         if found is not None:
             found.reach(k)
 
-    (f[0] if type(f) is tuple else f).grad_fn.register_prehook(reach)
+    output.grad_fn.register_prehook(reach)

@@ -7,6 +7,7 @@ torch.compile but its code generator.
 """
 
 import copy
+import importlib
 
 import pytest
 from torch import nn
@@ -30,6 +31,9 @@ from behaviour.common import (
 from behaviour.compiling import Masked, Within, compiled, counters, fresh_compiler, graphs, reasons  # noqa: F401
 from behaviour.test_costs import BLOCK, WIDTH, activation_bytes, slim_branch
 from revkernels import eager, native
+from revkernels.autograd import driver_backward, driver_forward, step_record
+from revkernels.autograd.planning import planner
+from revkernels.autograd.state import snapshot
 from revkernels.errors import ReconstructionError
 from revkernels.models import revnet38
 from revkernels.models.plan import Plan
@@ -313,3 +317,12 @@ def test_a_state_through_time_beside_a_part_that_is_compiled():
         sum(one.sin().sum() for one in y).backward()
         results.append([p.grad for p in net.parameters()])
     assert_all_close(*results)
+
+
+def test_the_driver_is_outside_of_graphs():
+    """torch ignores names of modules that do not exist."""
+    from revkernels.autograd.compiling import _OUTSIDE
+
+    modules = [importlib.import_module(name) for name in _OUTSIDE]
+    modules += [driver_forward, driver_backward, step_record, snapshot, planner]
+    assert all(torch._dynamo.trace_rules.check_file(module.__file__).skipped for module in modules)

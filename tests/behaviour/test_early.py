@@ -33,6 +33,7 @@ ENDS = {
     "alone": lambda f, bias: bias.expand_as(f),
     "in place": lambda f, bias: f.add_(bias),
     "aux": with_aux,
+    "in aux": lambda f, bias: (f.tanh(), {"loss": (f + bias).mean(), "none": None}),
 }
 
 

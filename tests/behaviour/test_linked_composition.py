@@ -87,6 +87,22 @@ def test_a_call_that_fails_leaves_the_others_as_they_were(backend):
         assert_all_close(torch.autograd.grad(loss_of(z), x), torch.autograd.grad(loss_of(plain(x)), x))
 
 
+def test_side_inputs_of_a_call_that_fails_are_let_go(backend):
+    """Whoever changes them afterwards is not in the way of the calls before."""
+    net, _ = twins([Layer(backend=backend)])
+    x, side = rows(), torch.ones(4, dtype=torch.float64)
+
+    def refuse(h, side):
+        raise KeyError("not today")
+
+    y = net.layers[0](x)
+    with pytest.raises(KeyError, match="not today"):
+        linked.run([linked.HalfStep(refuse, 0, (1,), (side,))], y, 2, str, backend=backend)
+    side.add_(1)
+    loss_of(y).backward()
+    assert x.grad.isfinite().all()
+
+
 def test_second_order_and_a_second_backward(backend):
     net, plain = twins([Layer(backend=backend) for _ in range(3)])
     x = rows()
