@@ -15,8 +15,8 @@ namespace {
 
 using Views = std::initializer_list<const NamedView*>;
 
-// The coupling as the kernels get it: nullptr for the plain one, rows_per_sample at least 1, and
-// `value` in this library's version. `written` begins with the stream's result.
+// A validated coupling as the kernels take it: nullptr if it adds nothing to the plain sum,
+// rows_per_sample >= 1, `value` in this library's version. `written` begins with the result.
 class CheckedCoupling {
  public:
   CheckedCoupling(const revk_coupling* given, Views written, Views read, int32_t scale_dtype)
@@ -50,7 +50,7 @@ class CheckedCoupling {
                             {"sample_scale", options_.sample_scale, scale, samples}};
     const Array checksum("checksum", options_.checksum, 8, 1), amax("amax", options_.amax, 4, 1);
     for (const Array* array : {&scales[0], &scales[1], &checksum, &amax}) check_array(*array);
-    for (const Array* report : {&checksum, &amax}) {  // written too, behind everything else
+    for (const Array* report : {&checksum, &amax}) {  // these are written too
       for (const NamedView* view : read_) check_apart(*report, view->layout, view->name);
       for (const Array& array : scales) check_apart(*report, array.layout, array.name);
     }
@@ -75,7 +75,7 @@ class CheckedCoupling {
       for (const NamedView* view : views) value_->apart_from(*view);
     options_.value = &value_->view;
   }
-  // A plain array that the struct points to; NULL: of no elements.
+  // A plain array that the struct points to; NULL means no elements.
   struct Array {
     Array(const char* name, const void* data, int64_t item, int64_t elements)
         : name(name),
@@ -110,7 +110,7 @@ class CheckedCoupling {
   bool plain_ = true;
 };
 
-// An int16 stream stays one.
+// Both streams are int16, or neither.
 void check_stream(const NamedView& out, const NamedView& x) {
   if ((out.view.dtype == REVK_INT16) != (x.view.dtype == REVK_INT16))
     throw invalid(out.name + ": dtype is " + dtype_name(out.view.dtype) + ", but " + x.name +
@@ -135,7 +135,7 @@ void couple_with(Couple on_cpu, Couple on_cuda, const NamedView& out, const Name
   (where.device < 0 ? on_cpu : on_cuda)(out.view, x.view, f.view, checked.get(), where);
 }
 
-// `count` views side by side, each as large as the first says it is. A deque never moves a view.
+// `count` consecutive views; the first one's struct_size is the step. A deque never moves a view.
 std::deque<NamedView> read_list(const char* name, const revk_view* first, int64_t count) {
   const int32_t step = size_of_struct(first);
   std::deque<NamedView> list;
@@ -157,8 +157,8 @@ std::vector<revk_view> plain_views(const std::deque<NamedView>& list) {
   return views;
 }
 
-// Every total is apart from every other array of the
-// call. Sorted by address, only neighbours can touch.
+// No total shares memory with any other array of the call. A sweep in address order compares only
+// ranges that intersect.
 void check_apart(const std::deque<NamedView>& totals, const std::deque<NamedView>& parts) {
   struct Entry {
     const NamedView* view;

@@ -47,7 +47,7 @@ int32_t in_range(const char* owner, const char* name, int32_t value, int32_t mos
 
 const char* const kKindNames[] = {"a batch norm", "a layer norm", "an RMS norm", "a group norm"};
 
-// The norm of an array of a view's shape, with every array that it points to.
+// A validated norm over a view's shape, with every array that it points to.
 struct CheckedNorm {
   revk_norm value;
   std::vector<Plain> read, written;
@@ -83,7 +83,7 @@ struct CheckedNorm {
     add_running(channels);
   }
 
-  // A view that is written, and the norm's arrays, share no memory.
+  // `view` is written: it shares no memory with the norm's arrays.
   void apart_from(const NamedView& view) const {
     for (const auto* list : {&read, &written})
       for (const Plain& array : *list)
@@ -91,7 +91,7 @@ struct CheckedNorm {
           view.fail("is written and overlaps norm's " + std::string(array.name) +
                     "; they need separate memory");
   }
-  // The arrays that are written are apart from a view that is read, and from one another.
+  // `view` is read: it shares no memory with the norm's written arrays.
   void written_apart_from(const NamedView& view) const {
     for (const Plain& array : written)
       if (array.data != nullptr && overlaps(view.layout, array.layout()))
@@ -186,8 +186,8 @@ void fill(void* data, int64_t count, A value) {
   for (int64_t i = 0; data != nullptr && i < count; ++i) to[i] = value;
 }
 
-// The statistics of no elements at all: sums of nothing. On the host alone; a device's caller fills
-// its own. Running statistics learn nothing from them.
+// Statistics of zero elements (mean 0, variance 0). Host only: on a device the caller fills them.
+// Running statistics stay as they are.
 template <class A>
 void fill_statistics(const revk_norm& norm, const NamedView& x) {
   const A rstd = A(1.0 / std::sqrt(norm.eps));
@@ -197,7 +197,7 @@ void fill_statistics(const revk_norm& norm, const NamedView& x) {
     fill(norm.rstd, count, rstd);
     return;
   }
-  if (x.sizes[2] == 0) return;  // there is no end of empty rows
+  if (x.sizes[2] == 0) return;  // the number of empty rows is unbounded
   for (int64_t o = 0; o < x.sizes[0]; ++o)
     for (int64_t i = 0; i < x.sizes[2]; ++i) {
       const int64_t place = o * norm.statistics_outer_stride + i * norm.statistics_inner_stride;
@@ -256,7 +256,7 @@ void normalise(const NamedView& h, const NamedView& s, const NamedView* x, const
   (where.device < 0 ? cpu::norm_act : cuda::norm_act)(call, where);
 }
 
-// The struct with the checks that a shape and the norm allow; the count as the kernels take it.
+// Checks the struct against the shape and the norm, and replaces count 0 by the view's count.
 revk_norm_gradient read_gradient(const revk_norm_gradient* given, const revk_norm& norm,
                                  const NamedView& x, int64_t item) {
   if (given == nullptr) throw invalid("gradient is NULL, a revk_norm_gradient is needed");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every extern "C" entry begins with.
+// Shared by all extern "C" entries: the thread's error text, and the checks of revk_where.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace revk {
 
-// The thread's last failure; one for all entries, in whichever file.
+// This thread's last error text, shared by all entries in all files.
 inline std::string& last_error() {
   thread_local std::string text;
   return text;

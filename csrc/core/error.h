@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Exceptions inside the library, statuses and a thread's last text outside.
+// Exceptions inside the library; statuses and the thread's error text at the C boundary.
 #pragma once
 
 #include <exception>
@@ -21,16 +21,15 @@ inline Error invalid(const std::string& text) { return Error(REVK_INVALID_ARGUME
 inline Error unsupported(const std::string& text) { return Error(REVK_UNSUPPORTED, text); }
 inline Error cuda_error(const std::string& text) { return Error(REVK_CUDA_ERROR, text); }
 
-// Runs the body of one extern "C" entry: nothing thrown inside crosses
-// the C boundary. `last_error` is the thread's text; it is not touched
-// on success, so that a caller may read it after a batch of calls.
+// Runs the body of one extern "C" entry; no exception crosses the C boundary. Success leaves
+// `last_error` untouched, so that a caller may read it after a batch of calls.
 template <class Body>
 revk_status guard(std::string& last_error, Body&& body) noexcept {
   const auto remember = [&last_error](const char* text) noexcept {
     try {
       last_error = text;
     } catch (...) {
-      last_error.clear();  // no memory left, not even for the reason
+      last_error.clear();  // no memory left even for the text
     }
   };
   try {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Do two strided arrays share memory? Decided exactly, not by bounding
-// ranges: the two halves of an image interleave without sharing an
-// element, and an in-place update of one by the other is an ordinary call.
+// Tests whether two strided arrays share memory. The test is exact, not by bounding ranges: the two
+// halves of an image interleave without sharing an element, and updating one from the other in
+// place is an ordinary call.
 //
-// Two elements meet where a sum of strides hits a target: sum c[k] * v[k] in [lo, hi], 0 <= v[k] <=
-// u[k]. For nested strides every level leaves one or two candidates, and strides shared by both
-// arrays merge into one unknown, so the search takes a handful of steps. It is bounded all the
-// same; what it cannot decide counts as overlapping.
+// Two elements meet where a sum of strides hits a target: sum c[k] * v[k] in [lo, hi] with 0 <=
+// v[k] <= u[k]. For nested strides every level leaves one or two candidates, and equal strides
+// merge into one unknown, so the search takes a handful of steps. A budget bounds it; running out
+// of budget counts as overlapping.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 
 namespace revk {
 
-// An array as memory sees it: sizes and strides in elements, strides not negative.
+// An array's memory: sizes and strides in elements, strides >= 0.
 struct Layout {
   uintptr_t address;
-  int64_t item;  // bytes of an element
+  int64_t item;  // bytes per element
   int rank;
   const int64_t* sizes;
   const int64_t* strides;
@@ -28,7 +28,7 @@ struct Layout {
       if (sizes[k] == 0) return true;
     return false;
   }
-  // Bytes from the first element's start to the last one's end; -1 if that is no address range.
+  // Bytes from the start of the first element to the end of the last; -1 if not representable.
   int64_t span() const {
     if (empty()) return 0;
     int64_t last = 0;
@@ -57,14 +57,14 @@ class Sum {
   void add(int64_t step, int64_t most) {
     if (step > 0 && most > 0) terms_.push_back({step, most});
   }
-  // The dimensions of an array, in bytes. The stride of a single index is never taken: it may be
-  // any number, and its bytes beyond all numbers.
+  // Adds an array's dimensions, in bytes. A dimension of size 1 is skipped: its stride is never
+  // used, may be any number, and could overflow in bytes.
   void add(const Layout& layout) {
     for (int k = 0; k < layout.rank; ++k)
       if (layout.sizes[k] > 1) add(layout.strides[k] * layout.item, layout.sizes[k] - 1);
   }
 
-  // Whether some choice lands in [low, high].
+  // Whether some choice of the v lands in [low, high].
   bool reaches(int64_t low, int64_t high) {
     std::sort(terms_.begin(), terms_.end(), [](Term a, Term b) { return a.step > b.step; });
     size_t kept = 0;
@@ -86,7 +86,7 @@ class Sum {
 
  private:
   struct Tail {
-    int64_t most, divisor;  // of the terms from here on
+    int64_t most, divisor;  // of the terms from k on
   };
 
   static int64_t gcd(int64_t a, int64_t b) {
@@ -127,14 +127,14 @@ inline bool same_memory(const Layout& a, const Layout& b) {
   return true;
 }
 
-// Whether the two share a byte. Both spans are valid (>= 0).
+// Whether a and b share a byte. Both spans must be valid (>= 0).
 inline bool overlaps(const Layout& a, const Layout& b) {
   const int64_t a_span = a.span(), b_span = b.span();
   if (a_span == 0 || b_span == 0) return false;
   if (a.address + uintptr_t(a_span) <= b.address || b.address + uintptr_t(b_span) <= a.address)
     return false;
-  // Byte positions p in a, q in b with q - (a.item - 1) <= p <= q + (b.item - 1); b's indices run
-  // downwards, so that every step is positive.
+  // Byte positions p in a, q in b with q - (a.item - 1) <= p <= q + (b.item - 1). b's indices are
+  // negated, so that every step is positive.
   const int64_t base = int64_t(a.address - b.address) - (b_span - b.item);
   overlap_detail::Sum sum;
   sum.add(a);
@@ -145,7 +145,7 @@ inline bool overlaps(const Layout& a, const Layout& b) {
 // Whether two different indices name the same element.
 inline bool overlaps_itself(const Layout& a) {
   if (a.empty()) return false;
-  int64_t inner_reach = 0;  // the usual case first: dimensions in the order of memory
+  int64_t inner_reach = 0;  // the common case first: dimensions in memory order
   for (int k = a.rank - 1; k >= 0; --k) {
     if (a.sizes[k] == 1) continue;
     if (a.strides[k] <= inner_reach) {
@@ -166,8 +166,8 @@ inline bool overlaps_itself(const Layout& a) {
     reach += dim.step * dim.most;
   }
   if (nested) return false;
-  // Two indices that differ first in dimension k, by 1 <= d <= most: d * step plus any differences
-  // further on is 0.
+  // Two indices that first differ in dimension k, by 1 <= d <= most: d * step plus any differences
+  // in later dimensions is 0.
   for (size_t k = 0; k < dims.size(); ++k) {
     if (dims[k].step == 0) return true;
     overlap_detail::Sum sum;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scalar types that host and device share, and the only two conversions there are: widen (exact)
-// and narrow (rounds once, to nearest even). On the host both are written with integers, so that
-// they give the same bits under every compiler; a GPU has instructions that give those bits.
+// Scalar types shared by host and device, and the only two conversions: widen (exact) and narrow
+// (rounds once, to nearest even). On the host both use integer arithmetic and give the same bits
+// under every compiler; a GPU has instructions that give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 #if defined(__CUDACC__)
 #define REVK_HD __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-// always_inline is no hint here: the CPU loops are compiled once per instruction set, and an
-// out-of-line copy from the AVX-512 file could be the one that the linker keeps for all of them.
+// always_inline is required, not a hint: the CPU loops are compiled once per instruction set, and
+// the linker could keep an out-of-line copy from the AVX-512 file for all of them.
 #define REVK_HD inline __attribute__((always_inline))
 #else
 #define REVK_HD inline
@@ -53,15 +53,15 @@ REVK_HD float widen(float16 value) {
 #endif
 }
 
-// `value` rounded to bfloat16 in the upper half of what is returned, whatever is in the lower. NaN
+// `value` rounded to bfloat16, in the upper half of the result; the lower half is unspecified. NaN
 // stays a quiet NaN.
 REVK_HD uint32_t above_rounded_off(float value) {
   const uint32_t bits = bits_as<uint32_t>(value);
   return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
-// The bits of `value` rounded to bfloat16, in float32: the lower half is 0. In whole 32-bit lanes,
-// for whoever wants both the stored number and its value.
+// `value` rounded to bfloat16, as float32 bits: the lower half is 0. For callers that need both the
+// stored number and its value.
 REVK_HD uint32_t rounded_to_bfloat16(float value) { return above_rounded_off(value) & 0xffff0000u; }
 
 template <class To>
@@ -112,21 +112,19 @@ REVK_HD float16 narrow<float16>(float value) {
     const uint32_t rebased = magnitude - (112u << 23);
     return float16{uint16_t(sign | (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13)};
   }
-  // Subnormal: adding 0.5 puts the last place of the
-  // sum at 2^-24, so that the addition itself rounds.
+  // Subnormal: adding 0.5 puts the sum's last place at 2^-24, so that the addition rounds.
   const float aligned = bits_as<float>(magnitude) + 0.5f;
   return float16{uint16_t(sign | (bits_as<uint32_t>(aligned) - 0x3f000000u))};
 #endif
 }
-// A half type is reached from float64 by way of float32 only when the compute type is float64:
-// rounding through an odd float32 keeps the second rounding from erring (Boldo and Melquiond 2008:
-// rounding to odd makes double rounding safe).
+// float64 narrows to a half type by way of float32. The first rounding is to odd, which makes the
+// second rounding safe (Boldo and Melquiond 2008).
 REVK_HD float round_to_odd(double value) {
   const float nearest = float(value);
   if (!(value - value == 0.0) || double(nearest) == value) return nearest;  // inf, NaN, exact
   const uint32_t bits = bits_as<uint32_t>(nearest);
   if (bits & 1u) return nearest;
-  // Whether nearest lies farther from zero than value.
+  // Whether `nearest` is farther from zero than `value`.
   const bool away = (double(nearest) > value) == (value > 0.0);
   return bits_as<float>(away ? bits - 1u : bits + 1u);
 }
@@ -139,7 +137,7 @@ REVK_HD float16 narrow<float16>(double value) {
   return narrow<float16>(round_to_odd(value));
 }
 
-// The arithmetic of two operands is done in float64 if either is float64, else in float32.
+// The compute type of two operands: float64 if either is float64, else float32.
 template <class A, class B>
 struct compute_type {
   using type = float;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Structs from callers with another version of the header. Fields are only ever added, behind all
-// others and not in their padding, and zero always means what the library did before the field.
+// Reads structs from callers with another version of the header. New fields are only appended,
+// never placed in padding, and zero always means the behaviour before the field existed.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace revk {
 
-// The bytes that the first version of a struct fills: its last field's end. These never change.
+// The size of a struct's first version: the end of its last field. These never change.
 template <class Struct>
 constexpr size_t kFirstSize = 0;
 template <>
@@ -29,7 +29,7 @@ template <>
 constexpr size_t kFirstSize<revk_norm_gradient> =
     offsetof(revk_norm_gradient, reserved) + sizeof(int32_t);
 
-// Beyond this a struct_size is garbage, and nothing is read by it.
+// A larger struct_size is garbage, and nothing beyond it is read.
 constexpr int32_t kLargestStruct = 1024;
 
 // The struct_size at `given`, which need not be aligned: an array's step may be any size.
@@ -39,8 +39,8 @@ inline int32_t size_of_struct(const void* given) {
   return size;
 }
 
-// The caller's struct in this library's version: what the caller's lacks is zero, what the library
-// does not know must be.
+// The caller's struct in this library's version. Fields that the caller's version lacks are zero;
+// fields that the library does not know must be zero.
 template <class Struct>
 Struct read_struct(const std::string& name, const void* given) {
   static_assert(kFirstSize<Struct> > 0 && sizeof(Struct) <= size_t(kLargestStruct),
@@ -57,8 +57,8 @@ Struct read_struct(const std::string& name, const void* given) {
       throw unsupported(name + ": sets a field that revkernels " + revk_version() +
                         " does not know (byte " + std::to_string(at) + " of " +
                         std::to_string(size) + "); a newer library is needed");
-  // A size between those of two versions ends within a field, and that field is not there: sizes of
-  // versions are multiples of the alignment.
+  // Sizes of versions are multiples of the alignment, so a size between two versions ends within a
+  // field; that field counts as absent.
   const size_t whole =
       std::max(kFirstSize<Struct>, size_t(size) / alignof(Struct) * alignof(Struct));
   Struct own{};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is checked of a view before anything is written. Every text says which argument, what it
-// got, what it needs.
+// Checks of a view before anything is written. Every error names the argument, what it got and what
+// it needs.
 #pragma once
 
 #include <string>
@@ -20,22 +20,21 @@ inline const char* dtype_name(int32_t dtype) {
   static const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16"};
   return dtype >= REVK_FLOAT64 && dtype <= REVK_INT16 ? names[dtype] : "unknown";
 }
-// The arithmetic's type: float64 if either operand is.
+// The compute type's dtype: float64 if either operand is float64.
 inline int32_t compute_dtype(int32_t a, int32_t b) {
   return a == REVK_FLOAT64 || b == REVK_FLOAT64 ? REVK_FLOAT64 : REVK_FLOAT32;
 }
-inline bool is_empty(
-    const revk_view& view) {  // the product of the others may be beyond all numbers
+inline bool is_empty(const revk_view& view) {  // not a product of sizes, which may overflow
   return view.outer == 0 || view.channels == 0 || view.inner == 0;
 }
-// The stride of a single index is never taken. One that no memory could have is dropped, so that
-// no arithmetic on it overflows.
+// The stride of a dimension of size 1 is never used. A huge one is dropped, so that no arithmetic
+// on it overflows.
 inline int64_t usable_stride(int64_t size, int64_t stride) {
   return size == 1 && stride > INT64_MAX / 64 ? 0 : stride;
 }
 
-// A view under its argument's name, in this library's version of the struct, with its dimensions
-// as arrays that a Layout can point to.
+// A view with its argument's name, in this library's version of the struct, and its dimensions as
+// arrays for a Layout to point to.
 class NamedView {
  public:
   enum Kind { kFloats, kStream };  // a stream may be int16
@@ -63,7 +62,7 @@ class NamedView {
     if (span < 0 || layout.address + uintptr_t(span) < layout.address)
       fail("shape " + shape() + " with its strides reaches past the end of the address space");
     if (span == 0) return;
-    // With strides of 0, less memory may stand for more elements than can be counted.
+    // With strides of 0, a small memory may hold more elements than can be counted.
     if (sizes[0] > INT64_MAX / 64 / sizes[1] || sizes[0] * sizes[1] > INT64_MAX / 64 / sizes[2])
       fail("shape " + shape() + " has more elements than can be counted");
     if (view.data == nullptr) fail("data is NULL, but shape " + shape() + " has elements");
@@ -83,7 +82,7 @@ class NamedView {
         fail("shape is " + shape() + ", but " + other.name + " has " + other.shape() +
              "; equal shapes are needed");
   }
-  // This view is written: `other` may not share its memory.
+  // This view is written: `other` must not share its memory.
   void apart_from(const NamedView& other) const {
     if (overlaps(layout, other.layout))
       fail("is written and overlaps " + other.name + "; they need separate memory");

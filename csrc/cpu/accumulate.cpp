@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient accumulation on the host: a list of sums in one parallel region.
+// Gradient accumulation on the host: a list of additions in one parallel region.
 #include <vector>
 
 #include "core/backends.h"

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Several vectors of floats as one number, compiled once per instruction set.
 //
-// A transcendental function is one long chain of instructions, each waiting for the one before. A
-// processor looks ahead too short a way to have enough of the next vector's in hand meanwhile: so
-// four vectors take every step together.
+// A transcendental function is one long dependency chain, and a processor's out-of-order window is
+// too short to overlap it with the next vector's. So four vectors take every step together.
 #pragma once
 
 #include "cpu/vectors.h"
@@ -12,7 +11,7 @@ namespace revk::cpu::REVK_ISA {
 namespace {
 
 #if defined(REVK_VECTOR_FMA)
-// What ops/norm_act.h asks of a number, for kVectors vectors. Elements of it are floats.
+// The number type that ops/norm_act.h computes with: kVectors vectors of floats.
 template <int kVectors>
 struct Bundle {
   using V = Vector<float>;
@@ -81,7 +80,7 @@ struct Bundle {
   }
 };
 
-// What the body of a loop is written in (vectors.h): kVectors vectors of elements.
+// The element type of a loop's body (vectors.h): kVectors vectors of elements.
 template <int kVectors>
 struct Bundles {
   using Number = Bundle<kVectors>;
@@ -121,8 +120,8 @@ using BundleRest = Element<float>;
 #endif
 #endif
 
-// body(E, i) for elements begin..end-1, E::kCount of them from i on: as by_vectors, for long chains
-// of arithmetic.
+// Calls body(E, i) for elements begin..end-1, E::kCount of them from i on. Like by_vectors, for
+// long dependency chains.
 template <class A, class Body>
 REVK_INLINED inline void by_bundles(int64_t begin, int64_t end, Body&& body) {
 #if defined(REVK_VECTOR_FMA)

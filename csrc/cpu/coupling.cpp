@@ -10,7 +10,7 @@
 namespace revk::cpu {
 namespace {
 
-// Of an int16 stream the bits are those of the compute type, in steps of 2^-k.
+// The amax as a float. For an int16 stream `bits` is a compute-type number, in steps of 2^-k.
 float magnitude(uint64_t bits, const Job& job) {
   switch (job.out.dtype) {
     case REVK_INT16:
@@ -58,8 +58,8 @@ void uncouple(const revk_view& out, const revk_view& y, const revk_view& f,
   couple_one(out, y, f, true, coupling, where);
 }
 
-// Two jobs in one parallel region: the pairs share no memory, so walking one after the other loses
-// nothing to walking them side by side, and keeps half the streams for the prefetcher.
+// Two jobs in one parallel region. The two pairs share no memory, so running one after the other
+// costs nothing and halves the number of streams for the prefetcher.
 void reverse_step(const revk_view& y, const revk_view& f, const revk_view& dy, const revk_view& df,
                   const revk_coupling* coupling, const revk_where& where) {
   Extras extras, none;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one shape of work on the host: out = x + f or x - f over strided memory. couple and uncouple
-// are one job, reverse_step is two, accumulate is a list. Plain data: the loops that read it are
-// compiled once per instruction set.
+// A job on the host: out = x + f or x - f over strided memory. couple and uncouple are one job,
+// reverse_step is two, accumulate is a list. Plain data: the loops that read it are compiled once
+// per instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace revk::cpu {
 
-// Elements of a tile: three buffers of the compute type
-// fit in the L1 cache beside the operands' own lines.
+// Elements of a tile: three buffers of the compute type fit in the L1 cache beside the operands'
+// own lines.
 constexpr int64_t kTile = 1024;
 
 struct Operand {
@@ -18,16 +18,16 @@ struct Operand {
   int32_t dtype;
 };
 
-// What a coupling adds to the plain sum. The steps
-// say how an index grows along the job's dimensions.
+// A coupling's options beyond the plain sum. The steps tell how an index grows along the job's
+// dimensions.
 struct Extras {
   const void* channel_scale;  // of the compute type; nullptr: 1
   const void* sample_scale;
   int64_t rows_per_sample;
   int64_t channel_step[3], outer_step[3], index_step[3];
-  int32_t grid_exponent;  // REVK_NO_GRID: off
+  int32_t grid_exponent;  // REVK_NO_GRID: no grid
   bool checksum, amax;
-  Operand value;  // of an int16 stream, its numbers; data nullptr: none
+  Operand value;  // an int16 stream's numbers; data nullptr: none
 };
 
 struct Job {
@@ -41,11 +41,11 @@ struct Job {
   int64_t tiles;
 };
 
-// What a thread saw of its results; summing and taking the maximum give the same in any order.
+// A thread's checksum and amax. Integer sums and maxima are the same in any order.
 struct Report {
   uint64_t checksum = 0;
-  // The largest |result| as stored: without their signs, floating-point numbers order as their bits
-  // do, NaN on top. Of an int16 stream, the largest before wrapping, in steps and the compute type.
+  // The largest |result| as stored: with the sign cleared, floats order like their bits, NaN on
+  // top. For an int16 stream: the largest before wrapping, in steps, in the compute type.
   uint64_t amax_bits = 0;
 };
 

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Instruction set dispatch, jobs from views, and running jobs on threads.
 #include "cpu/loops.h"
 
 #include <omp.h>
@@ -20,8 +21,8 @@
 namespace revk::cpu {
 namespace {
 
-// A tile without buffers: long enough that its start and
-// end do not count, short enough to share out evenly.
+// A tile without buffers: long enough to amortise its start and end, short enough to share out
+// evenly.
 constexpr int64_t kLargeTile = 16 * 1024;
 
 // Instruction sets, best first
@@ -33,8 +34,8 @@ struct Isa {
 };
 
 #if defined(REVK_X86_ISAS)
-// Every flag that cmake/CpuKernels.cmake compiles with is asked for: a hypervisor may mask any one.
-// F16C by its bit, for older compilers' __builtin_cpu_supports does not know it.
+// Tests every flag that cmake/CpuKernels.cmake compiles with, because a hypervisor may mask any of
+// them; F16C by its CPUID bit, which older compilers' __builtin_cpu_supports does not know.
 bool has_avx2() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -60,7 +61,7 @@ const Isa* best_isa() {
 #endif
   for (const Isa& isa : kIsas)
     if (isa.supported()) return &isa;
-  return nullptr;  // not reached: the baseline is always there
+  return nullptr;  // not reached: the baseline is always supported
 }
 
 std::atomic<const Isa*>& chosen() {
@@ -70,7 +71,7 @@ std::atomic<const Isa*>& chosen() {
 
 // Views to jobs
 
-// One dimension with everything that advances along it.
+// One dimension, with the steps of everything that advances along it.
 struct Dim {
   int64_t size;
   int64_t step[7];  // out, x, f in bytes; channel, outer, index; value in bytes
@@ -82,7 +83,7 @@ bool continues(const Dim& outer, const Dim& inner) {
   return true;
 }
 
-// Walks `out` in the order of its memory, with as few and as long dimensions as the operands allow.
+// Sorts the dimensions by out's memory order and merges them into as few as the operands allow.
 int order_and_merge(Dim* dims, int rank) {
   std::stable_sort(dims, dims + rank,
                    [](const Dim& a, const Dim& b) { return a.step[0] > b.step[0]; });
@@ -100,8 +101,8 @@ int order_and_merge(Dim* dims, int rank) {
   return kept;
 }
 
-// Whether no operand needs a buffer (tiles.h decides the
-// same of each), so that a tile may outgrow the buffers.
+// Whether no operand needs a buffer (tiles.h tests the same per operand), so that a tile may exceed
+// the buffers.
 bool runs_in_place(const Job& job) {
   const int32_t dtype = job.out.dtype;
   const bool native = dtype == (job.wide ? REVK_FLOAT64 : REVK_FLOAT32);
@@ -116,8 +117,8 @@ void choose_tiles(Job& job) {
   const int64_t tile = runs_in_place(job) ? kLargeTile : kTile;
   job.tile_cols = std::min(job.size[2], tile);
   job.tile_rows = std::min(job.size[1], tile / job.tile_cols);
-  // An operand that is dense along the other dimension (a channels-last branch beside an NCHW
-  // stream) is read in square blocks, so that a cache line is fetched once and not once per row.
+  // An operand that is dense along the other dimension (a channels-last branch with an NCHW stream)
+  // is read in square blocks, so that a cache line is fetched once, not once per row.
   constexpr int64_t kSquare = 32;
   const Operand* const beside[] = {&job.x, &job.f, job.extras ? &job.extras->value : &job.f};
   for (const Operand* operand : beside)
@@ -146,9 +147,9 @@ bool set_isa(const char* name) {
 
 namespace {
 
-// A child that fork has made has none of its parent's threads, but libgomp waits there for those of
-// its team, for ever. Whose threads they were nobody tells: where there were any, the child works
-// alone.
+// A forked child has none of its parent's threads, but libgomp would wait for those of its team
+// forever. There is no way to tell whose threads they were, so a child of a parent with threads
+// runs single-threaded.
 std::atomic<bool> alone{false};
 
 #if defined(__linux__)
@@ -157,7 +158,7 @@ bool had_threads = false;  // written by the thread that forks, read by the chil
 struct AtFork {
   AtFork() {
     const auto before = [] {
-      struct stat tasks;  // a link each, and two
+      struct stat tasks;  // its link count is two more than the number of threads
       had_threads = stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink > 3;
     };
     const auto in_child = [] { alone.store(alone.load() || had_threads); };
@@ -168,8 +169,8 @@ struct AtFork {
 
 }  // namespace
 
-// Where threads cannot be created, libgomp ends the process. Many more than there are processors
-// gain nothing, and results do not depend on them.
+// libgomp ends the process if it cannot create threads. Many more threads than processors gain
+// nothing, and results do not depend on the number.
 int team_size(int32_t threads, int64_t shares) {
   if (alone.load(std::memory_order_relaxed)) return 1;
   const int usual = omp_get_max_threads();
@@ -187,7 +188,7 @@ Job make_job(const revk_view& out, const revk_view& x, const revk_view& f, bool 
     dims[1].step[v] = views[v]->channel_stride * item;
     dims[2].step[v] = views[v]->inner_stride * item;
   }
-  if (coupling != nullptr) {  // an index that is not asked for must not keep dimensions apart
+  if (coupling != nullptr) {  // an unused index must not keep dimensions apart
     if (coupling->channel_scale != nullptr) dims[1].step[3] = 1;
     if (coupling->sample_scale != nullptr) dims[0].step[4] = 1;
     if (coupling->checksum != nullptr) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Normalisation with activation on the host: the passes over memory, and what lies between them.
+// Normalisation with activation on the host: runs the passes and the steps between them.
 #include <omp.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace revk::cpu {
 namespace {
 
-// Memory without initial values, aligned for the widest vectors.
+// Uninitialised memory, aligned for the widest vectors.
 class Memory {
  public:
   explicit Memory(int64_t bytes)
@@ -30,10 +30,10 @@ class Memory {
 };
 
 // One parallel region for all passes of a call. Each thread takes one contiguous share of a pass,
-// so that it walks memory in order and finds in its cache what it touched before.
+// so that it walks memory in order and finds its share of the next pass in its cache.
 class Team {
  public:
-  // For the passes of two jobs.
+  // The team serves both jobs' passes.
   Team(const NormJob& first, const NormJob& second, int32_t threads)
       : each_((std::max(scratch_bytes(first), scratch_bytes(second)) + 63) / 64 * 64) {
     const int64_t elements = first.instances * first.size[0] * first.size[1] * first.size[2];
@@ -71,7 +71,7 @@ class Team {
     char* scratch_;
   };
 
-  // body(member) on every thread. It throws nothing: memory is allocated before.
+  // Runs body(member) on every thread. It does not throw: all memory is allocated before.
   template <class Body>
   void run(Body&& body) {
     const Memory scratch(each_ * size_);
@@ -100,7 +100,7 @@ void with_dtype(int32_t dtype, Body&& body) {
   }
 }
 
-// weight and bias in the compute type, or what stands for their absence.
+// weight or bias in the compute type, or the neutral value if absent.
 template <class A>
 void read_parameter(A* to, const void* from, int32_t dtype, int64_t count, A absent) {
   if (from == nullptr) {
@@ -122,20 +122,20 @@ void read_parameters(NormJob& job, const revk_norm& norm, char* memory) {
   job.bias = bias;
 }
 
-// Elements of one channel in a block.
+// The number of elements of one channel in a block.
 int64_t block_count(const NormJob& job, int64_t block) {
   const int64_t size = job.by_lane ? job.size[1] : job.size[2];
   const int64_t from = block * job.block_units;
   const int64_t to = std::min(from + job.block_units, job.units);
-  // Whole groups of chunks make up `size`; the last chunk of a group is what is left.
+  // Each group of chunks covers `size`; the last chunk of a group holds the remainder.
   const auto before = [&](int64_t unit) {
     return unit / job.chunks * size + unit % job.chunks * job.chunk;
   };
   return (before(to) - before(from)) * job.fold * job.plane;
 }
 
-// Blocks' means and sums of squared deviations into the first block's place, in order (Chan et al.
-// 1979).
+// Merges the blocks' means and sums of squared deviations into the first block's, in order
+// (Chan et al. 1979).
 void merge_statistics(const NormJob& job, int64_t instance, int64_t begin, int64_t end) {
   double* const first = job.sums + instance * job.blocks * 2 * job.channels;
   double *const means = first, *const squares = first + job.channels;
@@ -152,7 +152,7 @@ void merge_statistics(const NormJob& job, int64_t instance, int64_t begin, int64
   }
 }
 
-// Blocks' sums likewise, of all instances or of one.
+// Merges an instance's block sums into the first block's, in order.
 void merge_sums(const NormJob& job, int64_t instance, int64_t begin, int64_t end) {
   double* const first = job.sums + instance * job.blocks * 2 * job.channels;
   for (int64_t block = 1; block < job.blocks; ++block) {
@@ -178,7 +178,7 @@ void finish_channels(const NormJob& job, const revk_norm& norm, int64_t begin, i
   const double n = double(job.size[0] * job.size[1] * job.size[2] / job.channels);
   for (int64_t c = begin; c < end; ++c) {
     const double mean = job.sums[c], square = std::max(job.sums[job.channels + c], 0.0);
-    // max(NaN, 0) is NaN: its first argument is kept unless it is smaller.
+    // max(NaN, 0) is NaN: std::max returns its first argument unless that is smaller.
     static_cast<A*>(norm.mean)[c] = A(mean);
     static_cast<A*>(norm.rstd)[c] = A(1.0 / std::sqrt(square / n + norm.eps));
     if (norm.running_mean == nullptr) continue;
@@ -243,7 +243,7 @@ void forward(const NormActCall& call, const revk_where& where) {
   });
 }
 
-// The sums as they are given out, of the compute type: [channels].
+// Writes the sums over all instances in the compute type: [channels].
 template <class A>
 void deliver(const NormJob& job, const revk_norm_gradient& gradient, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
@@ -258,7 +258,7 @@ void deliver(const NormJob& job, const revk_norm_gradient& gradient, int64_t beg
   }
 }
 
-// A group's means of g * xhat and of g from its channels' sums.
+// Each group's means of g * xhat and of g, from its channels' sums.
 template <class A>
 void group_means(const NormJob& job, int64_t instance, A* mean_gx, A* mean_g) {
   const double* const dbias = job.sums + instance * job.blocks * 2 * job.channels;

@@ -7,12 +7,12 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
-// Loops take their NormScratch by value: of one that others refer to the compiler cannot know that
-// no store changes its pointers.
+// Loops take NormScratch by value: behind a reference, the compiler must assume that stores may
+// change its pointers.
 
 // Sums of dz and of dz * xhat
 
-// Channels side by side: a sum for each lane.
+// Adjacent channels: one sum per lane.
 template <class Activation, class D, class X, class A>
 REVK_APART void sum_lanes(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, Shape shape) {
   for (int64_t r = 0; r < shape.rows; ++r) {
@@ -32,7 +32,7 @@ REVK_APART void sum_lanes(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, S
   }
 }
 
-// A channel in a run: a sum for each row of the tile.
+// A channel per run: one sum per row of the tile.
 template <class Activation, class D, class X, class A>
 REVK_APART void sum_runs(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, int64_t row,
                          Shape shape) {
@@ -55,8 +55,8 @@ REVK_APART void sum_runs(Rows<const D> dh, Rows<const X> x, NormScratch<A> p, in
   }
 }
 
-// body(x, dh) of a tile, with dz for dh where the loops are not to differentiate the activation
-// themselves. `direct`: both are bfloat16 and taken where they lie.
+// Calls body(x, dh) for a tile, with dz in place of dh if the activation is transcendental (the
+// loops then see the identity). `direct`: both are bfloat16, used in place.
 template <Vary kVary, class A, class Body>
 void with_operands(const NormJob& job, const Strip& strip, int64_t row, int64_t col, Shape shape,
                    const NormScratch<A>& p, bool direct, int64_t statistics_row, Body&& body) {
@@ -85,7 +85,7 @@ void flush_lanes(const NormScratch<A>& scratch, int64_t count) {
   flush(scratch.square, scratch.second, count);
 }
 
-// What a block has summed up, to its place: dbias, then dweight.
+// Stores a block's sums: dbias, then dweight.
 template <class A>
 void store_block(const NormJob& job, const Strip& strip, int64_t block,
                  const NormScratch<A>& scratch) {
@@ -153,8 +153,8 @@ void gradient_sums(const NormJob& job, int64_t begin, int64_t end, char* memory)
 
 // dx
 
-// In this loop p.dweight and p.dbias are the means of g * xhat and of g, where g is dz, of group,
-// layer and RMS norms dz * weight; p.shift is the batch norm's factor, weight * rstd.
+// Here p.dweight and p.dbias are the means of g * xhat and of g, where g is dz, or dz * weight for
+// group, layer and RMS norms; p.shift is the batch norm's factor, weight * rstd.
 template <NormGradient kKind, Vary kVary, class Activation, class B, class D, class A>
 REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, Rows<const B> x,
                               NormScratch<A> p, int64_t row, Shape shape) {
@@ -184,7 +184,7 @@ REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, 
       e.store(to + c, e.load(before + c) + gradient);
     };
     const auto chunk = [&](int64_t begin, int64_t end) { by_vectors<A>(begin, end, element); };
-    // `to` is where base lies too, if there is one and nobody asked for another array.
+    // `to` is prefetched for base, which usually is the same array.
     if constexpr (kVary == Vary::kWeights)  // sum_rows has read x and dh
       in_chunks(shape.cols, chunk, to);
     else
@@ -192,13 +192,13 @@ REVK_APART void gradient_tile(Rows<B> dx, Rows<const B> base, Rows<const D> dh, 
   }
 }
 
-// Whether x, dh, dx and its base are all bfloat16 and taken where they lie.
+// Whether x, dh, dx and base are all bfloat16, used in place.
 inline bool are_bfloats(const NormJob& job) {
   return lies_as<bfloat16>(job.s) && lies_as<bfloat16>(job.dh) && lies_as<bfloat16>(job.dx) &&
          (job.base.data == nullptr || lies_as<bfloat16>(job.base));
 }
 
-// base's tile; without one, a row of the zero that changes nothing when it is added: -0.
+// base's tile; without a base, a row of -0, which changes nothing when added.
 inline Rows<const bfloat16> load_base(const NormOperand& base, char* at, Shape shape,
                                       bfloat16* buffer) {
   if (base.data != nullptr) return rows_of<const bfloat16>(base, at);
@@ -212,7 +212,7 @@ inline Rows<const A> load_base(const NormOperand& base, char* at, Shape shape, A
   return {buffer, 0};
 }
 
-// make(dx, base) for a tile, both of the type that x comes in.
+// Calls make(dx, base) for a tile, both in x's element type.
 template <class B, class A, class Make>
 inline void make_dx(Rows<const B>, const NormJob& job, const Strip& strip, int64_t row, int64_t col,
                     Shape shape, const NormScratch<A>& scratch, Make&& make) {
@@ -280,7 +280,7 @@ void gradient(const NormJob& job, int64_t begin, int64_t end, char* memory) {
 
 // Layer and RMS norm
 
-// The rows' means of g and of g * xhat, and their share of the parameters' gradients.
+// The rows' means of g and of g * xhat, and their terms of the parameters' gradients.
 template <class Activation, class D, class X, class A>
 REVK_APART void sum_rows(Rows<const D> dh, Rows<const X> x, bool has_mean, Shape shape,
                          NormScratch<A> p) {
@@ -333,7 +333,7 @@ void gradient_rows(const NormJob& job, int64_t begin, int64_t end, char* memory)
           scratch.mean[r] = job.has_mean ? means[place] : A(0);
           scratch.rstd[r] = rstds[place];
         }
-        // All rows' sums first, so that one row's need not wait for the end of another's.
+        // All rows' sums first, so that one row need not wait for the end of another's.
         const auto with_dh = [&](auto x, auto dh) {
           make_dx(x, job, strip, row, col, shape, scratch, [&](auto dx, auto base) {
             with_mask(job.activation, [&](auto activation) {

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// A norm's work on the host, as plain data: the loops that read it are compiled once per
+// A norm's work on the host, as plain data. The loops that read it are compiled once per
 // instruction set.
 //
-// Memory is seen as [instance][size 0][size 1][size 2]. Channels lie along size 2, in rows of
-// "lanes", where they lie side by side in memory (channels-last images, tokens); along size 1, in
-// "runs" of one channel, where they do not (NCHW). A sample of NCHW whose channels are few elements
-// each, a plane of 4 x 4, is a row of lanes too, with as many lanes beside each other to a channel.
-// An instance has statistics of its own: a sample of a group norm; elsewhere there is one.
+// Memory is viewed as [instance][size 0][size 1][size 2]. Channels lie along size 2, as "lanes" of
+// a row, if they are adjacent in memory (channels-last images, tokens); otherwise along size 1,
+// each row being a "run" of one channel (NCHW). An NCHW sample with few elements per channel (a
+// plane of 4 x 4) is a row of lanes too, with several adjacent lanes per channel. An instance has
+// its own statistics: a sample of a group norm; otherwise there is one instance.
 //
-// Work is cut up by the shape alone, never by the number of threads, so that sums come out the
-// same for any number: a strip is a block of sizes 1 and 2; strips are counted by instance, by
-// split (a range of channels) and by unit (everything else); consecutive units of one split make up
-// a block, whose sums are kept.
+// Work is partitioned by the shape alone, never by the number of threads, so that sums are the same
+// for any number. A strip is a block of sizes 1 and 2. Strips are numbered by instance, by split (a
+// range of channels) and by unit (everything else). Consecutive units of one split form a block,
+// whose sums are kept.
 #pragma once
 
 #include <cstdint>
@@ -21,26 +21,26 @@
 
 namespace revk::cpu {
 
-// Elements of a tile: its buffers stay in the L1 cache. A shorter tile leaves memory idle for less
-// long while the arithmetic works on it; below this the tile's own cost counts.
+// Elements of a tile; its buffers fit in the L1 cache. A shorter tile means shorter gaps in memory
+// traffic during the arithmetic; below this size a tile's fixed cost dominates.
 constexpr int64_t kNormTile = 1024;
-// The same where statistics are summed. A block's first tile gives the shift; the longer it is, the
-// less is lost in a channel that starts far out.
+// The same for the statistics pass. A block's first tile gives the shift: the longer it is, the
+// smaller the error for a channel whose first elements are outliers.
 constexpr int64_t kNormMeasured = 2048;
-// Elements of a strip and of a block, about.
+// Approximate elements of a strip and of a block.
 constexpr int64_t kNormStrip = 16 * 1024;
 constexpr int64_t kNormBlock = 64 * 1024;
-// Rows that are summed up in the compute type before they are added to a double.
+// Rows summed in the compute type before they are added to a double.
 constexpr int64_t kNormFlush = 32;
 
-// Bytes of an output that is written past the caches. Whoever reads a smaller one may find it
-// there; of a larger one the caches keep too little to pay for reading each line before it is
-// overwritten.
+// An output of at least this many bytes is written with streaming stores. A smaller one may still
+// be cached when it is read next; of a larger one the caches keep too little to pay for reading
+// each line before overwriting it.
 constexpr int64_t kNormStream = 16 << 20;
 
 struct NormOperand : Operand {
   int64_t instance_step;  // bytes
-  bool streams;           // an output that is written past the caches
+  bool streams;           // an output written with streaming stores
 };
 
 enum class NormGradient : int32_t { kBatch, kConstant, kGroup };
@@ -56,16 +56,16 @@ struct NormJob {
   int64_t instances, size[3];
   int64_t channels, groups;  // groups 0: each channel has statistics of its own
   int64_t fold;              // dense rows side by side in one row of lanes
-  int64_t plane;             // lanes beside each other that are one channel
-  // A split has `span` of the channels' dimension, a unit `chunk` of the other.
+  int64_t plane;             // adjacent lanes per channel
+  // A split covers `span` of the channel dimension, a unit `chunk` of the other.
   int64_t span, splits, chunk, chunks, units, block_units, blocks;
 
   NormOperand h, s, x, f;    // forward
-  NormOperand dx, base, dh;  // backward, with s its x; without data: absent
+  NormOperand dx, base, dh;  // backward, with s as its x; data NULL: absent
 
-  // Of the compute type. weight and bias: [channels].
+  // In the compute type. weight and bias: [channels].
   const void *weight, *bias;
-  // [channels], [instances][groups], or for rows at their steps
+  // [channels], [instances][groups], or for layer and RMS norm at statistics_step
   void *mean, *rstd;
   int64_t statistics_step[2];  // elements, along sizes 0 and 1
   // Backward: [channels] (batch) or [instances][groups] (group: means of g * xhat and g).
@@ -73,7 +73,7 @@ struct NormJob {
   double count, eps;
 
   double* sums;           // [instances][blocks][2][channels]
-  int64_t buffer, lanes;  // elements of a buffer and of a parameter array in a thread's scratch
+  int64_t buffer, lanes;  // elements of a buffer and of a parameter array in the scratch
 };
 
 struct Strip {
@@ -93,7 +93,7 @@ REVK_HD Strip strip_at(const NormJob& job, int64_t instance, int64_t split, int6
   return strip;
 }
 
-// A thread's scratch. buffer and lanes are multiples of 16, so that every array is aligned.
+// A thread's scratch. buffer and lanes are multiples of 16, so every array is aligned.
 template <class A>
 struct NormScratch {
   A *s, *x, *f, *out, *z;                                                     // [buffer]
@@ -120,13 +120,13 @@ REVK_HD int64_t scratch_bytes(const NormJob& job) {
 using NormPass = void (*)(const NormJob& job, int64_t begin, int64_t end, char* scratch);
 
 struct NormLoops {
-  // Blocks: statistics (mean and sum of squared deviations), after the coupling if there is one.
+  // Blocks: statistics (mean, sum of squared deviations), after the coupling if there is one.
   NormPass measure;
-  // Strips: normalise; with the coupling where statistics are given.
+  // Strips: normalisation, with the coupling where statistics are given.
   NormPass apply;
-  // Blocks of layer and RMS norm: the whole forward.
+  // Blocks of a layer or RMS norm: the whole forward.
   NormPass rows;
-  // Blocks: sums of dz and of dz * xhat. Strips: dx. Blocks of rows: both.
+  // Blocks: sums of dz and of dz * xhat. Strips: dx. Blocks of a layer or RMS norm: both.
   NormPass gradient_sums, gradient, gradient_rows;
 };
 

@@ -9,7 +9,7 @@ namespace {
 
 // Statistics
 
-// A shift near the mean, from the first tile that a block sees of a channel.
+// A shift near the mean, from a block's first tile of a channel.
 template <class A, class X>
 void choose_shift(const NormJob& job, Rows<const X> s, int64_t row, Shape shape, A* shift) {
   if (!job.by_lane) {
@@ -23,8 +23,8 @@ void choose_shift(const NormJob& job, Rows<const X> s, int64_t row, Shape shape,
   for (int64_t l = 0; l < shape.cols; ++l) shift[l] /= A(shape.rows);
 }
 
-// The means of the lanes of a plane, and their squared deviations, each of n elements, as one: the
-// l-th plane's become the l-th lane's.
+// Merges the lanes of each plane (means and squared deviations over n elements each) into one; the
+// l-th plane's result goes to lane l.
 inline void merge_planes(const NormJob& job, int64_t planes, double n, double* means,
                          double* squares) {
   for (int64_t l = 0; l < planes; ++l) {
@@ -41,7 +41,7 @@ inline void merge_planes(const NormJob& job, int64_t planes, double n, double* m
   }
 }
 
-// The block's sums around the shifts as each channel's mean and sum of squared deviations.
+// Turns the block's sums around the shifts into each channel's mean and sum of squared deviations.
 template <class A>
 void finish_block(const NormJob& job, const Strip& strip, int64_t count,
                   const NormScratch<A>& scratch, double* means, double* squares) {
@@ -69,7 +69,7 @@ void finish_block(const NormJob& job, const Strip& strip, int64_t count,
   }
 }
 
-// Adds a tile to the sums: of each lane in the compute type, or of each row.
+// Adds a tile to the sums: per lane in the compute type, or per row.
 template <class A, class X>
 REVK_APART void sum_tile(const NormJob& job, Rows<const X> s, int64_t row, Shape shape,
                          const NormScratch<A>& scratch) {
@@ -134,7 +134,7 @@ void measure(const NormJob& job, int64_t begin, int64_t end, char* memory) {
 
 // Application
 
-// h's tile, its elements being H.
+// h's tile, with elements of type H.
 template <Vary kVary, class H, class X, class A>
 void normalise_as(const NormJob& job, char* to, H* buffer, Shape shape, Rows<const X> x,
                   const NormScratch<A>& p, int64_t statistics_row, Upcoming upcoming) {
@@ -185,15 +185,15 @@ void apply(const NormJob& job, int64_t begin, int64_t end, char* memory) {
   end_stream();
 }
 
-// Layer and RMS norm: a row has all that its statistics need, and is still in L1 when they are
+// Layer and RMS norm: a row holds all the data of its statistics and is still in L1 when they are
 // known.
 
-// Statistics of a tile's rows. Loop by loop over all rows, so that one row's sums need not wait for
-// the end of another's.
+// Statistics of a tile's rows. Each step loops over all rows, so that one row need not wait for the
+// end of another's sums.
 //
-// The shift is the mean of a row's first eighth, which spares most of a pass. Where that lies at
-// distance D from the row's mean, its variance is D^2 / 8 at least: squares around such a shift are
-// at most nine times those around the mean, and so is what rounding takes from them.
+// The shift is the mean of a row's first eighth, which saves most of a pass. If it is at distance D
+// from the row's mean, the variance is at least D^2 / 8: squares around such a shift, and so their
+// rounding error, are at most nine times those around the mean.
 template <class A, class X>
 REVK_APART void measure_rows(const NormJob& job, Rows<const X> s, Shape shape,
                              const NormScratch<A>& to) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A strip's tiles, and their operands as rows that the norm's loops read and write, compiled once
-// per instruction set.
+// A strip's tiles, and their operands as rows for the norm's loops. Compiled once per instruction
+// set.
 //
-// Dense bfloat16 is widened and narrowed within the loops: the way through a buffer costs more than
-// the arithmetic, and memory waits meanwhile. Other operands that are not of the compute type pass
+// Dense bfloat16 is widened and narrowed within the loops: a pass through a buffer costs more than
+// the arithmetic and leaves memory idle. Other operands that are not of the compute type pass
 // through buffers.
 #pragma once
 
@@ -19,7 +19,7 @@ inline char* at(const NormOperand& operand, const Strip& strip, int64_t row, int
          (strip.start[1] + row) * operand.step[1] + (strip.start[2] + col) * operand.step[2];
 }
 
-// body(row, col, shape) for every tile of a strip; row and col count from its start.
+// Calls body(row, col, shape) for every tile of a strip; row and col count from its start.
 template <class Body>
 inline void for_tiles(const NormJob& job, const Strip& strip, Body&& body) {
   const int64_t cols = least(strip.cols, job.buffer), rows = job.buffer / cols;
@@ -28,7 +28,7 @@ inline void for_tiles(const NormJob& job, const Strip& strip, Body&& body) {
       body(row, col, Shape{least(rows, strip.rows - row), least(cols, strip.cols - col)});
 }
 
-// body(instance, split, block, begin, end) for blocks begin..end-1, with the units of each.
+// Calls body(instance, split, block, begin, end) for blocks begin..end-1, with the units of each.
 template <class Body>
 inline void for_blocks(const NormJob& job, int64_t begin, int64_t end, Body&& body) {
   for (int64_t task = begin; task < end; ++task) {
@@ -39,8 +39,8 @@ inline void for_blocks(const NormJob& job, int64_t begin, int64_t end, Body&& bo
   }
 }
 
-// body(strip, fresh) for strips begin..end-1, the last first: what was touched last in the pass
-// before may still be in the cache. `fresh`: the first of its instance and split.
+// Calls body(strip, fresh) for strips begin..end-1, the last first: what the previous pass touched
+// last may still be in the cache. `fresh`: the first visited of its instance and split.
 template <class Body>
 inline void for_strips(const NormJob& job, int64_t begin, int64_t end, Body&& body) {
   int64_t last = -1;
@@ -51,8 +51,8 @@ inline void for_strips(const NormJob& job, int64_t begin, int64_t end, Body&& bo
   }
 }
 
-// The inputs of the tile that comes after this one, for loops that keep the arithmetic busy while
-// memory would wait: they ask for its lines. At a strip's end that is memory which nobody reads.
+// The inputs of the next tile. Compute-bound loops prefetch them, so that memory is not idle
+// meanwhile. At a strip's end this prefetches lines that nobody reads.
 class Upcoming {
  public:
   void add(const NormOperand& operand, const Strip& strip, int64_t row, int64_t col, Shape shape) {
@@ -80,7 +80,7 @@ class Upcoming {
   int count_ = 0;
 };
 
-// Whether the loops can take the operand where it lies, as elements of T.
+// Whether the loops can use the operand in place, as elements of T.
 template <class T>
 inline bool lies_as(const NormOperand& operand) {
   if constexpr (sizeof(T) == sizeof(bfloat16))
@@ -94,8 +94,8 @@ inline Rows<T> rows_of(const NormOperand& operand, char* at) {
   return {reinterpret_cast<T*>(at), operand.step[1] / int64_t(sizeof(T))};
 }
 
-// Where a tile of an output is made: where it lies, or in a buffer of L1 if it is to be converted
-// or streamed, which finish() does.
+// Where an output's tile is computed: in place, or in an L1 buffer if it is to be converted or
+// streamed, which finish() does.
 template <class T>
 inline Rows<T> place_of(const NormOperand& operand, char* to, T* buffer, Shape shape) {
   if (lies_as<T>(operand) && !operand.streams) return rows_of<T>(operand, to);
@@ -115,7 +115,7 @@ inline void finish(const NormOperand& operand, char* to, const T* buffer, Rows<T
     stream_row(to, reinterpret_cast<const char*>(buffer), shape.cols * int64_t(sizeof(T)));
 }
 
-// s's tile made of x and f, written, and taken as it was stored.
+// Computes s's tile from x and f, writes it, and returns it as stored.
 template <class Op>
 REVK_APART Rows<const float> coupled_bfloats(Op op, const NormJob& job, char* to, char* from,
                                              char* branch, Shape shape,
@@ -157,7 +157,7 @@ inline Rows<const A> coupled(Op op, const NormJob& job, const Strip& strip, int6
   return {sum.data, sum.step};
 }
 
-// The tile of what is normalised.
+// The tile of the norm's input.
 template <class A>
 inline Rows<const A> source(const NormJob& job, const Strip& strip, int64_t row, int64_t col,
                             Shape shape, const NormScratch<A>& scratch) {
@@ -166,7 +166,7 @@ inline Rows<const A> source(const NormJob& job, const Strip& strip, int64_t row,
   return coupled(ops::Uncouple{}, job, strip, row, col, shape, scratch);
 }
 
-// body(source), of bfloat16 where it lies if there is nothing to be done to it first.
+// Calls body(source); bfloat16 is used in place if there is no coupling.
 template <class A, class Body>
 inline void with_source(const NormJob& job, const Strip& strip, int64_t row, int64_t col,
                         Shape shape, const NormScratch<A>& scratch, Body&& body) {

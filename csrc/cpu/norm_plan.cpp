@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Plans a norm's passes: how its views are walked, and how the work is cut into strips and blocks.
 #include "cpu/norm_plan.h"
 
 #include <algorithm>
@@ -9,20 +10,20 @@ namespace revk::cpu {
 namespace {
 
 constexpr int kMaxOperands = 4;
-// Lanes that short rows are put together to, as long as so many rows of these are left: each lane
-// has an end of its own.
+// Short rows are folded into up to kLanes lanes, as long as kFoldedRows rows remain: each lane has
+// its own final step.
 constexpr int64_t kLanes = 512;
 constexpr int64_t kFoldedRows = 32;
-// A channel's elements side by side are lanes up to so many, for the ends of short runs count: in
-// the passes that sum up, and in the others. And up to so many a sample, for each lane has an end
-// of its own.
+// A channel's adjacent elements become lanes up to this number, because the ends of short runs are
+// costly: for the summing passes, and for the others. And up to kPlaneASample per sample, because
+// each lane has its own final step.
 constexpr int64_t kPlaneSummed = 63, kPlane = 40;
 constexpr int64_t kPlaneASample = 3;
 
-// Blocks beyond these would make their merging count.
+// More blocks would make merging them costly.
 constexpr int64_t kMaxBlocks = 128;
 
-// What a pass over memory is for: statistics, the backward's sums, or to make something.
+// The purpose of a pass: statistics, the backward's sums, or an element-wise output.
 enum class Pass { kMeasure, kSums, kElements };
 
 struct Named {
@@ -30,7 +31,7 @@ struct Named {
   const revk_view* view;
 };
 
-// One dimension with everything that advances along it.
+// One dimension, with the steps of everything that advances along it.
 struct Dim {
   int64_t size = 1;
   int64_t step[kMaxOperands] = {};  // bytes
@@ -44,7 +45,7 @@ bool continues(const Dim& outer, const Dim& inner, int count) {
   return true;
 }
 
-// The two dimensions beside the channels, the slower first, as one if all operands allow it.
+// Orders the two non-channel dimensions, the slower first, and merges them if possible.
 void order_and_merge(Dim& slow, Dim& fast, int leader, int count) {
   if (fast.size == 1 || (slow.size > 1 && slow.step[leader] < fast.step[leader]))
     std::swap(slow, fast);
@@ -90,7 +91,7 @@ void cut(NormJob& job, bool by_rows) {
   job.blocks = divide_up(job.units, job.block_units);
 }
 
-// Whether each sample is one row without gaps, its channels being `most` elements each or fewer.
+// Whether each sample is one row without gaps, with at most `most` elements per channel.
 bool short_planes(const Dim& channel, const Dim& inner, const Named* operands, int count,
                   int64_t most) {
   if (inner.size == 1 || inner.size > most) return false;
@@ -101,7 +102,7 @@ bool short_planes(const Dim& channel, const Dim& inner, const Named* operands, i
   return true;
 }
 
-// operands[leader] is walked in the order of its memory.
+// operands[leader] is walked in its memory order.
 void shape_job(NormJob& job, const Named* operands, int count, int leader, const revk_norm& norm,
                Pass pass) {
   Dim outer, channel, inner;
@@ -138,13 +139,13 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
       std::copy(inner.step, inner.step + count, channel.step);
       inner = outer, outer = Dim{};
     } else if (norm.kind == REVK_GROUP_NORM && pass == Pass::kMeasure) {
-      const int64_t each = channel.size / norm.groups;  // side by side: as one channel
+      const int64_t each = channel.size / norm.groups;  // a group's channels, as one channel
       job.channels = channel.size = norm.groups;
       inner.size *= each;
       for (int k = 0; k < count; ++k) channel.step[k] *= each;
     }
   }
-  // Samples may overlap, each starting one element behind the one before: planes are lanes even so.
+  // Planes are lanes even if samples overlap, each starting one element after the one before.
   job.by_lane = by_rows || job.plane > 1 || inner.size == 1 ||
                 (channel.size > 1 && channel.step[leader] < inner.step[leader]);
   Dim first = job.by_lane ? inner : channel, second = job.by_lane ? channel : inner;
@@ -168,9 +169,8 @@ void shape_job(NormJob& job, const Named* operands, int count, int leader, const
   cut(job, by_rows);
 }
 
-// Whether the loops write the output past the caches. Not where it is `also` an input: its lines
-// are in the cache already. Only what the loops write as it is, dense and not converted, comes in
-// rows that can be copied.
+// Whether the loops write the output with streaming stores. Not if it is also the input `also`: its
+// lines are in the cache already. Only a dense, unconverted output has rows that can be copied.
 bool streams(const NormJob& job, const NormOperand& output, const void* also) {
   const int64_t item = item_size(output.dtype);
   const bool as_it_is = output.dtype == (job.wide ? REVK_FLOAT64 : REVK_FLOAT32) ||

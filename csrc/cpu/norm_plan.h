@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a norm's views to a job.
+// Makes a norm's job from its views.
 #pragma once
 
 #include "core/backends.h"
@@ -7,18 +7,18 @@
 
 namespace revk::cpu {
 
-// Everything but the parameters: operands, the shape as the loops walk it, strips and blocks. No
-// view is empty.
+// Plans everything but the parameters: operands, the shape as the loops walk it, strips and blocks.
+// No view is empty.
 //
-// How sums are cut up follows from the array that is summed (and dh) alone, so that a fused call
-// and its parts, and the modes of a backward, agree in every bit.
+// The partition of sums depends only on the array that is summed (and dh). So a fused call and its
+// parts, and the modes of a backward, agree bit for bit.
 
-// The pass that sums up the statistics; with the coupling's operands if they can be walked in s's
-// own way, else without: then the coupling is done before.
+// The statistics pass. It includes the coupling if the coupling's operands can be walked like s
+// alone; otherwise the coupling runs before it.
 NormJob plan_measure(const NormActCall& call);
-// The pass that normalises, of a row norm the only one; with the coupling if `coupled`.
+// The pass that normalises, with the coupling if `coupled`; a layer or RMS norm's only pass.
 NormJob plan_apply(const NormActCall& call, bool coupled);
-// The pass that sums up dz and dz * xhat, and the one that makes dx, of a row norm the only one.
+// The passes that sum dz and dz * xhat, and that write dx; a layer or RMS norm has only the latter.
 NormJob plan_sums(const NormActBackwardCall& call);
 NormJob plan_gradient(const NormActBackwardCall& call);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norm's forward and backward loops share, compiled once per instruction set: parameters
-// beside the lanes they belong to, activations.
+// Shared by the norm's forward and backward loops: parameters per lane, activations. Compiled once
+// per instruction set.
 #pragma once
 
 #include "cpu/bundles.h"
@@ -11,7 +11,7 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
-// The channels of a strip, and the first of them.
+// The number of channels in a strip, and the first of them.
 inline int64_t channels_of(const NormJob& job, const Strip& strip) {
   if (!job.by_lane) return strip.rows;
   return job.fold > 1 ? job.channels : strip.cols / job.plane;
@@ -20,7 +20,7 @@ inline int64_t first_channel(const NormJob& job, const Strip& strip) {
   return job.by_lane ? strip.start[2] / job.plane : strip.start[1];
 }
 
-// The parameters of a strip's channels, one beside each lane (or row): folded rows repeat them.
+// Spreads the parameters of a strip's channels over the lanes (or rows); folded rows repeat them.
 template <class A>
 inline void spread(A* to, const void* from, const NormJob& job, const Strip& strip) {
   const A* const values = static_cast<const A*>(from);
@@ -35,7 +35,7 @@ inline void spread(A* to, const void* from, const NormJob& job, const Strip& str
   }
 }
 
-// The same of values that a group of channels shares.
+// The same for values shared by a group of channels.
 template <class A>
 inline void spread_groups(A* to, const void* from, const NormJob& job, const Strip& strip) {
   if (job.groups == 0) return spread(to, from, job, strip);
@@ -61,17 +61,17 @@ inline void spread_normal(const NormScratch<A>& to, const NormJob& job, const St
   spread(to.bias, job.bias, job, strip);
 }
 
-// Which parameters differ from column to column: all, none, or weight and bias alone.
+// Which parameters vary along columns: all, none, or weight and bias alone.
 enum class Vary { kAll, kNone, kWeights };
 
-// Activations that cost more than they load are applied in a loop of their own, once a tile of z is
-// in L1; the others within the loops that make and use z.
+// Transcendental activations cost more than memory access. They get a loop of their own, over a
+// tile of z in L1; the others run within the loops that make and use z.
 inline bool is_transcendental(int32_t activation) {
   return activation != REVK_IDENTITY && activation != REVK_RELU;
 }
 
-// A parameter of the loops: a lane's own, or the row's. That is read before the loop, whose stores
-// might change it for all that a compiler knows.
+// A parameter in a loop: one per lane, or the row's. The row's is read before the loop, because the
+// compiler must assume that the loop's stores may change it.
 template <bool kOfLanes, class A>
 struct Parameter {
   const A* lanes;
@@ -103,7 +103,7 @@ REVK_APART void normalise(Rows<H> h, Rows<const X> x, const NormScratch<A>& p, i
   }
 }
 
-// Calls body with the activation, of those that have loops of their own.
+// Calls body with the activation type, for the activations with loops of their own.
 template <class Body>
 inline void with_transcendental(int32_t activation, Body&& body) {
   if (activation == REVK_GELU) return body(ops::Gelu{});
@@ -144,7 +144,7 @@ REVK_APART void differentiate_rows(A* z, Rows<const D> dh, Shape shape, Upcoming
   }
 }
 
-// Calls body with what is left of the activation for the backward loops.
+// Calls body with the activation that the backward loops still have to apply.
 template <class Body>
 inline void with_mask(int32_t activation, Body&& body) {
   if (activation == REVK_RELU) return body(ops::Relu{});

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The norm's passes of one instruction set.
+// The table of one instruction set's norm passes.
 #pragma once
 
 #include "cpu/norm_backward_loops.h"

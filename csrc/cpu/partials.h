@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums along a row, compiled once per instruction set: partial sums side by side, in registers.
+// Sums along a row in several partial sums held in registers. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/vectors.h"
@@ -7,11 +7,11 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
-// Partial sums of a row: how many there are is part of the result, so it is the same everywhere.
+// Partial sums per row. The number affects the rounding, so every instruction set uses the same.
 // Short rows pay for adding them up.
 constexpr int kPartials = 32;
 
-// Two sums at once, each in kCount vectors. Members in place of an array, so that every one is a
+// Two sums at once, each in kCount vectors. Members instead of an array, so that each stays in a
 // register.
 template <class A, int kCount>
 struct Pairs {
@@ -43,7 +43,7 @@ struct Pairs<A, 1> {
   Pairs total() const { return *this; }
 };
 
-// The sum of a vector's elements, halves added to each other.
+// The sum of a vector's elements, by adding halves.
 template <class A, int kBytes, class V>
 REVK_INLINED inline A total_of(V vector) {
   if constexpr (kBytes > 16) {
@@ -62,8 +62,8 @@ struct TwoSums {
   A first, second;
 };
 
-// Two sums over i < count. body(E, first, second, i) adds what element i has to them, or elements
-// i, i + 1, ... E::kCount in number; it loads through E. `rows` are those that come from memory.
+// Two sums over i < count. body(E, first, second, i) adds elements i..i+E::kCount-1 to them and
+// loads through E. `rows` are the rows to prefetch from memory.
 template <class A, class Body, class... T>
 REVK_INLINED inline TwoSums<A> two_sums(int64_t count, Body&& body, const T*... rows) {
   using Wide = Elements<A>;
@@ -118,7 +118,7 @@ REVK_INLINED inline A sum_of(const X* x, int64_t count) {
   return two_sums<A>(count, add, x).first;
 }
 
-// Sums of x - shift and of its square. With a shift near the mean neither loses digits.
+// Sums of x - shift and of its square. With a shift near the mean neither sum loses digits.
 template <class A, class X>
 REVK_INLINED inline void sum_deviations(const X* x, int64_t count, A shift, double& sum,
                                         double& square) {

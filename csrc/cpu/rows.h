@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Strided memory of any dtype as dense rows of the compute type, compiled once per instruction set.
 //
-// A tile's operands are used where they lie if they are dense and of the compute type; otherwise
-// they pass through a buffer in L1, widened on the way in and narrowed on the way out. So the
-// arithmetic is one vectorised loop over floats or doubles, and a combination of dtypes costs a
-// load, not a template.
+// A tile's operands are used in place if they are dense and of the compute type. Otherwise they
+// pass through a buffer in L1, widened on the way in and narrowed on the way out. So the arithmetic
+// is one vectorised loop over floats or doubles, and a combination of dtypes costs a load, not a
+// template.
 //
-// Nothing of the standard library is instantiated here: an inline function compiled with AVX-512
-// could be the copy that the linker keeps for every file.
+// Nothing of the standard library is instantiated here: the linker could keep an inline function
+// compiled with AVX-512 for every file.
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +26,8 @@
 #define REVK_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// Loops over a tile: within the functions that walk the tiles they would run out of registers.
+// For loops over a tile: inlined into the functions that walk the tiles they would run out of
+// registers.
 #define REVK_APART __attribute__((noinline))
 
 namespace revk::cpu::REVK_ISA {
@@ -36,11 +37,10 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Dense rows
 
-// Asks for memory that loops along a row come to kAhead bytes later. By themselves they keep fewer
-// lines on their way than the memory could deliver: as many as fit, with the arithmetic on them,
-// between a load and the instructions that wait for it, and of what they write hardly any (Zen 3
-// takes 0.58 ns an element where a loop like theirs writes to memory that no cache holds, and 0.35
-// to 0.40 where it has asked for it).
+// ask_ahead prefetches kAhead bytes ahead in a row. Without it a loop keeps fewer cache lines in
+// flight than memory could deliver: as many loads as fit into the out-of-order window, and hardly
+// any of the lines that it writes (Zen 3: 0.58 ns per element for such a loop writing to uncached
+// memory, 0.35 to 0.40 with the prefetch).
 constexpr int64_t kAhead = 2048, kLine = 64;
 
 template <class T>
@@ -49,9 +49,9 @@ inline void ask_ahead(const T* row, int64_t count) {
   for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kLine) __builtin_prefetch(ahead + i);
 }
 
-// body(begin, end) for a row's elements chunk by chunk: 1024 bytes, or of narrow types as many
-// elements as of float. More lines asked for at once wait for each other (float64 on Zen 3: a tenth
-// of a coupling's time). `rows` are those that come from memory or go there.
+// Calls body(begin, end) for a row's elements in chunks of 1024 bytes, or for narrow types as many
+// elements as of float. Prefetching more lines at once makes them wait for each other (float64 on
+// Zen 3: a tenth of a coupling's time). `rows` are the rows to prefetch.
 template <class... T>
 constexpr int64_t elements_in_a_chunk() {
   int64_t size = sizeof(float);
@@ -91,8 +91,8 @@ inline __mmask16 first_of_16(int64_t count) { return __mmask16((1u << count) - 1
 #endif
 
 #if defined(__F16C__)
-// The conversion instructions round as scalar.h does; the row's last elements go through scalar.h,
-// or through part of a vector.
+// The conversion instructions round like scalar.h. The row's last elements go through scalar.h, or
+// through a masked vector.
 inline void widen_row(float* to, const float16* from, int64_t count) {
   int64_t i = 0;
 #if defined(__AVX512F__)
@@ -234,7 +234,7 @@ inline void combine(Op op, Rows<A> out, Rows<const A> x, Rows<const A> f, Shape 
     const A* const from = x.data + r * x.step;
     const A* const branch = f.data + r * f.step;
     const auto chunk = [&](int64_t begin, int64_t end) {
-      // `to` is `from` itself or apart from it.
+      // `to` is `from` itself or does not overlap it.
       REVK_INDEPENDENT
       for (int64_t c = begin; c < end; ++c) to[c] = op(from[c], branch[c]);
     };
@@ -245,8 +245,8 @@ inline void combine(Op op, Rows<A> out, Rows<const A> x, Rows<const A> f, Shape 
   }
 }
 
-// Copies bytes of L1 past the caches: no line is read before it is overwritten. Whoever has
-// streamed calls end_stream() before others may read.
+// Copies bytes from L1 with streaming stores, which do not read a line before overwriting it. The
+// writer calls end_stream() before other threads may read.
 inline void stream_row(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)
   const int64_t head = least(-reinterpret_cast<intptr_t>(to) & (kLine - 1), bytes);

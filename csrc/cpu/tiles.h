@@ -11,8 +11,8 @@
 namespace revk::cpu::REVK_ISA {
 namespace {
 
-// Both operands and the result in one half type, the commonest case after float itself: straight
-// from memory to memory, for the detour by way of L1 buffers costs more than the arithmetic.
+// Both operands and the result in one half type, the most common case after float: directly from
+// memory to memory, because L1 buffers cost more than the arithmetic.
 template <class Op>
 inline void combine_row(Op op, bfloat16* to, const bfloat16* x, const bfloat16* f, int64_t count) {
   const auto element = [&](auto e, int64_t i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a coupling adds to a tile: scales on the branch's way in, checksum and amax of the result.
-// Compiled once per instruction set.
+// A coupling's options on a tile: scales of the branch, checksum and amax of the result. Compiled
+// once per instruction set.
 #pragma once
 
 #include "cpu/rows.h"
@@ -44,7 +44,7 @@ void scale(A* f, const Extras& extras, const int64_t* start, Shape shape) {
   }
 }
 
-// Reads the tile as it was stored: bits of U, which are those of a float if `amax`.
+// Reads the tile as stored, as bits of type U; if `amax`, these are the bits of a float.
 template <class U>
 void report_tile(Report& report, const char* tile, const Operand& out, const Extras& extras,
                  const int64_t* start, Shape shape, bool amax) {

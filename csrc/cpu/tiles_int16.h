@@ -17,7 +17,7 @@ struct Unsigned<8> {
   using type = uint64_t;
 };
 
-// to = from + f, and the largest |from + n| before wrapping, in bits, if kReports.
+// to = from + f. Returns the largest |from + n| before wrapping, as bits of A, if kReports.
 template <bool kReports, class A>
 inline uint64_t add_fixed(int16_t* to, const int16_t* from, const A* f, ops::FixedPoint<A> fixed,
                           int64_t count) {
@@ -25,7 +25,7 @@ inline uint64_t add_fixed(int16_t* to, const int16_t* from, const A* f, ops::Fix
   constexpr U kMagnitude = U(~(U(1) << (8 * sizeof(U) - 1)));
   U most = 0;
   const auto chunk = [&](int64_t begin, int64_t end) {
-    // `to` is `from` itself or apart from it.
+    // `to` is `from` itself or does not overlap it.
     REVK_INDEPENDENT
     for (int64_t c = begin; c < end; ++c) {
       const A n = fixed.steps(f[c]);
@@ -49,7 +49,7 @@ inline void scatter_fixed(char* to, const int16_t* from, int64_t step, int64_t c
   for (int64_t c = 0; c < count; ++c) *reinterpret_cast<int16_t*>(to + c * step) = from[c];
 }
 
-// The numbers of a row in T, computed in W.
+// Writes a row's numbers as T, computed in W.
 template <class T, class W>
 inline void write_value(char* to, const int16_t* stored, W down, int64_t step, int64_t count) {
   if (step == int64_t(sizeof(T))) {

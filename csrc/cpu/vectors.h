@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loops along a row in vectors of the compute type, compiled once per instruction set.
 //
-// Compilers vectorise such loops by themselves, but badly where bfloat16 goes in or out (they pack
-// the masks of every comparison beside it) and where a row has few elements (they keep its partial
-// sums in memory).
+// Compilers vectorise such loops badly where bfloat16 is read or written (they pack the masks of
+// every comparison) and where a row is short (they keep its partial sums in memory).
 #pragma once
 
 #include "cpu/rows.h"
 
-// What is to stay in registers must not be handed to a function by address.
+// Values that must stay in registers must not be passed to a function by address.
 #define REVK_INLINED __attribute__((always_inline))
 
 namespace revk::cpu::REVK_ISA {
@@ -22,7 +21,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// `Anywhere` is one in memory, which need not be aligned.
+// `Anywhere` is a vector in memory, which need not be aligned.
 template <class T>
 struct VectorTypes {
   typedef T Vector __attribute__((vector_size(kVectorBytes)));
@@ -31,8 +30,8 @@ struct VectorTypes {
 template <class T>
 using Vector = typename VectorTypes<T>::Vector;
 
-// What the body of a loop is written in: one element, or a vector of them. The same arithmetic,
-// with the same roundings.
+// What a loop's body computes with: one element, or a vector of them (Elements). The arithmetic and
+// the roundings are the same.
 template <class A>
 struct Element {
   using Number = A;
@@ -46,7 +45,7 @@ struct Element {
   static void store(T* to, A value) {
     *to = narrow<T>(value);
   }
-  // Stores it, and returns it as it was stored.
+  // Stores the value and returns it as stored.
   static float stored(bfloat16* to, float value) {
     const uint32_t rounded = rounded_to_bfloat16(value);
     to->bits = uint16_t(rounded >> 16);
@@ -115,7 +114,7 @@ struct Elements {
 #if defined(__AVX512F__)
 #define REVK_VECTOR_PARTS
 
-// The first elements of a vector, fewer than it has: the others are 0, and are not stored.
+// The first elements of a vector, fewer than it has. The others load as 0 and are not stored.
 template <class A>
 struct Part : Elements<A> {
   using Number = Vector<A>;
@@ -143,7 +142,7 @@ struct Part : Elements<A> {
     store_upper(to, rounded);
     return Number(rounded & 0xffff0000u);
   }
-  // The value with 0 in place of the other elements.
+  // `value` with the other elements set to 0.
   Number only(Number value) const {
     if constexpr (sizeof(A) == sizeof(double))
       return Number(_mm512_maskz_mov_pd(__mmask8(mask), __m512d(value)));
@@ -156,7 +155,7 @@ struct Part : Elements<A> {
     _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(bits), 16)));
   }
 };
-// What the elements that are too few for a vector are taken in.
+// Handles the elements that do not fill a vector.
 template <class A>
 using RestOf = Part<A>;
 #else
@@ -175,7 +174,7 @@ REVK_INLINED inline Vector<float> fused(Vector<float> a, Vector<float> b, Vector
   return Vector<float>(_mm256_fmadd_ps(a, b, c));
 #endif
 }
-// Both let a NaN in x pass: the instructions return their second operand then.
+// Both propagate a NaN in x: these instructions return their second operand if either is NaN.
 REVK_INLINED inline Vector<float> at_most(Vector<float> x, Vector<float> most) {
 #if defined(__AVX512F__)
   return Vector<float>(_mm512_min_ps(most, x));
@@ -192,8 +191,8 @@ REVK_INLINED inline Vector<float> at_least(Vector<float> x, Vector<float> least)
 }
 #endif
 
-// body(E, i) for elements begin..end-1, E::kCount of them from i on: of `Vectors`, and what is left
-// over in part of one, or one by one.
+// Calls body(E, i) for elements begin..end-1, E::kCount of them from i on: first in `Vectors`, then
+// the rest in a partial vector or one by one.
 template <class A, class Vectors = Elements<A>, class Rest = RestOf<A>, class Body>
 REVK_INLINED inline void by_vectors(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;

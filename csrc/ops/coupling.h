@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of the additive coupling, element by element (Gomez et al. 2017, eq. 6, eq. 7 and
-// Algorithm 1), in the compute type A (float or double). Loops, dtypes and memory are left to
-// the backends, which all share this file.
+// Element-wise arithmetic of the additive coupling (Gomez et al. 2017, eq. 6, eq. 7 and Algorithm
+// 1), in the compute type A (float or double). Loops, dtypes and memory access are the backends';
+// all backends share this file.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ struct Uncouple {
   }
 };
 
-// f on its way into the coupling: scaled, then put on the grid of multiples of 2^-k.
+// Rounds f to the grid of multiples of 2^-k before it enters the coupling.
 template <class A>
 struct Grid {
   A up, down;  // 2^k, 2^-k
@@ -34,40 +34,40 @@ struct Grid {
   REVK_HD A operator()(A f) const { return steps(f) * down; }
 };
 
-// A stream in fixed point: the int16 q stands for q * 2^-k. To uncouple, `up` is -2^k: rint and the
-// limits are odd, so that a difference is the sum with the other sign.
+// A fixed-point stream: the int16 q stands for q * 2^-k. To uncouple, `up` is -2^k: rint and the
+// limits are odd functions, so a difference is the sum with the other sign.
 template <class A>
 struct FixedPoint {
   A up, down;  // 2^k or -2^k, 2^-k
   REVK_HD A steps(A f) const { return rint(f * up); }
 
-  // q + n modulo 2^16, n within +-2^23. These limits are 0 modulo 2^16, so that NaN, which the
-  // first comparison takes to be beyond them, counts as 0.
+  // q + n modulo 2^16, with n clamped to +-2^23. These limits are 0 modulo 2^16; NaN fails the
+  // first comparison, becomes the limit and so counts as 0.
   REVK_HD int16_t sum(int16_t q, A n) const {
     constexpr A kMost = 8388608;
     A m = n < kMost ? n : kMost;
     m = m > -kMost ? m : -kMost;
     return int16_t(uint16_t(uint32_t(int32_t(q)) + uint32_t(int32_t(m))));
   }
-  // What it would be without limits, in steps.
+  // The sum before wrapping, in steps.
   REVK_HD A unwrapped(int16_t q, A n) const { return A(q) + n; }
 };
 
-// The number that a stored q stands for, in W, which holds it exactly (float64), or which it
-// overflows to infinity (float32).
+// The number that a stored q stands for, in W. float64 holds it exactly; float32 may overflow to
+// infinity.
 template <class W>
 REVK_HD W fixed_value(int16_t q, W down) {
   return W(q) * down;
 }
 
-// The factor of f from layer scale (a channel's) and stochastic depth (a sample's); each operation
-// rounds, in the order written.
+// f times layer scale (per channel) and stochastic depth (per sample). Each operation rounds, in
+// the order written.
 template <class A>
 REVK_HD A scaled(A f, A channel_scale, A sample_scale) {
   return (channel_scale * sample_scale) * f;
 }
 
-// One element's share of the checksum: a swap of two elements, or a change in one, changes the sum.
+// One element's term of the checksum. Swapping two elements or changing one changes the sum.
 REVK_HD uint64_t checksum_term(uint64_t bits, uint64_t index) { return bits * (2 * index + 1); }
 
 }  // namespace revk::ops

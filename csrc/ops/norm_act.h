@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Normalisation and activation, element by element, in the compute type A (float or double). Loops,
-// dtypes and memory are left to the backends, which all share this file. No operation is fused
-// (unless it says so) or reordered, so that backends agree bit for bit where no transcendental
-// function is called.
+// Element-wise normalisation and activation, in the compute type A (float or double). Loops, dtypes
+// and memory access are the backends'; all backends share this file. No operation is fused (unless
+// it says so) or reordered, so that backends agree bit for bit where no transcendental function is
+// called.
 //
 // An operand that a norm lacks has a neutral value that keeps every bit: mean 0, weight 1, bias -0.
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace revk::ops {
 
-// What one element is normalised with.
+// The parameters that normalise one element.
 template <class A>
 struct Normal {
   A mean, rstd, weight, bias;
@@ -22,10 +22,10 @@ struct Normal {
   REVK_HD A z(A xhat) const { return xhat * weight + bias; }
 };
 
-// dx of every norm with statistics of its own: `scale` times what is left of g when its mean and
-// its share along xhat are taken away. Where weight varies within one set of statistics (layer,
-// RMS, group) g = dz * weight and scale = rstd; of a batch norm g = dz and scale = weight * rstd.
-// The means are those of g and of g * xhat; an RMS norm has mean_g 0.
+// dx of every norm that computes its own statistics: `scale` times g minus its mean and minus its
+// projection on xhat. Where weight varies within one set of statistics (layer, RMS, group),
+// g = dz * weight and scale = rstd; for a batch norm g = dz and scale = weight * rstd. The means
+// are those of g and of g * xhat; an RMS norm has mean_g 0.
 template <class A>
 struct MeansGradient {
   A scale, mean_g, mean_gx;
@@ -33,26 +33,26 @@ struct MeansGradient {
   REVK_HD A operator()(A g, A xhat) const { return scale * (g - mean_g - xhat * mean_gx); }
 };
 
-// Transcendental functions. On the host they have no branch and no call, and are written for any
-// number F of float32: one, or several together, for which cpu/bundles.h has what is asked of it
-// here; float64 takes the C library's. In float32, measured against float64 over one float in 61
-// (tests/csrc/test_norm_act.cpp looks at one in 9973), where the result is 1e-36 or more: exp is
+// Transcendental functions. On the host they are free of branches and calls, and written for any
+// float32 number type F: one float, or several together, for which cpu/bundles.h has the operations
+// used here; float64 uses the C library. float32 errors against float64, measured over one float
+// in 61 (tests/csrc/test_norm_act.cpp takes one in 9973) where the result is 1e-36 or more: exp
 // within 1.1 units in the last place, silu and gelu_tanh within 3.1, gelu within 6; their
 // derivatives, which have a zero, within 2e-7 times max(1, |derivative|).
 //
-// On a device float32 takes CUDA's expf, and gelu_tanh its argument in float32.
+// On a device float32 uses CUDA's expf, and gelu_tanh computes its argument in float32.
 
 namespace detail {
 
-// a * b + c, rounded once: written out where it is meant, for everything else here is compiled
-// without contraction. Without the instruction: the product is exact in float64, and a sum that is
-// rounded to odd there may be rounded again (see round_to_odd).
+// a * b + c, rounded once; called explicitly, because everything else is compiled without
+// contraction. Without the instruction: the product is exact in float64, and a sum rounded to odd
+// may be rounded again (see round_to_odd).
 REVK_HD float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
   return __builtin_fmaf(a, b, c);
 #else
   const double product = double(a) * double(b), sum = product + double(c);
-  const double added = sum - product;  // the rest is the sum's rounding error, exactly
+  const double added = sum - product;  // rest: the sum's rounding error, exactly
   const double rest = (product - (sum - added)) + (double(c) - added);
   const uint64_t bits = bits_as<uint64_t>(sum);
   const bool nudged = (rest < 0.0 || rest > 0.0) && (bits & 1u) == 0;
@@ -67,7 +67,7 @@ template <class A>
 REVK_HD A where(bool mask, A a, A b) {
   return mask ? a : b;
 }
-// Both let NaN pass.
+// Both propagate NaN in x.
 template <class A>
 REVK_HD A at_most(A x, A most) {
   return x > most ? most : x;
@@ -79,8 +79,8 @@ REVK_HD A at_least(A x, A least) {
 REVK_HD float magnitude(float x) { return bits_as<float>(bits_as<uint32_t>(x) & 0x7fffffffu); }
 REVK_HD double magnitude(double x) { return x < 0.0 ? -x : x; }
 
-// 1.5 * 2^23: its unit in the last place is 1, so that adding it rounds, and leaves the integer in
-// the last bits.
+// 1.5 * 2^23, whose unit in the last place is 1: adding it rounds to an integer and leaves that
+// integer in the low bits.
 constexpr float kShifter = 12582912.0f;
 
 // 2^(n-127) of kShifter + n, 0 <= n < 255; 0 for n = 0.
@@ -88,14 +88,15 @@ REVK_HD float to_exponent(float shifted) {
   return bits_as<float>(bits_as<uint32_t>(shifted) << 23);
 }
 
-// exp(-(b + lost) / 2) = p * 2^n for 0 <= b <= 326 and |lost| <= 0.12, n an integer: returns p, in
-// which NaN is, and kShifter + bias + n. b's error is nil if it is exact, as z^2 can be made.
+// exp(-(b + lost) / 2) = p * 2^n for 0 <= b <= 326 and |lost| <= 0.12, n an integer. Returns p,
+// which carries NaN, and sets `shifted` to kShifter + bias + n. `lost` is the rounding error of b,
+// 0 if b is exact.
 template <class F>
 REVK_HD F exp_of_half(F b, F lost, float bias, F& shifted) {
   shifted = fused(b, -0.721347520f, kShifter + bias);
   const F n = shifted - (kShifter + bias);
-  // r is -2 times what is left of the exponent, whose powers of -1/2 are in the coefficients: all
-  // of that is exact. ln 2 in two parts, the first short enough that its multiples are exact.
+  // r is -2 times the remaining exponent; its powers of -1/2 are folded into the coefficients,
+  // which is exact. ln 2 is split in two, the first part short enough that its multiples are exact.
   const F r = fused(n, -4.24388880e-4f, fused(n, 1.38671875f, b)) + lost;
   F p = -1.37904671e-3f / 32.0f;
   p = fused(p, r, 8.38041306e-3f / 16.0f);
@@ -105,7 +106,7 @@ REVK_HD F exp_of_half(F b, F lost, float bias, F& shifted) {
   return fused(fused(p, r * r, r), -0.5f, 1.0f);
 }
 
-// 2^n as a product of two, for n reaches beyond the exponents: 2^(n+64) * 2^-64.
+// 2^n as the product 2^(n+64) * 2^-64, because n goes below the exponent range.
 template <class F>
 REVK_HD F decay_of_half(F b, F lost) {
   F shifted;
@@ -113,8 +114,8 @@ REVK_HD F decay_of_half(F b, F lost) {
   return p * to_exponent(shifted) * 5.42101086e-20f;
 }
 
-// The same, but 0 where 2^n is no normal number: subnormal ones cost a processor a hundred cycles
-// each, which is wasted where a factor below 1 is still to come.
+// The same, but 0 where 2^n is subnormal: a subnormal costs a processor about a hundred cycles,
+// wasted where a factor below 1 follows.
 template <class F>
 REVK_HD F normal_decay_of_half(F b, F lost) {
   F shifted;
@@ -122,7 +123,7 @@ REVK_HD F normal_decay_of_half(F b, F lost) {
   return p * to_exponent(at_least(shifted, kShifter));
 }
 
-// exp(-|x|), of which sigmoid(x) and 1 - sigmoid(x) are made without cancellation or overflow.
+// exp(-|x|), from which sigmoid(x) and 1 - sigmoid(x) follow without cancellation or overflow.
 template <class F>
 REVK_HD F decay_of(F x) {
 #if defined(__CUDA_ARCH__)
@@ -134,9 +135,9 @@ REVK_HD F decay_of(F x) {
 }
 REVK_HD double decay_of(double x) { return ::exp(-magnitude(x)); }
 
-// The normal distribution's tail Phi(-|z|), relative to its own size, so that gelu keeps its digits
-// where it is tiny. `reach` is |z|, or a limit beyond which the density is 0; `decay` is
-// exp(-z^2/2), of which float32 makes the tail and its density.
+// The normal distribution's tail Phi(-|z|), accurate relative to its own size, so that gelu keeps
+// its digits where it is tiny. `reach` is |z|, limited to where the density is 0. `decay` is
+// exp(-z^2/2), from which float32 computes the tail and the density.
 REVK_HD double tail_of(double z, double& reach, double&) {
   const double a = magnitude(z);
   reach = at_most(a, 1000.0);
@@ -151,9 +152,9 @@ REVK_HD F tail_of(F z, F& reach, F& decay) {
   const F a = at_most(magnitude(z), 15.0f);  // exp(-112.5) is 0
   reach = a;
   const F b = a * a;
-  decay = normal_decay_of_half(b, fused(a, a, -b));  // a^2 exactly
-  // Phi(-a) * exp(a^2 / 2), a smooth function, as a ratio fitted to it for 0 <= a <= 15; even
-  // and odd powers apart: fewer roundings one after another.
+  decay = normal_decay_of_half(b, fused(a, a, -b));  // b with its rounding error: a^2 exactly
+  // Phi(-a) * exp(a^2 / 2), a smooth function, as a rational fit for 0 <= a <= 15. Even and odd
+  // powers are separate, for fewer roundings in sequence.
   const F p = fused(fused(4.08816462e-2f, b, 4.39285429e-1f), a,
                     fused(fused(4.15330732e-3f, b, 1.83970653e-1f), b, 0.5f));
   const F q = fused(fused(fused(1.04106859e-2f, b, 4.71412697e-1f), b, 1.67645587f), a,
@@ -165,7 +166,7 @@ REVK_HD F density(F, F decay) {
   return 0.398942280f * decay;
 }
 
-// Where a gradient has long reached its limit, so that the limit is not infinity times 0.
+// Bounds z where the gradient has long reached its limit, to avoid infinity times 0.
 template <class A>
 REVK_HD A bounded(A z) {
   return at_least(at_most(z, A(1000)), A(-1000));
@@ -175,8 +176,8 @@ REVK_HD A bounded(A z) {
 
 using detail::where;
 
-// Activations: value(z), and gradient(z, dh) = dh * value'(z). A value at -infinity follows the
-// formula, infinity times 0, and is NaN, as it is in torch; a gradient there is its limit.
+// Activations: value(z), and gradient(z, dh) = dh * value'(z). The value at -infinity follows the
+// formula, infinity times 0, and is NaN, as in torch; the gradient there is its limit.
 
 struct Identity {
   template <class A>
@@ -189,7 +190,7 @@ struct Identity {
   }
 };
 
-// NaN stays NaN, and lets its gradient pass. A may be a vector.
+// NaN stays NaN and passes its gradient on. A may be a vector.
 struct Relu {
   template <class A>
   static REVK_HD A value(A z) {
@@ -218,7 +219,7 @@ struct Gelu {
   }
 };
 
-// z/2 * (1 + tanh(u)) = z * sigmoid(2u), u = sqrt(2/pi) * (z + 0.044715 z^3): the second form keeps
+// z/2 * (1 + tanh(u)) = z * sigmoid(2u), u = sqrt(2/pi) * (z + 0.044715 z^3). The second form keeps
 // its digits where tanh is close to -1.
 struct GeluTanh {
   // exp(-|2u|)
@@ -230,8 +231,8 @@ struct GeluTanh {
 #if defined(__CUDA_ARCH__)
     return detail::decay_of(z * (1.59576912f + 0.0713548163f * (z * z)));
 #else
-    // 2u in float alone would cost exp as many units in the last place as 2u is large: every
-    // product and sum with what it lost by rounding, the constants too.
+    // The error of exp, in units in the last place, grows with the size of 2u. So every product,
+    // sum and constant carries its rounding error along.
     using detail::at_most, detail::fused, detail::magnitude;
     const F c = 3.19153833f, d = 0.142709633f;             // of 4u
     const F a = at_most(magnitude(z), 10.75f), b = a * a;  // exp(-105) is 0
