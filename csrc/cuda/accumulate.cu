@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// totals[i] <- totals[i] + parts[i] for a whole list. Gradients come as
-// hundreds of small arrays: a launch each would cost more than the
-// additions, so one launch takes as many as fit into a kernel's arguments.
+// totals[i] <- totals[i] + parts[i] for a list. Gradients are hundreds of small arrays, and a
+// launch for each would cost more than the additions; so one launch takes as many as fit into a
+// kernel's arguments.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -16,11 +16,11 @@
 namespace revk::cuda {
 namespace {
 
-// What fits into 4 KB, the limit of a kernel's arguments before CUDA 12.1 and on older drivers.
+// Fits into 4 KB, the limit of a kernel's arguments before CUDA 12.1 and on older drivers.
 constexpr int kShares = 112;
-constexpr int kPacketsAThread = 4;  // of one chunk: big enough to pay for finding the chunk's array
+constexpr int kPacketsAThread = 4;  // per chunk: enough to pay for finding the chunk's array
 
-// Dense arrays of one pair of types, cut into chunks that are numbered through.
+// Dense arrays of one pair of types, cut into consecutively numbered chunks.
 struct Shares {
   int64_t chunks;
   int32_t count;
@@ -80,7 +80,7 @@ bool is_flat(const Layout<2>& layout) {
   return one_row && layout.operand[0].step == 1 && layout.operand[1].step == 1;
 }
 
-// One pair of types: all of its flat pairs, kShares a launch.
+// Launches all flat pairs of one pair of types, kShares per launch.
 template <class Total, class Part>
 void launch_shares(const std::vector<Layout<2>>& flat, const revk_where& where) {
   constexpr int64_t kChunk = int64_t(kThreads) * kPacket<Total, Part> * kPacketsAThread;
@@ -102,8 +102,7 @@ void launch_shares(const std::vector<Layout<2>>& flat, const revk_where& where) 
 
 }  // namespace
 
-// A launch for every pair of types and every kShares
-// arrays; what is not dense has a launch of its own.
+// One launch per pair of types and kShares arrays; an array that is not dense gets its own launch.
 void accumulate(const revk_view* totals, const revk_view* parts, int64_t count,
                 const revk_where& where) {
   constexpr int kTypes = 4;

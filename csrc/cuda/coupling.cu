@@ -2,10 +2,10 @@
 // The additive coupling, its inverse and the reverse step on a GPU (Gomez et al. 2017, eq. 6, eq. 7
 // and Algorithm 1).
 //
-// The packet kernels are compiled once for each pair of stream and branch types, because the loads
-// of a thread must all be under way before its first conversion. The strided kernels wait for
-// scattered memory anyway: they look the types up at run time, and so cost one kernel for each
-// compute type instead of sixteen.
+// The packet kernels are compiled for each pair of stream and branch types, because all of a
+// thread's loads must be in flight before its first conversion. The strided kernels are bound by
+// scattered accesses anyway: they branch on the types at run time, so there is one per compute type
+// instead of sixteen.
 #include <array>
 
 #include "core/backends.h"
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Extras>)
   walk.finish();
 }
 
-// Calls body(Stream{}, Branch{}, extras): from here on the types are the compiler's.
+// Calls body(Stream{}, Branch{}, extras) with compile-time types.
 template <class Body>
 void with_types(const revk_view& stream, const revk_view& branch, const revk_coupling* coupling,
                 Body&& body) {
@@ -166,8 +166,8 @@ void uncouple(const revk_view& out, const revk_view& y, const revk_view& f,
   couple_with<ops::Uncouple>("uncouple", out, y, f, coupling, where);
 }
 
-// One launch if both halves have the same pair of types, as they have in training; otherwise two
-// launches, which move as many bytes. An int16 y has a dy of another type.
+// One launch if both halves have the same pair of types, as in training; otherwise two launches,
+// which move the same number of bytes. An int16 y has a dy of another type.
 void reverse_step(const revk_view& y, const revk_view& f, const revk_view& dy, const revk_view& df,
                   const revk_coupling* coupling, const revk_where& where) {
   if (y.dtype != dy.dtype || f.dtype != df.dtype) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Couplings of int16 streams on a GPU. A kernel for each type of the branch: the sign is one of
-// 2^k, and the type of the value, which only a store waits for, is looked up at run time.
+// Couplings of int16 streams on a GPU. One kernel per branch type: the sign is in the factor 2^k,
+// and the value's type, which only a store waits for, is a run-time branch.
 #include <array>
 
 #include "core/scalar.h"
@@ -14,7 +14,7 @@
 namespace revk::cuda {
 namespace {
 
-// out, x, f and value. Without a value its place is taken by out, whose dtype tells.
+// out, x, f and value. Without a value, `out` takes its place; its int16 dtype marks that.
 using Int16Layout = Layout<4>;
 
 template <class A>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The device behind the kernels: whether there is one, which one is current, how big it is.
+// The CUDA device: whether one is available, which one is current, how many multiprocessors it has.
 #include <atomic>
 #include <string>
 
@@ -10,13 +10,13 @@
 namespace revk::cuda {
 namespace {
 
-// The major number of the compute capability that the kernels need: bfloat16 came with 8.0.
+// The oldest supported major compute capability: bfloat16 needs 8.0.
 constexpr int kOldest = 8;
 
 std::string ask_why_missing() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
-  if (status != cudaSuccess) cudaGetLastError();  // leave no trace of the question
+  if (status != cudaSuccess) cudaGetLastError();  // clear the error that the query caused
   if (status == cudaErrorInsufficientDriver) {
     int driver = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver";

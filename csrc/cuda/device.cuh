@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA runtime, as far as a kernel launch needs it.
+// The parts of the CUDA runtime that a kernel launch needs.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,11 +8,11 @@
 
 namespace revk::cuda {
 
-// Throws revk::Error naming `what` and the runtime's reason, and takes the reason out of the
-// runtime's own memory, so that the caller's next cudaGetLastError does not find it again.
+// Throws revk::Error naming `what` and the runtime's error, and clears that error, so that the
+// caller's next cudaGetLastError does not report it again.
 void check(cudaError_t status, const char* what);
 
-// Makes `device` current, and the one that was before on the way out.
+// Makes `device` current, and restores the previous device on destruction.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -24,6 +24,6 @@ class DeviceGuard {
   int before_ = -1;  // -1: nothing to restore
 };
 
-int multiprocessors(int device);  // asked once a device, then remembered
+int multiprocessors(int device);  // queried once per device, then cached
 
 }  // namespace revk::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Division by a number that is fixed for a launch: a 64-bit divide costs a GPU some hundred
-// instructions, this a dozen.
+// Division by a launch-time constant: a 64-bit divide costs a GPU about a hundred instructions,
+// this a dozen.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What revk_coupling adds to a kernel: factors and grid on the branch's way in, checksum and amax
-// of the result. A kernel is compiled against Plain, which is empty, or against Extras<A>, which
-// looks at each field at run time.
+// A coupling's options in a kernel: scales and grid of the branch, checksum and amax of the result.
+// A kernel is compiled for Plain, which is empty, or for Extras<A>, which tests each field at run
+// time.
 #pragma once
 
 #include <cmath>
@@ -44,16 +44,15 @@ struct Extras {
   }
 };
 
-// Blocks that ptxas must leave room for on a multiprocessor. Left
-// to itself it stops at about 64 registers a thread, and spills the
-// extras on sm_100; told that two blocks will do, it may use 128.
+// Minimum resident blocks per multiprocessor for __launch_bounds__. By default ptxas stops at about
+// 64 registers per thread and spills the extras on sm_100; with two blocks it may use 128.
 template <class AnyExtras>
 constexpr int kBlocksAtOnce = 2;
 template <>
-constexpr int kBlocksAtOnce<Plain> = 0;  // no demand
+constexpr int kBlocksAtOnce<Plain> = 0;  // no bound
 
-// A thread's company on its walk: begin() at the first element of an item, then branch() and
-// result() once an element.
+// A thread's state during its walk: begin() at the first element of an item, then branch() and
+// result() once per element.
 template <class Extras>
 class Walk;
 
@@ -96,7 +95,7 @@ class Walk<Extras<A>> {
     return extras_.on_grid ? extras_.grid(f) : f;
   }
 
-  // f without the grid.
+  // f scaled, without the grid.
   __device__ A scaled(A f) {
     A channel_scale = 1, sample_scale = 1;
     if (extras_.channel_scale) {
@@ -117,11 +116,11 @@ class Walk<Extras<A>> {
   __device__ void result(T stored) {
     result(stored, float(widen(stored)));
   }
-  // Where the amax is not of what was stored.
+  // For an amax that is not that of the stored value.
   template <class T>
   __device__ void result(T stored, float number) {
     checksum_ += ops::checksum_term(stored_bits(stored), uint64_t(index_++));
-    // Without their signs, floats order as their bits do, NaN above all.
+    // With the sign cleared, floats order like their bits, NaN on top.
     amax_ = Max{}(amax_, bits_as<uint32_t>(number) & 0x7fffffffu);
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loop and the launch that every kernel shares. Nothing here waits, allocates or touches
-// another stream than the caller's, so that every kernel can be captured in a CUDA graph.
+// The loop and the launch that all kernels share. Nothing here synchronises, allocates or touches
+// another stream than the caller's, so every kernel can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,17 +20,17 @@
 
 namespace revk::cuda {
 
-// Enough blocks to fill every multiprocessor a few times over: a block
-// that ends early is replaced at once, and the loop's own cost (one
-// block-wide reduction, one pair of atomics) is spread over many items.
+// Enough blocks to fill every multiprocessor several times: a finished block is replaced at once,
+// and the loop's fixed cost (one block-wide reduction, one pair of atomics) is spread over many
+// items.
 constexpr int kBlocksPerMultiprocessor = 32;
 
-// Calls body(spot, count) for each of this thread's
-// items, `count` being kPacketSize except at a row's end.
+// Calls body(spot, count) for each of this thread's items; `count` is kPacketSize except at a row's
+// end.
 template <int kPacketSize, int kOperands, class Body>
 __device__ void for_each_item(const Layout<kOperands>& layout, Body&& body) {
   const int64_t span = int64_t(gridDim.x) * kThreads;
-// A packet is enough loads at a time; a second copy of the body would be registers and spills.
+// One packet already has enough loads in flight; unrolling would cost registers and spill.
 #pragma unroll 1
   for (int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x; item < layout.items;
        item += span) {
@@ -40,12 +40,12 @@ __device__ void for_each_item(const Layout<kOperands>& layout, Body&& body) {
   }
 }
 
-// Starts `kernel` on the caller's stream with that many blocks. No blocks, no launch.
+// Launches `kernel` on the caller's stream with `blocks` blocks. No launch for 0 blocks.
 template <class... Parameters>
 void launch_blocks(const char* name, void (*kernel)(Parameters...), int64_t blocks,
                    const revk_where& where, std::common_type_t<Parameters>... arguments) {
   if (blocks == 0) return;
-  // The most of a grid. A larger number would be cut off to 32 bits, and run as a smaller one.
+  // The largest grid. A larger number would be truncated to 32 bits and launch too few blocks.
   if (blocks > INT32_MAX)
     throw unsupported(std::string(name) + ": this shape needs " + std::to_string(blocks) +
                       " blocks, a CUDA grid has 2147483647 at most");
@@ -57,8 +57,8 @@ void launch_blocks(const char* name, void (*kernel)(Parameters...), int64_t bloc
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Parameters>(arguments)...), name);
 }
 
-// The same with a thread for each item, as far as the device's size makes that useful: the loop
-// does the rest.
+// Launches one thread per item, but no more blocks than the device can use: the loop handles the
+// rest.
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t items, const revk_where& where,
             std::common_type_t<Parameters>... arguments) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a launch walks its operands: planes of rows of elements, the same shape for all, strides of
-// their own. The host merges what is contiguous, so that a dense array is one long row and a half
-// of an NCHW batch one row an image.
+// How a launch walks its operands: planes of rows of elements, with one shape for all operands and
+// separate strides. The host merges contiguous dimensions, so that a dense array is one long row
+// and half of an NCHW batch is one row per image.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace revk::cuda {
 
-constexpr int kWord = 16;  // bytes in the widest access of a thread
+constexpr int kWord = 16;  // bytes in a thread's widest access
 
 struct Operand {
   void* data;
@@ -23,18 +23,18 @@ struct Operand {
   int32_t dtype;
 };
 
-// Work item i is `packet` neighbouring elements of one row (fewer at the row's end).
+// Work item i is `packet` adjacent elements of one row (fewer at the row's end).
 template <int kOperands>
 struct Layout {
   int64_t items;     // packets in all rows
-  int64_t planes;    // 1: rows need no second division
+  int64_t planes;    // 1: locate() needs no second division
   int64_t rows;      // of a plane
   int64_t row_size;  // elements of a row
   Divider packets_per_row, rows_per_plane;
   Operand operand[kOperands];
 };
 
-// Where one item starts.
+// The start of one item.
 struct Spot {
   int64_t plane, row, first;  // coordinates of the item's first element
   int64_t index;              // its row-major index in the view
@@ -46,7 +46,7 @@ struct Spot {
 
 template <int kOperands>
 __device__ Spot locate(const Layout<kOperands>& layout, int64_t item, int packet) {
-  // Rows before this one, in all planes.
+  // The row's index over all planes.
   const int64_t across = layout.packets_per_row.divide(item);
   Spot spot{0, across, (item - across * layout.packets_per_row.divisor) * packet, 0};
   spot.index = across * layout.row_size + spot.first;
@@ -61,9 +61,9 @@ __host__ __device__ inline int64_t element_size(int32_t dtype) {
   return dtype == REVK_FLOAT64 ? 8 : dtype == REVK_FLOAT32 ? 4 : 2;
 }
 
-// The views' common shape with neighbouring dimensions merged wherever every operand allows it.
+// The views' common shape, with adjacent dimensions merged where every operand allows it.
 // `in_memory_order` also sorts the dimensions by the first operand's strides, which renumbers the
-// elements: not for a coupling with scales or a checksum, which go by the view's own order.
+// elements; a coupling with scales or a checksum needs the view's own order.
 template <int kOperands>
 Layout<kOperands> merge(const std::array<const revk_view*, kOperands>& views,
                         bool in_memory_order) {
@@ -110,7 +110,7 @@ Layout<kOperands> merge(const std::array<const revk_view*, kOperands>& views,
   return layout;
 }
 
-// Cuts the rows into items of `packet` elements.
+// Splits the rows into items of `packet` elements.
 template <int kOperands>
 void cut(Layout<kOperands>& layout, int packet) {
   const int64_t per_row = (layout.row_size + packet - 1) / packet;
@@ -118,8 +118,8 @@ void cut(Layout<kOperands>& layout, int packet) {
   layout.items = per_row * layout.rows * layout.planes;
 }
 
-// Whether every packet of every operand starts on a 16-byte boundary and lies in one piece, and
-// rows hold a packet.
+// Whether every packet of every operand is contiguous and starts on a 16-byte boundary, and rows
+// hold at least one packet.
 template <int kOperands>
 bool takes_words(const Layout<kOperands>& layout, int packet) {
   if (layout.row_size < packet) return false;

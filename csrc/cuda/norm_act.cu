@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// h = activation(norm(x)) on a GPU, with a coupling in front where that is asked for. The backward
-// is norm_act_backward.cu.
+// h = activation(norm(x)) on a GPU, optionally after a coupling. The backward is in
+// norm_act_backward.cu.
 //
 //     statistics given              one pass
-//     layer and RMS norm            one pass, a team of threads a position
+//     layer and RMS norm            one pass, a team of threads per position
 //     batch and group norm          s and partial moments; the statistics; h
 //
-// The kernels are in norm_act_slices.cuh (blocks walk a slice of the positions for some channels),
-// norm_act_teams.cuh (a team of threads has a position) and norm_act_finish.cuh (partial results to
-// statistics). Under them: norm_act_plan.cuh, which threads take which elements; norm_act_units.cuh
-// and norm_act_team_walk.cuh, the loops; norm_act_ahead.cuh, what is under way;
-// norm_act_packet.cuh, memory to registers and back; norm_act_element.cuh and norm_act_sums.cuh,
-// the arithmetic.
+// The kernels are in norm_act_slices.cuh (a block processes a slice of the positions for some
+// channels), norm_act_teams.cuh (a team of threads processes a position) and norm_act_finish.cuh
+// (partial results to statistics). They use norm_act_plan.cuh (which threads process which
+// elements), norm_act_units.cuh and norm_act_team_walk.cuh (the loops), norm_act_ahead.cuh
+// (prefetch), norm_act_packet.cuh (loads and stores), norm_act_element.cuh and norm_act_sums.cuh
+// (the arithmetic).
 #include <array>
 #include <type_traits>
 
@@ -37,7 +37,7 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
   const Stream stream =
       coupled ? Stream{plan.field(call.x), plan.field(call.f), s, call.coupling} : stored;
   const Scaling<A> scaling(call.s, norm);
-  // A branch gives f and takes h in the same type.
+  // In training, x and s have one type, and f and h have one type.
   const bool alike = s.dtype == stream.x.dtype && (!coupled || stream.f.dtype == h.dtype);
   if (over_channels(norm) && !norm.statistics_given) {
     Teams teams = make_teams(extent, rows, kSize, false);
@@ -45,7 +45,7 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
     for (const Field* field : {&stream.x, &stream.f, &s, &h})
       teams.straight = teams.straight && runs_straight(teams, field->outer, field->inner);
     return with_chunks<kSize, kMostChunks>(teams, [&](auto chunks) {
-      // What is read again and again is so from anywhere.
+      // Kernels that keep nothing in registers load through run-time types only.
       constexpr int kKnown = decltype(chunks)::value > 0 ? kSize : 1;
       with_types_of_training<kKnown>(alike ? s.dtype : -1, h.dtype, [&](auto x, auto f) {
         launch_blocks("norm_act",
@@ -54,7 +54,7 @@ void forward(const NormActCall& call, bool rows, const revk_where& where) {
       });
     });
   }
-  // h of what `from` is; X, F and H are the types of x, f and h.
+  // Computes h from `from`; X, F and H are the types of x, f and h.
   const auto apply = [&](const Slicing& slices, const Stream& from, auto x, auto f, auto h_type) {
     launch_blocks("norm_act", norm_apply<A, kSize, decltype(x), decltype(f), decltype(h_type)>,
                   slices.blocks(), where, slices, from, h, scaling);
@@ -98,7 +98,7 @@ void forward(const NormActCall& call, const revk_where& where) {
   const bool coupled = call.coupling != NormActCall::kNone;
   const Walk3 walk = choose_walk<A, 4>(
       {&call.s, &call.h, coupled ? &call.x : nullptr, coupled ? &call.f : nullptr});
-  // Teams take packets of rows alone.
+  // Teams use packets for rows only.
   const bool teams = over_channels(call.norm) && !call.norm.statistics_given;
   if (walk.words && (walk.rows || !teams))
     forward<A, kPacketOf<A>>(call, walk.rows, where);
@@ -116,8 +116,8 @@ void norm_act(const NormActCall& call, const revk_where& where) {
     forward<float>(call, where);
 }
 
-// By shape alone, and enough for every way to walk it: other operands of the call may be laid out,
-// and typed, otherwise than this one.
+// Depends on the shape only, and covers every way to walk it: the call's other operands may have
+// other layouts and types.
 int64_t norm_workspace(const revk_view& x, const revk_norm& norm, const revk_where&) {
   const Extent extent{x.outer, x.channels, x.inner};
   if (extent.positions() == 0 || extent.channels == 0) return 0;

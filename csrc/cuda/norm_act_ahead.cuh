@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packets that are under way while others are worked on: copied from global to shared memory
-// without a stop in registers, so that a multiprocessor has tens of thousands of bytes on their way
-// whatever its threads are busy with. That, and room for three blocks, is what keeps the memory
-// busy.
+// Prefetches packets with cp.async from global to shared memory, bypassing registers, so that a
+// multiprocessor has tens of thousands of bytes in flight whatever its threads are doing. Together
+// with three resident blocks, this keeps memory busy.
+//
+// Refilling a cell needs no barrier or fence. Only one thread reads or writes a cell, and it reads
+// (unpack) before it refills (load): the memory clobber keeps that order in the compiler, and PTX
+// orders a cp.async after prior instructions of its thread. wait_for_copies orders it before the
+// next read.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +18,7 @@
 
 namespace revk::cuda {
 
-// Words of one packet of type T: of 8 elements, or of 2 of float64. Single elements are none.
+// 16-byte words per packet of type T: 8 elements, or 2 of float64. 0 for single elements.
 template <class A, int kSize, class T>
 constexpr int kWordsOf = kSize == 1 || std::is_same_v<T, None> ? 0
                          : sizeof(A) == 8                      ? 1
@@ -23,12 +27,12 @@ constexpr int kWordsOf = kSize == 1 || std::is_same_v<T, None> ? 0
 template <class A, int kSize, class... Types>
 constexpr int kWordsOfAll = (0 + ... + kWordsOf<A, kSize, Types>);
 
-// Starts a copy from global to shared memory that passes no register; `close_copies` makes those
-// since the last one a group, and `wait_for_copies` returns when no more than kGroups of this
-// thread's groups are under way. What has arrived is there for this thread alone.
+// copy_ahead starts an asynchronous copy from global to shared memory. close_copies commits the
+// copies since the last call as one group; wait_for_copies returns when at most kGroups of this
+// thread's groups are pending. The data is visible to this thread only.
 //
-// Of a packet of two words each copy takes every other 16 bytes: the L1 cache is to keep the
-// sectors for the second one. Past it such packets were measured at half of the speed.
+// In a packet of two words each copy takes every other 16 bytes, so the L1 cache should keep the
+// sectors for the second copy: bypassing L1 was measured at half the speed.
 template <int kWords>
 __device__ void copy_ahead(Word& to, const Word& from) {
 #if defined(__CUDA_ARCH__)
@@ -38,7 +42,7 @@ __device__ void copy_ahead(Word& to, const Word& from) {
   else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(&from) : "memory");
 #elif !defined(__CUDACC__)
-  __pipeline_memcpy_async(&to, &from, sizeof to);  // the tests' on the host
+  __pipeline_memcpy_async(&to, &from, sizeof to);  // the host tests' version
 #endif
 }
 __device__ inline void close_copies() {
@@ -57,14 +61,14 @@ __device__ void wait_for_copies() {
 #endif
 }
 
-// One of the places for what is under way: its number, and this thread's first cell in shared
-// memory; its next is kThreads on.
+// A pipeline stage: its number, and this thread's first cell of it in shared memory. A thread's
+// next cell is kThreads further.
 struct Stage {
   int number, cell;
 };
 
-// A packet of one operand that a thread has under way in each stage: in shared memory, so that many
-// of them take no registers. Each thread has its cells to itself.
+// One operand's packet per pipeline stage, in shared memory instead of registers. Each thread has
+// its own cells.
 template <class A, int kSize, class T, int kStages>
 struct Ahead {
   static constexpr int kWords = kWordsOf<A, kSize, T>;
@@ -84,7 +88,7 @@ struct Ahead {
     raw.unpack(to, dtype);
   }
 };
-// In registers, which are enough for single elements.
+// Single elements stay in registers.
 template <class A, class T, int kStages>
 struct Ahead<A, 1, T, kStages> {
   Raw<A, 1> raw[kStages];

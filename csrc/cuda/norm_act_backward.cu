@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // dx = base + the gradient of h = activation(norm(x)), and the gradients of the norm's parameters.
 //
-//     layer and RMS norm            one pass, and the sums for the parameters beside it
-//     batch and group norm          sums by slice; sums; dx
+//     layer and RMS norm            one pass, which also sums for the parameters
+//     batch and group norm          sums per slice; sums; dx
 #include <array>
 
 #include "core/backends.h"
@@ -60,7 +60,7 @@ class Backward {
   bool alike(const Field& dx, const Field& before) const {
     return dx.dtype == x_.dtype && (!before.data || before.dtype == x_.dtype);
   }
-  // The type of x, if the slices' kernels for that type can: see by_position.
+  // The type of x if the slices' kernels support it at compile time: see by_position.
   int32_t known_type() const { return scaling_.by_position ? -1 : x_.dtype; }
   Field base() const { return call_.base.data ? slicing_.field(call_.base) : Field{}; }
 
@@ -74,7 +74,7 @@ class Backward {
       if (field->data)
         plan.straight = plan.straight && runs_straight(plan, field->outer, field->inner);
     with_chunks<kSize, kMostChunksBack>(plan, [&](auto chunks) {
-      // What is read again and again is so from anywhere.
+      // Kernels that keep nothing in registers load through run-time types only.
       constexpr int kKnown = decltype(chunks)::value > 0 ? kSize : 1;
       with_types_of_training<kKnown>(
           alike(dx, before) ? x_.dtype : -1, dh_.dtype, [&](auto x, auto dh) {
@@ -103,7 +103,7 @@ class Backward {
     launch_blocks(kName, norm_finish_sums<A>, entries.blocks(), where_, entries,
                   static_cast<const void*>(nullptr), int32_t(0), 1.0, dbias_, dweight_);
   }
-  // The means of g and of g * xhat of every group: sums over channels, each times its weight.
+  // Each group's means of g and of g * xhat: sums over its channels, each times its weight.
   GradientSums<A> finish_means() const {
     A* const mean_g =
         reinterpret_cast<A*>(partial_ + partial_count(slicing_.slices, extent_.channels));
@@ -133,7 +133,7 @@ void backward(const NormActBackwardCall& call, const revk_where& where) {
   const bool writes = call.gradient.sums != REVK_SUMS_ONLY;
   const Walk3 walk = choose_walk<A, 4>(
       {&call.x, &call.dh, writes ? &call.dx : nullptr, writes ? &call.base : nullptr});
-  // Teams take packets of rows alone.
+  // Teams use packets for rows only.
   const bool teams = over_channels(call.norm) && !call.gradient.constant;
   if (walk.words && (walk.rows || !teams))
     Backward<A, kPacketOf<A>>(call, walk.rows, where).run();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of ops/norm_act.h on packets, and what an element of a packet is normalised with.
+// The arithmetic of ops/norm_act.h on packets, and the parameters of a packet's elements.
 #pragma once
 
 #include <cstdint>
@@ -11,15 +11,15 @@
 
 namespace revk::cuda {
 
-// revk_norm in the form that kernels read it.
+// revk_norm in the kernels' form.
 template <class A>
 struct Scaling {
   const void *weight, *bias;
   A *mean, *rstd;
   int64_t outer, group, inner;  // strides of the statistics
-  Divider group_size;           // channels that share statistics, where channels have any
+  Divider group_size;           // channels that share statistics, if channels have statistics
   int32_t parameter_dtype, activation;
-  bool by_position;  // statistics vary along positions, not along channels
+  bool by_position;  // statistics vary by position, not by channel
 
   Scaling(const revk_view& x, const revk_norm& norm)
       : weight(norm.weight),
@@ -39,13 +39,13 @@ struct Scaling {
       outer = norm.groups, group_size = Divider(x.channels / norm.groups);
   }
 
-  // Where the statistics of one element lie.
+  // The index of one element's statistics.
   __device__ int64_t place(int64_t o, int64_t c, int64_t i) const {
     return o * outer + group_size.divide(c) * group + i * inner;
   }
 };
 
-// What the elements of one packet are normalised with.
+// The parameters that normalise one packet's elements.
 template <class A, int kSize>
 struct Normals {
   A mean[kSize], rstd[kSize], weight[kSize], bias[kSize];
@@ -71,7 +71,7 @@ struct Normals {
   }
 
  private:
-  // One look at the type, and then all loads under way before the first is waited for.
+  // Branches on the type once, so that all loads are in flight before the first is waited for.
   __device__ static void read(const void* from, int32_t dtype, bool rows, int64_t c, A neutral,
                               A (&to)[kSize]) {
     if (from == nullptr) {
@@ -97,8 +97,8 @@ struct Normals {
   }
 };
 
-// A number for each channel of kLanes threads, in shared memory, so laid out that lanes that are
-// neighbours read neighbours.
+// One value per channel of kLanes lanes, in shared memory, laid out so that adjacent lanes read
+// adjacent cells.
 template <class A, int kSize, int kLanes>
 struct PerChannel {
   static constexpr int kGroup = kSize * int(sizeof(A)) > kWord ? kWord / int(sizeof(A)) : kSize;
@@ -113,18 +113,17 @@ struct PerChannel {
 #pragma unroll
     for (int e = 0; e < kSize; ++e) write(lane, e, values[e]);
   }
-  // Element e, in the order of elements: kGroup of them are read at once, and kept.
+  // Element e, called in order of e: kGroup elements are read at once and kept.
   __device__ A read(int lane, int e, Group& kept) const {
     if (e % kGroup == 0) kept = cells[e / kGroup][lane];
     return kept.of[e % kGroup];
   }
 };
 
-// Calls body(activation) with the type behind revk_activation: a branch that all threads take
-// alike.
+// Calls body(activation) with the type of a revk_activation: a uniform branch.
 template <class Body>
 __device__ void with_activation(int32_t activation, Body&& body) {
-  // In the order of how little there is to do behind the question.
+  // Ordered by the cost of the activation, the cheapest first.
   if (activation == REVK_RELU) return body(ops::Relu{});
   if (activation == REVK_IDENTITY) return body(ops::Identity{});
   if (activation == REVK_GELU) return body(ops::Gelu{});
@@ -132,8 +131,7 @@ __device__ void with_activation(int32_t activation, Body&& body) {
   body(ops::Silu{});
 }
 
-// Keeps the compiler from working on several elements at once where an activation takes so many
-// registers that they would spill.
+// Keeps the compiler from interleaving several elements of an activation that would then spill.
 template <class Activation>
 __device__ void one_by_one() {
   if constexpr (!std::is_same_v<Activation, ops::Identity> &&

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the partial results of slices to statistics and sums, in float64 throughout.
+// Reduces the slices' partial results to statistics and sums, in float64 throughout.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 
 namespace revk::cuda {
 
-// The partial results behind each statistic: of `slices` slices and `channels_each` channels.
+// The partial results of each statistic: `slices` slices of `channels_each` channels.
 struct Entries {
   Lanes lanes;  // x: statistics, y: their entries
   int64_t statistics, slices, channels;
@@ -23,12 +23,12 @@ struct Entries {
 
   int64_t blocks() const { return divided_up(statistics, lanes.xs()); }
 
-  // Calls body(row, channel, the pair) for each entry of this thread's; `statistic` exists.
+  // Calls body(row, channel, pair) for each of this thread's entries. `statistic` must exist.
   template <class Body>
   __device__ void for_each(int64_t statistic, Body&& body) const {
     const int64_t o = groups.divide(statistic), g = statistic - o * groups.divisor;
     const int64_t count = slices * channels_each.divisor;
-#pragma unroll 4  // loads under way before the first is waited for
+#pragma unroll 4  // several loads in flight
     for (int64_t k = lanes.y(); k < count; k += lanes.ys()) {
       const int64_t s = channels_each.divide(k);
       const int64_t row = o * slices + s;
@@ -49,7 +49,7 @@ inline Entries entries_of_channels(const double* partial, int64_t slices, int64_
   return entries;
 }
 
-// The entries of every (outer, group), whose slices are `slices` one after the other.
+// The entries of every (outer, group), which has `slices` consecutive slices.
 inline Entries entries_of_groups(const double* partial, int64_t outer, int64_t slices,
                                  int64_t channels, int64_t groups) {
   Entries entries = entries_of_channels(partial, slices, channels);
@@ -62,7 +62,7 @@ inline Entries entries_of_groups(const double* partial, int64_t outer, int64_t s
 template <class A>
 struct Statistics {
   A *mean, *rstd;
-  double count;  // elements behind each
+  double count;  // elements per statistic
   double eps;
   void *running_mean, *running_var;
   double momentum;
@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kThreads)
   double mean_before = 0, var_before = 0;
   const bool runs = to.running_mean != nullptr;
   if (statistic < entries.statistics) {
-    if (runs && entries.lanes.y() == 0) {  // on their way while the rest is done
+    if (runs && entries.lanes.y() == 0) {  // load early, to overlap with the reduction
       mean_before = load_any<double>(to.running_mean, statistic, to.running_dtype);
       var_before = load_any<double>(to.running_var, statistic, to.running_dtype);
     }
-    // Means lie close together: relative to the first of them, sums of squares lose nothing.
+    // The slices' means are close: relative to the first one, sums of squares lose nothing.
     const int64_t o = entries.groups.divide(statistic);
     const int64_t first = (statistic - o * entries.groups.divisor) * entries.channels_each.divisor;
     shift = entries.partial[2 * (o * entries.slices * entries.channels + first)];
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads)
   run(to.running_var, statistic, to.running_dtype, to.momentum, var_before, deviations / freedom);
 }
 
-// a[statistic] and b[statistic] <- the sums of the pairs, each with its channel's weight, divided
-// by `count`. Either may be nullptr.
+// a[statistic] and b[statistic] <- the sums of the pairs, each times its channel's weight, divided
+// by `count`. a or b may be nullptr.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     norm_finish_sums(const __grid_constant__ Entries entries, const void* weight,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packets, of types that the compiler knows or that are known at run time only: norms have up to
-// four operands of four types each, and a kernel for every combination would be hundreds. Those of
-// training have theirs; the others branch on the types, behind the loads.
+// Packets whose types are known at compile time or at run time only. Norms have up to four operands
+// of four types each, and a kernel per combination would make hundreds. The combinations used in
+// training have kernels of their own; the others branch on the types after the loads.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,11 @@
 
 namespace revk::cuda {
 
-struct Any {};   // a type that is known at run time only
+struct Any {};   // a type known at run time only
 struct None {};  // no operand
 
-// Where `address` points: to global memory, which the compiler must know for the access to be of
-// that kind.
+// A pointer to global memory at `address`; the compiler must know the state space to use global
+// accesses.
 template <class T>
 __device__ T* pointer(int64_t address) {
 #if defined(__CUDA_ARCH__)
@@ -29,7 +29,7 @@ __device__ T* pointer(int64_t address) {
 #endif
 }
 
-// In one access: the compiler makes single floats of an assignment, and then not all of them whole.
+// One 16-byte store: the compiler splits an assignment into float stores, some of them partial.
 __device__ inline void store_word(int64_t to, int w, const Word& word) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to + w * kWord), "r"(word.part[0]),
@@ -40,7 +40,7 @@ __device__ inline void store_word(int64_t to, int w, const Word& word) {
 #endif
 }
 
-// Two elements of a half type in one register, the first in its lower half.
+// Two elements of a half type in one register, the first in the lower half.
 __device__ inline void widen_pair(uint32_t pair, float& first, float& second, bfloat16) {
   first = bits_as<float>(pair << 16), second = bits_as<float>(pair & 0xffff0000u);
 }
@@ -61,7 +61,7 @@ __device__ uint32_t narrow_pair(float first, float second) {
 #endif
 }
 
-// What a thread has read of one operand and not yet looked at: here a single element.
+// What a thread has loaded of one operand and not yet unpacked: here a single element.
 template <class A, int kSize, class T = Any>
 struct Raw {
   static_assert(kSize == 1 && std::is_same_v<T, Any>, "packets are specialised below");
@@ -91,7 +91,7 @@ struct Raw<float, 8, T> {
       for (int p = 0; p < 4; ++p) widen_pair(word[0].part[p], to[2 * p], to[2 * p + 1], T{});
     }
   }
-  // Packs the values, and leaves in them what is packed.
+  // Packs the values, and replaces them by the rounded values.
   __device__ void pack(float (&values)[8]) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
@@ -149,7 +149,7 @@ __device__ A put(int64_t to, A value) {
   return A(widen(stored));
 }
 
-// Writes the values, and leaves in them what was stored.
+// Writes the values, and replaces them by the stored values.
 template <class A>
 __device__ void store_rounded(int64_t to, int32_t dtype, A (&values)[1]) {
   switch (dtype) {
@@ -192,7 +192,7 @@ __device__ inline void store_rounded(int64_t to, int32_t, double (&values)[2]) {
   store_word(to, 0, word);
 }
 
-// The same for a type that the compiler may know.
+// The same for a type that may be known at compile time.
 template <class T, class A, int kSize>
 __device__ void store_as(int64_t to, int32_t dtype, A (&values)[kSize]) {
   if constexpr (std::is_same_v<T, Any>)
@@ -201,8 +201,8 @@ __device__ void store_as(int64_t to, int32_t dtype, A (&values)[kSize]) {
     store_packet<T>(to, values);
 }
 
-// Calls body(X{}, Y{}) with the types behind two dtypes where they are those of training: a stream
-// and what a branch gives, both alike or the latter of a half type; else with Any.
+// Calls body(X{}, Y{}) with the types of two dtypes if they occur in training (x a stream, y a
+// branch's output: the same type, or y a half type); otherwise with Any.
 template <int kSize, class Body>
 void with_types_of_training(int32_t x, int32_t y, Body&& body) {
   if constexpr (kSize == 8) {
@@ -215,14 +215,14 @@ void with_types_of_training(int32_t x, int32_t y, Body&& body) {
   body(Any{}, Any{});
 }
 
-// What all forward kernels begin with: s as it is, or s = x +- f.
+// The input of all forward kernels: s as it is, or s = x +- f.
 struct Stream {
   Field x, f, s;  // without a coupling all three are s
   NormActCall::Coupling coupling;
 
   __host__ __device__ static Stream of(const Field& s) { return {s, s, s, NormActCall::kNone}; }
 
-  // values <- s, of x in `values` and f in `added`; written, as type X.
+  // values <- s, from x in `values` and f in `added`; also written to `to`, as type X.
   template <class X, class A, int kSize>
   __device__ void join(A (&values)[kSize], const A (&added)[kSize], int64_t to) const {
     const bool plus = coupling == NormActCall::kCouple;
@@ -231,7 +231,7 @@ struct Stream {
       values[e] = plus ? ops::Couple{}(values[e], added[e]) : ops::Uncouple{}(values[e], added[e]);
     store_as<X>(to, s.dtype, values);
   }
-  // s at these coordinates, of types known at run time.
+  // s at these coordinates, with types known at run time.
   template <class A, int kSize>
   __device__ void read(int64_t o, int64_t c, int64_t i, A (&values)[kSize]) const {
     Raw<A, kSize> raw_x, raw_f;

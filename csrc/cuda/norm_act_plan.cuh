@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which threads of the norm kernels take which elements. The decomposition goes by the shape and by
-// how the operands lie in memory (packets need aligned ones), and never by the device, so that sums
-// come out the same on each; the workspace is enough for every way, and so known from the shape.
+// Which threads of the norm kernels process which elements. The partition depends on the shape and
+// the operands' memory layout (packets need alignment), never on the device, so that sums are the
+// same on every device. The workspace covers every partition, so its size follows from the shape.
 //
-// A packet is kSize neighbours in memory: of channels at one position (an (outer, inner) pair), for
-// channels-last images and rows of tokens; or of positions in one channel, for NCHW. `rows` says
-// which. A unit is what one packet covers of the positions: one, or kSize of them.
+// A packet is kSize adjacent elements: channels of one position (an (outer, inner) pair) for
+// channels-last images and rows of tokens, or positions of one channel for NCHW; `rows` tells
+// which. A unit is the positions that one packet covers: one, or kSize.
 #pragma once
 
 #include <algorithm>
@@ -24,10 +24,10 @@ constexpr int32_t kLogThreads = 8;
 static_assert(1 << kLogThreads == kThreads, "a block's threads are a power of two");
 
 // The 256 threads of a block as xs() lanes over channels and ys() lanes over units. Lanes that are
-// neighbours in memory are neighbours in the warp.
+// adjacent in memory are adjacent in the warp.
 struct Lanes {
   bool rows;
-  int32_t log_near;  // of how many lanes lie side by side: over channels for rows, else over units
+  int32_t log_near;  // log2 of adjacent lanes: over channels for rows, else over units
 
   __host__ __device__ int near_lanes() const { return 1 << log_near; }
   __host__ __device__ int far_lanes() const { return kThreads >> log_near; }
@@ -42,12 +42,12 @@ struct Lanes {
   __device__ int y_stride() const { return rows ? near_lanes() : 1; }
 };
 
-// An operand, addressed by its three coordinates.
+// An operand, addressed by three coordinates.
 struct Field {
   void* data;
   int64_t outer, channel, inner;  // strides in bytes
-  // From one unit of a thread to its next, in bytes, and what is added where that passes the end of
-  // a line: see Slicing::field.
+  // Bytes from a thread's unit to its next, and the correction at the end of a line: see
+  // Slicing::field.
   int64_t ahead, wrap;
   int32_t dtype;
 
@@ -63,7 +63,7 @@ struct Field {
   __device__ int64_t offset(int64_t o, int64_t c, int64_t i) const {
     return o * outer + c * channel + i * inner;
   }
-  // An address as a number: that of a field that is not there may be counted on, if not used.
+  // An address as an integer, so that a missing field's address may be computed, though not used.
   __device__ int64_t at(int64_t o, int64_t c, int64_t i) const {
     return int64_t(reinterpret_cast<intptr_t>(data)) + offset(o, c, i);
   }
@@ -82,14 +82,14 @@ inline int32_t log_of_power(int64_t least, int32_t most) {
   return log;
 }
 
-// Blocks that fill any of today's devices a few times over.
+// Enough blocks to fill any current device several times.
 constexpr int64_t kManyBlocks = 1024;
-// Units that a thread of a reduction should have, to pay for the reduction, and may have: sums in
-// float32 lose up to that many roundings, everything behind them is summed in float64.
+// Units per thread of a reduction: the minimum that pays for the reduction, and the maximum, which
+// bounds the roundings of float32 sums. All later sums are float64.
 constexpr int64_t kLeastUnits = 4, kMostUnits = 512;
 
-// The positions cut into slices, for kernels whose blocks walk one slice of some channels: either
-// whole lines (all of inner, some of outer), or a part of one line.
+// The positions cut into slices, for kernels whose blocks process one slice of some channels:
+// either whole lines (all of inner, some of outer) or part of one line.
 struct Slicing {
   Lanes lanes;
   int64_t outer, channels, inner;
@@ -98,12 +98,12 @@ struct Slicing {
   Divider line_units;    // units in a line
   int64_t slices;
   Divider tiles;  // groups of channels; a block is a (slice, tile)
-  int64_t unit;   // positions of a unit
-  // A thread's next unit is ys() units on: so many lines, and so many units in a line. Found so, it
-  // takes no division.
+  int64_t unit;   // positions per unit
+  // A thread's next unit is ys() units further: lines_ahead lines and along_ahead units. This takes
+  // no division.
   int64_t lines_ahead;
   int32_t ys, along_ahead;
-  int32_t line_units_in_reach;  // units in a line, or more than any slice has
+  int32_t line_units_in_reach;  // units per line, or more than any slice has
   bool backwards;               // the last slice first
 
   int64_t blocks() const { return slices * tiles.divisor; }
@@ -112,11 +112,11 @@ struct Slicing {
   Field field(const revk_view& view) const {
     Field field(view);
     field.ahead = lines_ahead * field.outer + along_ahead * unit * field.inner;
-    // Of a single line there is no end to pass, whatever its distance to the next is said to be.
+    // A single line has no end to pass, whatever its outer stride says.
     field.wrap = outer == 1 ? 0 : field.outer - line_units.divisor * unit * field.inner;
     return field;
   }
-  // For a kernel that reads again what one before it has just read: the cache has the end of that.
+  // For a kernel that rereads the previous kernel's input: the cache holds the last part of it.
   Slicing from_the_end() const {
     Slicing plan = *this;
     plan.backwards = true;
@@ -124,7 +124,7 @@ struct Slicing {
   }
 };
 
-// `alone`: a slice must not reach over several outer (group norm).
+// `alone`: a slice must not span several outer indices (group norm).
 inline Slicing slice(const Extent& extent, bool rows, int packet, bool alone) {
   Slicing plan{};
   plan.outer = extent.outer, plan.channels = extent.channels, plan.inner = extent.inner;
@@ -132,8 +132,7 @@ inline Slicing slice(const Extent& extent, bool rows, int packet, bool alone) {
   const int64_t line = alone ? extent.inner : extent.positions();
   const int64_t lines = alone ? extent.outer : 1;
   if (rows) {
-    // 32 packets side by side are 512 bytes; fewer, but at least 64
-    // bytes of them, where that leaves no lane idle.
+    // 32 adjacent packets are 512 bytes; fewer, but at least 64 bytes, if that leaves no lane idle.
     const int64_t packets = divided_up(extent.channels, packet);
     int32_t log_near = log_of_power(packets, 5);
     for (int32_t fits = log_near; fits >= (packet == 1 ? 4 : 2); --fits)
@@ -144,8 +143,8 @@ inline Slicing slice(const Extent& extent, bool rows, int packet, bool alone) {
     plan.lanes = {true, log_near};
     plan.tiles = Divider(divided_up(packets, plan.lanes.xs()));
   } else {
-    // Short lines leave lanes for further channels, but 8 neighbours stay together, as do 32 of
-    // single elements.
+    // Short lines leave lanes for more channels, but at least 8 packets, or 32 single elements,
+    // stay adjacent.
     const int32_t log_least = packet == 1 ? 5 : 3;
     const int64_t units = divided_up(line, unit * kLeastUnits);
     plan.lanes = {false, std::max(log_least, log_of_power(units, kLogThreads))};
@@ -175,23 +174,23 @@ inline Slicing slice(const Extent& extent, bool rows, int packet, bool alone) {
   return plan;
 }
 
-// Packets that a thread of a team keeps in registers at most: in the forward, and in the backward,
-// which has several numbers for each.
+// The most packets that a thread of a team keeps in registers: in the forward, and in the backward,
+// which holds several values per element.
 constexpr int kMostChunks = 3, kMostChunksBack = 2;
 
-// The positions handed out to teams, for kernels that normalise over channels: a team is the lanes
-// over channels, and has one position at a time.
+// The positions assigned to teams, for kernels that normalise over channels. A team is the lanes
+// over channels, and processes one position at a time.
 struct Teams {
   Lanes lanes;
   int64_t channels, units;
-  int64_t rounds;      // positions a team
-  int64_t chunks;      // packets of a position that one thread has
+  int64_t rounds;      // positions per team
+  int64_t chunks;      // packets of a position per thread
   Divider line_units;  // positions in a line
   bool straight;       // see runs_straight
 
-  // Whether a thread has several packets, and keeps them all in registers.
+  // Whether a thread has several packets and keeps them all in registers.
   bool keeps() const { return chunks > 1 && lanes.rows && chunks <= most_chunks(lanes.log_near); }
-  // Of a team of that many lanes, in the forward: a warp, or two of them.
+  // For a team of 1 << log_near lanes in the forward: one warp, or two.
   static int64_t most_chunks(int32_t log_near) {
     return log_near == 5 ? kMostChunks : log_near == 6 ? kMostChunksBack : 1;
   }
@@ -203,8 +202,8 @@ inline Teams make_teams(const Extent& extent, bool rows, int packet, bool backwa
   plan.line_units = Divider(extent.inner);
   plan.units = extent.positions();
   const int64_t packets = divided_up(extent.channels, packet);
-  // As far as packets are words, a warp or two with a few packets a thread; else as many threads as
-  // there are packets. Away from rows, 32 positions side by side and 8 lanes over channels.
+  // With 16-byte packets one or two warps with a few packets per thread; otherwise as many threads
+  // as packets. Away from rows, 32 adjacent positions and 8 lanes over channels.
   int32_t log_most = kLogThreads;
   for (int32_t log = 6; packet > 1 && log >= 5; --log) {
     const int64_t most = Teams::most_chunks(log);
@@ -217,8 +216,8 @@ inline Teams make_teams(const Extent& extent, bool rows, int packet, bool backwa
   return plan;
 }
 
-// Whether positions lie at equal distances in an operand, and these and their number are of 32
-// bits, so that an address takes one multiplication.
+// Whether an operand's positions are equally spaced, with spacing and count below 2^31, so that an
+// address takes one multiplication.
 inline bool runs_straight(const Teams& plan, int64_t outer, int64_t inner) {
   constexpr int64_t kMost = int64_t(1) << 31;
   const int64_t line = plan.line_units.divisor;
@@ -226,19 +225,19 @@ inline bool runs_straight(const Teams& plan, int64_t outer, int64_t inner) {
          plan.units < kMost;
 }
 
-// Blocks of the teams' backward, where each leaves sums for all channels: few, because they are
-// wide, and each of its threads has a position at least as often as one of a slice has units.
+// Blocks of the teams' backward if each writes sums for all channels: few, because those are wide,
+// and each thread gets at least as many positions as a slice's thread gets units.
 inline int64_t summing_blocks(const Teams& teams) {
   const int64_t each = teams.chunks > 1 ? 2 : 2 * kLeastUnits;
   const int64_t wanted = std::min(divided_up(teams.rounds, each), kManyBlocks / 4);
   return std::max(wanted, divided_up(teams.rounds, kMostUnits));
 }
-// Whether that kernel can: its threads then keep to their channels.
+// Whether that kernel can sum: its threads must keep their channels.
 inline bool sums_beside(const Teams& teams) {
   return teams.lanes.rows && (teams.chunks == 1 || teams.keeps());
 }
 
-// The workspace: two float64 for every slice and channel, then two for every statistic.
+// The workspace holds two float64 per slice and channel, then two values per statistic.
 inline int64_t partial_count(int64_t slices, int64_t channels) { return 2 * slices * channels; }
 
 // How a call's operands are walked.
@@ -247,7 +246,7 @@ struct Walk3 {
   bool words;  // packets of 16-byte words; otherwise single elements
 };
 
-// Elements in a packet: 16 bytes of a half type and 32 of float32, or 16 of float64.
+// Elements per packet: 16 bytes of a half type, 32 of float32, or 16 of float64.
 template <class A>
 constexpr int kPacketOf = sizeof(A) == 8 ? 2 : 8;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels whose blocks walk a slice of the positions for some channels: sums by channel, and
-// everything that goes element by element once the statistics are known.
+// Kernels whose blocks each process a slice of the positions for some channels: sums per channel,
+// and element-wise passes with known statistics.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,19 +21,19 @@ namespace revk::cuda {
 template <class F>
 constexpr bool kCoupled = !std::is_same_v<F, None>;
 
-// Mean and sum of squared deviations of each channel in each slice, into partial; s is written on
-// the way where it comes from a coupling.
+// Mean and sum of squared deviations of each channel in each slice, into `partial`; with a
+// coupling, s is computed and written on the way.
 //
-// A thread sums x - shift and its square, the shift being its own first element. If that is far
-// from the mean, at distance D, the rounding of n such squares is about n eps D^2; but the
-// channel's sum of squared deviations is D^2 at least, of that one element: the error is n eps of
-// it, and n is kMostUnits at most. From there on all sums are float64.
+// A thread sums x - shift and its square, with its own first element as the shift. If the shift is
+// at distance D from the mean, rounding n such squares gives an error of about n eps D^2; but that
+// one element makes the channel's sum of squared deviations at least D^2, so the relative error is
+// n eps, with n <= kMostUnits. All later sums are float64.
 template <class A, int kSize, class X, class F>
 __global__ void __launch_bounds__(kThreads, kSize == 1 ? 3 : kBlocksOf<4, A, kSize, X, F>)
     norm_moments(const __grid_constant__ Slicing plan, const __grid_constant__ Stream stream,
                  double* partial) {
   constexpr int kWords = kWordsOfAll<A, kSize, X, F>, kStages = kStagesOf<kSize, kWords>;
-  // First what is under way, then the sums.
+  // Pipeline stages first, then the sums.
   __shared__ union {
     Word under_way[kStages * kWords > 0 ? kStages * kWords : 1][kThreads];
     double sums[2 * kSize][kThreads];
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kSize == 1 ? 3 : kBlocksOf<4, A, kSi
       plan, place, from, to, [] {}, load, use);
   __syncthreads();
 
-  // All lanes of a channel move to the shift of lane y = 0, which has an element if any has.
+  // All lanes of a channel move to the shift of lane y = 0, which has an element if any lane has.
   const int64_t in_slice = place.inside ? place.outers * place.units_in_line : 0;
   const double units = double((in_slice - lanes.y() + lanes.ys() - 1) / lanes.ys());
   double total[kSize], total_squares[kSize];
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kSize == 1 ? 3 : kBlocksOf<4, A, kSi
     const double by = units > 0 ? double(shift[e]) - origin : 0.0;
     total[e] = double(sum[e]) + units * by;
     total_squares[e] = double(squares[e]) + by * (2.0 * double(sum[e]) + units * by);
-    asm volatile("" ::: "memory");  // one by one: all at once would spill
+    asm volatile("" ::: "memory");  // one element at a time: all at once would spill
   }
   sum_over_y(lanes, total, total_squares, shared.sums);
   const double part = 1.0 / place.elements<kSize>(plan);
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kThreads, kSize == 1 ? 3 : kBlocksOf<4, A, kSi
   for (int e = 0; e < kSize; ++e) {
     const double offset = total[e] * part;
     total_squares[e] -= total[e] * offset;
-    total[e] = double(shift[e]) + offset;  // lane y = 0's, whose result it is
+    total[e] = double(shift[e]) + offset;  // for lane y = 0, which holds the result
   }
   leave(partial, place.slice, plan.channels, lanes, place.channel, total, total_squares);
 }
 
-// h = activation(norm(s)) with the statistics given; s is written on the way where it comes from a
-// coupling.
+// h = activation(norm(s)) with given statistics; with a coupling, s is computed and written on the
+// way.
 template <class A, int kSize, class X, class F, class H>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<4, A, kSize, X, F>)
     norm_apply(const __grid_constant__ Slicing plan, const __grid_constant__ Stream stream,
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<4, A, kSize, X, F>)
   const auto begin = [&] {
     if (!place.inside) return;
     normals.read_parameters(scaling, rows, place.channel);
-    // By channel, they are the same for the whole slice.
+    // Per-channel statistics are the same for the whole slice.
     if (!scaling.by_position)
       normals.read_statistics(scaling, rows, place.first_outer, place.channel, 0);
   };
@@ -143,14 +143,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<4, A, kSize, X, F>)
                                                               use);
 }
 
-// The backward of statistics by position has kernels of its own but for a few rare cases, which the
-// kernels for any types are enough for.
+// Whether statistics vary by position. In these backward kernels that is rare (norm_act_teams.cuh
+// handles most cases), so only the Any instances support it.
 template <class X, class A>
 __device__ bool by_position(const Scaling<A>& scaling) {
   return std::is_same_v<X, Any> && scaling.by_position;
 }
 
-// The sums of dz and of dz * xhat of each channel in each slice, into partial.
+// Sums of dz and of dz * xhat of each channel in each slice, into `partial`.
 template <class A, int kSize, class X, class D>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<3, A, kSize, X, D>)
     norm_gradient_sums(const __grid_constant__ Slicing plan, const __grid_constant__ Field dh,
@@ -158,12 +158,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<3, A, kSize, X, D>)
                        double* partial) {
   constexpr int kWords = kWordsOfAll<A, kSize, X, D>, kStages = kStagesOf<kSize, kWords>;
   using Numbers = PerChannel<A, kSize, 32>;
-  // First what is under way, then the sums.
+  // Pipeline stages first, then the sums.
   __shared__ union {
     Word under_way[kStages * kWords > 0 ? kStages * kWords : 1][kThreads];
     double sums[2 * kSize][kThreads];
   } shared;
-  // What this block's channels have: as registers they would spill.
+  // The block's channel parameters in shared memory: in registers they would spill.
   __shared__ struct {
     Numbers mean, weight, bias;
   } of;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<3, A, kSize, X, D>)
   leave(partial, place.slice, plan.channels, plan.lanes, place.channel, total_dbias, total_dweight);
 }
 
-// How dx comes from dz, where nothing but sums over other blocks ties the elements together.
+// How dx follows from dz, given the sums over other blocks.
 enum class Gradient { kConstant, kBatch, kGroup };
 
 template <class A>
@@ -233,7 +233,7 @@ struct GradientSums {
   Gradient kind;
 };
 
-// dx = base + gradient, its sums being known. X is the type of x, base and dx.
+// dx = base + gradient, with known sums. X is the type of x, base and dx.
 template <class A, int kSize, class X, class D>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<5, A, kSize, X, X, D>)
     norm_gradient(const __grid_constant__ Slicing plan, const __grid_constant__ Field dx,
@@ -242,12 +242,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<5, A, kSize, X, X, D>)
                   const __grid_constant__ GradientSums<A> sums) {
   constexpr int kWords = kWordsOfAll<A, kSize, X, X, D>, kStages = kStagesOf<kSize, kWords>;
   using Numbers = PerChannel<A, kSize, 32>;
-  // What this block's channels have, two means for the gradient among them: as registers they would
-  // spill.
+  // The block's channel parameters and the gradient's two means in shared memory: in registers they
+  // would spill.
   __shared__ struct {
     Numbers weight, bias, mean_g, mean_gx;
   } of;
-  // Three operands of float32 are more than there is shared memory for.
+  // Shared memory does not suffice for three float32 operands; then base is loaded directly.
   constexpr bool kBaseAhead = kWords < 6;
   constexpr int kCells = kWords - (kBaseAhead ? 0 : kWordsOf<A, kSize, X>);
   __shared__ Word under_way[kStages * kCells > 0 ? kStages * kCells : 1][kThreads];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a thread's sums to a block's, and to the workspace, in float64.
+// Reduces a thread's sums to a block's, and writes them to the workspace, in float64.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +11,8 @@
 
 namespace revk::cuda {
 
-// Two sums a channel, over the lanes of one x. Elements of a packet are channels of their own for
-// rows, otherwise they are summed first. The result is that of lane y = 0.
+// Reduces two sums per channel over the lanes of one x. For rows each element of a packet is a
+// channel; otherwise the packet is summed first. Lane y = 0 gets the result.
 template <int kSize>
 __device__ void sum_over_y(const Lanes& lanes, double (&a)[kSize], double (&b)[kSize],
                            double (*memory)[kThreads]) {
@@ -24,8 +24,8 @@ __device__ void sum_over_y(const Lanes& lanes, double (&a)[kSize], double (&b)[k
 #pragma unroll
   for (int e = 0; e < kSize; ++e)
     if (e < columns) memory[2 * e][thread] = a[e], memory[2 * e + 1][thread] = b[e];
-  // 16 lanes at a time, all threads taking part: (which of the sums, x, y of those that are left).
-  // All numbers of lanes are powers of two, and a shift is a twentieth of a division.
+  // Folds up to 16 lanes per step, with all threads taking part. A task is (sum, x, remaining y).
+  // All lane counts are powers of two; a shift costs a twentieth of a division.
   for (int log_left = lanes.log_ys(); log_left > 0;) {
     const int log_fold = log_left < 4 ? log_left : 4;
     log_left -= log_fold;
@@ -48,7 +48,7 @@ __device__ void sum_over_y(const Lanes& lanes, double (&a)[kSize], double (&b)[k
     if (e < columns) a[e] = memory[2 * e][thread], b[e] = memory[2 * e + 1][thread];
 }
 
-// partial[row][channel] <- (a, b), by lane y = 0.
+// partial[row][channel] <- (a, b), written by lane y = 0.
 template <int kSize>
 __device__ void leave(double* partial, int64_t row, int64_t channels, const Lanes& lanes,
                       int64_t channel, const double (&a)[kSize], const double (&b)[kSize]) {

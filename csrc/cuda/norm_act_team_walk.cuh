@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a team walks its positions: which is next, which packets of it are whose, sums over the team,
-// the parameters of a thread's channels, and what is under way of the next position.
+// How a team walks its positions: the next position, each thread's packets, sums over the team,
+// channel parameters, and the prefetch of the next position.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +15,8 @@
 
 namespace revk::cuda {
 
-// Sums over a team, of one value or two; all of its threads get the result, the same to the bit.
-// All threads of the block must come here.
+// Sums one value or more over a team. All threads of the team get the same bits. Every thread of
+// the block must call it.
 template <class A, class... More>
 __device__ void sum_over_team(const Lanes& lanes, A* shared, A& a, More&... more) {
   const int near = lanes.near_lanes();
@@ -33,14 +33,14 @@ __device__ void sum_over_team(const Lanes& lanes, A* shared, A& a, More&... more
     }
     if (near <= kWarp) return;
   }
-  // One cell a warp for rows, which the team's warps have in a row; otherwise one a thread.
+  // Cells: for rows one per warp, a team's warps being consecutive; otherwise one per thread.
   const int cell = int(threadIdx.x) / (lanes.rows ? kWarp : 1);
   const int count = lanes.rows ? near / kWarp : lanes.xs();
   const int first = lanes.rows ? cell & -count : lanes.y();  // a power of two
   const int step = lanes.rows ? 1 : lanes.x_stride();
   constexpr int kValues = 1 + int(sizeof...(More));
   A* to = shared + kValues * cell;
-  __syncthreads();  // the last sum has been read
+  __syncthreads();  // all threads have read the last sum
   if (!lanes.rows || threadIdx.x % kWarp == 0) *to = a, ((*++to = more), ...);
   __syncthreads();
   a = A(0), ((more = A(0)), ...);
@@ -50,7 +50,7 @@ __device__ void sum_over_team(const Lanes& lanes, A* shared, A& a, More&... more
   }
 }
 
-// One team's unit.
+// A team's current position.
 struct Turn {
   int64_t unit;
   bool inside;
@@ -63,8 +63,8 @@ struct Turn {
   __device__ int64_t i(const Teams& plan) const { return unit - o(plan) * plan.line_units.divisor; }
 };
 
-// Where channel c of the unit is, the first of a packet; T is the field's type. Packets of rows lie
-// side by side.
+// The address of the packet that begins at channel c; T is the field's type. Packets of rows are
+// contiguous.
 template <class T, int kSize>
 __device__ int64_t place_of(const Teams& plan, const Field& field, const Turn& turn, int64_t c) {
   if (kSize == 1 || !plan.straight) return field.at(turn.o(plan), c, turn.i(plan));
@@ -76,16 +76,15 @@ __device__ int64_t place_of(const Teams& plan, const Field& field, const Turn& t
   return int64_t(reinterpret_cast<intptr_t>(field.data)) +
          int64_t(int32_t(turn.unit)) * int32_t(field.inner) + c * size;
 }
-// The same of its statistics, in elements.
+// The index of the position's statistics, in elements.
 template <class A, int kSize>
 __device__ int64_t statistic_of(const Teams& plan, const Scaling<A>& scaling, const Turn& turn) {
   if (kSize == 1 || !plan.straight) return scaling.place(turn.o(plan), 0, turn.i(plan));
   return int64_t(int32_t(turn.unit)) * int32_t(scaling.inner);
 }
 
-// Calls body(j, c) at each of this thread's packets of channels, c being its first and j its place
-// in registers. kChunks is how many packets stay there; 0: none, and there may be any number of
-// them.
+// Calls body(j, c) for each of this thread's packets; c is its first channel, j its register index.
+// kChunks is the number of packets in registers; 0: none are kept, and there may be any number.
 template <int kSize, int kChunks, class Body>
 __device__ void for_each_chunk(const Teams& plan, const Turn& turn, Body&& body) {
   if (!turn.inside) return;
@@ -93,7 +92,7 @@ __device__ void for_each_chunk(const Teams& plan, const Turn& turn, Body&& body)
   if constexpr (kChunks > 0) {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
-      // Only the last one may be beyond the channels.
+      // Only the last one may lie beyond the channels.
       if (j + 1 < kChunks || first + j * span < plan.channels) body(j, first + j * span);
   } else {
 #pragma unroll 1
@@ -107,11 +106,11 @@ __device__ void set_all(A (&values)[kSize], A to) {
   for (int e = 0; e < kSize; ++e) values[e] = to;
 }
 
-// The norm's parameters of a thread's channels: in its registers if it has one packet, in shared
-// memory for a few of them, else read where they are.
+// The norm's parameters for a thread's channels: in registers for one packet, in shared memory for
+// a few, otherwise read from memory each time.
 template <class A, int kSize, int kChunks>
 struct TeamParameters {
-  static constexpr int kLanes = kChunks > 2 ? 32 : 64;  // of a team: see Teams::most_chunks
+  static constexpr int kLanes = kChunks > 2 ? 32 : 64;  // lanes of a team: see Teams::most_chunks
   using Numbers = PerChannel<A, kSize, (kChunks > 1 ? kLanes : 1)>;
   struct Table {
     Numbers weight[kChunks > 1 ? kChunks : 1], bias[kChunks > 1 ? kChunks : 1];
@@ -119,7 +118,7 @@ struct TeamParameters {
   Normals<A, kSize>& normals;
   Table& table;
 
-  // All threads of the block must come here.
+  // Every thread of the block must call it.
   __device__ void begin(const Teams& plan, const Scaling<A>& scaling) {
     const int64_t first = plan.lanes.x() * kSize;
     if (kChunks == 1 && first < plan.channels) normals.read_parameters(scaling, true, first);
@@ -135,7 +134,7 @@ struct TeamParameters {
       __syncthreads();
     }
   }
-  // Before those of the packet that begins with channel c are asked for.
+  // Call before weight() and bias() of the packet that begins at channel c.
   __device__ void read(const Scaling<A>& scaling, int64_t c) {
     if (kChunks == 0) normals.read_parameters(scaling, true, c);
   }
@@ -147,7 +146,7 @@ struct TeamParameters {
   }
 };
 
-// The packets of a team's next position that a thread has under way, of one operand.
+// One operand's prefetched packets of a team's next position.
 template <class A, int kSize, int kChunks, class T>
 struct NextPackets : Ahead<A, kSize, T, (kChunks > 0 ? kChunks : 1)> {
   using Ahead<A, kSize, T, (kChunks > 0 ? kChunks : 1)>::Ahead;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layer and RMS norm in one pass: a team of threads has one position and all of its channels. A
-// warp is a team where a few packets a thread are enough, and needs no barrier; longer rows take
-// two warps, or the whole block. Up to 256 packets of channels stay in registers, and those of the
-// team's next position are under way meanwhile; what is longer is read again, from the cache.
+// Layer and RMS norm in one pass: a team of threads processes all channels of one position. A team
+// is a warp, which needs no barrier, if a few packets per thread suffice; longer rows take two
+// warps or the whole block. Up to 256 packets of channels stay in registers while those of the
+// team's next position are prefetched; longer rows are read again, from the cache.
 //
-// Packets are rows' alone here: away from rows, where neighbours in memory belong to other
-// statistics, a packet of 8 would need 8 times the registers for sums, and spill.
+// Packets are used for rows only: elsewhere adjacent elements belong to different statistics, and a
+// packet of 8 would need 8 times the registers for sums, and spill.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,24 +26,24 @@
 
 namespace revk::cuda {
 
-// Blocks of a multiprocessor that registers are left for.
+// Minimum resident blocks per multiprocessor.
 template <class A, int kSize, int kChunks, class X>
 constexpr int kTeamBlocksOf = kSize > 1 && kChunks > 0 && sizeof(A) == 4 && !std::is_same_v<X, Any>
                                   ? 3
                                   : 2;
 
-// s = x +- f where there is a coupling, the statistics of each position, h. X is the type of x and
-// s, F that of f and h.
+// With a coupling s = x +- f; then each position's statistics, and h. X is the type of x and s, F
+// that of f and h.
 //
-// The mean is found in two steps, the second being the mean of the deviations from the first: it
-// takes away what the sum of large numbers lost.
+// The mean is computed in two steps: the second adds the mean of the deviations from the first,
+// which recovers what the sum of large numbers lost.
 template <class A, int kSize, int kChunks, class X, class F>
 __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
     norm_teams(const __grid_constant__ Teams plan, const __grid_constant__ Stream stream,
                const __grid_constant__ Field h, const __grid_constant__ Scaling<A> scaling, A eps) {
   using Parameters = TeamParameters<A, kSize, kChunks>;
   using NextX = NextPackets<A, kSize, kChunks, X>;
-  // There is no shared memory for four words of three packets.
+  // Shared memory does not suffice for three packets of four words.
   constexpr bool kNextF = kChunks * kWordsOfAll<A, kSize, X, F> <= 9;
   using NextF = NextPackets<A, kSize, kNextF ? kChunks : 0, F>;
   constexpr int kKept = kChunks > 0 ? kChunks : 1, kCells = NextX::kCells + NextF::kCells;
@@ -147,9 +147,8 @@ __global__ void __launch_bounds__(kThreads, kTeamBlocksOf<A, kSize, kChunks, X>)
   }
 }
 
-// dx = base + gradient. X is the type of x, base and dx, D that of dh. If `partial` is given, where
-// every thread keeps to its channels, the sums of dz and dz * xhat over the block's positions
-// besides.
+// dx = base + gradient. X is the type of x, base and dx, D that of dh. If `partial` is given (every
+// thread then keeps its channels), also the sums of dz and dz * xhat over the block's positions.
 template <class A, int kSize, int kChunks, class X, class D>
 __global__ void __launch_bounds__(kThreads, 2)
     norm_gradient_teams(const __grid_constant__ Teams plan, const __grid_constant__ Field dx,
@@ -160,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using NextX = NextPackets<A, kSize, kChunks, X>;
   using NextD = NextPackets<A, kSize, kChunks, D>;
   constexpr int kKept = kChunks > 0 ? kChunks : 1, kCells = NextX::kCells + NextD::kCells;
-  // First what is under way, then the sums.
+  // Pipeline stages first, then the sums.
   __shared__ union {
     Word under_way[kCells > 0 ? kCells : 1][kThreads];
     double sums[2 * kSize][kThreads];
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Raw<A, kSize, X> raw_base[kKept];
     A xhat[kKept][kSize], g[kKept][kSize], mean_g = 0, mean_gx = 0;
     const A mean = next_mean, rstd = next_rstd;
-    // From x and dh to xhat and g = dz * weight; use(e, dz, xhat) hears of each.
+    // Replaces x and dh by xhat and g = dz * weight; calls use(e, dz, xhat) for each element.
     const auto normalise = [&](int j, int64_t c, auto&& use) {
       parameters.read(scaling, c);
       with_activation(scaling.activation, [&](auto kind) {
@@ -280,15 +279,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Blocks for the teams, where their number changes no result: each fills its table once. Six go
-// evenly into the two or three that a multiprocessor has at a time.
+// Number of blocks where it changes no result. Each block fills its parameter table once; six is a
+// multiple of the two or three that are resident per multiprocessor.
 inline int64_t team_blocks(const Teams& plan, const revk_where& where) {
   const int64_t each = plan.keeps() ? 6 : kBlocksPerMultiprocessor;
   return std::min(plan.rounds, multiprocessors(where.device) * each);
 }
 
-// Calls body(std::integral_constant<int, n>{}), n being how many packets a thread keeps, kMost of
-// them at most.
+// Calls body(std::integral_constant<int, n>{}), where a thread keeps n packets in registers, at
+// most kMost; n = 0: none.
 template <int kSize, int kMost, class Body>
 void with_chunks(const Teams& plan, Body&& body) {
   static_assert(kMost == 2 || kMost == 3, "below is a line for each");

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a block walks its slice: which units are whose, and the loop that has the next ones under
-// way.
+// How a block walks its slice: the units of each thread, and the pipelined loop over them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +18,7 @@ namespace revk::cuda {
 struct Place {
   int64_t slice, first_outer, first_inner, outers, units_in_line;
   int64_t channel;  // the thread's first
-  bool inside;      // there is such a channel
+  bool inside;      // whether that channel exists
 
   template <int kSize>
   __device__ static Place of(const Slicing& plan) {
@@ -46,16 +45,16 @@ struct Place {
   }
 };
 
-// The same number, which the compiler keeps in a register instead of making it again and again.
+// Returns `value`, but the compiler must keep it in a register instead of recomputing it.
 __device__ inline int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
 
-// A thread's units in a slice, one after the other, and where they lie in kFields fields.
+// Iterates over a thread's units in a slice, with the unit's address in each of kFields fields.
 template <int kSize, int kFields>
 struct Cursor {
-  int32_t unit, along;  // in the slice, and in the unit's line: a slice has few enough
+  int32_t unit, along;  // index in the slice, and in the unit's line; both fit in 32 bits
   int64_t at[kFields > 0 ? kFields : 1];
 
   __device__ Cursor(const Slicing& plan, const Place& place, const Field* const* fields) {
@@ -67,7 +66,7 @@ struct Cursor {
       at[k] = fields[k]->at(place.first_outer + line, place.channel,
                             place.first_inner + int64_t(along) * (plan.lanes.rows ? 1 : kSize));
   }
-  // `straight`: none of the fields has anything between its lines.
+  // `straight`: no field has a gap between its lines.
   __device__ void advance(const Slicing& plan, const Field* const* fields, bool straight) {
     unit += plan.ys;
 #pragma unroll
@@ -89,10 +88,10 @@ __device__ bool are_straight(const Field* const* fields) {
   return straight;
 }
 
-// Goes over this thread's units with kStages - 1 of them under way: load(stage, addresses in
-// `from`) starts a unit's loads, and use(stage, addresses in `to`, unit) has what has arrived. A
-// stage has kCells cells. begin() comes between the first loads and what they are used for, to all
-// threads of the block.
+// Processes this thread's units with kStages - 1 of them in flight: load(stage, addresses in
+// `from`) starts a unit's loads, use(stage, addresses in `to`, unit) consumes a loaded unit. A
+// stage has kCells cells. All threads of the block call begin() after the first loads and before
+// their use.
 template <int kSize, int kStages, int kCells, int kFrom, int kTo, class Begin, class Load,
           class Use>
 __device__ void for_each_unit(const Slicing& plan, const Place& place, const Field* const* from,
@@ -109,7 +108,7 @@ __device__ void for_each_unit(const Slicing& plan, const Place& place, const Fie
   }
   begin();
   Cursor<kSize, kTo> here(plan, place, to);
-  // Stages that are registers have to be known to the compiler, which takes a copy for each.
+  // Register stages need compile-time indices, so the body is unrolled once per stage.
   constexpr int kCopies = kSize == 1 ? kStages : 1;
   int now = opaque(int(threadIdx.x)), last = now + (kStages - 1) * kStep;
 #pragma unroll 1
@@ -117,7 +116,7 @@ __device__ void for_each_unit(const Slicing& plan, const Place& place, const Fie
 #pragma unroll
     for (int copy = 0; copy < kCopies; ++copy) {
       if (copy > 0 && here.unit >= units) break;
-      // Into the cells that were used last.
+      // Refills the cells that were used last.
       if (ahead.unit < units) load(Stage{(copy + kStages - 1) % kStages, last}, ahead.at);
       close_copies();
       ahead.advance(plan, from, straight);
@@ -130,22 +129,22 @@ __device__ void for_each_unit(const Slicing& plan, const Place& place, const Fie
   }
 }
 
-// Units that a thread has under way and in use, each of so many words: enough to keep the memory
-// busy from three blocks of a multiprocessor, in shared memory for as many.
+// Pipeline stages of kWords words per unit: enough to keep memory busy with three blocks per
+// multiprocessor, within the shared memory of three blocks.
 template <int kSize, int kWords>
 constexpr int kStagesOf = kSize == 1    ? 4
                           : kWords <= 1 ? 4
                           : kWords == 2 ? 3
                                         : 2;
-// Blocks of a multiprocessor that registers are left for: three for packets of up to kMost words,
-// whose types the compiler knows.
+// Minimum resident blocks per multiprocessor: three for packets of up to kMost words whose types
+// are known at compile time.
 template <int kMost, class A, int kSize, class... Types>
 constexpr int kBlocksOf =
     kSize > 1 && kWordsOfAll<A, kSize, Types...> <= kMost && !(... || std::is_same_v<Types, Any>)
         ? 3
         : 2;
 
-// The statistics of one unit, where they vary along positions.
+// Reads one unit's statistics, where they vary by position.
 template <class A, int kSize>
 __device__ void read_statistics_of(int64_t unit, const Slicing& plan, const Place& place,
                                    const Scaling<A>& scaling, Normals<A, kSize>& normals) {

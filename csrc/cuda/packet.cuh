@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory on one side, the compute type in registers on the other.
+// Loads and stores between memory and compute-type registers.
 #pragma once
 
 #include <cstdint>
@@ -13,22 +13,21 @@ struct alignas(kWord) Word {
   uint32_t part[4];
 };
 
-// A reference, because the host tests' sanitizer checks the alignment of those.
+// Returns a reference, because the host tests' sanitizer checks the alignment of references.
 template <class AnyWord>
 __device__ AnyWord& at(AnyWord* words, int w) {
   return words[w];
 }
 
-// Elements a thread takes at a time: a whole word of the narrower type, so one 16-byte access there
-// and one, two or four on the wider side (an fp32 stream += a bf16 branch: 8 elements, 16 bytes of
-// bf16, 2 x 16 bytes of fp32).
+// Elements per packet: a 16-byte access of the narrower type, and one, two or four such accesses of
+// the wider type (an fp32 stream += a bf16 branch: 8 elements, 16 bytes of bf16, 2 x 16 bytes of
+// fp32).
 template <class Stream, class Branch>
 constexpr int kPacket =
     kWord / int(sizeof(Stream) < sizeof(Branch) ? sizeof(Stream) : sizeof(Branch));
 
-// `count` < kSize at the end of a row; the rest is then zero and is not
-// touched in memory. Every loop unrolls fully, because an index that is
-// unknown to the compiler would put the array into local memory.
+// `count` < kSize at the end of a row; the remaining elements are zero and not touched in memory.
+// Every loop unrolls fully: an index unknown at compile time would put the array into local memory.
 template <class T, int kSize>
 struct Packet {
   static_assert(kSize * sizeof(T) % kWord == 0, "a packet is whole words");
@@ -60,8 +59,8 @@ struct Packet {
   }
 };
 
-// One element whose type is known at run time only: the strided path pays a uniform branch an
-// access, and one kernel serves every combination of types.
+// Loads one element whose type is known at run time only. The strided path pays a uniform branch
+// per access, and one kernel serves every combination of types.
 template <class A>
 __device__ A load_any(const void* data, int64_t at, int32_t dtype) {
   switch (dtype) {

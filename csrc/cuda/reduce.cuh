@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One value a thread to one value a block. Sums are integers and maxima are exact, so no order of
-// blocks or threads changes a result.
+// Reduces one value per thread to one value per block. Sums are integers and maxima are exact, so
+// no order of blocks or threads changes a result.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 
 namespace revk::cuda {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // per block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
@@ -20,9 +20,9 @@ struct Max {
   __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
 };
 
-// Joins the values of all threads of the block, whose identity is T{}; the result is thread 0's
-// alone. Every thread must come here, and once for each (T, Join) in a kernel: a second time would
-// need a barrier before it.
+// Reduces over all threads of the block; T{} is the identity. Only thread 0 gets the result. Every
+// thread must call it, and only once per (T, Join) in a kernel: a second call would need a barrier
+// before it.
 template <class T, class Join>
 __device__ T reduce_block(T value, Join join) {
   __shared__ T partial[kWarps];
@@ -44,9 +44,9 @@ __device__ inline void add_to(uint64_t* total, uint64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(value));
 }
 
-// *total = max(*total, value) for the bits of a float with the sign cleared. Such bits order as
-// signed integers, NaN above infinity, and above any negative start; only a NaN with its sign set,
-// already there, orders below and is put right.
+// *total = max(*total, value) for float bits with the sign cleared. Such bits order as signed
+// integers, with NaN above infinity, and above any negative start value. Only a negative NaN
+// already in *total orders below them; it is replaced by a NaN.
 __device__ inline void raise_to(float* total, uint32_t magnitude) {
   constexpr uint32_t kMinusInfinity = 0xff800000u, kNaN = 0x7fc00000u;
   int* bits = reinterpret_cast<int*>(total);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA backend of a build without nvcc. api.cpp asks
-// missing() first, so the kernels are never reached.
+// The CUDA backend of a build without nvcc. api.cpp checks missing() first, so the kernels are
+// never reached.
 #include "core/backends.h"
 #include "core/error.h"
 
