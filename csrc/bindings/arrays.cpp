@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Reads arrays: NumPy and CuPy here, the other libraries in files of their own.
 #include "bindings/arrays.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@ constexpr int kAligned = 0x0100, kWriteable = 0x0400;  // NumPy's array flags, p
 
 // NumPy
 
-// Its mask would be lost on the way in and wrong on the way out.
+// The mask would be ignored on reading and wrong after writing.
 void refuse_masked(const Array& array, py::handle object) {
   static PyObject* const module_name = intern("numpy.ma");
   const py::object masked = imported(module_name);
@@ -55,7 +56,7 @@ struct Cupy {
   PyObject* const device = intern("device");
   PyObject* const id = intern("id");
 
-  // False as long as nobody has imported CuPy.
+  // False until someone has imported CuPy.
   bool owns(py::handle object) {
     if (ndarray == nullptr) {
       const py::object module = imported(cupy);
@@ -72,7 +73,7 @@ Cupy& cupy() {
   return *state;
 }
 
-// Memory on a CUDA device, in the order of CuPy's current stream, on which the kernels go too.
+// Device memory, ordered on CuPy's current stream, which the kernels also use.
 void read_cupy(Array& array, py::handle object, Takes takes) {
   const Cupy& names = cupy();
   array.library = Library::kCupy;
@@ -86,7 +87,7 @@ void read_cupy(Array& array, py::handle object, Takes takes) {
   strides_from_bytes(array);
 }
 
-// A foreign array's sizes may be anything: with stride 0 even ones whose product overflows.
+// A foreign array's sizes may be anything; with stride 0 their product may overflow.
 bool is_addressable(const Array& array) {
   const int64_t most = INT64_MAX / 16;
   int64_t elements = 1;
@@ -131,7 +132,7 @@ int32_t numpy_dtype(const Array& array, py::handle descr, Takes takes) {
   static const Known* const known =
       new Known{py::dtype("float64").release().ptr(), py::dtype("float32").release().ptr(),
                 py::dtype("float16").release().ptr()};
-  if (takes == Takes::kFloats || takes == Takes::kStream) {  // usually it is one of three objects
+  if (takes == Takes::kFloats || takes == Takes::kStream) {  // usually one of three cached objects
     if (descr.ptr() == known->float32) return REVK_FLOAT32;
     if (descr.ptr() == known->float64) return REVK_FLOAT64;
     if (descr.ptr() == known->float16) return REVK_FLOAT16;
@@ -144,7 +145,7 @@ int32_t numpy_dtype(const Array& array, py::handle descr, Takes takes) {
   if (name == "int64" || name == "uint64") dtype = kWordDtype;
   if (name == "uint8") dtype = kByteDtype;
   for (int32_t code = REVK_FLOAT64; code <= REVK_INT16; ++code)
-    if (name == dtype_name(code)) dtype = code;  // bfloat16 is ml_dtypes', known by its name
+    if (name == dtype_name(code)) dtype = code;  // bfloat16 is from ml_dtypes, known by its name
   if (dtype < 0 || !takes_dtype(takes, dtype)) wrong_dtype(array, text_of(descr), takes);
   return dtype;
 }
@@ -167,7 +168,7 @@ void check_has_memory(const Array& array) {
                 " and no memory (NULL); it must have some");
 }
 
-// A tuple of integers into `to`; returns its length.
+// Reads a tuple of integers into `to`; returns its length.
 int read_tuple(const Array& array, py::handle tuple, int64_t* to) {
   if (!PyTuple_Check(tuple.ptr()))
     type_error(std::string(array.name) + " has no plain shape and strides");
@@ -183,7 +184,7 @@ int read_tuple(const Array& array, py::handle tuple, int64_t* to) {
 void strides_from_bytes(Array& array) {
   const int64_t item = array.item();
   for (int k = 0; k < array.rank; ++k) {
-    // The stride of a dimension of size 1 is free to be anything.
+    // The stride of a dimension of size 1 may be anything.
     const int64_t stride = array.sizes[k] > 1 ? array.strides[k] : item;
     if (stride < 0) refuse_negative_stride(array, k);
     if (stride % item != 0)

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Reads arrays through Python's buffer protocol.
 #include "bindings/buffer.h"
 
 #include <algorithm>
@@ -14,7 +15,7 @@ void release(Py_buffer* view) {
   delete view;
 }
 
-// The dtype of a struct-module format, which is one letter behind a mark of the byte order.
+// The dtype of a struct-module format: one letter, optionally after a byte-order mark.
 int32_t buffer_dtype(const Array& array, const Py_buffer& view, Takes takes) {
   const std::string format = view.format != nullptr ? view.format : "B";
   const char mark = format.size() == 2 ? format[0] : '@';
@@ -78,7 +79,7 @@ void read_buffer(Array& array, py::handle object, Takes takes) {
   if (array.rank > 0 && view->shape == nullptr)
     value_error(std::string(array.name) + " exports a buffer without a shape; it must have one");
   std::copy(view->shape, view->shape + array.rank, array.sizes);
-  // Strides were asked for, but ctypes gives none: its arrays are dense.
+  // Strides were requested, but ctypes gives none: its arrays are dense.
   int64_t dense = array.item();
   for (int k = array.rank - 1; k >= 0; --k) {
     array.strides[k] = view->strides != nullptr ? view->strides[k] : dense;

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Checks of a call's arrays, its device and stream, and statuses as exceptions.
 #include "bindings/checks.h"
 
 #include <atomic>
@@ -77,7 +78,7 @@ revk_where where_of(const Array& written, int64_t elements) {
       where.threads = torch_threads();
   } else if (is_alone(written.library)) {
     where.stream = current_stream(written.library, written.device);
-  }  // others: the legacy default stream, which their producers were told
+  }  // others: the legacy default stream, which the producers were given
   return where;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings of all kernels share: checks under the names that the Python caller knows, the
-// call's surroundings, and statuses as exceptions.
+// Shared by the bindings of all kernels: checks with the Python caller's argument names, device and
+// stream of a call, and statuses as exceptions.
 #pragma once
 
 #include <optional>
@@ -9,14 +9,14 @@
 
 namespace revk::python {
 
-// Below this many elements a call is over sooner than the interpreter lock is handed around.
+// Below this many elements a call takes less time than handing over the interpreter lock.
 constexpr int64_t kKeepLock = 32 * 1024;
 
 void raise_on_error(revk_status status);
 
-// On one device, and from libraries that go together: torch's tensors and CuPy's arrays each among
-// themselves, for each library has a stream of its own; all others with each other. Of one shape
-// besides.
+// check_together: both on one device, and from compatible libraries. torch's tensors and CuPy's
+// arrays go only with their own kind, because each library has its own stream; all others go
+// together. check_alike: also of one shape.
 void check_together(const Array& leader, const Array& other);
 void check_alike(const Array& leader, const Array& other);
 void check_writable(const Array& written);
@@ -24,15 +24,15 @@ void check_written(const Array& written);
 void check_apart(const Array& written, const Array& other);
 
 revk_where where_of(const Array& written, int64_t elements);
-// Ends a call: waits where the arrays' library has no other way to know when the kernels are done,
-// and raises what failed.
+// Ends a call: synchronises if the arrays' library cannot know when the kernels are done, and
+// raises the call's error.
 void finish(revk_status status, const Array& written, const revk_where& where);
 
-// Host threads for arrays of libraries that do not say; 0: the OpenMP default.
+// Host threads for arrays of libraries without such a setting; 0: the OpenMP default.
 void set_threads(int32_t threads);
 int32_t threads();
 
-// The kernels block on nothing but their own work, so other Python threads run meanwhile.
+// Releases the interpreter lock: kernels do not call into Python, so other Python threads may run.
 class Unlocked {
  public:
   explicit Unlocked(bool large) {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Reads and checks a revkernels.Coupling.
 #include "bindings/coupling_options.h"
 
 #include "bindings/checks.h"

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Reads arrays through DLPack.
 #include "bindings/dlpack.h"
 
 #include <cstring>
@@ -26,8 +27,8 @@ const Names& names() {
   return *interned;
 }
 
-// Whose arrays are values: written to, they would change under everybody who shares them. Their
-// exports do not always say so.
+// Why the object's array must not be written: arrays of these libraries are immutable values,
+// possibly shared, and their exports do not always say so.
 const char* why_immutable(py::handle object) {
   const py::object module =
       attribute(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())), names().module);
@@ -63,7 +64,7 @@ int32_t device_of(const Array& array, const Device& device) {
   return device.id;
 }
 
-// What the object says of its device beforehand: the stream to ask with depends on it.
+// The device that the object declares before its export; it determines the stream to request.
 int32_t declared_device(const Array& array, py::handle object) {
   py::object answer;
   try {
@@ -96,7 +97,7 @@ PyObject* ask(py::handle object, std::initializer_list<PyObject*> values, PyObje
   return PyObject_VectorcallMethod(names().dlpack, arguments, 1, keywords);
 }
 
-// The capsule. Producers from before DLPack 1.0 take no max_version.
+// The capsule. Producers older than DLPack 1.0 take no max_version.
 py::object export_of(const Array& array, py::handle object, bool on_device) {
   const Names& of = names();
   PyObject* capsule = on_device ? ask(object, {of.version, of.legacy_stream}, of.both)
@@ -109,7 +110,7 @@ py::object export_of(const Array& array, py::handle object, bool on_device) {
   return py::reinterpret_steal<py::object>(capsule);
 }
 
-// The structure is ours from here on: its deleter runs once, whatever comes.
+// Takes ownership of the structure: its deleter runs exactly once, even on errors.
 template <class Structure>
 Structure* take(Array& array, py::handle capsule, const char* name, const char* used) {
   auto* const structure = static_cast<Structure*>(PyCapsule_GetPointer(capsule.ptr(), name));
@@ -138,7 +139,7 @@ const Tensor& unwrap(Array& array, py::handle object, py::handle capsule) {
   }
   const auto* const managed =
       take<ManagedVersioned>(array, capsule, "dltensor_versioned", "used_dltensor_versioned");
-  if (managed->major != kMajor)  // beyond the flags nothing is known of another version
+  if (managed->major != kMajor)  // of another version only the fields up to `flags` are known
     value_error(std::string(array.name) + " comes in DLPack " + std::to_string(managed->major) +
                 "." + std::to_string(managed->minor) + "; it must be a version 1");
   if ((managed->flags & kCopiedFlag) != 0)
@@ -166,8 +167,7 @@ int32_t dtype_of(const Array& array, const DataType& type, Takes takes) {
   return dtype;
 }
 
-// Sizes and strides. NULL strides are dense; those of a dimension of one element, or of an array of
-// none, may be anything.
+// Sizes and strides. NULL strides mean dense; strides of dimensions of size 0 or 1 are ignored.
 void read_shape(Array& array, const Tensor& tensor) {
   if (tensor.ndim < 0)
     value_error(std::string(array.name) + " has " + std::to_string(tensor.ndim) +
@@ -185,7 +185,7 @@ void read_shape(Array& array, const Tensor& tensor) {
                   std::to_string(k) + "; it must be 0 or more");
     array.strides[k] = size <= 1 ? 1 : tensor.strides != nullptr ? tensor.strides[k] : dense;
     if (array.strides[k] < 0) refuse_negative_stride(array, k);
-    // What overflows here is refused with the shape: no product as large is an address.
+    // An overflow here is rejected with the shape: no address is that large.
     if (size > 1 && __builtin_mul_overflow(dense, size, &dense)) dense = INT64_MAX;
   }
 }
@@ -241,7 +241,7 @@ const ExchangeApi* exchange_of(PyObject* type) {
   const auto* const api =
       static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   const bool usable = api->major == kMajor && api->dltensor_from_py_object_no_sync != nullptr;
-  return usable ? api : nullptr;  // it lives as long as the process
+  return usable ? api : nullptr;  // lives as long as the process
 }
 
 }  // namespace revk::dlpack

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // DLPack, the exchange of arrays between libraries (https://dmlc.github.io/dlpack): the structures
-// of its C interface, versions 0.x and 1.x, and a reader of whatever has `__dlpack__`.
+// of its C interface, versions 0.x and 1.x, and a reader for any object with `__dlpack__`.
 //
-// A producer answers `__dlpack__` with a capsule named "dltensor" (0.x) or "dltensor_versioned"
-// (1.x). Whoever takes the structure out renames the capsule to "used_..." and owes one call of the
-// structure's deleter. Here that call comes when array.owner goes, at the end of the kernel's call
-// or at the error that ends it. Nothing is copied.
+// `__dlpack__` returns a capsule named "dltensor" (0.x) or "dltensor_versioned" (1.x). A consumer
+// that takes the structure renames the capsule to "used_..." and must call the structure's deleter
+// once. Here array.owner does that, at the end of the call or on an error. Nothing is copied.
 //
-// Streams. A producer on a CUDA device is asked with stream=1, the legacy default stream: it makes
-// that stream wait for its own work. The kernels then go on that stream. DLPack has no way back, so
-// the call ends only when that stream has finished (finish() in checks.h).
+// Streams: a producer on a CUDA device gets stream=1, the legacy default stream, and makes that
+// stream wait for its own work. The kernels run on that stream. DLPack has no way to signal back,
+// so the call returns only when that stream has finished (finish() in checks.h).
 #pragma once
 
 #include <cstddef>
@@ -45,9 +44,9 @@ struct Tensor {
 struct Managed {
   Tensor tensor;
   void* context;
-  void (*deleter)(Managed*);  // NULL: there is nothing to give back
+  void (*deleter)(Managed*);  // NULL: nothing to release
 };
-// The fields up to `flags` stay in every version.
+// The fields up to `flags` are the same in every version.
 struct ManagedVersioned {
   uint32_t major, minor;
   void* context;
@@ -55,20 +54,20 @@ struct ManagedVersioned {
   uint64_t flags;
   Tensor tensor;
 };
-// The beginning of what a type's __dlpack_c_exchange_api__ points to: functions, of which one
-// describes an object without taking it over. 0 is success; otherwise a Python exception is set.
+// The beginning of a type's __dlpack_c_exchange_api__: functions, one of which describes an object
+// without taking ownership. It returns 0 on success; otherwise a Python exception is set.
 struct ExchangeApi {
   uint32_t major, minor;
-  ExchangeApi* previous;  // of an older version
+  ExchangeApi* previous;  // an older version
   void *allocate, *managed_from_object, *managed_to_object;
-  int (*dltensor_from_py_object_no_sync)(void* object, Tensor* out);  // the object keeps it alive
+  int (*dltensor_from_py_object_no_sync)(void* object, Tensor* out);  // `object` keeps it alive
 };
 static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, byte_offset) == 40, "DLPack's ABI");
 static_assert(offsetof(Managed, deleter) == 56, "DLPack's ABI");
 static_assert(offsetof(ManagedVersioned, tensor) == 32, "DLPack's ABI");
 static_assert(offsetof(ExchangeApi, dltensor_from_py_object_no_sync) == 40, "DLPack's ABI");
 
-// The exchange API of a type's objects, if it describes tensors; nullptr otherwise.
+// The exchange API of a type, if it can describe tensors; otherwise nullptr.
 const ExchangeApi* exchange_of(PyObject* type);
 
 }  // namespace revk::dlpack

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Maps n-dimensional arrays to the C interface's three dimensions.
 #include "bindings/geometry.h"
 
 #include <algorithm>
@@ -21,7 +22,7 @@ Geometry::Geometry(const Array* const* arrays, int count, const Roles& roles)
         outer >= 0 ? (dims_[outer].sample ? dims_[outer].rows : dims_[outer].size) : 1;
 }
 
-// Sorts by the written array's strides, drops dimensions of size 1, merges neighbours.
+// Sorts by the written array's strides, drops dimensions of size 1, merges adjacent dimensions.
 void Geometry::collect(const Roles& roles) {
   const Array& written = *arrays_[0];
   int order[kMaxRank], kept = 0;
@@ -64,7 +65,7 @@ bool Geometry::fits(const Dim& dim, int slot, const Roles& roles) const {
 
 bool Geometry::assign_in_order(const Roles& roles) {
   if (rank_ > 3) return false;
-  // The choices of rank_ slots out of three, the innermost first.
+  // The ways to choose rank_ of the three slots, those with the innermost slots first.
   static constexpr int kChoices[4][3][3] = {
       {{}, {}, {}}, {{2}, {1}, {0}}, {{1, 2}, {0, 2}, {0, 1}}, {{0, 1, 2}, {0, 1, 2}, {0, 1, 2}}};
   for (const auto& choice : kChoices[rank_]) {
@@ -77,8 +78,8 @@ bool Geometry::assign_in_order(const Roles& roles) {
   return false;
 }
 
-// The view's order is not the memory's, which the kernels
-// undo; the outermost dimensions left over are looped.
+// The view's order is not memory order, which the kernels handle; leftover outer dimensions are
+// looped.
 void Geometry::assign_by_role(const Roles& roles) {
   bool free_slot[3] = {true, true, true};
   if (roles.channel >= 0) free_slot[1] = false;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// From n dimensions to the C interface's three: arrays of one shape are walked in the order of the
-// written one's memory, neighbouring dimensions are merged where all arrays allow it, and what is
-// left over is looped.
+// Maps n dimensions to the C interface's three: arrays of one shape are walked in the written
+// array's memory order, adjacent dimensions are merged where all arrays allow it, and the rest is
+// looped.
 #pragma once
 
 #include "bindings/arrays.h"
@@ -10,25 +10,24 @@ namespace revk::python {
 
 constexpr int kMaxArrays = 5;
 
-// The dimensions that a scale runs along; -1: none. A
-// dimension in a role keeps its own place in the view.
+// The dimensions that a scale runs along; -1: none. A dimension with a role keeps its own place in
+// the view.
 struct Roles {
   int channel = -1;
   int sample = -1;
-  // A checksum counts elements in memory order, so the view may not be rearranged.
+  // A checksum counts elements in memory order, so the view must not be rearranged.
   bool ordered = false;
 };
 
 class Geometry {
  public:
-  // `arrays[0]` is the written one. None is empty. Raises ValueError if the roles and `ordered`
-  // cannot be had at once.
+  // `arrays[0]` is the written one. No array is empty. Raises ValueError if the roles and `ordered`
+  // cannot be satisfied together.
   Geometry(const Array* const* arrays, int count, const Roles& roles);
 
   int64_t rows_per_sample() const { return rows_per_sample_; }
 
-  // Calls body(views) for every sub-array of at most
-  // three dimensions: most arrays are a single one.
+  // Calls body(views) for every sub-array of at most three dimensions; most arrays have only one.
   template <class Body>
   void for_each(Body&& body) const {
     revk_view views[kMaxArrays];
@@ -43,7 +42,7 @@ class Geometry {
   struct Dim {
     int64_t size;
     int64_t stride[kMaxArrays];
-    int64_t rows;  // merged into a sample
+    int64_t rows;  // sample rows merged into this dimension
     bool channel, sample;
   };
 

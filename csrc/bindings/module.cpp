@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the C interface: reads the arrays,
-// checks them under their Python names, makes views, calls.
+// Python bindings of the C interface: reads the arrays, checks them under their Python names, makes
+// views, calls.
 #include <pybind11/pybind11.h>
 
 #include <vector>
@@ -86,8 +86,8 @@ void reverse_step(py::handle y, py::handle f, py::handle dy, py::handle df, py::
   finish(status, stream, where);
 }
 
-// Raises for arrays that overlap, by the caller's names: the C entry counts views, and an array may
-// be several.
+// Raises for overlapping arrays by the caller's names: the C entry numbers views, and an array may
+// be several views.
 void check_all_apart(const py::sequence& totals, const py::sequence& parts) {
   for (size_t i = 0; i < totals.size(); ++i) {
     Array total, other;
@@ -112,7 +112,7 @@ void accumulate(const py::sequence& totals, const py::sequence& parts) {
     value_error("part has " + std::to_string(parts.size()) + " arrays, total has " +
                 std::to_string(count) + ": they must be equal");
   std::vector<revk_view> written, read;
-  std::vector<std::shared_ptr<void>> owners;  // of what is borrowed for the call
+  std::vector<std::shared_ptr<void>> owners;  // of arrays borrowed for the call
   revk_where where{};
   int64_t elements = 0;
   Array total, part, leader{};
@@ -150,8 +150,8 @@ void accumulate(const py::sequence& totals, const py::sequence& parts) {
   finish(status, leader, where);
 }
 
-// What a call sees of an array of a foreign library: (address, shape, strides, dtype, device, why
-// it must not be written or None). The array is read as a call reads it.
+// How a call sees an array of a foreign library: (address, shape, strides, dtype, device, why it
+// must not be written or None). Reads the array like a call.
 py::tuple describe(const char* name, py::handle object) {
   Array array;
   read_array(array, name, object, Takes::kKnown);

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Compares a torch module's tree with the rows that a branch's cache recorded for it.
 #include "bindings/module_tree.h"
 
 #include <unordered_set>
@@ -9,12 +10,12 @@
 namespace revk::python {
 namespace {
 
-// What is to be asked of a thing that hangs on a module.
+// How to compare one attribute of a module with its cached value.
 enum class Ask : char {
   kIsSame = 0,
-  kIsEmpty = 1,       // a dictionary without items: of hooks
-  kHasNames = 2,      // a dictionary with these keys: the parameters
-  kHoldsModules = 3,  // likewise: the modules below
+  kIsEmpty = 1,       // a dictionary without items: hooks
+  kHasNames = 2,      // a dictionary with these keys: parameters
+  kHoldsModules = 3,  // likewise: child modules
   kIsOfClass = 4,
 };
 
@@ -26,14 +27,14 @@ bool has_keys(PyObject* dict, PyObject* keys) {
   return true;
 }
 
-// Whether `kind` is the class that is known, or that the weak reference `known` leads to.
+// Whether `kind` is the cached class `known`, or the target of the weak reference `known`.
 bool is_class(PyTypeObject* kind, PyObject* known) {
   PyObject* const own = reinterpret_cast<PyObject*>(kind);
   if (!PyWeakref_CheckRef(known)) return own == known;
   return checked(PyObject_CallNoArgs(known)).ptr() == own;
 }
 
-// A branch's modules, each once, and what is registered in them, None included.
+// A branch's modules, each once, and their registered children, including None.
 class Tree {
  public:
   explicit Tree(PyObject* root) { add(root); }
@@ -69,11 +70,11 @@ class Tree {
     return true;
   }
 
-  std::vector<py::object> modules_, children_;  // held: whoever allocates may collect garbage
+  std::vector<py::object> modules_, children_;  // owned: an allocation may collect garbage
   std::unordered_set<PyObject*> seen_;
 };
 
-// Whether what hangs on a module is as it is `known`, as far as that is asked.
+// Compares an attribute's value with its cached value, as `ask` demands.
 bool hangs(PyObject* value, PyObject* known, Ask ask, Tree& tree) {
   if (ask == Ask::kIsSame) return value == known;
   if (ask == Ask::kIsOfClass) return is_class(Py_TYPE(value), known);
@@ -83,8 +84,8 @@ bool hangs(PyObject* value, PyObject* known, Ask ask, Tree& tree) {
   return true;
 }
 
-// One module as it is known: its class, the names of attributes or None, what is known of these or
-// of all in their order, and what to ask of each.
+// One module's cached row: its class, attribute names (None: all attributes, in their order),
+// cached values, and how to compare each.
 struct Row {
   explicit Row(PyObject* row) {
     if (!PyTuple_CheckExact(row)) throw py::type_error("rows must be tuples");
@@ -122,7 +123,7 @@ struct Row {
   }
 };
 
-// Whether a branch, the first module of the tree, is as the rows have it; what is in it goes there.
+// Whether the branch (the tree's first module) matches the rows; adds its descendants to the tree.
 bool grow(Tree& tree, const py::list& rows) {
   for (size_t k = 0; k < tree.size(); ++k) {
     if (k >= rows.size()) return false;
@@ -134,13 +135,13 @@ bool grow(Tree& tree, const py::list& rows) {
   return tree.size() == rows.size();
 }
 
-// The tree of a branch that is known by these rows; None if it is another one now.
+// The tree of a branch that matches these rows, else None.
 py::object module_tree(py::handle branch, const py::list& rows) {
   Tree tree(branch.ptr());
   return grow(tree, rows) ? py::object(tree.lists()) : py::none();
 }
 
-// Whether it is still that tree, without making its lists.
+// Whether the tree is unchanged, without making its lists.
 bool is_module_tree(py::handle branch, const py::list& rows, const py::list& modules,
                     const py::list& children) {
   Tree tree(branch.ptr());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A torch module's layers, and whether they are still what they were.
+// Reads a torch module's tree of layers, and tests whether it is still the cached one.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Python bindings of the norms with activation.
 #include "bindings/norm_act.h"
 
 #include <cmath>
@@ -11,14 +12,13 @@
 namespace revk::python {
 namespace {
 
-// Partial results on a CUDA device live in memory of the arrays' own library, which hands it out in
-// the order of the stream that the kernels go on. It is given back at the end of the call.
+// Memory for partial results on a CUDA device, allocated by the arrays' own library in the order of
+// the kernels' stream, and released at the end of the call.
 struct Workspace {
   py::object owner;
   Array memory;
 
-  // `written` is an array of the call, and `object` the Python object behind it. A call in
-  // `one_pass` needs none.
+  // `written` is an array of the call, `object` its Python object. `one_pass`: no memory is needed.
   Workspace(revk_norm& norm, const revk_view& x, const Array& written, py::handle object,
             const revk_where& where, bool one_pass = false) {
     if (written.device < 0 || one_pass) return;
@@ -44,7 +44,7 @@ struct Workspace {
   }
 };
 
-// A device's statistics or sums of an empty array: the library writes to no device's memory itself.
+// Fills an empty array's statistics or sums on a device, which the library does not write itself.
 void fill_on_device(py::handle array, double value) {
   if (array.is_none()) return;
   if (py::hasattr(array, "fill_"))
@@ -57,7 +57,7 @@ void fill_on_device(py::handle array, double value) {
 
 enum class Kind { kPlain, kCouple, kUncouple };
 
-// s is what is normalised; with a coupling it is made of `from` and `branch`.
+// s is the norm's input; with a coupling it is computed from `from` and `branch`.
 void forward(Kind kind, py::handle h_object, py::handle s_object, py::handle from_object,
              py::handle f_object, py::handle norm_object, py::handle mean, py::handle rstd,
              py::handle given_object) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the norms with an activation behind them.
+// Python bindings of the norms with activation.
 #pragma once
 
 #include <pybind11/pybind11.h>

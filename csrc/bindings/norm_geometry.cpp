@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Maps a norm's n-dimensional arrays to the C interface's three dimensions.
 #include "bindings/norm_geometry.h"
 
 #include <algorithm>
@@ -12,8 +13,8 @@ struct Dim {
   int64_t statistics = 0;
 };
 
-// Neighbours merged as far as every array allows; how many dimensions are left, at most `most` of
-// which are filled in.
+// Merges adjacent dimensions where every array allows it. Returns the number left; at most `most`
+// of them are written to `to`.
 int merge(const Dim* dims, const int* order, int rank, int count, Dim* to, int most) {
   int kept = 0;
   for (int i = 0; i < rank; ++i) {
@@ -77,7 +78,7 @@ void norm_geometry(const Array* const* arrays, int count, int axis, revk_norm& n
   for (int i = 0; i < rank; ++i) order[i] = rank - 1 - i;  // outermost first
   const int most = grouped ? 1 : 2;
   int kept = lead.count() == 0 ? most : merge(dims, order, rank, count, parts, most);
-  if (kept > most) {  // the order of memory may do better
+  if (kept > most) {  // memory order may merge more
     std::stable_sort(order, order + rank,
                      [&dims](int a, int b) { return dims[a].stride[0] > dims[b].stride[0]; });
     kept = merge(dims, order, rank, count, parts, most);
@@ -85,7 +86,7 @@ void norm_geometry(const Array* const* arrays, int count, int axis, revk_norm& n
   }
   Dim outer = grouped ? sample : kept == 2 ? parts[0] : Dim{};
   Dim inner = grouped ? (kept == 1 ? parts[0] : Dim{}) : kept > 0 ? parts[kept - 1] : Dim{};
-  if (lead.count() == 0) {  // nothing to walk; sizes alone say which statistics there are
+  if (lead.count() == 0) {  // nothing to walk; the sizes alone determine the statistics
     outer = grouped ? sample : Dim{};
     inner = Dim{};
     inner.size = statistics;

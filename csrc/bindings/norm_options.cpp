@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Reads and checks a revkernels.Norm.
 #include "bindings/norm_options.h"
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 namespace revk::python {
 namespace {
 
-// Fields of a revkernels.Norm
+// Attributes of a revkernels.Norm.
 
 struct Names {
   PyObject* kind = PyUnicode_InternFromString("kind");
@@ -40,7 +41,7 @@ py::object field(py::handle norm, PyObject* name) {
   return py::reinterpret_steal<py::object>(value);
 }
 
-// The index of a word among a NULL-terminated list.
+// The index of an attribute's value in a NULL-terminated list of words.
 int32_t choice(py::handle norm, PyObject* name, const char* label, const char* const* words) {
   const py::object value = field(norm, name);
   for (int32_t i = 0; words[i] != nullptr; ++i)
@@ -59,7 +60,7 @@ double number(py::handle norm, PyObject* name, const char* label) {
     type_error(std::string(label) + " is a " + Py_TYPE(value.ptr())->tp_name +
                "; it must be a float");
   const double result = PyFloat_AsDouble(value.ptr());
-  const bool beyond = result == -1.0 && PyErr_Occurred();  // an integer that no float holds
+  const bool beyond = result == -1.0 && PyErr_Occurred();  // an integer too large for a float
   if (beyond) PyErr_Clear();
   if (beyond || !(result >= 0.0) || std::isinf(result))
     value_error(std::string(label) + " is " + py::repr(value).cast<std::string>() +

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// A revkernels.Norm, with a call's statistics and sums, as the C interface takes it.
+// Converts a revkernels.Norm, with a call's statistics and sums, to the C interface.
 #pragma once
 
 #include "bindings/arrays.h"
 
 namespace revk::python {
 
-// A call's arrays beside its operands, each [channels] or shaped as the statistics.
+// A call's arrays other than its operands, each [channels] or shaped like the statistics.
 class NormArrays {
  public:
-  // Reads and checks one; it lives as long as this object.
+  // Reads and checks one array, which lives as long as this object.
   const Array* add(const char* name, py::handle object, const Array& x, const int64_t* sizes,
                    int rank, bool written);
-  // Those that are written are apart from each other and from those that are read.
+  // Written arrays must not overlap each other or read arrays.
   void check_among() const;
   void check_against(const Array& operand, bool operand_written) const;
 
@@ -37,7 +37,7 @@ struct NormOptions {
 
  private:
   void find_channels(py::handle object, const Array& x, const char* kind);
-  // Two arrays of [channels] and one dtype, either of which may be None.
+  // Two arrays of [channels] with one dtype; either may be None.
   template <class Pointer>
   void read_pair(py::handle object, PyObject* first_name, const char* first_label,
                  PyObject* second_name, const char* second_label, const Array& x, bool written,

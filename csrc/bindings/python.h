@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attributes and methods by interned names: what pybind11 would look up by text at every call.
+// Attributes and methods by interned name, which saves pybind11's text lookup on every call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,7 +16,7 @@ inline PyObject* intern(const char* text) {
   return name;
 }
 
-// A new reference, or the Python error that is set.
+// Takes a new reference; throws the pending Python error if it is null.
 inline py::object checked(PyObject* value) {
   if (value == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
@@ -30,19 +30,19 @@ inline py::object call(py::handle object, PyObject* method) {
   return checked(PyObject_CallMethodNoArgs(object.ptr(), method));
 }
 
-// An attribute for the life of the process.
+// A module's attribute, kept for the life of the process.
 inline PyObject* keep(const py::object& module, const char* name) {
   return py::object(module.attr(name)).release().ptr();
 }
 
-// A module that is imported already; none otherwise.
+// The module if it is already imported, otherwise null.
 inline py::object imported(PyObject* name) {
   PyObject* const module = PyImport_GetModule(name);
   if (module == nullptr && PyErr_Occurred()) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(module);
 }
 
-// The address that a Python integer is.
+// The address stored in a Python integer.
 inline void* handle_of(py::handle integer) {
   void* const address = PyLong_AsVoidPtr(integer.ptr());
   if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Reads torch tensors through DLPack's exchange API, or through Python attributes.
 #include "bindings/torch_tensors.h"
 
 #include "bindings/dlpack.h"
@@ -7,10 +8,10 @@
 namespace revk::python {
 namespace {
 
-// The objects of an imported torch. They live as long as the process, so nothing is released.
+// Objects of an imported torch. They live as long as the process, so nothing is released.
 struct Torch {
   PyObject *tensor = nullptr, *parameter, *strided, *dtypes[5], *int64, *uint64, *threads, *stream;
-  const dlpack::ExchangeApi* exchange = nullptr;  // none: before torch 2.10
+  const dlpack::ExchangeApi* exchange = nullptr;  // nullptr before torch 2.10
   PyObject* const torch = intern("torch");
   PyObject* const dtype = intern("dtype");
   PyObject* const layout = intern("layout");
@@ -27,7 +28,7 @@ struct Torch {
     const py::object module = imported(torch);
     if (!module || !py::hasattr(module, "Tensor") || !py::hasattr(module, "nn") ||
         !py::hasattr(module, "get_num_threads"))
-      return false;  // not imported, or in the middle of its own import
+      return false;  // not imported, or still importing
     const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16"};
     for (int i = 0; i < 5; ++i) dtypes[i] = keep(module, names[i]);
     int64 = keep(module, "int64");
@@ -50,7 +51,7 @@ Torch& torch() {
 
 bool truth(py::handle object, PyObject* name) { return attribute(object, name).ptr() == Py_True; }
 
-// The codes of revk_dtype; -1 for others.
+// The revk_dtype code; -1 for other types.
 int32_t code_of(const dlpack::DataType& type) {
   if (type.lanes != 1) return -1;
   switch (type.code << 8 | type.bits) {
@@ -72,8 +73,8 @@ int32_t code_of(const dlpack::DataType& type) {
   }
 }
 
-// Reads the tensor by the exchange API. False if that does not describe it, or if what it says is
-// not what a call takes: the attributes then say why.
+// Reads the tensor through the exchange API. Returns false if the API cannot describe it, or if a
+// call does not accept it; read_attributes then raises the error.
 bool read_exchanged(Array& array, py::handle object, Takes takes) {
   const Torch& names = torch();
   const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
@@ -144,7 +145,7 @@ void read_tensor(Array& array, py::handle tensor, Takes takes) {
   array.library = Library::kTorch;
   array.frozen = nullptr;
   if (!read_exchanged(array, tensor, takes)) read_attributes(array, tensor, takes);
-  if (array.data == nullptr) check_has_memory(array);  // its storage was freed, as a shard's may be
+  if (array.data == nullptr) check_has_memory(array);  // freed storage, such as an FSDP shard's
   if (call(tensor, torch().is_neg).ptr() == Py_True)
     value_error(std::string(array.name) +
                 " is a negated view (its memory holds -values); it must be resolved, "
@@ -155,8 +156,8 @@ int32_t torch_threads() {
   return py::reinterpret_borrow<py::object>(torch().threads)().cast<int32_t>();
 }
 
-// Not by the exchange API: a torch that was built without CUDA answers it with success and no
-// stream, which is the legacy default stream. Only torch's own word is taken for which it is.
+// Not from the exchange API: a torch built without CUDA reports success and stream NULL, which is
+// the legacy default stream. Only torch itself knows its current stream.
 void* torch_stream(int32_t device) {
   return handle_of(py::reinterpret_borrow<py::object>(torch().stream)(device));
 }
