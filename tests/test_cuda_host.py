@@ -126,6 +126,8 @@ BACKWARD = "norm_act_backward", ("norm_act_backward, briefly",)
 FAR_MEAN = "norm_act", ("norm_act, mean 1e4",)
 NORM_FAULTS = [
     Fault("norm: misaligned words", "norm_act_plan.cuh", "(across == 1 || whole(", "(true || whole(", *FORWARD),
+    Fault("norm: rows, their statistics apart", "norm_act.cu", "    lay_along(call.norm);\n", "", *FORWARD),
+    Fault("norm: rows, their gradients apart", "norm_act_backward.cu", "    lay_along(call.norm);\n", "", *BACKWARD),
     Fault("norm: lines at any distance", "norm_act_plan.cuh", "outer == line * inner", "true", *FORWARD),
     Fault(
         "norm: units lost",

@@ -108,8 +108,13 @@ void forward(const NormActCall& call, const revk_where& where) {
 
 }  // namespace
 
-void norm_act(const NormActCall& call, const revk_where& where) {
+void norm_act(const NormActCall& given, const revk_where& where) {
+  NormActCall call = given;
   if (call.s.outer == 0 || call.s.channels == 0 || call.s.inner == 0) return;
+  if (are_rows(call.s, call.norm)) {
+    for (revk_view* view : {&call.h, &call.s, &call.x, &call.f}) lay_along(*view);
+    lay_along(call.norm);
+  }
   if (call.compute_dtype == REVK_FLOAT64)
     forward<double>(call, where);
   else
@@ -119,7 +124,8 @@ void norm_act(const NormActCall& call, const revk_where& where) {
 // Depends on the shape only, and covers every way to walk it: the call's other operands may have
 // other layouts and types.
 int64_t norm_workspace(const revk_view& x, const revk_norm& norm, const revk_where&) {
-  const Extent extent{x.outer, x.channels, x.inner};
+  const bool along = are_rows(x, norm);
+  const Extent extent{along ? 1 : x.outer, x.channels, along ? x.outer : x.inner};
   if (extent.positions() == 0 || extent.channels == 0) return 0;
   const bool group = norm.kind == REVK_GROUP_NORM;
   int64_t slices = 0;

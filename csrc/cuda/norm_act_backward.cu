@@ -143,8 +143,13 @@ void backward(const NormActBackwardCall& call, const revk_where& where) {
 
 }  // namespace
 
-void norm_act_backward(const NormActBackwardCall& call, const revk_where& where) {
+void norm_act_backward(const NormActBackwardCall& given, const revk_where& where) {
+  NormActBackwardCall call = given;
   if (call.x.outer == 0 || call.x.channels == 0 || call.x.inner == 0) return;
+  if (are_rows(call.x, call.norm)) {
+    for (revk_view* view : {&call.dx, &call.base, &call.dh, &call.x}) lay_along(*view);
+    lay_along(call.norm);
+  }
   if (call.compute_dtype == REVK_FLOAT64)
     backward<double>(call, where);
   else

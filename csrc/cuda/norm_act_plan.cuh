@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <utility>
 
 #include "core/backends.h"
 #include "cuda/divider.cuh"
@@ -73,6 +74,19 @@ struct Extent {
   int64_t outer, channels, inner;
   int64_t positions() const { return outer * inner; }
 };
+
+// Rows as positions of a single line: (rows, channels, 1), which the header suggests for them, as
+// (1, channels, rows). Positions at equal distances along a line are found by one multiplication.
+inline bool are_rows(const revk_view& x, const revk_norm& norm) {
+  return over_channels(norm) && x.inner == 1;
+}
+inline void lay_along(revk_view& view) {
+  std::swap(view.outer, view.inner);
+  std::swap(view.outer_stride, view.inner_stride);
+}
+inline void lay_along(revk_norm& norm) {
+  std::swap(norm.statistics_outer_stride, norm.statistics_inner_stride);
+}
 
 inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // log2 of the smallest power of two that is at least `least`, within 0..most.
