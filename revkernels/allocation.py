@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New arrays for results, of the library and on the device of an operand.
+"""Allocates arrays for results, from the library and on the device of an operand.
 
-Torch, NumPy and CuPy make their own. What has the array API's ``__array_namespace__`` is asked for an ``empty``. Beside
-any other exporter, which must be in host memory, the result is a NumPy array.
+Torch, NumPy and CuPy allocate their own. A library with the array API's ``__array_namespace__`` is asked for ``empty``.
+For any other exporter, which must be in host memory, the result is a NumPy array.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["empty", "empty_like"]
 def empty_like(name: str, x: Any, dtype: Any = None) -> Any:
     """Return a new array of x's shape, dense in x's memory order, of ``dtype`` (None: x's own).
 
-    A library that is asked through its array namespace decides the memory order itself. ``name`` is x's, for messages.
+    A library used through its array namespace chooses the memory order itself. ``name`` is x's, for messages.
 
     Raises:
-        TypeError: arrays of x's library cannot be written; or NumPy has no such dtype; or ``dtype`` is of another
+        TypeError: arrays of x's library cannot be written; or NumPy has no such dtype; or ``dtype`` is from another
             library.
-        ValueError: x is on a CUDA device, and its library offers no way to make an array there.
+        ValueError: x is on a CUDA device, and its library cannot allocate an array there.
     """
     kind = kind_of(x)
     if kind == "numpy":
@@ -37,7 +37,7 @@ def empty_like(name: str, x: Any, dtype: Any = None) -> Any:
             raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype or None")
         return torch.empty_like(x, dtype=dtype)
     if kind == "cupy":
-        with x.device:  # not the current one
+        with x.device:  # not the current device
             return sys.modules["cupy"].empty_like(x, dtype)
     if hasattr(x, "__array_namespace__"):
         return _writable(name, x, x.__array_namespace__().empty_like(x, dtype=dtype))
@@ -48,7 +48,7 @@ def empty_like(name: str, x: Any, dtype: Any = None) -> Any:
 
 
 def empty(shape: tuple[int, ...], name: str, like: Any, dtype: str) -> Any:
-    """Return a new dense array of the dtype of that name, of the library and on the device of ``like``; as above."""
+    """Return a new dense array of the named dtype, from the library and on the device of ``like``; see `empty_like`."""
     kind = kind_of(like)
     if kind == "numpy":
         return np.empty(shape, dtype)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling arrays apart without importing the library that made them.
+"""Distinguishes arrays without importing the libraries that made them.
 
 An array's kind is the first that fits: "torch" for a torch.Tensor, "numpy" for a numpy.ndarray, "cupy" for a
-cupy.ndarray, "dlpack" for whatever else has ``__dlpack__`` and ``__dlpack_device__``, "buffer" for whatever else
-exports Python's buffer protocol. In one call torch tensors and CuPy arrays stand among themselves, for each of these
-libraries orders its work by a stream of its own; all others may be mixed where they share a device.
+cupy.ndarray, "dlpack" for any other object with ``__dlpack__`` and ``__dlpack_device__``, "buffer" for any other
+exporter of Python's buffer protocol. In one call torch tensors, and CuPy arrays, go only with their own kind, because
+each of these libraries orders its work on its own stream; all others may be mixed on one device.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: The element types that every kernel takes.
+#: The element types that every kernel supports.
 FLOATS = ("float64", "float32", "bfloat16", "float16")
-#: A stream in fixed point, which the couplings take besides.
+#: A fixed-point stream, which the couplings also support.
 INT16 = "int16"
 
-#: DLPack's device types by the name of the device. Pinned memory is host memory; managed memory is its device's.
+#: DLPack's device types by device name. Pinned memory is host memory; managed memory belongs to its device.
 _DLPACK_DEVICES = {
     1: "cpu",
     2: "cuda",
@@ -40,7 +40,7 @@ _DLPACK_DEVICES = {
 
 
 class Seen(NamedTuple):
-    """What the export of a "dlpack" or "buffer" array says of it, for the checks made in Python.
+    """The description that a "dlpack" or "buffer" array exports, for the checks made in Python.
 
     Attributes:
         address: of the first element; 0 if there is none.
@@ -48,7 +48,7 @@ class Seen(NamedTuple):
         strides: in elements.
         dtype: its plain name.
         device: "cpu", "cuda:0" ...
-        frozen: why it must not be written, to follow its name in a message; None if it may be.
+        frozen: why it must not be written, to follow its name in a message; None if it may be written.
     """
 
     address: int
@@ -63,7 +63,7 @@ _KINDS: dict[type, str] = {np.ndarray: "numpy", Seen: "seen"}
 
 
 def kind_of(array: Any) -> str | None:
-    """Return "torch", "numpy", "cupy", "dlpack", "buffer", "seen" (see `seen`), or None for what is no array."""
+    """Return "torch", "numpy", "cupy", "dlpack", "buffer", "seen" (see `seen`), or None if it is not an array."""
     kind = _KINDS.get(type(array))
     if kind is None:
         kind = _first_fit(array)
@@ -86,13 +86,13 @@ def _first_fit(array: Any) -> str | None:
         memoryview(array)
     except TypeError:
         return None
-    except (BufferError, ValueError):  # it exports buffers, though not this one now: the reader will say why
+    except (BufferError, ValueError):  # exports buffers, but not now: the reader will tell the reason
         pass
     return "buffer"
 
 
 def not_an_array(name: str, given: Any) -> TypeError:
-    """Return the error for an argument that is no array."""
+    """Return the error for an argument that is not an array."""
     kind = type(given).__name__
     hint = ": a capsule serves once, so pass the array that makes it" if kind == "PyCapsule" else ""
     return TypeError(
@@ -101,16 +101,16 @@ def not_an_array(name: str, given: Any) -> TypeError:
 
 
 def family_of(array: Any) -> str | None:
-    """Return "torch" or "cupy", whose arrays stand among themselves in a call; "any" for all others; None for none."""
+    """Return "torch" or "cupy", which mix with no other library in a call; "any" for other arrays; None for none."""
     kind = kind_of(array)
     return "any" if kind in ("numpy", "dlpack", "buffer", "seen") else kind
 
 
 def seen(name: str, array: Any) -> Any:
-    """Return the array itself where it can be asked for shape and dtype, and what its export says (`Seen`) elsewhere.
+    """Return the array itself if it has a shape and dtype, else the description from its export (`Seen`).
 
     Raises:
-        TypeError: the export is none, or of a dtype that no kernel takes.
+        TypeError: the export fails, or its dtype is not supported by any kernel.
         ValueError: the memory cannot be addressed; the message begins with ``name``.
     """
     if kind_of(array) not in ("dlpack", "buffer"):
@@ -121,10 +121,10 @@ def seen(name: str, array: Any) -> Any:
 
 
 def device_kind(name: str, array: Any) -> str:
-    """Return "cpu", "cuda" ..., the kind of device that an array of any kind is on.
+    """Return "cpu", "cuda" ..., the kind of device that any array is on.
 
     Raises:
-        TypeError: it has a ``__dlpack_device__`` that returns no device.
+        TypeError: its ``__dlpack_device__`` does not return a device.
     """
     kind = kind_of(array)
     if kind == "torch":
@@ -168,7 +168,7 @@ def device_name(array: Any) -> str:
 
 
 def compute_dtype(*arrays: Any) -> str:
-    """Return the type the arithmetic is done in: float64 if any operand is, else float32."""
+    """Return the type of the arithmetic: float64 if any operand is float64, else float32."""
     for array in arrays:
         if dtype_name(array) == "float64":
             return "float64"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels run: the backends, what each takes, why one is missing, and the choice among them.
+"""The backends: what each supports, why one is missing, and how one is chosen.
 
 The order of choice: the call's ``backend=``, the innermost `use_backend`, the environment variable
-``REVKERNELS_BACKEND``, and else the first that is available for the array's device in `DEFAULTS`. A backend that was
-named is used or refused with the reason, never replaced.
+``REVKERNELS_BACKEND``, then the first in `DEFAULTS` that is available for the array's device. A named backend is used
+or rejected with the reason, never replaced.
 
-The environment variable is read when arrays of a library first meet a device, and what it led to is kept: looking it up
-at every call would cost a third of a small kernel. To change the choice while a program runs, use `use_backend`.
+The environment variable is read when arrays of a library first meet a device, and the choice is cached: a lookup at
+every call would cost a third of a small kernel. To change the choice while a program runs, use `use_backend`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from revkernels.arrays import device_kind, kind_of, not_an_array
 from revkernels.errors import BackendError
 
-#: The functions that every backend's module defines, and `ops` calls.
+#: The functions that every backend's module defines and `ops` calls.
 KERNELS = (
     "couple",
     "uncouple",
@@ -34,7 +34,7 @@ KERNELS = (
     "norm_act_backward",
 )
 
-#: For each device, the backends in order of preference. A device that is not listed takes "eager".
+#: For each device, the backends in order of preference. A device not listed uses "eager".
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
@@ -43,11 +43,11 @@ class Backend:
     """One implementation of every kernel.
 
     Attributes:
-        name: what `backend=` takes.
+        name: the value of `backend=`.
         module: defines the functions in `KERNELS`; ``missing(name)``, why it cannot run here or None; and
-            ``CHECKS_OPERANDS``, whether its kernels check what they are given or leave that to `ops`.
-        devices: the devices whose arrays it takes; None is all.
-        kinds: the kinds of arrays it takes, as in `revkernels.arrays`.
+            ``CHECKS_OPERANDS``, whether its kernels check their operands or leave that to `ops`.
+        devices: the devices whose arrays it supports; None is all.
+        kinds: the kinds of arrays it supports, as in `revkernels.arrays`.
         about: one line for people.
     """
 
@@ -67,7 +67,7 @@ class Backend:
         return reason
 
     def refuses(self, kind: str, device: str) -> str | None:
-        """Return why this backend does not take such an array, or None if it does."""
+        """Return why this backend does not support such an array, or None if it does."""
         if kind not in self.kinds:
             return f"it takes {_words(self.kinds)} arrays, not {kind}"
         if self.devices is None or device in self.devices:
@@ -128,11 +128,11 @@ def require(name: Any, source: str = "backend") -> Backend:
 
 
 def select(array: Any, name: str | None = None, argument: str = "x") -> Any:
-    """Return the module whose kernels take ``array``.
+    """Return the module whose kernels support ``array``.
 
     Raises:
         TypeError: ``array`` is not an array that any backend knows.
-        BackendError: the backend named, or every default one, cannot take it; the message says why.
+        BackendError: the backend named, or every default one, does not support it; the message says why.
     """
     kind = kind_of(array)
     if kind is None:

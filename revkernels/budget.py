@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A memory budget: how much of what could be rebuilt may be kept instead."""
+"""A memory budget: how much of what could be reconstructed may be stored instead."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(?:(%)|([kmgt]?i?)b)\s
 
 
 class MemoryBudget:
-    """``activations=MemoryBudget(amount)``: keep what buys most time within a peak of memory, rebuild the rest.
+    """``activations=MemoryBudget(amount)``: store what saves most time within a peak of memory, reconstruct the rest.
 
-    The peak is that of the live bytes from the entry of the first chain to the end of the backward of all of them,
-    their inputs and outputs included, gradients of parameters and what lies outside the chains excluded. It counts
-    what operators of the branches allocate inside themselves, as far as the measured step sees it (on the host not if a
-    profiler runs then; docs/planner.md says more). The first step with inputs of a new shape reconstructs everything
-    and measures; from the second on the plan holds (`net.plan()` prints it). Chains that are given one budget share it.
-    Plans rest on measured times: two runs may make different ones, and then differ by the rounding of what they rebuild
+    The peak is that of the live bytes from the entry of the first chain to the end of all chains' backward. It includes
+    their inputs and outputs, but not the gradients of parameters or anything outside the chains. It counts what
+    operators of the branches allocate internally, as far as the measured step sees it (not on the host while a profiler
+    runs; see docs/planner.md). The first step with inputs of a new shape reconstructs everything and measures; from the
+    second step on the plan applies (`net.plan()` prints it). Chains with the same budget object share it. Plans rest on
+    measured times: two runs may plan differently, and then differ by the rounding of what they reconstruct
     (`coupling="exact"` has none).
 
     Args:
-        amount: an int is bytes; a float from 0 to 1 the share of the way from reconstructing to storing; a string has a
-            unit, "2GiB", "500 MB", or is such a share, "25%". 0 of anything reconstructs, infinity stores.
-        offload: on a GPU, what is kept may also wait in pinned host memory, where the way there and back is faster than
-            rebuilding it.
+        amount: an int is bytes; a float from 0 to 1 is the share of the way from reconstructing to storing; a string
+            has a unit, "2GiB", "500 MB", or is such a share, "25%". 0 of any kind reconstructs, infinity stores.
+        offload: on a GPU, stored tensors may also wait in pinned host memory, if the transfers are faster than
+            reconstructing.
 
     Raises:
-        TypeError, ValueError: amount is none of these. In a step, a ValueError for bytes that not even reconstructing
-            keeps to; it names the least that would do.
+        TypeError, ValueError: amount is none of these. In a step, a ValueError for bytes that even reconstructing
+            exceeds; it names the smallest possible amount.
     """
 
     __slots__ = ("__weakref__", "amount", "bytes", "offload", "planner", "share")
@@ -46,7 +46,7 @@ class MemoryBudget:
         self.amount, self.offload = amount, offload
         self.bytes: float | None = None
         self.share: float | None = None
-        self.planner: Any = None  # of `revkernels.autograd.planning.planner`, made with the first step
+        self.planner: Any = None  # a `revkernels.autograd.planning.planner` object, made in the first step
         value = _parsed(amount)
         if isinstance(value, float):
             self.share = value
@@ -55,16 +55,16 @@ class MemoryBudget:
 
     @property
     def stores(self) -> bool:
-        """Whether everything may be kept, whatever it is."""
+        """Whether everything may be stored, for any step."""
         return self.share == math.inf
 
     @property
     def reconstructs(self) -> bool:
-        """Whether nothing may be kept, whatever it is."""
+        """Whether nothing may be stored, for any step."""
         return self.share == 0 or self.bytes == 0
 
     def limit(self, reconstructing: float, storing: float) -> float:
-        """The peak in bytes, given those of a step that rebuilds everything and of one that keeps everything."""
+        """The peak in bytes, given the peaks of steps that reconstruct everything and that store everything."""
         if self.reconstructs:
             return reconstructing
         if self.bytes is not None:
@@ -108,7 +108,7 @@ def _parsed(amount: Any) -> int | float:
 
 
 def words(count: float) -> str:
-    """Bytes as a reader likes them: '1.5 MiB'."""
+    """Bytes for people: '1.5 MiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of bad input, each written once. A message names the argument, what it got and what it needs."""
+"""Checks of arguments, each written once. A message names the argument, what it got and what it needs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from revkernels.arrays import (
 )
 from revkernels.coupling import Coupling
 
-_STREAMS = ("x", "y", "out")  # the arguments that are one in a coupling
+_STREAMS = ("x", "y", "out")  # the arguments that are streams in a coupling
 
 
 def check_arrays(**arrays: Any) -> None:
-    """Every argument is an array, no sparse or masked one, and all are from libraries whose arrays go together."""
+    """Every argument is a dense, unmasked array, and all are from libraries that go together."""
     for name, array in arrays.items():
         kind = kind_of(array)
         if kind is None:
@@ -44,7 +44,7 @@ def check_arrays(**arrays: Any) -> None:
 
 
 def check_plain(**arrays: Any) -> None:
-    """Every argument is a torch tensor or a NumPy array: what backends take that are not compiled."""
+    """Every argument is a torch tensor or a NumPy array, as the backends need that are not compiled."""
     check_arrays(**arrays)
     for name, array in arrays.items():
         if kind_of(array) not in ("torch", "numpy"):
@@ -96,7 +96,7 @@ def check_writable(**arrays: Any) -> None:
 
 
 def check_layout(**arrays: Any) -> None:
-    """Every array lies as the kernels read it: aligned to its dtype, its strides not negative and whole elements."""
+    """Every array has a layout that the kernels can read: aligned, strides not negative and of whole elements."""
     for name, array in arrays.items():
         size = itemsize_of(array)
         in_bytes = array.strides if kind_of(array) == "numpy" else [s * size for s in strides_of(array)]
@@ -113,14 +113,14 @@ def check_layout(**arrays: Any) -> None:
 
 
 def check_disjoint(written: dict[str, Any], read: dict[str, Any]) -> None:
-    """No written array shares an element with another one. (Interleaved halves of one buffer share none.)"""
+    """No written array shares an element with another array. (Interleaved halves of one buffer share none.)"""
     if not written:
         return
     ranges = []
     for order, (name, array) in enumerate([*written.items(), *read.items()]):
         if 0 not in array.shape and not _has_no_memory(array):
             ranges.append((*_byte_bounds(array), order, name, array))
-    reaching: list[tuple[int, int, int, str, Any]] = []  # of those that begin before, the ones that go on
+    reaching: list[tuple[int, int, int, str, Any]] = []  # earlier ranges that are still open
     for current in sorted(ranges, key=lambda entry: entry[0]):
         reaching = [other for other in reaching if other[1] > current[0]]
         for other in reaching:
@@ -131,7 +131,7 @@ def check_disjoint(written: dict[str, Any], read: dict[str, Any]) -> None:
 
 
 def check_stream(coupling: Coupling | None, **arrays: Any) -> None:
-    """The stream and its result are of float types, or both int16 and the coupling has a grid; the rest is floats."""
+    """The stream and its result are of float types, or both int16 with a grid in the coupling; the rest are floats."""
     streams = {name: dtype_name(array) for name, array in arrays.items() if name in _STREAMS}
     fixed = [name for name, dtype in streams.items() if dtype == INT16]
     check_float(**{name: array for name, array in arrays.items() if name not in fixed})
@@ -150,7 +150,7 @@ def check_stream(coupling: Coupling | None, **arrays: Any) -> None:
 def check_operands(
     written: dict[str, Any], read: dict[str, Any], coupling: Coupling | None = None, *, coupled: bool = False
 ) -> None:
-    """All of the above at once: for backends whose kernels do not check, and to word what a kernel refused.
+    """All of the above: for backends whose kernels do not check, and to word an error of a kernel.
 
     ``coupled``: this is a coupling, whose stream may be int16.
     """
@@ -174,7 +174,7 @@ def arrays_of(coupling: Coupling | None) -> dict[str, Any]:
 
 
 def check_int(name: str, value: Any, needs: str) -> None:
-    """The value is an int and no bool."""
+    """The value is an int and not a bool."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be {needs}")
 
@@ -186,11 +186,11 @@ def check_byte_order(name: str, array: Any) -> None:
 
 
 def _has_no_memory(array: Any) -> bool:
-    return kind_of(array) == "torch" and array.is_meta  # shapes alone: nothing to overlap
+    return kind_of(array) == "torch" and array.is_meta  # shapes only: nothing to overlap
 
 
 class _Extent:
-    """An array's memory as NumPy sees it: address, shape and strides, never read."""
+    """An array's memory for NumPy: address, shape and strides. It is never read."""
 
     def __init__(self, array: Any) -> None:
         size = itemsize_of(array)
@@ -214,7 +214,7 @@ def _byte_bounds(array: Any) -> tuple[int, int]:
 
 
 def share_memory(a: Any, b: Any) -> bool:
-    """Whether the arrays have an element in common; True where that is too hard to tell."""
+    """Whether the arrays have an element in common; True if that is too hard to tell."""
     if 0 in a.shape or 0 in b.shape:
         return False
     if kind_of(a) == "torch" and a.device != b.device:
@@ -231,7 +231,7 @@ def share_memory(a: Any, b: Any) -> bool:
 def _overlaps_itself(array: Any) -> bool:
     if 0 in array.shape:
         return False
-    in_bytes = kind_of(array) == "numpy"  # a field of records has a stride that is no number of elements
+    in_bytes = kind_of(array) == "numpy"  # a record field's stride need not be a multiple of its size
     strides, reach = (array.strides, array.itemsize) if in_bytes else (strides_of(array), 1)
     for stride, size in sorted((abs(s), n) for s, n in zip(strides, array.shape, strict=True) if n > 1):
         if stride < reach:

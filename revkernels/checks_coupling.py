@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of a coupling's options, worded as those in `revkernels.checks`."""
+"""Checks of a coupling's options, worded like those in `revkernels.checks`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from revkernels.coupling import GRID_EXPONENTS, Coupling
 
 
 def check_coupling(coupling: Coupling | None, written: dict[str, Any], read: dict[str, Any]) -> None:
-    """The options fit the operands: types, lengths, devices, memory and the exponent's range.
+    """Check the options against the operands: types, lengths, devices, memory and the exponent's range.
 
-    The stream is the first array of ``written``, or of ``read`` where the result is a new array; the branch is "f".
-    Of the operands only what the options are held against is checked.
+    The stream is the first array of ``written``, or of ``read`` if the result is a new array; the branch is "f". Of the
+    operands, only what the options depend on is checked.
     """
     if coupling is None:
         return

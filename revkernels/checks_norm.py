@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of a norm, its statistics and sums, worded as those in `revkernels.checks`."""
+"""Checks of a norm, its statistics and sums, worded like those in `revkernels.checks`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from revkernels.norm import ACTIVATIONS, KINDS, Norm
 
 
 def check_norm_options(norm: Any, x_name: str, x: Any) -> None:
-    """The options of a norm are right in themselves and for an array of x's shape."""
+    """Check a norm's options, by themselves and for an array of x's shape."""
     if not isinstance(norm, Norm):
         raise TypeError(f"norm is a {type(norm).__name__}; it must be a revkernels.Norm")
     for name, choices in (("kind", KINDS), ("activation", ACTIVATIONS)):
@@ -32,7 +32,7 @@ def check_norm_options(norm: Any, x_name: str, x: Any) -> None:
         value = getattr(norm, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a float")
-        if not 0 <= value <= sys.float_info.max:  # an int may be larger, and no infinity
+        if not 0 <= value <= sys.float_info.max:  # an int may be larger, but not infinite
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
     check_int("groups", norm.groups, "an int")
     if norm.channel_dim is not None:
@@ -66,9 +66,9 @@ def check_norm(
     writes: tuple[str, ...] = ("h",),
     **others: Any,
 ) -> None:
-    """A norm, its parameters and statistics fit x; the arrays' dimensions merge; what is written overlaps nothing.
+    """A norm, its parameters and statistics fit x; the arrays' dimensions merge; written arrays overlap nothing.
 
-    x, f, h and ``others`` have passed `check_operands`; ``writes`` names those that are written. ``sums`` are read.
+    x, f, h and ``others`` have passed `check_operands`; ``writes`` names the written ones. ``sums`` are read.
     """
     check_norm_options(norm, x_name, x)
     arrays = {name: a for name, a in ({x_name: x, "f": f, "h": h} | others).items() if a is not None}
@@ -107,7 +107,7 @@ def check_norm(
 
 
 def check_sums(norm: Norm, dx: Any, sums: Any, count: Any, constant: Any) -> None:
-    """What a backward is told of its sums goes together."""
+    """Check that a backward's options about sums are consistent."""
     if sums is not None:
         if not isinstance(sums, tuple | list) or len(sums) != 2:
             raise TypeError(f"sums is a {type(sums).__name__}; it must be a pair (dweight, dbias) or None")
@@ -152,10 +152,10 @@ def _check_dense(name: str, array: Any, shape: tuple[int, ...], x_name: str) -> 
 
 
 def merges(norm: Norm, arrays: Sequence[Any]) -> bool:
-    """Whether two dimensions are left beside the channels when neighbours are merged; of a group norm, one and dim 0.
+    """Whether merging adjacent dimensions leaves two besides the channels; for a group norm, dim 0 and one more.
 
-    Row statistics are indexed in the arrays' own order. Those of channels and groups do not care, so that there the
-    order of the memory, the first array's, will do as well.
+    Row statistics are indexed in the arrays' own order. Those of channels and groups are not, so there the first
+    array's memory order also works.
     """
     shape, strides = arrays[0].shape, [strides_of(array) for array in arrays]
     if 0 in shape:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backend "eager": plain torch calls, one a step. The unfused baseline of every benchmark, on any torch device.
+"""Backend "eager": plain torch calls, one per step. The unfused baseline of every benchmark, on any torch device.
 
-Where float64 meets a half type torch rounds twice (through float32), the kernels once: the last bit may differ.
+Where float64 meets a half type, torch rounds twice (through float32), the kernels once: the last bit may differ.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _torch() -> Any:
 
 
 def _branch_output(x: Any, f: Any, coupling: Coupling) -> Any:
-    """f on its way: scaled, and on the grid; for an int16 stream in multiples of 2^-k."""
+    """f scaled and rounded to the grid; for an int16 stream in multiples of 2^-k."""
     torch = _torch()
     f = f.to(torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32))
     if coupling.channel_scale is not None or coupling.sample_scale is not None:
@@ -119,7 +119,7 @@ def _store(out: Any, x: Any, f: Any, sign: int, coupling: Coupling) -> None:
 
 
 def _store_fixed(out: Any, q: Any, steps: Any, sign: int, coupling: Coupling) -> Any:
-    """An int16 stream. Returns the sizes of the results before they wrap, if they are asked for."""
+    """Store an int16 stream. Returns the sizes of the results before wrapping if an amax is wanted."""
     torch = _torch()
     unit = 2.0 ** -(coupling.grid_exponent or 0)
     sizes = None if coupling.amax is None else torch.add(q.to(steps.dtype), steps, alpha=sign).abs() * unit

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The norms with an activation behind them as plain torch calls, one an operation, in the order of the contract.
+"""The norms with activation as plain torch calls, one per operation, in the order of the contract.
 
-Not `torch.nn.functional`'s norms: those fold the affine part into one multiplication and one addition, which rounds
-otherwise, and take neither any layout nor statistics from outside.
+`torch.nn.functional`'s norms do not fit: they fold the affine part into one multiplication and one addition, which
+rounds differently, and support neither arbitrary layouts nor given statistics.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def norm_act_backward(
     count: int,
     constant: bool,
 ) -> None:
-    """dx <- base + the gradient that dh has at x; dweight and dbias are written, or read if the sums are given"""
+    """dx <- base + the gradient of dh at x; dweight and dbias are written, or read if the sums are given"""
     over, wide = _axes(x, norm), rstd.dtype
     scale = over.statistic(rstd)
     xhat = over.split(x.to(wide))
@@ -89,18 +89,18 @@ def norm_act_backward(
 
 
 class _Axes(NamedTuple):
-    """Which dimensions of an array, its channels split into groups where there are any, go together how."""
+    """How the dimensions of an array are grouped, with its channels split into groups for a group norm."""
 
     axis: int
     groups: int | None
-    together: list[int]  # of the elements that share a statistic
-    others: list[int]  # of the elements that share a channel
-    size: int  # how many share a statistic
+    together: list[int]  # over which a statistic is taken
+    others: list[int]  # over which a parameter's gradient is summed
+    size: int  # elements per statistic
     statistics: tuple[int, ...]
     parameters: tuple[int, ...]
 
     def split(self, array: Any) -> Any:
-        """A view with the channels as [groups, channels of one]."""
+        """A view with the channels as [groups, channels per group]."""
         if self.groups is None:
             return array
         return array.unflatten(self.axis, (self.groups, array.shape[self.axis] // self.groups))
@@ -136,7 +136,7 @@ def _axes(x: Any, norm: Norm) -> _Axes:
 
 def _measure(values: Any, over: _Axes, norm: Norm, mean: Any, rstd: Any) -> None:
     torch = sys.modules["torch"]
-    if values.numel() == 0:  # the sums of nothing; a running statistic learns nothing from it
+    if values.numel() == 0:  # sums of nothing; running statistics stay unchanged
         rstd.fill_(1 / math.sqrt(norm.eps) if norm.eps else math.inf)
         if mean is not None:
             mean.zero_()
@@ -161,8 +161,8 @@ def _moments(values: Any, over: _Axes) -> tuple[Any, Any]:
         return torch.zeros_like(values), values
     if values.dtype != torch.float64:
         return torch.var_mean(values, over.together, correction=0)
-    # On a CPU torch goes through float32 with sums in float64; through float64 it has nothing wider, and its running
-    # mean is rounded with every element. So once more, about that mean.
+    # On a CPU torch computes float32 with sums in float64, but has nothing wider for float64, and its running mean is
+    # rounded at every element. So float64 takes a second pass around the first mean.
     near = values.mean(over.together, keepdim=True)
     rest = values - near
     off = rest.mean(over.together, keepdim=True)
@@ -170,7 +170,7 @@ def _moments(values: Any, over: _Axes) -> tuple[Any, Any]:
 
 
 def _sum(values: Any, dims: list[int]) -> Any:
-    return values.sum(dims) if dims else values  # sum([]) would be the sum over all
+    return values.sum(dims) if dims else values  # sum([]) would sum over all dimensions
 
 
 def _activate_(z: Any, activation: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bit-exact coupling: how its streams are kept, and which grid they lie on."""
+"""The bit-exact coupling: the storage of its streams, and their grid."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass
 
 from revkernels.integers import as_int
 
-#: Bits below the sign: a stream stays exact while |s| < 2^(bits - k).
+#: Bits below the sign: a stream is exact while |s| < 2^(bits - k).
 BITS = {"float32": 24, "int16": 15}
-#: The k that keep both 2^-k and 2^(bits - k) normal float32 numbers.
+#: The values of k for which 2^-k and 2^(bits - k) are normal float32 numbers.
 EXPONENTS = {name: range(bits - 126, 127) for name, bits in BITS.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """``coupling=Exact(...)``: streams that the backward rebuilds bit for bit, at any depth.
+    """``coupling=Exact(...)``: streams that the backward reconstructs bit for bit, at any depth.
 
         f' = rint(f * 2^k) * 2^-k        y = x + f'        x = y - f'
 
-    Let x and f' be multiples of 2^-k. While |y| < 2^(24 - k) no float32 sum of them rounds, and so y - f' is x, the
-    same bits. The input is rounded to the grid once (`net.to_grid`), -0 becomes 0, bfloat16 and float16 are widened.
-    The gradient of rounding is taken as the identity. Every coupling also yields a checksum and the largest |y|: what
-    comes out otherwise in the recompute, or leaves the range, raises `ReconstructionError` and names the half-step.
+    Let x and f' be multiples of 2^-k. While |y| < 2^(24 - k), no float32 sum of them rounds, so y - f' is x, bit for
+    bit. The input is rounded to the grid once (`net.to_grid`), -0 becomes 0, bfloat16 and float16 are widened. The
+    gradient of rounding is taken as the identity. Every coupling also computes a checksum and the largest |y|: a
+    recompute that differs, or a stream that leaves the range, raises `ReconstructionError`, which names the half-step.
 
     Attributes:
-        storage: what streams are kept in. "float32": range 2^(24 - k); "int16": fixed point, half the bytes, range
+        storage: how streams are stored. "float32": range 2^(24 - k); "int16": fixed point, half the bytes, range
             2^(15 - k).
-        k: the grid's exponent; None chooses it from the first batches, and keeps it in the chain's state dict.
+        k: the grid's exponent; None chooses it from the first batches and keeps it in the chain's state dict.
 
     Raises:
-        ValueError, TypeError: there is no such storage, or k is no whole number in its range.
+        ValueError, TypeError: the storage does not exist, or k is not an integer in its range.
     """
 
     storage: str = "float32"
@@ -53,12 +53,12 @@ class Exact:
 
 
 def limit(storage: str, k: int) -> float:
-    """Streams must stay below this: 2^(bits - k)."""
+    """The bound on streams, exclusive: 2^(bits - k)."""
     return math.ldexp(1.0, BITS[storage] - k)
 
 
 def exponent_for(storage: str, largest: float, spare_bits: int) -> int:
-    """The finest k under which ``largest`` times 2^spare_bits stays in range. A stream of zeros counts as 1."""
+    """The finest k for which ``largest`` times 2^spare_bits stays in range. A stream of zeros counts as 1."""
     _, above = math.frexp(largest or 1.0)  # largest < 2^above
     k = BITS[storage] - spare_bits - above
     allowed = EXPONENTS[storage]

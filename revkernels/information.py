@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this installation is and can do."""
+"""Information about this installation."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole numbers of other libraries among the arguments."""
+"""Integers of other libraries as arguments."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def as_int(value: Any) -> Any:
-    """Return the int that a value stands for by its ``__index__``, as NumPy's integers do.
+    """Return the int of a value with ``__index__``, such as NumPy's integers.
 
-    Any other is returned as it is, bools of every library among them: the check that follows refuses it by its name.
+    Any other value is returned unchanged, including bools of every library: the check that follows rejects it by name.
     """
     if isinstance(value, int) or not hasattr(type(value), "__index__") or "bool" in str(getattr(value, "dtype", "")):
         return value
     try:
         return operator.index(value)
-    except TypeError:  # an array of floats, or of several
+    except TypeError:  # a float array, or an array of several elements
         return value

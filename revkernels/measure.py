@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step really costs: bytes at its peak, multiply-adds, branch calls; and how far gradients are apart.
+"""Measures a training step: peak bytes, multiply-adds, branch calls; and the angle between gradients.
 
-Nothing here is derived from the network's shape. Bytes come from the allocator: counting tensors would miss what an
-operator allocates inside itself, so the CPU figure sums the allocator's own events (torch.profiler records every one,
-forward and backward alike) and the CUDA figure is the caching allocator's peak.
+Nothing here is derived from the network's shape. Bytes come from the allocator, because counting tensors would miss
+what an operator allocates internally: the CPU figure sums the allocator's events (torch.profiler records every one, in
+forward and backward alike), the CUDA figure is the caching allocator's peak.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
 
         peak = max over time t of (bytes allocated by fn up to t - bytes of those freed up to t)
 
-    ``fn`` is called once, without arguments; what it returns is dropped. Memory that existed before the call counts
-    neither when it is read nor when it is freed, so parameters, and gradients that are already there, stay out: run one
-    backward first and a second one measures activations alone. Not seen: memory that does not come from PyTorch's
-    allocator (NumPy arrays, a library's private workspace).
+    ``fn`` is called once, without arguments; its result is dropped. Memory that existed before the call counts neither
+    when it is read nor when it is freed, so parameters and existing gradients are excluded: run one backward first, and
+    a second one measures activations only. Memory outside PyTorch's allocator is not seen (NumPy arrays, a library's
+    private workspace).
 
     Args:
         fn: the step to measure, usually forward and backward.
@@ -51,14 +51,14 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device}; it must be 'cpu' or a CUDA device")
-    gc.collect()  # garbage of earlier work must not be freed in the middle of the measurement
+    gc.collect()  # garbage of earlier work must not be freed during the measurement
     return _cpu_peak(fn) if device.type == "cpu" else _cuda_peak(fn, device)
 
 
 def peak_bytes_from(fn: Callable[[Callable[[], None]], Any], device: torch.device) -> int | None:
-    """`peak_bytes` from a place inside ``fn`` on: where it calls the function that it is given, once.
+    """`peak_bytes` from a point inside ``fn`` on: where ``fn`` calls the function passed to it, once.
 
-    None if it does not.
+    None if it does not call it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def peak_bytes_from(fn: Callable[[Callable[[], None]], Any], device: torch.devic
     return _peak(sizes[sizes.index(_MARK) :]) if _MARK in sizes else None
 
 
-_MARK = 7919  # bytes: nobody else's size
+_MARK = 7919  # bytes: a size that nothing else allocates
 
 
 def _cpu_peak(fn: Callable[[], Any]) -> int:
@@ -92,7 +92,7 @@ def _peak(sizes: Iterable[int]) -> int:
 
 
 def _events(fn: Callable[[], Any]) -> list[int]:
-    """The bytes that the host's allocator gave, and took back (below 0), in order."""
+    """The bytes that the host's allocator allocated, and freed (negative), in order."""
     # Kineto reports each start and stop on stderr at its default level; a user who set a level keeps it.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
@@ -113,7 +113,7 @@ def _cuda_peak(fn: Callable[[], Any], device: torch.device) -> int:
 
 
 def multiply_adds(fn: Callable[[], Any]) -> int:
-    """Multiply-adds of the convolutions and matrix products that ``fn()`` runs, backward and recompute included.
+    """Multiply-adds of the convolutions and matrix products that ``fn()`` runs, including backward and recompute.
 
     Counted by torch.utils.flop_counter from the operators that reach the dispatcher, two operations each.
     """
@@ -123,7 +123,7 @@ def multiply_adds(fn: Callable[[], Any]) -> int:
 
 
 def branch_calls(branches: Iterable[nn.Module], fn: Callable[[], Any]) -> int:
-    """How many times ``fn()`` calls the ``branches``, all together; a recompute is a call."""
+    """How many times ``fn()`` calls the ``branches``, in total; a recompute counts as a call."""
     calls = 0
 
     def count(*_: Any) -> None:
@@ -144,7 +144,7 @@ def angle(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
 
         angle = 2 atan2(|u - v|, |u + v|),   u = a / |a|,   v = b / |b|
 
-    In float64, and exact for small angles too, where the arc cosine of the inner product would round to 0 or to 1e-6
+    In float64, and accurate for small angles too, where the arc cosine of the inner product would round to 0 or to 1e-6
     degrees (Kahan, "How Futile are Mindless Assessments of Roundoff", 2006, section 12).
 
     Raises:

@@ -2,13 +2,13 @@
 """The compiled kernels: C++ and OpenMP for "cpu", CUDA C++ for "cuda".
 
 `couple`, `uncouple`, `reverse_step`, `accumulate`, `norm_act`, `couple_norm_act`, `uncouple_norm_act` and
-`norm_act_backward` are the extension's own functions, without a Python frame around them: on small arrays a frame costs
-as much as the kernel. They take torch tensors and NumPy arrays of any rank, check everything before they write, and
-call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread
-count. Torch is used where it is imported already, and never imported from here.
+`norm_act_backward` are the extension's functions without a Python wrapper: on small arrays a Python frame costs as much
+as the kernel. They take torch tensors and NumPy arrays of any rank, check everything before they write, and call the C
+library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread count. Torch is
+used if it is already imported, and never imported from here.
 
-`module_tree` and `is_module_tree` are no kernels: they tell `autograd.state.known_branch` whether a torch module's
-layers are still what they were.
+`module_tree` and `is_module_tree` are not kernels: with them `autograd.state.known_branch` tests whether a torch
+module's layers are unchanged.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ try:
         uncouple,
         uncouple_norm_act,
     )
-except ImportError as error:  # the package stays usable: other backends run, and missing() tells why
+except ImportError as error:  # the package stays usable: other backends run, and missing() tells the reason
     if isinstance(error, ModuleNotFoundError):
         _broken = "the compiled extension is not there: build it with `pip install .`"
     else:
         _broken = f"the compiled extension does not load: {error}"
-        if "libgomp" in str(error):  # wheels leave it to the system: a copy of their own would be a second thread pool
+        if "libgomp" in str(error):  # wheels do not bundle it: a second copy would be a second thread pool
             _broken += " (GCC's OpenMP library; Debian, Ubuntu: apt install libgomp1; Fedora: dnf install libgomp)"
 
     def _refuse(*_args: Any, **_kwargs: Any) -> None:
@@ -82,7 +82,7 @@ except ImportError as error:  # the package stays usable: other backends run, an
 
 
 def missing(name: str = "cpu") -> str | None:
-    """Return why the backend of that name, "cpu" or "cuda", cannot run here, or None if it can."""
+    """Return why the backend "cpu" or "cuda" cannot run here, or None if it can."""
     if _broken is not None:
         return _broken
     if name == "cpu":
@@ -126,7 +126,7 @@ def include_dir() -> str:
 
 
 def cmake_dir() -> str:
-    """Return what ``-Drevkernels_DIR=`` takes, so that CMake's ``find_package(revkernels CONFIG)`` finds this package.
+    """Return the value for ``-Drevkernels_DIR=``, for CMake's ``find_package(revkernels CONFIG)`` to find this package.
 
     An absolute path. Raises BackendError if it is not built.
     """
@@ -134,14 +134,14 @@ def cmake_dir() -> str:
 
 
 def pkgconfig_dir() -> str:
-    """Return what ``PKG_CONFIG_PATH`` takes, as an absolute path. Raises BackendError if it is not built."""
+    """Return the value for ``PKG_CONFIG_PATH``, an absolute path. Raises BackendError if it is not built."""
     return _built("pkgconfig")
 
 
 def library() -> str:
-    """Return the C library's file, for linkers, ctypes and dlopen; an absolute path.
+    """Return the path of the C library, for linkers, ctypes and dlopen; an absolute path.
 
-    Raises BackendError if it is not built. That it loads is not checked: `missing` tells.
+    Raises BackendError if it is not built. Does not check that it loads: see `missing`.
     """
     suffix = f"{ABI_VERSION}.dylib" if sys.platform == "darwin" else f"so.{ABI_VERSION}"
     return _built(f"librevkernels.{suffix}")
@@ -157,14 +157,14 @@ def _built(name: str) -> str:
 def _torch_stream(device: int) -> int:
     """Return the handle of torch's current stream on a device. The extension calls this once per CUDA call."""
     torch = sys.modules["torch"]
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what torch's own compiler uses; a microsecond saved
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as torch's own compiler; saves a microsecond
     return int(raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream)
 
 
 def _cupy_stream(device: int) -> int:
     """Return the handle of CuPy's current stream on a device."""
     cupy = sys.modules["cupy"]
-    with cupy.cuda.Device(device):  # a stream is current of a device, and only new versions take its index
+    with cupy.cuda.Device(device):  # CuPy's current stream is per device, and only new versions take its index
         return int(cupy.cuda.get_current_stream().ptr)
 
 
@@ -175,7 +175,7 @@ def _torch_workspace(size: int, device: int) -> Any:
 
 
 def _workspace(name: str, array: Any, size: int, device: int) -> Any:
-    """Return an array of that many bytes on a CUDA device, of the library that ``array`` comes from."""
+    """Return an array of that many bytes on a CUDA device, from the library of ``array``."""
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         with cupy.cuda.Device(device):

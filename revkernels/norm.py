@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a normalisation with an activation behind it does, and the statistics that it leaves."""
+"""Options of a normalisation with activation, and the statistics that it computes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ KINDS: tuple[NormKind, ...] = get_args(NormKind)
 #: The activations, in the order of the C interface's revk_activation.
 ACTIVATIONS: tuple[ActivationName, ...] = get_args(ActivationName)
 
-#: What becomes of the sums of a backward, as in the C interface's revk_norm_sums.
+#: How a backward treats the sums, as in the C interface's revk_norm_sums.
 SUMS_COMPUTED, SUMS_ONLY, SUMS_GIVEN = range(3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """Options of `norm_act` and its relatives.
+    """Options of `norm_act` and the related functions.
 
         xhat = (x - mean) * rstd      rstd = 1 / sqrt(variance + eps), the variance biased
         h    = activation(xhat * weight + bias)
@@ -27,18 +27,18 @@ class Norm:
     Every operation rounds in the compute type, float64 if x or f is float64, else float32; h is rounded once.
 
     Attributes:
-        kind: whose statistics. "batch": of a channel, over everything else. "layer": of a position, over its channels.
-            "rms": likewise, with mean 0 and the mean of x^2 as variance. "group": of a sample (dimension 0) and a
-            group of its channels.
+        kind: which elements share statistics. "batch": a channel, over everything else. "layer": a position, over its
+            channels. "rms": likewise, with mean 0 and the mean of x^2 as variance. "group": a sample (dimension 0) and
+            a group of its channels.
         weight, bias: ``[channels]``, floating point and dense, of one dtype; None is 1 and 0.
         eps: added to the variance.
         activation: "none", "relu", "gelu" (z Phi(z)), "gelu_tanh" (its tanh approximation) or "silu".
-        groups: of a group norm; they divide the channels.
-        channel_dim: the dimension that channels lie along; None is 1 for "batch" and "group", -1 for "layer" and "rms".
-        running_mean, running_var: ``[channels]``, floating point, dense, of one dtype; "batch" alone. Where statistics
-            are computed, running <- (1 - momentum) * running + momentum * batch, with the unbiased variance (of one
-            element a channel: 0; of none both stay as they are).
-        momentum: see there.
+        groups: number of groups of a group norm; must divide the number of channels.
+        channel_dim: the channel dimension; None is 1 for "batch" and "group", -1 for "layer" and "rms".
+        running_mean, running_var: ``[channels]``, floating point, dense, of one dtype; "batch" only. If statistics are
+            computed, running <- (1 - momentum) * running + momentum * batch, with the unbiased variance (0 for one
+            element per channel; for no elements both stay unchanged).
+        momentum: see running_mean.
     """
 
     kind: NormKind
@@ -53,7 +53,7 @@ class Norm:
     momentum: float = 0.1
 
     def channel_axis(self, rank: int) -> int:
-        """Return the dimension of the channels, of an array of that rank, counted from the front."""
+        """Return the non-negative channel dimension of an array of that rank."""
         dim = self.channel_dim
         if dim is None:
             dim = 1 if self.kind in ("batch", "group") else -1
@@ -70,10 +70,10 @@ class Norm:
 
 
 class Statistics(NamedTuple):
-    """What a norm computed: arrays of the compute type, dense, shaped as `Norm.statistics_shape` says.
+    """What a norm computed: dense arrays of the compute type, of shape `Norm.statistics_shape`.
 
     Attributes:
-        mean: of the elements that are normalised together; None for an RMS norm.
+        mean: mean of the elements that share statistics; None for an RMS norm.
         rstd: 1 / sqrt(variance + eps).
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of `revkernels.ops` that has a normalisation and an activation in it."""
+"""The functions of `revkernels.ops` with a normalisation and an activation."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Array = TypeVar("Array")
 def norm_act(
     x: Array, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
 ) -> tuple[Array, Statistics]:
-    """Return (h, statistics) with h = activation(norm(x)), the formulas being those of `Norm`.
+    """Return (h, statistics) with h = activation(norm(x)), by the formulas of `Norm`.
 
-    h is a new array of x's shape in x's memory order, of ``dtype`` (None: x's own). Statistics that are given are used
-    and handed back, and running statistics stay as they are; otherwise both are computed. Differentiable in x, weight
-    and bias; the given statistics of a batch norm count as constants, as in evaluation, and those of any other norm as
-    the ones that x has.
+    h is a new array of x's shape in x's memory order, of ``dtype`` (None: x's own). Given statistics are used and
+    returned, and running statistics stay unchanged; otherwise both are computed. Differentiable in x, weight and bias.
+    Given statistics of a batch norm count as constants, as in evaluation; those of any other norm count as x's own.
 
-    The dimensions of x other than the channels' must merge in memory into one run before and one run after it: images,
-    channels last or not, rows of tokens, and halves of such arrays do. For a group norm the first is dimension 0.
+    The dimensions of x other than the channel dimension must merge in memory into one run before and one run after it:
+    true for images, channels last or not, rows of tokens, and halves of such arrays. For a group norm the first is
+    dimension 0.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().norm_act(x, norm, statistics, dtype, backend)
@@ -56,10 +56,10 @@ def couple_norm_act(
     dtype: Any = None,
     backend: str | None = None,
 ) -> tuple[Array, Array, Statistics]:
-    """Return (y, h, statistics) with y = x + f (eq. 6) and h = activation(norm(y)), y as it was stored.
+    """Return (y, h, statistics) with y = x + f (eq. 6) and h = activation(norm(y)), computed from y as stored.
 
-    y is what `couple` returns, h and the statistics what `norm_act` makes of it (in float64 if f is float64). Both are
-    new arrays. Differentiable in x, f, weight and bias.
+    y is as from `couple`, h and the statistics as from `norm_act` of y (in float64 if f is float64). Both are new
+    arrays. Differentiable in x, f, weight and bias.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple_norm_act(x, f, norm, statistics, dtype, backend)
@@ -90,11 +90,11 @@ def uncouple_norm_act_(
     dtype: Any = None,
     backend: str | None = None,
 ) -> tuple[Array, Array, Statistics]:
-    """y <- y - f, in place (eq. 7), and h = activation(norm(y)) of what was stored. Returns (y, h, statistics).
+    """y <- y - f, in place (eq. 7), and h = activation(norm(y)) of the stored y. Returns (y, h, statistics).
 
-    The output of a coupling becomes its input again, and the branch that read this input gets it normalised as it was.
-    A batch norm wants the statistics of the forward here: computed anew they would be those of values that were rounded
-    once more, and its running statistics would move twice.
+    Turns a coupling's output back into its input, and gives the branch that read this input the same normalised values.
+    A batch norm needs the forward's statistics here: new ones would be those of values that were rounded once more, and
+    the running statistics would be updated twice.
     """
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple_norm_act_(y, f, norm, statistics, dtype, backend)
@@ -123,18 +123,18 @@ def norm_act_backward_(
     constant: bool = False,
     backend: str | None = None,
 ) -> tuple[Array, Any, Any]:
-    """dx <- dx + the gradient that dh has at x, in place (Algorithm 1, lines 5 and 6). Returns (dx, dweight, dbias).
+    """dx <- dx + the gradient of dh at x, in place (Algorithm 1, lines 5 and 6). Returns (dx, dweight, dbias).
 
         dz      = dh * activation'(z)
         dweight = sum of dz * xhat      dbias = sum of dz
 
-    The statistics are those that the forward used; the activation's mask is made again from them. dweight and dbias are
-    of the compute type, float64 if x is float64, else float32.
+    The statistics are the forward's; the activation's mask is recomputed from them. dweight and dbias are of the
+    compute type, float64 if x is float64, else float32.
 
-    A batch norm whose batch is spread over processes takes two calls: with ``dx=None`` the sums alone; then, once these
-    and the numbers of elements have been added up over the processes, with ``sums=(dweight, dbias)`` and ``count``, the
-    elements of one channel behind them. ``constant=True``: the statistics of a batch norm do not depend on x, as in
-    evaluation.
+    A batch norm whose batch is distributed over processes takes two calls: first with ``dx=None`` for the sums only;
+    then, after the sums and the element counts have been added up over the processes, with ``sums=(dweight, dbias)``
+    and ``count``, the number of elements per channel in these sums. ``constant=True``: a batch norm's statistics do not
+    depend on x, as in evaluation.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().norm_act_backward_(dx, dh, x, norm, statistics, sums, count, constant, backend)
@@ -160,7 +160,7 @@ def norm_act_backward_(
 
 
 def _differentiable(names: str, arrays: tuple[Any, ...]) -> bool:
-    """Whether autograd is to record the call. What it would lose is refused."""
+    """Whether autograd must record the call. Rejects what autograd would lose."""
     if kind_of(arrays[0]) != "torch":
         return False
     if sys.modules["torch"].is_grad_enabled():
@@ -173,8 +173,8 @@ def _differentiable(names: str, arrays: tuple[Any, ...]) -> bool:
 
 
 def _check_options(kernels: Any, norm: Any, name: str, x: Any) -> None:
-    """Kernels that check their operands look at the norm too, and word it alike: a look from here would only cost. But
-    groups say how much memory there must be for statistics."""
+    """Check the norm for kernels that do not check it themselves. A group norm is always checked: the number of groups
+    determines the size of the statistics."""
     if not kernels.CHECKS_OPERANDS or not isinstance(norm, Norm) or norm.kind == "group":
         checks_norm.check_norm_options(norm, name, seen(name, x))
 
@@ -182,7 +182,7 @@ def _check_options(kernels: Any, norm: Any, name: str, x: Any) -> None:
 def _outputs(
     operands: dict[str, Any], norm: Norm, statistics: Statistics | None, dtype: Any
 ) -> tuple[Any, tuple[Any, Any]]:
-    """Memory for h, and the statistics that are given or memory for new ones."""
+    """Allocate h, and return it with the given or newly allocated statistics."""
     name, x = next(iter(operands.items()))
     h = empty_like(name, x, dtype)
     if statistics is not None:
@@ -191,8 +191,8 @@ def _outputs(
         looks = [seen(other, array) for other, array in operands.items()]
         rstd = empty(norm.statistics_shape(tuple(looks[0].shape)), name, x, compute_dtype(*looks))
     except Exception:
-        checks.check_arrays(**operands)  # says which is no array
-        checks_norm.check_norm_options(norm, name, seen(name, x))  # or what about the norm has no statistics
+        checks.check_arrays(**operands)  # names the argument that is not an array
+        checks_norm.check_norm_options(norm, name, seen(name, x))  # or the option for which no statistics exist
         raise
     return h, (None if norm.kind == "rms" else empty_like(name, rstd), rstd)
 
@@ -209,7 +209,7 @@ def _check(
     name = "x" if "x" in arrays else "y"
     x = arrays.pop(name)
     checks.check_arrays(**{name: x})
-    checks.check_float(**{name: x})  # before h, which has its dtype where none is named
+    checks.check_float(**{name: x})  # before h, which defaults to x's dtype
     checks.check_operands(written, read)
     checks_norm.check_norm(
         norm, name, x, statistics=statistics, given=given, sums=sums, writes=tuple(written), **arrays
@@ -217,8 +217,7 @@ def _check(
 
 
 def _check_new(kernels: Any, operands: dict[str, Any], norm: Norm, statistics: Any, dtype: Any) -> Statistics | None:
-    """What a call that becomes a node checks beforehand: the node makes its own memory of what it is told. Returns the
-    statistics that are given."""
+    """Check a call that becomes an autograd node, which allocates its own results. Returns the given statistics."""
     h, pair = _outputs(operands, norm, statistics, dtype)
     if not kernels.CHECKS_OPERANDS:
         _check(norm, {"h": h}, operands, pair, statistics is not None)

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as functions on arrays, in place where the name ends in ``_``.
+"""The kernels as functions on arrays, in place if the name ends in ``_``.
 
-Arrays are torch tensors, NumPy and CuPy arrays, and whatever exports DLPack or a buffer, in host memory or on a CUDA
-device. Nothing is copied. Torch tensors and CuPy arrays stand among themselves in a call, and the work goes on their
-library's current stream; NumPy arrays and the exporters may be mixed on one device. Exporters on a CUDA device are used
-on the legacy default stream, and the call returns when it is done. A result that is a new array is of the library of
-the first operand, asked by ``__array_namespace__`` if it is an exporter; beside an exporter without one it is a NumPy
-array.
+Arrays are torch tensors, NumPy and CuPy arrays, and anything that exports DLPack or a buffer, in host memory or on a
+CUDA device. Nothing is copied. In one call, torch tensors and CuPy arrays go only with their own kind, and the work
+runs on their library's current stream; NumPy arrays and the exporters may be mixed on one device. Exporters on a CUDA
+device are used on the legacy default stream, and the call returns when it is done. A new result array is from the first
+operand's library; for an exporter from its ``__array_namespace__``, or a NumPy array if it has none.
 
-Shapes of a call are equal; dtypes (float64, float32, bfloat16, float16) and strides may differ. The arithmetic is made
-in float64 if either operand of a sum is float64, else in float32, and rounded once to the written array's dtype. The
-stream of a coupling may be int16, in fixed point, if its `Coupling` has a grid_exponent. What normalises takes a
-`Norm`, with its parameters, and hands out `Statistics`; it is defined in `revkernels.norm_ops`. Every function raises
+All shapes in a call are equal; dtypes (float64, float32, bfloat16, float16) and strides may differ. The arithmetic is
+in float64 if either operand of a sum is float64, else in float32, and is rounded once to the written array's dtype. A
+coupling's stream may be int16, in fixed point, if its `Coupling` has a grid_exponent. Normalising functions take a
+`Norm` with its parameters and return `Statistics`; they are defined in `revkernels.norm_ops`. Every function raises
 before it writes anything:
 
     TypeError       not an array, an integer dtype other than such a stream's, a byte-swapped array, libraries that do
                     not go together
     ValueError      unequal shapes, read-only, immutable or overlapping memory, negative strides, arrays on several
                     devices, an export that fails, a tensor that requires grad in a call in place outside no_grad, or
-                    beside an int16 stream
-    BackendError    (a ValueError) the backend does not exist, cannot run here, or does not take such an array
+                    with an int16 stream
+    BackendError    (a ValueError) the backend does not exist, cannot run here, or does not support such an array
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ def couple(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str |
     """Return y = x + f, the additive coupling (Gomez et al. 2017, eq. 6).
 
     y is a new array of x's shape and dtype, dense in x's memory order: channels last stays channels last, and half of a
-    larger array becomes dense. Differentiable in x, f and the scales; an int16 stream carries no gradient, so that
-    beside one a tensor that requires grad is refused outside no_grad.
+    larger array becomes dense. Differentiable in x, f and the scales. An int16 stream carries no gradient: with one, a
+    tensor that requires grad is rejected outside no_grad.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple(x, f, coupling, backend)
@@ -71,7 +70,7 @@ def couple(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str |
 
 
 def uncouple(y: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """Return x = y - f, the inverse of `couple` (eq. 7): a new array, laid out and differentiable as there."""
+    """Return x = y - f, the inverse of `couple` (eq. 7): a new array, with layout and differentiability as there."""
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple(y, f, coupling, backend)
     return _out_of_place("uncouple", y, f, coupling, backend)
@@ -108,11 +107,11 @@ def uncouple_(y: Array, f: Any, *, coupling: Coupling | None = None, backend: st
 def reverse_step_(
     y: Array, f: Any, dy: Gradient, df: Any, *, coupling: Coupling | None = None, backend: str | None = None
 ) -> tuple[Array, Gradient]:
-    """Undo one half of a block and add its gradient, in one pass (Algorithm 1, lines 3 to 6).
+    """Reverse one half of a block and add its gradient, in one pass (Algorithm 1, lines 3 to 6).
 
         y  <- y - f      dy <- dy + df
 
-    ``coupling`` acts on f alone. y and dy must not overlap anything else. Returns (y, dy).
+    ``coupling`` acts on f only. y and dy must not overlap anything else. Returns (y, dy).
     """
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().reverse_step_(y, f, dy, df, coupling, backend)
@@ -128,9 +127,9 @@ def reverse_step_(
 
 
 def accumulate_(total: Array, part: Any, *, backend: str | None = None) -> Array:
-    """total <- total + part, in place: a gradient gathers a second contribution (Algorithm 1, lines 5 and 6).
+    """total <- total + part, in place: adds a second contribution to a gradient (Algorithm 1, lines 5 and 6).
 
-    Both may be lists of arrays of equal length; a CUDA device then takes as few launches as it can. Returns total.
+    Both may be lists of arrays of equal length; a CUDA device then uses as few launches as possible. Returns total.
     """
     if tracking.compiling() and tracking.is_tensor(total):
         return _operators().accumulate_(total, part, backend)
@@ -152,7 +151,7 @@ def _accumulate_lists(totals: Any, parts: Any, backend: str | None) -> Any:
     if not totals:
         return totals
     given = totals
-    totals, parts = tuple(totals), tuple(parts)  # held until the kernel is done, whatever becomes of the lists
+    totals, parts = tuple(totals), tuple(parts)  # held until the kernel is done, even if the lists change
     kernels = select(totals[0], backend, "total[0]")
     named = {f"total[{i}]": total for i, total in enumerate(totals)}
     named_parts = {f"part[{i}]": part for i, part in enumerate(parts)}
@@ -216,7 +215,7 @@ def _check(kernels: Any, written: dict[str, Any], read: dict[str, Any], coupling
 def _about_to_write(
     kernels: Any, names: str, arrays: tuple[Any, ...], writes: int, coupling: Coupling | None = None
 ) -> bool:
-    """Check the arrays, the first ``writes`` of which are written. Returns whether they count their versions."""
+    """Check the arrays, the first ``writes`` of which are written. Returns whether they have version counters."""
     if not kernels.CHECKS_OPERANDS or coupling is not None:
         named = list(zip(names.split(), arrays, strict=True))
         _check(kernels, dict(named[:writes]), dict(named[writes:]), coupling)
@@ -229,7 +228,7 @@ def _scales(coupling: Coupling | None) -> tuple[Any, ...]:
     return () if coupling is None else (coupling.channel_scale, coupling.sample_scale)
 
 
-# ---- inside torch.compile the same calls become operators of torch.library
+# ---- inside torch.compile these calls become operators of torch.library
 
 
 def _operators() -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of the options that chains, models and integrations take, for annotations of your own."""
+"""The types of the options of chains, models and integrations, for annotations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from revkernels.exact import Exact
 
 __all__ = ["Activations", "ActivationsOption", "CouplingOption", "Transitions"]
 
-#: Whether activations are rebuilt in the backward or kept.
+#: Whether activations are reconstructed in the backward or stored.
 Activations = Literal["reconstruct", "store"]
-#: The same, or how much may be kept: see `revkernels.nn.ReversibleSequential`.
+#: The same, or how much may be stored: see `revkernels.nn.ReversibleSequential`.
 ActivationsOption = Activations | MemoryBudget
-#: Of streams in floating point, or of ones that come back bit for bit.
+#: Streams in floating point, or streams that are reconstructed bit for bit.
 CouplingOption = Literal["float", "exact"] | Exact
-#: What a `revkernels.models.RevNet` keeps of its stem and transitions.
+#: What a `revkernels.models.RevNet` stores of its stem and transitions.
 Transitions = Literal["store", "selective", "recompute"]

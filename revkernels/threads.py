@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many host threads a kernel uses on arrays of libraries that have no such setting of their own."""
+"""The number of host threads for arrays of libraries that have no such setting."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ _LARGEST = 4096
 
 
 def set_num_threads(number: int | None) -> None:
-    """Set the host threads for NumPy arrays and other exporters, in all Python threads; None is the default again.
+    """Set the host threads for NumPy arrays and other exporters, in all Python threads; None resets the default.
 
-    The default is OpenMP's: the variable ``OMP_NUM_THREADS`` as it was when the process started, else the cores that
-    the process may use. Torch tensors always take ``torch.get_num_threads()``. Results never depend on the number, and
-    small arrays take one thread whatever it is.
+    The default is OpenMP's: ``OMP_NUM_THREADS`` as it was when the process started, else the cores that the process may
+    use. Torch tensors always use ``torch.get_num_threads()``. Results never depend on the number, and small arrays use
+    one thread in any case.
 
     Raises:
-        TypeError: ``number`` is no int.
+        TypeError: ``number`` is not an int.
         ValueError: it is not 1 to 4096.
     """
     from revkernels import _native
@@ -32,7 +32,7 @@ def set_num_threads(number: int | None) -> None:
 
 
 def get_num_threads() -> int | None:
-    """Return what `set_num_threads` was told last; None is OpenMP's default."""
+    """Return the number last given to `set_num_threads`; None means OpenMP's default."""
     from revkernels import _native
 
     return _native.threads() or None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch has to know of a call: versions of what is written, gradients that a write would cut off, and tracing."""
+"""What torch must know of a call: versions of written tensors, gradients that a write would cut off, and tracing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revkernels.arrays import kind_of
 
 
 def tracks_versions(names: str, arrays: tuple[Any, ...]) -> bool:
-    """Refuse what autograd would refuse, or would lose. Returns whether the arrays count their versions.
+    """Reject what autograd would reject or lose. Returns whether the arrays have version counters.
 
     The names are separated by spaces; an array may be None.
     """
@@ -28,7 +28,7 @@ def tracks_versions(names: str, arrays: tuple[Any, ...]) -> bool:
 
 
 def refuse_grad(names: str, arrays: tuple[Any, ...]) -> None:
-    """Refuse what requires grad beside an int16 stream. Called in grad mode; names and arrays as above."""
+    """Reject tensors that require grad with an int16 stream. Called in grad mode; names and arrays as above."""
     for position, array in enumerate(arrays):
         if getattr(array, "requires_grad", False):
             raise ValueError(
@@ -38,12 +38,12 @@ def refuse_grad(names: str, arrays: tuple[Any, ...]) -> None:
 
 
 def refuse_tangents(names: str, arrays: tuple[Any, ...]) -> None:
-    """Refuse forward-mode derivatives, which a kernel would lose without a word, and the transforms of torch.func.
+    """Reject forward-mode derivatives, which a kernel would silently lose, and the transforms of torch.func.
 
-    Names and arrays as above.
+    Names and arrays as in `tracks_versions`.
 
     Raises:
-        NotImplementedError: as torch has it of what knows no forward mode.
+        NotImplementedError: as torch does for operators without forward mode.
     """
     refuse_transforms(arrays[0])
     forward_ad = sys.modules["torch"].autograd.forward_ad
@@ -58,7 +58,7 @@ def refuse_tangents(names: str, arrays: tuple[Any, ...]) -> None:
 
 
 def refuse_transforms(array: Any) -> None:
-    """Refuse torch.func's: their tensors have no memory to hand to a kernel. ``array``: one of the call's."""
+    """Reject transforms of torch.func: their tensors have no memory for a kernel. ``array``: one of the call's."""
     if kind_of(array) == "torch" and sys.modules["torch"]._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "the kernels know no transform of torch.func (grad, vmap, jvp and the like): differentiate with "
@@ -67,13 +67,13 @@ def refuse_transforms(array: Any) -> None:
 
 
 def met_compiler() -> Any:
-    """The module `revkernels.autograd.compiling`, which is imported where torch.compile meets a chain; else None."""
+    """The module `revkernels.autograd.compiling`, imported when torch.compile meets a chain; else None."""
     module = sys.modules.get("revkernels.autograd.compiling")
     return module if hasattr(module, "whole") else None  # another thread may be importing it
 
 
 def wrote(tensor: Any) -> None:
-    """Tell autograd, so that a backward that saved the tensor notices."""
+    """Bump the tensor's version, so that a backward that saved the tensor notices the write."""
     if not tensor.is_inference():
         sys.modules["torch"].autograd.graph.increment_version(tensor)
 
@@ -86,7 +86,7 @@ def is_tensor(array: Any) -> bool:
 
 
 def _compiling_if_torch() -> bool:
-    """Stands for `torch.compiler.is_dynamo_compiling`, 30 ns a call, until torch is imported."""
+    """Stands in for `torch.compiler.is_dynamo_compiling` (30 ns per call) until torch is imported."""
     global compiling
     torch = sys.modules.get("torch")
     if torch is None:
@@ -97,7 +97,7 @@ def _compiling_if_torch() -> bool:
     return True
 
 
-#: Whether torch.compile is tracing. To be called as ``tracking.compiling()``: it is replaced once torch is there.
+#: Whether torch.compile is tracing. Call as ``tracking.compiling()``: it is replaced once torch is imported.
 compiling: Any = (
     _compiling_if_torch if sys.modules.get("torch") is None else sys.modules["torch"].compiler.is_dynamo_compiling
 )
