@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extra arguments on their way to the branches: masks, memories, flags."""
+"""Routes extra arguments to the branches: masks, memories, flags."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class PerBlock:
 
 
 def route(blocks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[Call]]:
-    """Return what each branch of each block is called with.
+    """Return the arguments of each branch of each block.
 
     Positional arguments go to every branch. A keyword goes to the branches whose ``forward`` names it or takes
-    ``**kwargs``, so that an attention branch can have a mask that its MLP neighbour knows nothing of.
+    ``**kwargs``, so an attention branch can have a mask that the MLP branch does not take.
 
     Raises:
         TypeError: no branch takes the keyword.
-        ValueError: a `PerBlock` holds fewer or more values than there are blocks.
+        ValueError: the number of values in a `PerBlock` is not the number of blocks.
     """
     if not args and not kwargs:
         return [[_NOTHING] * len(block.branches) for block in blocks]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual functions of transformers and ConvNeXts, ready to be F and G of a reversible block.
+"""Residual functions of transformers and ConvNeXts, for F and G of a reversible block.
 
-Each is an `nn.Sequential` of numbered layers, so that its state dict is that of the same layers in a plain one, and
-begins with its norm: what a reversible chain fuses with the coupling before it.
+Each is an `nn.Sequential` of numbered layers, with the state dict of a plain Sequential of the same layers, and begins
+with its norm, which a reversible chain fuses with the preceding coupling.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ __all__ = [
 class MLPBranch(FusedSequential):
     """Feed-forward residual function of a pre-norm transformer: LayerNorm - Linear - GELU - Linear.
 
-    (..., dim) -> (..., dim). With ``dropout`` a Dropout stands behind GELU and another at the end, and the second
-    Linear is child 4 in place of 3; with ``drop_path`` a `DropPath` is the last child.
+    (..., dim) -> (..., dim). With ``dropout`` there is a Dropout after GELU and another at the end, and the second
+    Linear is child 4 instead of 3; with ``drop_path`` a `DropPath` is the last child.
 
     Args:
         dim, hidden: features outside and inside.
@@ -45,7 +45,7 @@ class MLPBranch(FusedSequential):
         eps: of the norm.
 
     Raises:
-        TypeError, ValueError: a size or a probability that does not fit.
+        TypeError, ValueError: an invalid size or probability.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class AttentionBranch(FusedSequential):
         eps: of the norm.
 
     Raises:
-        TypeError, ValueError: a size or a probability that does not fit.
+        TypeError, ValueError: an invalid size or probability.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class AttentionBranch(FusedSequential):
 class ConvNeXtBranch(FusedSequential):
     """Residual function of ConvNeXt (Liu et al. 2022, "A ConvNet for the 2020s", figure 4).
 
-    Depthwise convolution - `LayerNorm2d` - 1x1 convolution - GELU - 1x1 convolution - `LayerScale`, the last with
-    ``drop_path`` followed by a `DropPath`. (N, channels, H, W) -> (N, channels, H, W).
+    Depthwise convolution - `LayerNorm2d` - 1x1 convolution - GELU - 1x1 convolution - `LayerScale`, and with
+    ``drop_path`` a `DropPath` at the end. (N, channels, H, W) -> (N, channels, H, W).
 
     Args:
         channels: outside; ``expansion`` times as many inside.
         kernel: rows and columns of the depthwise convolution, odd.
-        layer_scale: start value of the scale of each channel; None leaves `LayerScale` out.
+        layer_scale: initial scale of each channel; None omits `LayerScale`.
         drop_path: probability that a whole sample is dropped, 0 <= drop_path < 1.
 
     Raises:
-        TypeError, ValueError: a size or a probability that does not fit.
+        TypeError, ValueError: an invalid size or probability.
     """
 
     def __init__(
@@ -142,15 +142,15 @@ class SelfAttention(nn.Module):
 
     Args:
         dim: features, a multiple of ``heads``.
-        heads: how many heads there are, dim / heads features each.
+        heads: number of heads, dim / heads features each.
         dropout: probability that an attention weight is dropped, and that an element of y is; 0 <= dropout < 1.
         causal: position t attends to positions up to t only.
 
     Raises:
-        TypeError, ValueError: a size or a probability that does not fit; in the call, an x or a mask that does not.
+        TypeError, ValueError: an invalid size or probability; in the call, an x or a mask that does not fit.
     """
 
-    narrows_input = True  # autocast makes x narrow, for a linear layer
+    narrows_input = True  # autocast narrows x, for the linear layer
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, causal: bool = False) -> None:
         super().__init__()
@@ -165,12 +165,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Return y. ``attn_mask`` broadcasts to (N, heads, T, T): boolean, True takes part; or floating, added.
 
-        With ``causal`` both hold. A position that may attend to nothing at all gets NaN or 0, as PyTorch has it.
+        With ``causal`` both masks apply. A position that may attend to nothing gets NaN or 0, as in PyTorch.
         """
         if x.dim() < 2 or x.shape[-1] != self.proj.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (N, T, {self.proj.in_features})")
-        # (..., T, 3 dim) -> three times (..., heads, T, dim / heads), views of one array. Unbound before they are
-        # transposed, for their gradients come in the array's order: put together they are its gradient.
+        # (..., T, 3 dim) -> three times (..., heads, T, dim / heads), views of one array. Unbound before the transpose:
+        # their gradients then come in the array's order and together form its gradient.
         q, k, v = (part.transpose(-3, -2) for part in self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3))
         mask = None if attn_mask is None else self._mask(attn_mask, q)
         y = functional.scaled_dot_product_attention(
@@ -185,7 +185,7 @@ class SelfAttention(nn.Module):
         return functional.dropout(y, self.dropout, self.training) if self.dropout else y
 
     def _mask(self, mask: Tensor, q: Tensor) -> Tensor:
-        """The mask with the causal one in it, which PyTorch takes in place of another but not beside it."""
+        """The mask combined with the causal mask; PyTorch accepts only one of the two."""
         if not isinstance(mask, torch.Tensor):
             raise TypeError(f"attn_mask is a {type(mask).__name__}; it must be a torch.Tensor")
         if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -210,10 +210,10 @@ class LayerNorm2d(nn.Module):
 
         y = (x - mean) / sqrt(variance + eps) * weight + bias
 
-    The parameters are those of `nn.LayerNorm(channels)`. The result lies in memory channels last.
+    The parameters are those of `nn.LayerNorm(channels)`. The result is in channels-last memory.
 
     Raises:
-        ValueError: x has other channels.
+        ValueError: x has a different number of channels.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -226,7 +226,7 @@ class LayerNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (N, {self.channels}, H, W)")
-        # PyTorch's norm is of the last dimension: there it is one pass, and precise where the mean is large.
+        # PyTorch's norm works on the last dimension, in one pass, and is accurate where the mean is large.
         h = functional.layer_norm(x.movedim(1, -1), (self.channels,), self.weight, self.bias, self.eps)
         return h.movedim(-1, 1)
 
@@ -239,7 +239,7 @@ NORM_LAYERS[LayerNorm2d] = ("layer", 1)
 
 @plain
 class LayerScale(nn.Module):
-    """f * gamma, one learnt factor for each channel, dimension 1 (Touvron et al. 2021, CaiT, section 2)."""
+    """f * gamma, with one learned factor per channel, dimension 1 (Touvron et al. 2021, CaiT, section 2)."""
 
     def __init__(self, channels: int, start: float = 1e-6) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain of half-steps applied to a tensor or a tuple of streams: what every reversible module here comes down to."""
+"""A chain of half-steps applied to a tensor or a tuple of streams: the core of every reversible module here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Name = Callable[[int], str]
 
 
 class Options(NamedTuple):
-    """The options of a chain, for what is no module; a module has them as attributes."""
+    """The options of a chain that is not a module; a module has them as attributes."""
 
     split_dim: int = 1
     activations: ActivationsOption = "reconstruct"
@@ -51,23 +51,23 @@ class Options(NamedTuple):
 def run(half_steps: Sequence[HalfStep], x: Any, groups: int = 2, name: Name | None = None, **options: Any) -> Any:
     """Run any half-steps, in order: ``streams[target] += branch(sum of streams[sources], *args, **kwargs)``.
 
-    `ReversibleSequential` is this with the half-steps of its blocks. Use it for a recurrence of another order, an odd
-    number of half-steps, or branches held by a module of your own.
+    `ReversibleSequential` is this with the half-steps of its blocks. Use it for a recurrence in another order, an odd
+    number of half-steps, or branches owned by your own module.
 
     Args:
-        half_steps: `HalfStep`s. None at all is the identity.
-        x: one tensor, cut into ``groups`` equal streams along ``split_dim`` and joined again; or a tuple of ``groups``
-            streams, and a tuple comes out.
-        groups: how many streams there are.
-        name: the words for half-step k in error messages.
+        half_steps: `HalfStep`s. An empty list is the identity.
+        x: one tensor, split into ``groups`` equal streams along ``split_dim`` and joined again; or a tuple of
+            ``groups`` streams, and the result is a tuple.
+        groups: the number of streams.
+        name: maps k to the name of half-step k in error messages.
         **options: split_dim, activations, coupling and backend, see `ReversibleBlock`.
 
     Returns:
         y, or (y, [aux, ...]) if a branch returns (f, aux).
 
     Raises:
-        TypeError: x or a half-step is not of the form above. ValueError: an option or a stream's number does not exist,
-        a half-step's target is among its sources. ReconstructionError: see `ReversibleSequential`.
+        TypeError: x or a half-step does not have the form above. ValueError: an option or a stream's number does not
+        exist, a half-step's target is among its sources. ReconstructionError: see `ReversibleSequential`.
     """
     owner = Options(**options)
     check_options(*owner)
@@ -80,7 +80,7 @@ def run_inverse(
 ) -> Any:
     """Return the x that `run` maps to ``y``, up to rounding: the half-steps in reverse order, each subtracting.
 
-    Of an exact coupling it is x on its grid, bit for bit, for a y from `run`; k has to be given, as in `run`.
+    With an exact coupling it is x on its grid, bit for bit, for a y from `run`; k must be given, as in `run`.
     """
     owner = Options(**options)
     check_options(*owner)
@@ -97,14 +97,16 @@ def forward(
     through: Callable[[Reversal], None] | None = None,
     linked: bool = False,
 ) -> Any:
-    """`run` with the options of ``owner``, unchecked. ``through`` advances the reversal by the half-steps, if `advance`
-    would not do. ``linked``: goes on with the call that x comes from, if that was linked too: see `nn.linked`."""
+    """`run` with the options of ``owner``, unchecked.
+
+    ``through`` advances the reversal by the half-steps, in place of `advance`. ``linked``: continue the call that
+    returned x, if that was linked too: see `nn.linked`."""
     if torch.compiler.is_dynamo_compiling():
-        # Dynamo of torch 2.6 gives up on the whole frame where a dataclass is compared with a string.
+        # Dynamo of torch 2.6 gives up on the whole frame if a dataclass is compared with a string.
         floats = isinstance(owner.coupling, str) and owner.coupling == "float"
         if through is None and floats and not rebuilds(owner):
             return _traced(owner, x, groups, half_steps, name)
-        from revkernels.autograd.compiling import untraced  # slow where dynamo is not there already
+        from revkernels.autograd.compiling import untraced  # slow if dynamo is not imported yet
 
         return untraced(forward, owner, x, groups, half_steps, name, through, linked)
     if is_recorded():
@@ -112,7 +114,7 @@ def forward(
             raise ReconstructionError("blocks have hooks, which a recorded graph would not have: take them off")
         return _traced(owner, x, groups, half_steps, name)
     compiling = met_compiler()
-    if compiling is not None and compiling.active():  # dynamo was here, and has given up
+    if compiling is not None and compiling.active():  # dynamo was active here and has given up
         return compiling.untraced(forward, owner, x, groups, half_steps, name, through, linked)
     streams, joined = streams_of(x, owner.split_dim, groups, "x")
     keep = is_store(owner.activations)
@@ -126,7 +128,7 @@ def forward(
         streams = [grid.enter(stream, index) for index, stream in enumerate(streams)]
     side_inputs = _side_inputs(half_steps)
     keeping = _keeping(owner, x, half_steps, streams, side_inputs, name) if rebuilding else None
-    witness = getattr(owner, "witness", None)  # it is to see this call's own input rebuilt: not within a longer one
+    witness = getattr(owner, "witness", None)  # to see this call's own input reconstructed, not a longer chain's
     alone = grid is not None or keeping is not None or witness is not None
     form = (joined, groups, owner.split_dim) if linked and rebuilding and not alone else None
     earlier = None if form is None else ending_in(x, form, streams, kernels)
@@ -167,16 +169,16 @@ _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _warn_of_half_streams(owner: Any, first: HalfStep, dtype: torch.dtype) -> None:
-    """What comes out of a convolution under autocast is narrow, and a chain's streams with it: once a chain."""
+    """Warn once per chain: under autocast a convolution's output is narrow, and so are a chain's streams."""
     if owner.coupling != "float":
         return
     whole = isinstance(owner, nn.Module)
-    whose = owner if whole else first.branch  # options are new with every call
+    whose = owner if whole else first.branch  # options are new in every call
     try:
         if whose in _warned:
             return
         _warned.add(whose)
-    except TypeError:  # a callable without weak references: Python shows a warning once a place
+    except TypeError:  # a callable without weak references: Python shows a warning once per place
         pass
     or_exact = ", or set coupling='exact'" if whole else ""
     warnings.warn(
@@ -189,7 +191,7 @@ def _warn_of_half_streams(owner: Any, first: HalfStep, dtype: torch.dtype) -> No
 
 
 def _say_where(error: BaseException, reversal: Reversal, owner: Any) -> None:
-    """Note to an error from inside a branch which branch that is, and what it was given."""
+    """Add a note to an error from inside a branch: which branch, and its input."""
     if not isinstance(error, Exception) or not hasattr(error, "add_note"):  # in Python 3.10
         return
     where = reversal.name(reversal.count) if reversal.count < reversal.planned else ""
@@ -202,7 +204,7 @@ def _say_where(error: BaseException, reversal: Reversal, owner: Any) -> None:
 
 
 def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], name: Name) -> Any:
-    """`forward` with stored activations, as torch.compile traces it: the couplings are operators of its graph."""
+    """`forward` with stored activations, as torch.compile traces it: the couplings become operators of its graph."""
     from revkernels.autograd.torch_ops import couple
 
     if owner.coupling != "float":
@@ -213,7 +215,7 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
     streams = [dense(s) for s in streams]
     subclass = type(streams[0]) not in PLAIN
     plain = owner.backend == "eager" or (owner.backend is None and subclass)
-    # functorch knows no gradient of the operators, and a recorded graph is to run elsewhere.
+    # functorch has no gradient for the operators, and a recorded graph must run elsewhere.
     plain = plain or torch._C._are_functorch_transforms_active() or not torch.compiler.is_dynamo_compiling()
     aux = []
     for k, (branch, index, sources, args, kwargs) in enumerate(half_steps):
@@ -232,7 +234,7 @@ def _traced(owner: Any, x: Any, groups: int, half_steps: Sequence[HalfStep], nam
 
 
 def advance(reversal: Reversal, half_steps: Sequence[HalfStep], shown: bool) -> None:
-    """Run half-steps that follow each other directly. ``shown``: somebody sees the streams one by one behind them."""
+    """Run consecutive half-steps. ``shown``: the streams are visible one by one afterwards."""
     reversal.planned = reversal.count + len(half_steps)
     reversal.last_written = {step.target: k for k, step in enumerate(half_steps, reversal.count)} if shown else None
     for step, following in zip_longest(half_steps, half_steps[1:]):
@@ -274,7 +276,7 @@ def _on_grid(owner: Any, streams: Sequence[torch.Tensor], k: int, kernels: Any) 
 
 
 class _ById:
-    """A branch as a key: itself alone, whatever it thinks of equality, and not kept alive."""
+    """A branch as a key, by identity (ignoring its __eq__), without keeping it alive."""
 
     __slots__ = ("at", "ref")
 
@@ -283,7 +285,7 @@ class _ById:
         self.at = (id(it.__self__), it.__func__) if bound else (id(it), None)
         try:
             self.ref: Any = weakref.ref(it.__self__ if bound else it)
-        except TypeError:  # held, then: another one must not be at its place
+        except TypeError:  # then hold it: no other object may get its address
             self.ref = partial(getattr, it, "__self__" if bound else "__call__")
 
     def __hash__(self) -> int:
@@ -296,9 +298,9 @@ class _ById:
 def _keeping(
     owner: Any, x: Any, half_steps: Sequence[HalfStep], streams: Sequence[torch.Tensor], side_inputs: Any, name: Name
 ) -> Keeping | None:
-    """What the call keeps under a memory budget, if there is one that makes a difference."""
+    """What the call stores under a memory budget; None if there is no budget, or it makes no difference."""
     budget = owner.activations
-    # What a branch keeps is the outer chain's affair: kept in its forward too, it would be there twice.
+    # Inside a branch the outer chain decides: stored in the inner forward too, a tensor would exist twice.
     if not isinstance(budget, MemoryBudget) or is_within_a_branch():
         return None
     kind = (
@@ -317,7 +319,7 @@ def _keeping(
 
 
 def _mode_of(step: HalfStep) -> tuple[Any, ...]:
-    """What the branch trains, and how: frozen it saves less, and in evaluation other tensors."""
+    """What the branch trains, and its mode: frozen it saves less, in evaluation it saves other tensors."""
     branch: Any = step.branch
     modules = list(branch.modules()) if isinstance(branch, nn.Module) else []
     reached = beside(modules) if modules else behind(branch)
@@ -329,7 +331,7 @@ def _mode_of(step: HalfStep) -> tuple[Any, ...]:
 
 
 def _side_inputs(half_steps: Sequence[HalfStep]) -> dict[str, Any]:
-    """What the branches are given besides their stream, by name; a list where it is not the same for all."""
+    """The branches' inputs besides their stream, by name; a list if they are not the same for all."""
     found: dict[str, list[Any]] = {}
     for step in half_steps:
         if step.args or step.kwargs:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Less memory for what lies between reversible chains, or for a network without any: all of it is run again from its
-inputs, or only what costs next to nothing to make again."""
+"""Checkpoints for the parts between reversible chains, or for a network without chains.
+
+`checkpoint` recomputes everything from the inputs, `selective_checkpoint` only what is cheap to recompute."""
 
 from __future__ import annotations
 
@@ -19,17 +20,17 @@ __all__ = ["checkpoint", "selective_checkpoint"]
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return ``function(*args, **kwargs)``, and run it once more in the backward instead of keeping what it saves.
+    """Return ``function(*args, **kwargs)``, and run it again in the backward instead of keeping what it saves.
 
-    For the parts of a network that are not reversible: its stem, the transitions between stages. The memory from the
-    forward to the backward is that of the inputs (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost), the
-    price one more forward of the function.
+    For the parts of a network that are not reversible: its stem, the transitions between stages. From the forward to
+    the backward only the inputs are kept (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost), at the cost
+    of one more forward of the function.
 
-    As in a reversible chain, and other than under `torch.utils.checkpoint`, running statistics of batch norms are
-    updated once, fused norms run again on the statistics of the forward, and a parameter, buffer or input that was
-    changed in between is an error. Random numbers and autocast are those of the forward. Without grad mode, and in
-    torch.export, torch.jit.trace and make_fx, it is the plain call; while torch.compile traces, it is torch's own
-    checkpoint, which the compiler knows.
+    As in a reversible chain, and unlike `torch.utils.checkpoint`, running statistics of batch norms are updated once,
+    fused norms are recomputed with the forward's statistics, and a parameter, buffer or input that changed in between
+    is an error. Random numbers and autocast are those of the forward. Without grad mode, and in torch.export,
+    torch.jit.trace and make_fx, it is the plain call; while torch.compile traces, it is torch's own checkpoint, which
+    the compiler supports.
 
     Args:
         function: a module, or any callable. It must do the same when called twice.
@@ -53,23 +54,22 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def selective_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return ``function(*args, **kwargs)``, and keep what its backward needs but for outputs of norms and activations.
+    """Return ``function(*args, **kwargs)``, and keep what its backward needs except outputs of norms and activations.
 
-    The output h of a fused norm and activation, which the layer behind it saves, is made again in the backward, in one
-    pass from the norm's input and statistics, which are kept anyway; and so is that of a GELU or SiLU in a Sequential
-    from its input. In a network of convolutions with norms between them that halves the memory. The function runs once:
-    nothing that it draws, counts or changes matters. (Korthikanti et al. 2022, Reducing Activation Recomputation in
-    Large Transformer Models, section 5, call it selective recomputation.)
+    The output h of a fused norm and activation, which the following layer saves, is recomputed in the backward, in one
+    pass from the norm's input and statistics, which are kept anyway; likewise the output of a GELU or SiLU in a
+    Sequential, from its input. In a network of convolutions with norms between them this halves the memory. The
+    function runs once: its random numbers, counters and side effects do not matter. (Korthikanti et al. 2022, Reducing
+    Activation Recomputation in Large Transformer Models, section 5, call it selective recomputation.)
 
         y = selective_checkpoint(model, x)
 
-    It takes norms in a `FusedSequential`, a `NormAct`, the library's own branches, and the chains that store their
-    activations; chains that rebuild theirs, or keep to a budget, go on as they do. Without grad mode, inside a branch
-    of such a chain, in torch.func transforms and while torch.compile traces, which decides by itself what to recompute,
-    it is the plain call.
+    It applies to norms in a `FusedSequential`, a `NormAct`, the library's own branches, and chains that store their
+    activations; chains that reconstruct, or have a budget, are not affected. Without grad mode, inside a branch of such
+    a chain, in torch.func transforms and while torch.compile traces (which decides by itself what to recompute) it is
+    the plain call.
 
-    What is written into such an output through ``.data`` or NumPy, of which no version tells, is not in what is made
-    again.
+    A write into such an output through ``.data`` or NumPy, which no version counter shows, is lost in the recompute.
 
     Args:
         function: a module, or any callable.

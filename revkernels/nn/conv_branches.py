@@ -24,10 +24,10 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
 
 
 def norm_relu(channels: int) -> Iterator[nn.Module]:
-    """Batch normalisation and the ReLU behind it, each a layer of its own."""
+    """Batch normalisation followed by ReLU, each a separate layer."""
     # PyTorch's momentum is the weight of the new batch: 0.01 is a running average decay of 0.99.
     yield nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
-    # In place on the norm's output, which neither the norm nor the ReLU keeps for its backward.
+    # In place on the norm's output, which neither the norm nor the ReLU saves for its backward.
     yield nn.ReLU(inplace=True)
 
 
@@ -35,8 +35,8 @@ def norm_relu(channels: int) -> Iterator[nn.Module]:
 class BasicBranch(FusedSequential):
     """Basic residual function: BN-ReLU-conv3x3(stride) - BN-ReLU-conv3x3 (paper, figure 1).
 
-    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). ``preactivate=False`` leaves out
-    the first BN-ReLU: for the first branch of a network, whose input is already activated.
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). ``preactivate=False`` omits the
+    first BN-ReLU, for the first branch of a network, whose input is already activated.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
@@ -56,7 +56,7 @@ class BasicBranch(FusedSequential):
 class BottleneckBranch(FusedSequential):
     """Bottleneck residual function: BN-ReLU-conv1x1(stride) - BN-ReLU-conv3x3 - BN-ReLU-conv1x1 (figure 1).
 
-    A quarter as wide inside as at its end. Shapes and ``preactivate`` as in BasicBranch.
+    The inner width is a quarter of the output width. Shapes and ``preactivate`` as in BasicBranch.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
@@ -74,14 +74,14 @@ class BottleneckBranch(FusedSequential):
     def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
         if in_channels == out_channels and stride == 1:
             return nn.Identity()
-        return conv(in_channels, out_channels, 1, stride)  # linear: no norm behind it
+        return conv(in_channels, out_channels, 1, stride)  # linear: no norm after it
 
 
 @plain
 class PadShortcut(nn.Module):
     """Shortcut without parameters: average pool stride x stride, then zero channels, equally many on both sides.
 
-    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)); an odd extra channel goes behind.
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)); an odd extra channel goes last.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -92,7 +92,7 @@ class PadShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride > 1:
-            # ceil_mode meets the convolution's size on odd maps; a cut-off window averages what it holds.
+            # ceil_mode gives the convolution's size on odd maps; a truncated window averages its elements.
             x = functional.avg_pool2d(x, self.stride, ceil_mode=True)
         if any(self.padding):
             x = functional.pad(x, (0, 0, 0, 0, *self.padding))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grid of a chain's exact coupling: given by the user, or chosen from the first batches and kept as a buffer."""
+"""The grid of a chain's exact coupling: given by the user, or chosen from the first batches and stored in a buffer."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from revkernels.nn.streams import check_coupling
 from revkernels.options import CouplingOption
 
 BUFFER = "grid"  # the name of the buffer, int64: the fields of `Choice`, and `_MARK`
-#: Tells a choice from memory that nobody has written (``to_empty``) or that was averaged (a moving average of a state
-#: dict): then there is none, and it is made anew. float32 cannot hold it.
+#: Distinguishes a choice from memory that was never written (``to_empty``) or was averaged (a moving average of a state
+#: dict): then there is no choice, and it is made anew. float32 cannot hold the mark.
 _MARK = 0x67726964
 _UNSET = -(2**31)
-_BATCHES = 16  # that k is chosen from
+_BATCHES = 16  # number of batches from which k is chosen
 
 #: Bits between the largest |s| seen and the range: when only the input has been seen, when whole batches have, and the
-#: least that is borne afterwards.
+#: minimum tolerated afterwards.
 _BITS = {"float32": (8, 4, 2), "int16": (5, 2, 1)}
 
 
-#: What was read of a module's buffer, and its version then. Not on the module: a copy's buffer counts from anew.
+#: A module's buffer as last read, with its version. Not on the module: a copy's buffer starts a new version count.
 _seen: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, int | None, Choice]] = weakref.WeakKeyDictionary()
 
 
 class Choice(NamedTuple):
-    """The exponent, how many training batches it comes from, and what it will be from the next one on."""
+    """The exponent, the number of training batches it comes from, and the exponent from the next batch on."""
 
     k: int = _UNSET
     batches: int = 0
@@ -44,24 +44,24 @@ class Choice(NamedTuple):
 
 
 def exact_of(coupling: Any) -> Exact | None:
-    """The options behind ``coupling``: None for "float"."""
+    """The options of ``coupling``: None for "float"."""
     if coupling == "float":
         return None
     return Exact() if coupling == "exact" else coupling
 
 
 class KeepsGrid(nn.Module):
-    """A module with the option ``coupling`` whose grid, if it is chosen and not given, is part of its state dict.
+    """A module with the option ``coupling`` whose grid, if chosen rather than given, is part of its state dict.
 
-    Checkpoints go both ways between chains with and without it.
+    State dicts of chains with and without the grid load into each other.
     """
 
-    #: For `revkernels.diagnostics`: is given the input streams, and returns what is to be given the rebuilt ones.
+    #: For `revkernels.diagnostics`: called with the input streams, returns what is called with the reconstructed ones.
     witness: Any = None
 
     @property
     def coupling(self) -> CouplingOption:
-        """The option. The buffer is there as soon as an exact one is set, for a chain around this one looks at it."""
+        """The option. Setting an exact one creates the buffer at once, because an enclosing chain looks at it."""
         return self._coupling
 
     @coupling.setter
@@ -72,7 +72,7 @@ class KeepsGrid(nn.Module):
             self.make_grid()
 
     def make_grid(self) -> None:
-        """Have the buffer, if the coupling asks for one."""
+        """Create the buffer if the coupling needs one."""
         exact = exact_of(self._coupling)
         if exact is not None and exact.k is None and BUFFER not in self._buffers:
             device = next((parameter.device for parameter in self.parameters()), None)
@@ -81,7 +81,7 @@ class KeepsGrid(nn.Module):
             will_write(self, BUFFER)
 
     def reset_parameters(self) -> None:
-        """Forget the exponent that was chosen, as behind ``to_empty``. (Layers have parameters of their own.)"""
+        """Forget the chosen exponent, as after ``to_empty``. (Layers have parameters of their own.)"""
         if BUFFER in self._buffers:
             with torch.no_grad():
                 self._buffers[BUFFER].copy_(torch.tensor((*Choice(), _MARK)))  # type: ignore[union-attr]
@@ -98,10 +98,10 @@ class KeepsGrid(nn.Module):
 
 
 class Exponents:
-    """The exponent of one call, and what the call teaches for the next ones.
+    """The exponent of one call, and what the call contributes to later choices.
 
     Args:
-        owner: the chain; a `KeepsGrid`, or options alone, which remember nothing.
+        owner: the chain; a `KeepsGrid`, or plain options, which remember nothing.
         exact: its options.
     """
 
@@ -112,7 +112,7 @@ class Exponents:
             owner.make_grid()
 
     def begin(self, streams: Sequence[torch.Tensor], adapting: bool = True) -> int:
-        """The exponent for a forward from these streams; as it is now, if it was chosen and is not ``adapting``."""
+        """The exponent for a forward from these streams; if it was chosen and not ``adapting``, the present one."""
         if self.exact.k is not None:
             return self.exact.k
         choice = self._read() if self.learns else Choice()
@@ -131,14 +131,14 @@ class Exponents:
         return choice.k
 
     def known(self) -> int | None:
-        """The exponent that was used last, or None."""
+        """The last exponent used, or None."""
         if self.exact.k is not None or not self.learns:
             return self.exact.k
         k = self._read().k
         return None if k == _UNSET else k
 
     def end(self, largest: float) -> None:
-        """A forward is over, whose streams came up to ``largest``."""
+        """End a forward whose streams reached at most ``largest``."""
         if not self.learns or not self._adapts():
             return
         choice = self._read()
@@ -160,7 +160,7 @@ class Exponents:
                 f"This k was chosen from training batches, and stays as it is in evaluation and without grad mode: "
                 f"keep such an input away, or set coupling=rk.Exact(k={k}) or less"
             )
-        # Chosen anew from the batches to come: this one may have been the only one of its kind.
+        # Chosen anew from the coming batches: this batch may have been an outlier.
         self._write(Choice(k, 0, k))
         return (
             f"This k was chosen from earlier batches; for the next call it is {k}, and from there on chosen anew (or "
@@ -168,7 +168,7 @@ class Exponents:
         )
 
     def _adapts(self) -> bool:
-        """In training. Not where a checkpoint around the chain runs it again, which has to do as it did."""
+        """In training, but not where a checkpoint around the chain runs it again: that must repeat the forward."""
         again = torch._C._current_graph_task_id() != -1 and not recomputes()
         return self.owner.training and torch.is_grad_enabled() and not again
 
@@ -204,7 +204,7 @@ def grid_for(
     rebuilds: bool,
     name: Callable[[int], str],
 ) -> tuple[Grid | None, Exponents | None]:
-    """The grid for a forward of ``owner`` from these streams; (None, None) if its coupling is "float"."""
+    """The grid for a forward of ``owner`` on these streams; (None, None) if its coupling is "float"."""
     exact = exact_of(owner.coupling)
     if exact is None:
         return None, None
@@ -226,7 +226,7 @@ def known_exponent(owner: Any) -> int | None:
     """The exponent that ``owner`` last used; None for "float".
 
     Raises:
-        ReconstructionError: it has used none yet.
+        ReconstructionError: it has not used one yet.
     """
     exact = exact_of(owner.coupling)
     if exact is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Sequential whose norms and activations run fused, and what can be said beforehand of any branch."""
+"""A Sequential whose norms and activations run fused, and a report of what is fused in any branch."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from revkernels.autograd.state.plain_layers import plain
 __all__ = ["BranchFusion", "Explanation", "FusedSequential", "norms_by"]
 
 
-#: The backend that each module ran with last.
+#: The backend that each module last ran with.
 _used: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 @plain
 class FusedSequential(nn.Sequential):
-    """A `torch.nn.Sequential` in which a norm and the activation behind it are one kernel, forward and backward.
+    """A `torch.nn.Sequential` in which a norm and the following activation are one kernel, forward and backward.
 
-    The same layers under the same names ("0", "1", ...), so that state dicts go both ways, and the same results up to
-    rounding. A norm that has hooks, parametrisations or sharded parameters runs as it is, as do all of them under
+    The same layers under the same names ("0", "1", ...), so that state dicts load both ways, and the same results up to
+    rounding. A norm with hooks, parametrisations or sharded parameters runs unfused, as do all norms under
     torch.compile (which fuses by itself), in torch.func transforms, and under backend "eager".
 
-    Known are BatchNorm1d to 3d, LayerNorm and RMSNorm of one dimension, and GroupNorm; ReLU, GELU and SiLU. Under
-    autocast a norm in front of a convolution or a linear layer writes the narrow type that this would cast it to.
+    Supported are BatchNorm1d to 3d, LayerNorm and RMSNorm of one dimension, and GroupNorm; ReLU, GELU and SiLU. Under
+    autocast a norm before a convolution or a linear layer writes the narrow type that this layer would cast it to.
 
-    Keywords of a call go to the layers whose ``forward`` names them; those that none names, to layers that take any.
-    One that no layer takes is a TypeError.
+    A call's keyword goes to the layers whose ``forward`` names it; if none does, to the layers that take any keyword. A
+    keyword that no layer takes raises TypeError.
     """
 
     @classmethod
     def from_sequential(cls, sequential: nn.Sequential) -> FusedSequential:
-        """Return the same layers (themselves, not copies) in a `FusedSequential`.
+        """Return the same layers (not copies) in a `FusedSequential`.
 
         Raises:
-            TypeError: ``sequential`` is no Sequential, or has a forward of its own.
-            ValueError: it has hooks, which would be left behind.
+            TypeError: ``sequential`` is not a Sequential, or has a forward of its own.
+            ValueError: it has hooks, which would be lost.
         """
         if not is_sequential(sequential):
             raise TypeError(
@@ -58,7 +58,7 @@ class FusedSequential(nn.Sequential):
         if has_hooks(sequential):
             raise ValueError("sequential has hooks, which would stay behind: register them on what is made of it")
         made = FusedSequential()
-        for name, layer in sequential._modules.items():  # one layer may stand in two places
+        for name, layer in sequential._modules.items():  # one layer may appear twice
             made.add_module(name, layer)
         made.training = sequential.training
         return made
@@ -72,7 +72,8 @@ class FusedSequential(nn.Sequential):
             return fusion.run(layers, input, None, kwargs)
         kernels = ambient.kernels
         if kernels is None:
-            # Called in a backward, outside any chain, it is run again (torch.utils.checkpoint), and has to do the same.
+            # Called in a backward outside any chain, it is a recompute (torch.utils.checkpoint) and must repeat the
+            # forward.
             kernels = _used.get(self) if torch._C._current_graph_task_id() != -1 else None
             kernels = kernels or backends.select(input)
         _used[self] = kernels
@@ -98,7 +99,7 @@ class FusedSequential(nn.Sequential):
 
 
 def norms_by(backend: str | None, x: torch.Tensor) -> AbstractContextManager[None]:
-    """``with norms_by(backend, x)``: the norms outside any chain, in a model that has been given a backend."""
+    """``with norms_by(backend, x)``: the backend of the norms outside any chain, in a model with a backend option."""
     if backend is None or torch.compiler.is_compiling():
         return nullcontext()
     return Within(backends.select(x, backend), ambient.tape)
@@ -110,9 +111,9 @@ class BranchFusion:
 
     Attributes:
         branch: its place and type.
-        entry: the norm that joins the coupling in front of the branch, or why there is none.
+        entry: the norm that is fused with the preceding coupling, or why there is none.
         fused: the norms, each with its activation, that are one kernel.
-        unfused: the norms that run as they are, each with the reason.
+        unfused: the norms that run unfused, each with the reason.
     """
 
     branch: str
@@ -128,14 +129,14 @@ class BranchFusion:
 
 
 class Explanation(list[BranchFusion]):
-    """One `BranchFusion` a branch; prints as text."""
+    """One `BranchFusion` per branch; prints as text."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
 
 
 def explain(branches: Iterable[tuple[str, Callable[..., Any]]], backend: str | None) -> Explanation:
-    """Say of every named branch what a chain with this backend fuses, for plain tensors and without torch.compile."""
+    """Report what a chain with this backend fuses in each named branch, for plain tensors, without torch.compile."""
     return Explanation(_explain(name, branch, backend) for name, branch in branches)
 
 
@@ -169,7 +170,7 @@ def _entry(branch: Callable[..., Any]) -> str:
 
 
 def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, Fusable | str]]:
-    """The norms of a branch, as `fusion.run` meets them. ``ours``: who calls the module is that, and takes it apart."""
+    """The norms of a branch, as `fusion.run` meets them. ``ours``: the caller of the module is `fusion.run`."""
     plain = ours and is_sequential(module) and not hooked(module)
     taken_apart = plain or (isinstance(module, FusedSequential) and passes_keywords(module))
     layers = list(module._modules.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that a chain runs on: its backend's, or plain torch's where something of torch has to look into them."""
+"""The kernels of a chain: its backend's, or plain torch where torch must see into them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from revkernels.nn.streams import is_store
 
 
 def rebuilds(owner: Any) -> bool:
-    """Whether a call now would rebuild activations in its backward."""
+    """Whether a call now would reconstruct activations in its backward."""
     return torch.is_grad_enabled() and not is_store(owner.activations)
 
 
@@ -25,10 +25,10 @@ def kernels_of(owner: Any, streams: Sequence[torch.Tensor], half_steps: Sequence
     """The backend for a chain with the options of ``owner``.
 
     Raises:
-        ReconstructionError, NotImplementedError: a transform of torch cannot look through what ``owner`` asks for.
+        ReconstructionError, NotImplementedError: a torch transform does not support the options of ``owner``.
     """
-    # Tensor subclasses, and tensors inside torch.func, have no memory that a kernel could be given.
-    # The transform may be of the parameters alone, the streams plain.
+    # Tensor subclasses, and tensors inside torch.func, have no memory for a kernel. A transform may be of the
+    # parameters only, with plain streams.
     if torch._C._are_functorch_transforms_active():
         _refuse(owner, "torch.func transforms", not is_store(owner.activations))
         return eager

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reversible modules that a network calls one by one, and that are one chain all the same.
+"""Reversible modules that a network calls one by one, but that form one chain.
 
     for layer in layers:            # each layer's forward is linked.run([HalfStep(...), ...], x, ...)
         x = layer(x)
 
-`revkernels.nn.chain.run` would keep an output for every call. Here a call that is given exactly what the last linked
-call returned goes on with that one, and its output takes the place of the earlier one: memory does not grow with the
-number of layers. Whatever happens in between, an operation, a hook that puts another tensor in the output's place, a
-change in place, other options, the begin or end of a checkpoint or of other saved-tensor hooks, makes the next call a
-chain of its own, and keeps one output more; so does, where torch does not tell which saved-tensor hooks are on, as 2.6,
-every call under any. Results are the same either way. As in one chain, the backward of an early output needs the
-parameters of the calls behind it unchanged.
+`revkernels.nn.chain.run` would keep one output per call. Here a call whose input is exactly the output of the last
+linked call continues that call, and its output replaces the earlier one: memory does not grow with the number of
+layers. Anything in between starts a new chain, which keeps one more output: an operation, a hook that replaces the
+output, a change in place, other options, the begin or end of a checkpoint or of other saved-tensor hooks; and if torch
+cannot tell which saved-tensor hooks are on (2.6), every call under any such hooks. Results are the same either way. As
+in one chain, the backward of an early output needs the parameters of the later calls unchanged.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ def run(
     activations: Activations = "reconstruct",
     backend: str | None = None,
 ) -> Any:
-    """Run the half-steps, going on with the linked call that x comes from.
+    """Run the half-steps, continuing the linked call that returned x.
 
     Args:
         half_steps, x, groups, name, split_dim, backend: see `revkernels.nn.chain.run`. With ``groups=1`` x is a tuple
-            of one tensor, and a half-step adds to what it reads: its branch must be zero wherever its input is read by
-            it, a coupling under a mask.
+            of one tensor, and a half-step adds to the stream that it reads: its branch must be zero wherever it reads
+            its input, as in a coupling under a mask.
         activations: "reconstruct", or "store", which links nothing.
 
     Returns:
@@ -65,8 +64,8 @@ def rearrange(
 ) -> torch.Tensor:
     """Return ``there(x)``: the same elements in other places, such as a permutation of features or a reshape.
 
-    Where x is what a linked call of a single stream has returned, that call goes on with the result, and ``back`` will
-    make x of it. Neither function may keep more than a fixed index for its gradient.
+    If a linked call of a single stream returned x, that call continues with the result, and ``back`` will restore x
+    from it. Neither function may save more than a fixed index for its gradient.
     """
     reversal = _reversal_behind(x)
     if reversal is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A norm and the activation behind it as one module."""
+"""A norm and the following activation as one module."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["NormAct"]
 
 @plain
 class NormAct(FusedSequential):
-    """h = activation(norm(x)) in one kernel, and one for its backward, with nothing but x kept in between.
+    """h = activation(norm(x)) in one kernel, with one kernel for its backward, saving only x in between.
 
         NormAct(nn.BatchNorm2d(64), nn.ReLU())        NormAct(nn.LayerNorm(384))
 
     The modules are kept as "0" and "1", as in ``nn.Sequential(norm, activation)``, with their parameters, buffers and
-    modes. What the kernels cannot take (see `FusedSequential`) runs as these modules.
+    modes. What the kernels do not support (see `FusedSequential`) runs as these modules.
 
     Args:
         norm: BatchNorm1d, 2d or 3d, LayerNorm or RMSNorm of one dimension, or GroupNorm.
         activation: ReLU, GELU or SiLU; None is none.
-        backend: as in `revkernels.nn.ReversibleBlock`; inside a chain, the chain's holds.
+        backend: as in `revkernels.nn.ReversibleBlock`; inside a chain, the chain's backend applies.
 
     Raises:
         TypeError: a module is none of these (exactly: a subclass may do anything).
@@ -52,7 +52,7 @@ class NormAct(FusedSequential):
         self.backend = backend
 
     def forward(self, input: Any, **kwargs: Any) -> Any:
-        """An input of any shape that the norm takes -> h of that shape."""
+        """An input of any shape that the norm accepts -> h of that shape."""
         with norms_by(self.backend if ambient.kernels is None else None, input):
             return super().forward(input, **kwargs)
 

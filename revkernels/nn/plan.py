@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`net.plan()`: what a memory budget keeps, what that is expected to cost, and what it did cost."""
+"""`net.plan()`: what a memory budget stores, its predicted cost, and its measured cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from revkernels.autograd.planning.planner import Made, Planner, planner_of
 from revkernels.budget import MemoryBudget, words
 
-_STEPS = 3  # that `plan_of` takes for the time
+_STEPS = 3  # steps that `plan_of` measures for the time
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class KeptStep:
     """One half-step of a plan.
 
     Attributes:
-        chain: which call of a chain in the step, from 0.
-        branch: in words.
-        kept: what of it is kept: "nothing", "everything", "everything but norms' outputs" (nor those of activations,
-            which are made again), "everything, in host memory", or the operators whose outputs are.
-        bytes: that this takes until the backward is there.
-        seconds: of the recompute that it spares.
+        chain: the index of the chain's call in the step, from 0.
+        branch: its name.
+        kept: what is stored: "nothing", "everything", "everything but norms' outputs" (and but activations' outputs,
+            both of which are recomputed), "everything, in host memory", or the operators whose outputs are stored.
+        bytes: how much is stored until the backward.
+        seconds: the recompute time saved.
     """
 
     chain: int
@@ -39,19 +39,19 @@ class KeptStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept under a memory budget in a training step.
+    """What is stored under a memory budget in a training step.
 
-    Seconds are from the entry of the first chain to the end of the backward, peaks the bytes that `MemoryBudget`
+    Seconds are from the entry of the first chain to the end of the backward, peaks are the bytes that `MemoryBudget`
     bounds. ``str()`` is a table.
 
     Attributes:
         budget: the budget. limit: the peak that it allows.
         steps: the half-steps, in the order of the forward.
-        predicted_peak, predicted_seconds: what the plan should come to.
-        measured_peak: of a step that ``plan(x)`` took; None for ``plan()``, and where no allocator tells.
+        predicted_peak, predicted_seconds: the plan's prediction.
+        measured_peak: of a step that ``plan(x)`` took; None for ``plan()``, and if no allocator reports it.
         measured_seconds: the median of the steps since the plan; None if there was none.
-        reconstructing, storing: the peaks of keeping nothing and everything.
-        reconstructing_seconds: of a step that keeps nothing.
+        reconstructing, storing: the peaks of storing nothing and everything.
+        reconstructing_seconds: of a step that stores nothing.
     """
 
     budget: MemoryBudget
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """Bytes that are kept, all together."""
+        """Bytes stored, in total."""
         return sum(step.bytes for step in self.steps)
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Plan:
 
     def _table(self) -> Iterator[str]:
         rows = [("chain", "branch", "keeps", "bytes", "saves")]
-        # Runs of half-steps that keep the same are one row.
+        # Consecutive half-steps that store the same are one row.
         for _, group in itertools.groupby(self.steps, lambda step: (step.chain, step.kept, step.bytes)):
             run = list(group)
             first, last = run[0], run[-1]
@@ -103,11 +103,11 @@ class Plan:
 
 
 def plan_of(net: nn.Module, budget: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    """The plan of the last training step, or with an x of steps on that, taken now and undone.
+    """The plan of the last training step; with an x, of steps on x that are taken now and undone.
 
     Raises:
-        ValueError: there is no memory budget, or one that stores everything; no step has been measured; the budget
-            cannot be kept to; x is given under no_grad.
+        ValueError: there is no memory budget, or one that stores everything; no step has been measured; the budget is
+            impossible; x is given under no_grad.
     """
     if not isinstance(budget, MemoryBudget):
         raise ValueError(f"activations is {budget!r}; a plan is made for a revkernels.MemoryBudget(...)")
@@ -146,7 +146,7 @@ def _measure(net: nn.Module, planner: Planner, x: Any, args: tuple[Any, ...], kw
         entered = 0
 
         def watched(begin: Callable[[], None]) -> None:
-            def look(count: int) -> None:  # what lies in front of the first chain is not the budget's
+            def look(count: int) -> None:  # memory allocated before the first chain does not count
                 nonlocal entered
                 entered = count
                 begin()

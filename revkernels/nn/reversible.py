@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reversible residual block and the chain of them, as torch modules."""
+"""The reversible residual block, and the chain of such blocks, as torch modules."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from revkernels.options import ActivationsOption, CouplingOption
 
 _KINDS_OF_HOOK = ("forward_pre", "forward", "backward_pre", "backward")
 _OPTIONS: dict[str, Any] = {"split_dim": 1, "activations": "reconstruct", "coupling": "float", "backend": None}
-_handed_over = threading.local()  # the Reversal a chain hands to a block that it calls through the block's hooks
+_handed_over = threading.local()  # the Reversal passed to a block that is called through its hooks
 
 
 class ReversibleBlock(KeepsGrid):
     """y1 = x1 + F(x2); y2 = x2 + G(y1)   (Gomez et al. 2017, eq. 6).
 
-    With more branches it couples as many streams: y1 = x1 + F(x2 + x3 + ...); y2 = x2 + G(y1); y3 = x3 + H(y2) ...
-    (Li et al. 2021, Training Graph Neural Networks with 1000 Layers, grouped reversible connections).
+    With more branches it couples as many streams: y1 = x1 + F(x2 + x3 + ...); y2 = x2 + G(y1); y3 = x3 + H(y2) ... (Li
+    et al. 2021, Training Graph Neural Networks with 1000 Layers, grouped reversible connections).
 
-    F and G are modules, or any callables, that keep the shape of what they are given (stride 1). They are kept by
-    reference and called as ``F(x, *args, **kwargs)``; each may return ``f``, or ``(f, aux)`` with any object as aux.
+    F and G are modules, or any callables, that preserve the shape of their input (stride 1). They are kept by reference
+    and called as ``F(x, *args, **kwargs)``; each may return ``f``, or ``(f, aux)`` with any object as aux.
 
-    F and G must not write to what they are given (ReLU(inplace=True) first of all): it is the stream that is added to
-    later. This is refused, but a pair that the caller passed in has been written by then, as in plain torch.
+    F and G must not write to their input (such as ReLU(inplace=True) as the first layer): the stream is still needed.
+    This raises an error, but a pair passed in by the caller has been written by then, as in plain torch.
 
     Forward hooks of F and G fire again in the recompute (`is_recomputing` tells it apart), those of a block do not: it
-    is not recomputed as a whole. Backward hooks fire once. What a plain callable reads is watched as far as it shows:
+    is not recomputed as a whole. Backward hooks fire once. What a plain callable reads is watched as far as visible:
     the modules it is bound to, closes over, or has as arguments; not those it finds in globals.
 
-    Called alone it works like a `ReversibleSequential` of one block, with the options given here; inside one, the
-    chain's options hold.
+    Called alone it works like a `ReversibleSequential` of one block, with its own options; inside one, the chain's
+    options apply.
 
     Args:
-        F, G, *more: the residual functions, one for each stream. Those after G are the attributes branch2, branch3 ...
-        split_dim: the dimension that a single tensor is cut into streams along.
-        activations: "reconstruct" rebuilds the input from the output in the backward; "store" keeps activations; a
-            `revkernels.MemoryBudget` keeps what buys most time within a peak of memory, and rebuilds the rest.
-        coupling: "float"; or "exact", whose streams come back bit for bit at any depth: see `revkernels.Exact`.
-        backend: "cpu", "cuda", "triton", "eager", "reference", or None for the best that the input's device has.
+        F, G, *more: the residual functions, one per stream. Those after G are the attributes branch2, branch3 ...
+        split_dim: the dimension along which a single tensor is split into streams.
+        activations: "reconstruct" reconstructs the input from the output in the backward; "store" stores activations; a
+            `revkernels.MemoryBudget` stores what saves most time within a peak of memory, and reconstructs the rest.
+        coupling: "float"; or "exact", whose streams are reconstructed bit for bit at any depth: see `revkernels.Exact`.
+        backend: "cpu", "cuda", "triton", "eager", "reference", or None for the best on the input's device.
 
     Raises:
         TypeError: a branch is not callable.
@@ -89,17 +89,17 @@ class ReversibleBlock(KeepsGrid):
         self.coupling = coupling
         self.backend = backend
 
-    #: A call that is given exactly what a linked module returned goes on with its chain: see `revkernels.nn.linked`.
+    #: A call whose input is exactly a linked module's output continues its chain: see `revkernels.nn.linked`.
     linked = False
 
     @property
     def branches(self) -> tuple[Callable[..., Any], ...]:
-        """F, G and those after them: as many as there are streams."""
-        modules: dict[str, Any] = self._modules  # looked up here first: nn.Module's own way there is slow
+        """F, G and the branches after them: one per stream."""
+        modules: dict[str, Any] = self._modules  # looked up here first: nn.Module's own lookup is slow
         return tuple([modules[name] if name in modules else getattr(self, name) for name in self.branch_names])
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Map x (cut along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
+        """Map x (split along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
         reversal, half_steps = getattr(_handed_over, "to", {}).pop(id(self), (None, None))
         if reversal is None:
             return _run(self, {"": self}, x, args, kwargs)
@@ -116,7 +116,7 @@ class ReversibleBlock(KeepsGrid):
         return input_on_grid(self, x, len(self.branch_names))
 
     def explain(self) -> Explanation:
-        """Say for every branch which norms and activations are fused, and why others are not."""
+        """Report for every branch which norms and activations are fused, and why others are not."""
         return explain(_named_branches("", [self]), self.backend)
 
     def plan(self, x: Any = None, *args: Any, **kwargs: Any) -> Plan:
@@ -124,7 +124,7 @@ class ReversibleBlock(KeepsGrid):
         return plan_of(self, self.activations, x, args, kwargs)
 
     def extra_repr(self) -> str:
-        """The options that are not the defaults: inside a chain a block's are not used."""
+        """The options that are not defaults; inside a chain a block's options are not used."""
         options = {name: getattr(self, name) for name in _OPTIONS}
         return ", ".join(f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name])
 
@@ -134,23 +134,23 @@ class ReversibleSequential(KeepsGrid):
 
         net = ReversibleSequential(ReversibleBlock(F, G), ReversibleBlock(F, G), ...)
         y = net(x)                  # x is halved along split_dim, y is joined again
-        y1, y2 = net((x1, x2))      # a pair goes in and a pair comes out: nothing is copied
+        y1, y2 = net((x1, x2))      # a pair in, a pair out: nothing is copied
         x = net.inverse(y)
 
-    Under ``activations="reconstruct"`` the backward rebuilds each block's input from its output (Algorithm 1), at the
-    price of one extra forward of each branch. Gradients, running statistics, random numbers and autocast are those of
-    the same network with stored activations. Extra arguments reach the branches: positional ones all of them, keywords
-    those that take them; wrap an argument in `PerBlock` to give each block its own. A branch that returns (f, aux)
-    makes the call return (y, [aux, ...]) in the order of the calls.
+    With ``activations="reconstruct"`` the backward reconstructs each block's input from its output (Algorithm 1), at
+    the cost of one extra forward of each branch. Gradients, running statistics, random numbers and autocast are those
+    of the same network with stored activations. Extra arguments reach the branches: positional ones all of them,
+    keywords those that take them; wrap an argument in `PerBlock` to give each block its own. If a branch returns (f,
+    aux), the call returns (y, [aux, ...]) in the order of the calls.
 
     Args:
-        *blocks: `ReversibleBlock`s, or one iterable of them. None at all is the identity.
+        *blocks: `ReversibleBlock`s, or one iterable of them. No blocks are the identity.
         split_dim, activations, coupling, backend: see `ReversibleBlock`.
 
     Raises (in the call):
         TypeError: x is neither a floating-point tensor nor a pair of them; a keyword that no branch takes.
-        ValueError: a size that cannot be cut into the streams, unequal streams, a branch that changes the shape.
-        ReconstructionError: what a backward needs was changed, or a branch does not do the same twice.
+        ValueError: a size that cannot be split into the streams, unequal streams, a branch that changes the shape.
+        ReconstructionError: something that a backward needs was changed, or a branch does not do the same twice.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class ReversibleSequential(KeepsGrid):
         return self
 
     def __setitem__(self, index: int, block: ReversibleBlock) -> None:
-        """Put another block in the place of one."""
+        """Replace a block."""
         name = list(self._modules)[index]
         self._check(block, int(name), next((other for at, other in self._modules.items() if at != name), block))
         setattr(self, name, block)
@@ -199,7 +199,7 @@ class ReversibleSequential(KeepsGrid):
         super().__setattr__(name, value)
 
     def _check(self, block: Any, index: int, first: Any) -> None:
-        """Whether the block may stand in this chain, beside ``first``."""
+        """Check that the block may be in this chain, next to ``first``."""
         if not isinstance(block, ReversibleBlock):
             raise TypeError(f"blocks[{index}] is a {type(block).__name__}; it must be a ReversibleBlock")
         if type(block).forward is not ReversibleBlock.forward:
@@ -234,43 +234,44 @@ class ReversibleSequential(KeepsGrid):
         return ReversibleSequential(list(self)[index], **options)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Map x (cut along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
+        """Map x (split along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
         return _run(self, self._modules, x, args, kwargs)
 
     def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the x that this chain maps to ``y``, up to rounding: x2 = y2 - G(y1); x1 = y1 - F(x2) for each block.
 
-        With an exact coupling it is ``to_grid(x)``, bit for bit, for a y that the chain made with its present exponent.
+        With an exact coupling it is ``to_grid(x)``, bit for bit, for a y that the chain computed with its present
+        exponent.
 
-        Takes and returns what `forward` returns and takes, with the same arguments. Running statistics are left as
-        they are. Differentiable, with stored activations.
+        Input and output are swapped with respect to `forward`, with the same arguments. Running statistics stay
+        unchanged. Differentiable, with stored activations.
         """
         return _run_inverse(self, list(self), y, args, kwargs)
 
     def to_grid(self, x: Any) -> Any:
-        """Return x (or the pair) as the chain sees it: under an exact coupling rounded to its grid, in float32.
+        """Return x (or the pair) as the chain sees it: with an exact coupling rounded to its grid, in float32.
 
             rint(x * 2^k) * 2^-k
 
-        with the present exponent; one that is not known yet is chosen from x, as in the forward. Under coupling="float"
+        with the present exponent; if there is none yet, it is chosen from x, as in the forward. With coupling="float"
         it is x itself.
         """
         return input_on_grid(self, x, _groups(list(self), x))
 
     def explain(self) -> Explanation:
-        """Say for every branch which norms and activations are fused, and why others are not."""
+        """Report for every branch which norms and activations are fused, and why others are not."""
         return explain(_named_branches("block {}, ", self), self.backend)
 
     def plan(self, x: Any = None, *args: Any, **kwargs: Any) -> Plan:
-        """What is kept under ``activations=MemoryBudget(...)``, and the time and peak of a step; printed, a table.
+        """What is stored under ``activations=MemoryBudget(...)``, and the time and peak of a step; prints as a table.
 
-        Without an input: the plan of the last training step. With one, a few steps are taken on it (the loss is the
-        mean of squares), peak and time measured, and everything that they changed is put back; ``args`` and ``kwargs``
+        Without an input: the plan of the last training step. With one, a few steps are run on it (the loss is the mean
+        of squares), peak and time are measured, and everything that they changed is restored; ``args`` and ``kwargs``
         go to the call.
 
         Raises:
-            ValueError: there is no memory budget, or one of infinity; no step has been measured yet; not even
-                rebuilding everything keeps to the budget; x is given under no_grad.
+            ValueError: there is no memory budget, or an infinite one; no step has been measured yet; even
+                reconstructing everything exceeds the budget; x is given under no_grad.
         """
         return plan_of(self, self.activations, x, args, kwargs)
 
@@ -280,7 +281,7 @@ class ReversibleSequential(KeepsGrid):
 
 def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a chain, and of a block called alone."""
-    if torch.compiler.is_dynamo_compiling() and rebuilds(owner):  # before anything of the blocks is looked at
+    if torch.compiler.is_dynamo_compiling() and rebuilds(owner):  # before the blocks are inspected
         from revkernels.autograd.compiling import untraced
 
         return untraced(_run, owner, named, x, args, kwargs)
@@ -289,7 +290,7 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
             return _symbolically(owner, given.tracer, x, args, kwargs)
     blocks = list(named.values())
     half_steps = _half_steps(blocks, args, kwargs)
-    # A block called alone has been called through its hooks already.
+    # A block called alone has already been called through its hooks.
     hooks = [has and block is not owner for has, block in zip(have_hooks(blocks), blocks, strict=True)]
 
     def through(reversal: Reversal) -> None:
@@ -309,10 +310,11 @@ def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kw
 
 
 def _symbolically(owner: Any, tracer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`torch.fx` traces: its graph calls the chain as a whole, as it does torch's own layers. What a chain does depends
-    on more than a graph of symbols knows, and recorded in one it would store its activations."""
+    """Trace with `torch.fx`: its graph calls the chain as a whole, like torch's own layers.
+
+    A chain depends on more than a symbolic graph can express, and recorded in one it would store its activations."""
     path = "" if owner is tracer.root else tracer.path_of_module(owner)
-    if not path:  # what is traced: args and kwargs are symbols too
+    if not path:  # the traced root: args and kwargs are symbols too
         raise TypeError(
             f"torch.fx traces a {type(owner).__name__} by itself, and its graph calls it as a whole: trace a network "
             f"that holds it, such as nn.Sequential(chain), or take torch.export"
@@ -330,7 +332,7 @@ def _run_inverse(
 def _groups(blocks: Sequence[ReversibleBlock], x: Any = None) -> int:
     if blocks:
         return len(blocks[0].branch_names)
-    return max(2, len(x)) if isinstance(x, (tuple, list)) else 2  # no block takes any number of streams
+    return max(2, len(x)) if isinstance(x, (tuple, list)) else 2  # without blocks, any number of streams
 
 
 def _half_steps(
@@ -349,7 +351,7 @@ def _call_through_hooks(reversal: Reversal, block: ReversibleBlock, half_steps: 
         _handed_over.to = {}
     _handed_over.to[id(block)] = (reversal, half_steps)
     try:
-        # As arguments of their own: a full-backward hook looks for tensors among these only, not inside a tuple.
+        # As separate arguments: a full-backward hook looks for tensors among these only, not inside a tuple.
         streams = block(*reversal.show())
     finally:
         _handed_over.to.pop(id(block), None)
@@ -374,7 +376,7 @@ def _half_step_name(owner: Any, blocks: Sequence[ReversibleBlock]) -> Callable[[
 
 
 def have_hooks(blocks: Sequence[nn.Module]) -> list[bool]:
-    """Which of the modules have hooks that a call would fire, of their own or everywhere."""
+    """Which of the modules have hooks that a call would fire, their own or global ones."""
     everywhere = any(getattr(_torch_module, f"_global_{kind}_hooks") for kind in _KINDS_OF_HOOK)
     return [
         bool(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain's input as its streams, and the options that every reversible module takes."""
+"""Splits a chain's input into streams, and checks the options of all reversible modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUPLINGS = ("float", "exact")
 
 
 def is_store(activations: Any) -> bool:
-    """Whether activations are kept; ValueError for a choice that does not exist."""
+    """Whether activations are stored; ValueError for an unknown option."""
     if isinstance(activations, MemoryBudget):
         return activations.stores
     if activations not in ACTIVATIONS:
@@ -32,7 +32,7 @@ def is_store(activations: Any) -> bool:
 
 
 def check_coupling(coupling: Any) -> None:
-    """Raise ValueError for a coupling that does not exist."""
+    """Raise ValueError for an unknown coupling."""
     if not isinstance(coupling, Exact) and coupling not in COUPLINGS:
         raise ValueError(
             f"coupling is {coupling!r}; it must be {', '.join(map(repr, COUPLINGS))} or a revkernels.Exact(...)"
@@ -40,7 +40,7 @@ def check_coupling(coupling: Any) -> None:
 
 
 def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any) -> None:
-    """Raise TypeError or ValueError (BackendError for the backend) for an option that does not exist."""
+    """Raise TypeError or ValueError (BackendError for the backend) for an unknown option."""
     if isinstance(split_dim, bool) or not isinstance(split_dim, int):
         raise TypeError(f"split_dim is a {type(split_dim).__name__}; it must be an int")
     is_store(activations)
@@ -50,7 +50,7 @@ def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any)
 
 
 def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[torch.Tensor], bool]:
-    """Return the ``groups`` streams of ``x``, and whether it was one tensor that has to be joined again."""
+    """Return the ``groups`` streams of ``x``, and whether it was one tensor that must be joined again."""
     if isinstance(x, torch.Tensor):
         x = arrived(x)
         _check_stream(x, name)
@@ -100,17 +100,17 @@ def _check_stream(stream: torch.Tensor, name: str) -> None:
 
 
 def is_narrowed(stream: torch.Tensor) -> bool:
-    """Whether autocast is on and the stream is of a half type, in which what is rebuilt drifts."""
+    """Whether autocast is on and the stream is of a half type, in which reconstruction drifts."""
     return stream.dtype in _HALVES and autocast_dtype(stream.device.type) is not None
 
 
 def widened(stream: torch.Tensor) -> torch.Tensor:
-    """The stream in float32 where autocast has narrowed what it came from, as it does a convolution's output."""
+    """The stream in float32 if autocast has narrowed it, as it does a convolution's output."""
     return stream.float() if is_narrowed(stream) else stream
 
 
 def dense(stream: torch.Tensor) -> torch.Tensor:
-    """Return ``stream`` without gaps in memory, copied only if it has some: strides are part of a stream's value."""
+    """Return ``stream`` without gaps in memory, copied only if needed: strides are part of a stream's value."""
     if stream.is_contiguous() or torch.empty_like(stream, device="meta").stride() == stream.stride():
         return stream
     return stream.clone()
