@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of Gomez et al. 2017, five RevNets and the four ResNets that they were compared with, and the reversible
+"""The networks of Gomez et al. 2017 (five RevNets, and the four ResNets they were compared with), and the reversible
 vision transformers of Mangalam et al. 2022.
 
 Every function takes ``num_classes`` and the keywords ``in_channels=3, activations, coupling, backend``.

@@ -22,7 +22,7 @@ __all__ = ["BLOCKS", "BasicBranch", "BottleneckBranch", "PadShortcut", "param_gr
 
 
 class ModelOptions(TypedDict, total=False):
-    """Keywords that every network of this package takes."""
+    """Keywords of every network of this package."""
 
     in_channels: int
     activations: ActivationsOption
@@ -31,7 +31,7 @@ class ModelOptions(TypedDict, total=False):
 
 
 def build_stem(kind: str, in_channels: int, width: int) -> nn.Sequential:
-    """What stands before the first stage, output already activated.
+    """The layers before the first stage; the output is already activated.
 
     "cifar": conv3x3, BN, ReLU. "imagenet": conv7x7 stride 2, BN, ReLU, max-pool 3x3 stride 2.
     """
@@ -50,10 +50,10 @@ def build_head(width: int, num_classes: int) -> nn.Sequential:
 
 
 def initialise(model: nn.Module) -> None:
-    """Start values of the authors' code, drawn from PyTorch's default generator.
+    """Initial values of the authors' code, drawn from PyTorch's default generator.
 
-    Convolutions k x k: normal, std sqrt(2 / (k * k * out)), redrawn beyond two std. Linear: uniform within
-    sqrt(3 / in) (unit variance kept), bias 0. Batch normalisation: scale 1, shift 0.
+    Convolutions k x k: normal, std sqrt(2 / (k * k * out)), redrawn beyond two std. Linear: uniform within sqrt(3 / in)
+    (unit variance kept), bias 0. Batch normalisation: scale 1, shift 0.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -70,7 +70,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimiser groups: L2 on convolution and linear weights only, none on biases and norms (the paper's rule).
 
     Args:
-        model: any module; each of its parameters lands in exactly one group.
+        model: any module; each of its parameters is in exactly one group.
         weight_decay: the coefficient of the first group.
 
     Returns:
@@ -87,7 +87,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def check_images(x: Tensor, in_channels: int) -> None:
-    """Name the argument before a convolution deep inside complains about its own."""
+    """Check x by its name, before a convolution inside fails on its own argument."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}; it must be a torch.Tensor")
     if x.dim() != 4 or x.shape[1] != in_channels:

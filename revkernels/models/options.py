@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a model's chains, as the model's own."""
+"""Exposes the options of a model's chains as the model's own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["WithChains"]
 
 
 class WithChains(nn.Module):
-    """A model whose ``activations``, ``coupling`` and ``backend`` are those of all its chains, to read and to set."""
+    """A model whose ``activations``, ``coupling`` and ``backend`` read and set those of all its chains."""
 
     def __init__(self, activations: ActivationsOption, coupling: CouplingOption, backend: str | None) -> None:
         super().__init__()
-        #: For a model whose chains something else has taken the place of.
+        #: For a model whose chains have been replaced.
         self._options = {"activations": activations, "coupling": coupling, "backend": backend}
 
     def chains(self) -> Sequence[Any]:
-        """The chains, the first of which is asked."""
+        """The chains; options are read from the first."""
         raise NotImplementedError
 
     @property
@@ -48,7 +48,7 @@ class WithChains(nn.Module):
 
     @property
     def backend(self) -> str | None:
-        """Where couplings, norms and activations run; None picks the fused one of the tensors' device."""
+        """Backend of couplings, norms and activations; None picks the fused one for the tensors' device."""
         found: str | None = self._get("backend")
         return found
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a network, checked before anything of it is built."""
+"""The sizes of a network, checked before it is built."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ __all__ = ["Plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What kind of blocks a RevNet or a ResNet has, how many in each stage, and how wide.
+    """The kind of blocks of a RevNet or a ResNet, their number per stage, and their widths.
 
     Attributes:
         block: "basic" or "bottleneck".
         units: residual units of each stage.
-        widths: channels of each stage, of both halves together in a RevNet. Multiples of 4 for bottleneck blocks; of 2,
-            for bottleneck of 8, in a RevNet. They never shrink in a basic network, whose shortcuts only add channels.
-        stem_width: channels behind the stem, even in a RevNet.
+        widths: channels of each stage, of both halves together in a RevNet. Multiples of 4 for bottleneck blocks; in a
+            RevNet of 2, or of 8 for bottleneck. They never shrink in a basic network, whose shortcuts only add
+            channels.
+        stem_width: channels after the stem, even in a RevNet.
         stem: "cifar" (3x3) or "imagenet" (7x7 stride 2 and max-pool).
         strides: of each stage's first unit; empty is 1, 2, 2, ...
 
     Raises:
-        ValueError, TypeError: a size or name that does not fit.
+        ValueError, TypeError: an invalid size or name.
     """
 
     block: str
@@ -58,7 +59,7 @@ class Plan:
             )
 
     def check_streams(self, streams: int) -> None:
-        """The widths can be split into so many streams of whole blocks."""
+        """Check that the widths split into this number of streams of whole blocks."""
         if self.stem_width % streams:
             raise ValueError(f"stem_width is {self.stem_width}; it must be a multiple of {streams}, the streams")
         multiple = streams * (1 if self.block == "basic" else 4)
@@ -69,12 +70,12 @@ class Plan:
                 )
 
     def stages(self) -> Iterator[tuple[int, int, int]]:
-        """Of every stage (units, width, stride of the first unit)."""
+        """For every stage (units, width, stride of the first unit)."""
         return zip(self.units, self.widths, self.strides, strict=True)
 
 
 def check_positive(name: str, value: int) -> int:
-    """Return ``value``, a whole number of at least 1, as an int."""
+    """Return ``value``, an integer of at least 1, as an int."""
     value = as_int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int")

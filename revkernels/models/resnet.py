@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pre-activation ResNets that the RevNet paper compares with (Gomez et al. 2017, section 5): same
-residual functions, shortcuts and settings as RevNet at full width, with stored activations.
+"""The pre-activation ResNets that the RevNet paper compares with (Gomez et al. 2017, section 5): the same residual
+functions, shortcuts and settings as RevNet at full width, with stored activations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["ResNet", "Unit", "resnet32", "resnet101", "resnet110", "resnet164"]
 
 
 class Unit(nn.Module):
-    """y = F(x) + S(x), F with the stride, S the block's shortcut (identity where the shape stays)."""
+    """y = F(x) + S(x): F has the stride, S is the block's shortcut (identity if the shape stays)."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ResNet(nn.Module):
 
     Raises:
         ValueError: ``activations="reconstruct"`` or a memory budget (y = x + F(x) cannot be solved for x without
-            iterating), or a size, kind or name that does not fit. TypeError: a size that is no whole number.
+            iterating), or an invalid size, kind or name. TypeError: a size that is not an integer.
     """
 
     def __init__(

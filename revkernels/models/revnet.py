@@ -39,27 +39,27 @@ TRANSITIONS = get_args(Transitions)
 
 
 class RevNetOptions(ModelOptions, total=False):
-    """Keywords that every RevNet takes."""
+    """Keywords of every RevNet."""
 
     transitions: Transitions
 
 
 class Transition(nn.Module):
-    """First unit of a stage: changes width or resolution, so it cannot be undone and its input is stored (section 3.1).
+    """First unit of a stage: changes width or resolution, so it is not invertible; its input is stored (section 3.1).
 
         y1 = F(x2) + S(x1)        y2 = G(y1) + S(x2)
 
     Under autocast the streams are float32, whatever dtype the branches return.
 
-    F carries the stride; S is the block's shortcut (basic: average pool and zero channels; bottleneck: a strided 1x1
+    F has the stride; S is the block's shortcut (basic: average pool and zero channels; bottleneck: a strided 1x1
     convolution for each half). Halves (N, in_channels, H, W) -> halves (N, out_channels, H / stride, W / stride).
 
     Args:
         block: "basic" or "bottleneck".
-        in_channels, out_channels: width of one half before and behind.
+        in_channels, out_channels: width of one half before and after.
         stride: of F and of both shortcuts.
-        preactivate: False leaves out F's first BN-ReLU (the very first unit: the stem has activated its input).
-        recompute: True keeps x1, x2 and y1 alone, and runs F and G again in the backward.
+        preactivate: False omits F's first BN-ReLU (the very first unit: the stem has activated its input).
+        recompute: True keeps only x1, x2 and y1, and runs F and G again in the backward.
     """
 
     def __init__(
@@ -95,24 +95,24 @@ class RevNet(WithChains):
     """A RevNet of any depth: stem, stages, head. (N, in_channels, H, W) -> logits (N, num_classes).
 
     A stage of n units is one Transition and one ReversibleSequential of n - 1 blocks. The stem's output is split once;
-    the pair (x1, x2) travels through all stages and is joined in the head. Depth in the paper's count is
-    2 * sum(plan.units) * (2 for basic, 3 for bottleneck) + 2.
+    the pair (x1, x2) passes through all stages and is joined in the head. Depth in the paper's count is 2 *
+    sum(plan.units) * (2 for basic, 3 for bottleneck) + 2.
 
     Args:
         plan: blocks, depth and widths.
         num_classes, in_channels: of the data.
-        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential. These
-            three may be set later, too.
+        activations: "reconstruct" (memory independent of depth), "store" or a MemoryBudget, as in ReversibleSequential.
+            This and the next two options may also be set later.
         coupling: "float" or "exact", as in ReversibleSequential.
-        backend: where couplings, norms and activations run; None picks the fused one of the tensors' device, "eager" is
-            plain torch.
-        transitions: "store" keeps what the stem and the transitions save, as the paper does, "selective" all of that
-            but outputs of norms (`revkernels.nn.selective_checkpoint`, which takes in chains that store), "recompute"
-            their inputs alone, and runs them again in the backward (`revkernels.nn.checkpoint`). They hold most of what
-            a RevNet of few units keeps.
+        backend: where couplings, norms and activations run; None picks the fused one for the tensors' device, "eager"
+            is plain torch.
+        transitions: "store" keeps what the stem and the transitions save, as in the paper; "selective" keeps that
+            without outputs of norms (`revkernels.nn.selective_checkpoint`, which includes chains that store);
+            "recompute" keeps only their inputs, and runs them again in the backward (`revkernels.nn.checkpoint`). They
+            hold most of the activation memory of a RevNet with few units.
 
     Raises:
-        ValueError, TypeError: a size, kind or name that does not fit, before any parameter is allocated.
+        ValueError, TypeError: an invalid size, kind or name, before any parameter is allocated.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class RevNet(WithChains):
         half = plan.stem_width // 2
         for stage, (count, width, stride) in enumerate(plan.stages()):
             first: nn.Module
-            if again and stride == 1 and 2 * half == width:  # it changes nothing: its input follows from its output
+            if again and stride == 1 and 2 * half == width:  # shape unchanged: invertible
                 units = branch(half, half, preactivate=stage > 0), branch(half, half)
                 first = ReversibleBlock(*units, activations=activations, coupling=coupling, backend=backend)
             else:
@@ -154,7 +154,7 @@ class RevNet(WithChains):
                 backend=backend,
             )
             if isinstance(first, ReversibleBlock):
-                first.linked = chain.linked = True  # one chain, whose state dict has the names of two
+                first.linked = chain.linked = True  # one chain with the state dict names of two
             stages.append(nn.Sequential(first, chain))
         self.stages = nn.Sequential(*stages)
         self.head = build_head(2 * half, num_classes)
@@ -178,12 +178,12 @@ class RevNet(WithChains):
             return self.head(torch.cat((y1, y2), dim=1))
 
     def plan(self, x: Tensor | None = None) -> NetPlan:
-        """What is kept under ``activations=MemoryBudget(...)``, in all chains together: see
+        """What is stored under ``activations=MemoryBudget(...)``, in all chains together: see
         `revkernels.nn.ReversibleSequential.plan`."""
         return plan_of(self, self.activations, x, (), {})
 
     def explain(self) -> Explanation:
-        """Say for every branch of the chains which norms and activations are fused, and why others are not."""
+        """Report for every branch of the chains which norms and activations are fused, and why others are not."""
         return Explanation(
             replace(branch, branch=f"stage {number}, {branch.branch}")
             for number, stage in enumerate(self.stages)

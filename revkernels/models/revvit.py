@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["RevViT", "revvit_base", "revvit_large", "revvit_small"]
 
 POOLS = ("mean", "class")
-_EPS = 1e-6  # of every norm, as the authors have it
+_EPS = 1e-6  # of every norm, as in the authors' code
 
 
 class RevViT(WithChains):
@@ -38,31 +38,31 @@ class RevViT(WithChains):
         y1 = x1 + Attention(x2)        y2 = x2 + MLP(y1)        in each of ``depth`` blocks
         logits = head(pool(norm(y1, y2)))
 
-    Both streams are as wide as the tokens, so that a block has the parameters of an ordinary one; the streams are
-    concatenated in front of the final norm, so that norm and head have twice as many features. Under autocast the
-    streams are float32, whatever dtype the branches return.
+    Both streams are as wide as the tokens, so a block has the parameters of an ordinary one; the streams are
+    concatenated before the final norm, so norm and head have twice as many features. Under autocast the streams are
+    float32, whatever dtype the branches return.
 
     Args:
         dim: features of a token and of each stream, a multiple of ``heads``.
-        depth: blocks.
+        depth: number of blocks.
         heads: of each attention.
         num_classes: of the data.
         image_size: rows and columns of the images, one number or a pair; multiples of ``patch_size``.
         patch_size: rows and columns of the patch that becomes a token.
-        mlp_ratio: the MLPs are so many times as wide inside as ``dim``.
-        pool: "mean" of the tokens (the paper's) or "class", a token of its own that is read at the end.
+        mlp_ratio: the MLPs' inner width in multiples of ``dim``.
+        pool: "mean" of the tokens (the paper's) or "class", an extra token that is read at the end.
         dropout: probability that an element is dropped: of the tokens, the attention weights and the branches' outputs,
-            and inside the MLPs. Above 0 it adds layers to the MLPs, whose parameters then have other names.
-        drop_path: probability that a branch is left out of a sample; from 0 at the first block to this at the last.
+            and inside the MLPs. Above 0 it adds layers to the MLPs, which renames their parameters.
+        drop_path: probability that a branch is dropped for a sample; from 0 at the first block to this at the last.
         in_channels: of the data.
-        activations: "reconstruct" (memory flat in depth), "store" or a MemoryBudget, as in ReversibleSequential. These
-            three may be set later, too.
+        activations: "reconstruct" (memory independent of depth), "store" or a MemoryBudget, as in ReversibleSequential.
+            This and the next two options may also be set later.
         coupling: "float" or "exact", as in ReversibleSequential.
-        backend: where the couplings, norms and activations of the blocks run; None picks the fused one of the tensors'
+        backend: where the blocks' couplings, norms and activations run; None picks the fused one for the tensors'
             device, "eager" is plain torch.
 
     Raises:
-        ValueError, TypeError: a size or name that does not fit; in the call, images of another size.
+        ValueError, TypeError: an invalid size or name; in the call, images of another size.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class RevViT(WithChains):
         return [self.blocks] if isinstance(self.blocks, ReversibleSequential) else []
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as behind ``to_empty``: behind the ``reset_parameters`` of the layers."""
+        """Draw all parameters anew, as after ``to_empty``: call after the ``reset_parameters`` of the layers."""
         _initialise(self)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -139,7 +139,7 @@ class RevViT(WithChains):
                 f"x has shape {tuple(x.shape)}; it must be (N, {self.in_channels}, {rows}, {columns}): every token's "
                 f"position is learnt"
             )
-        # Dense rows of tokens, not a transposed view: the streams keep their strides through all blocks.
+        # Dense rows of tokens, not a transposed view, because the streams keep their strides through all blocks.
         tokens = self.patches(x).flatten(2).transpose(1, 2).contiguous()
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(len(tokens), -1, -1), tokens), dim=1)
@@ -148,12 +148,12 @@ class RevViT(WithChains):
         return self.head(y.mean(dim=1) if self.class_token is None else y[:, 0])
 
     def plan(self, x: Tensor | None = None) -> NetPlan:
-        """What is kept under ``activations=MemoryBudget(...)``, in all chains together: see
+        """What is stored under ``activations=MemoryBudget(...)``, in all chains together: see
         `revkernels.nn.ReversibleSequential.plan`."""
         return plan_of(self, self.activations, x, (), {})
 
     def explain(self) -> Explanation:
-        """Say for every branch which norms and activations are fused, and why others are not."""
+        """Report for every branch which norms and activations are fused, and why others are not."""
         return self.blocks.explain()
 
 
@@ -168,7 +168,7 @@ def _image_size(size: int | tuple[int, int], patch_size: int) -> tuple[int, int]
 
 
 def _initialise(model: RevViT) -> None:
-    """Start values of the authors' code: weights, position and class token normal with std 0.02, biases 0."""
+    """Initial values of the authors' code: weights, position and class token normal with std 0.02, biases 0."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -179,7 +179,7 @@ def _initialise(model: RevViT) -> None:
 
 
 class RevViTOptions(ModelOptions, total=False):
-    """Keywords that the networks below take; see RevViT."""
+    """Keywords of the networks below; see RevViT."""
 
     image_size: int | tuple[int, int]
     patch_size: int

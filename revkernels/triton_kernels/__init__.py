@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels. `backend` holds the functions and imports without Triton; kernels are compiled at the first call."""
+"""Triton kernels. `backend` has the functions and imports without Triton; kernels are compiled at the first call."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""accumulate on a list: many small dense pairs in one launch, their pointers among the kernel's arguments."""
+"""accumulate on a list: many small dense pairs in one launch, with their pointers as kernel arguments."""
 
 import triton
 import triton.language as tl
@@ -10,12 +10,12 @@ from revkernels.triton_kernels.arithmetic import narrow, widen
 
 @triton.jit
 def accumulate_kernel(totals, parts, counts, PAIRS: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr):
-    """totals[i] <- totals[i] + parts[i], tile by tile, the pairs laid end to end."""
+    """totals[i] <- totals[i] + parts[i], tile by tile, over the concatenated pairs."""
     program = tl.program_id(0)
     total_ptr, part_ptr, count, tile = totals[0], parts[0], counts[0] >> 2, program
     begin = tl.cdiv(count, COLS)
     for i in tl.static_range(1, PAIRS):
-        # Choosing among pointers, rather than branching, keeps one copy of the body.
+        # Selecting among pointers instead of branching keeps one copy of the body.
         mine = program >= begin
         total_ptr = tl.where(mine, totals[i], total_ptr)
         part_ptr = tl.where(mine, parts[i], part_ptr)

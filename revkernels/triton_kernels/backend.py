@@ -35,10 +35,10 @@ from revkernels.triton_kernels.norm_backend import (  # noqa: F401 (functions of
 )
 
 CHECKS_OPERANDS = True
-_PAIRS = (8, 32)  # pairs of a list launch: few variants to compile, and arguments far below the 4 KiB of a launch
+_PAIRS = (8, 32)  # pairs per list launch: few variants to compile, and far fewer argument bytes than a launch's 4 KiB
 _LARGEST_LISTED = 2**29  # four times the count is an int32
 _KEPT = 4096
-_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' subsystem for Linux
+_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows Subsystem for Linux
 
 _prepared: dict[Any, Prepared] = {}
 
@@ -74,9 +74,10 @@ def reverse_step(y: Any, f: Any, dy: Any, df: Any, coupling: Coupling | None) ->
 def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> None:
     """totals[i] <- totals[i] + parts[i]
 
-    Dense pairs of the same two dtypes share launches, 32 pairs each. A launch of its own goes to a pair that is not
-    dense, whose memory does not begin on 16 bytes, or that has 2^29 elements or more. (A table of pointers in device
-    memory would serve any number in one launch, but filling it is a copy that waits and that a graph cannot capture.)
+    Dense pairs of the same two dtypes share launches of 32 pairs each. A pair gets its own launch if it is not dense,
+    if its memory is not 16-byte aligned, or if it has 2^29 elements or more. (A table of pointers in device memory
+    would serve any number of pairs in one launch, but filling it takes a synchronising copy, which a graph cannot
+    capture.)
     """
     if len(totals) == len(parts) == 1:
         _run({"total": totals[0], "part": parts[0]}, 1, None, False)
@@ -122,12 +123,12 @@ def _run(arrays: dict[str, Any], writes: int, coupling: Coupling | None, subtrac
 
 
 def _checked(arrays: dict[str, Any], writes: int, coupling: Coupling | None, subtract: bool) -> Prepared:
-    """Check the arrays, of which the first ``writes`` are written, and return their launch."""
+    """Check the arrays, the first ``writes`` of which are written, and return their launch."""
     values = tuple(arrays.values())
     try:
         facts = tuple([(a.shape, a.stride(), a.dtype, a.device) for a in values])
     except (AttributeError, TypeError):
-        checks.check_arrays(**arrays)  # says which is no tensor
+        checks.check_arrays(**arrays)  # names the argument that is not a tensor
         raise
     key = (facts, writes, subtract, None if coupling is None else _facts_of(coupling))
     prepared = _prepared.get(key)
@@ -142,7 +143,7 @@ def _checked(arrays: dict[str, Any], writes: int, coupling: Coupling | None, sub
     for i in range(writes):
         for j in range(i + 1, len(values)):
             if begins[i] < begins[j] + spans[j] and begins[j] < begins[i] + spans[i]:
-                _check(arrays, writes, coupling)  # the ranges meet; whether elements do takes longer to say
+                _check(arrays, writes, coupling)  # the ranges intersect; the full check tests the elements
     return prepared
 
 
@@ -165,7 +166,7 @@ def _facts_of(coupling: Coupling) -> tuple[Any, ...]:
 
 
 def _ranges_meet(launches: Sequence[Prepared], totals: Sequence[Any], parts: Sequence[Any]) -> bool:
-    """Whether any total's range of memory meets another array's, so that the order of the sums could matter."""
+    """Whether any total's memory range intersects another array's, so that the order of the sums could matter."""
     ranges = []
     for launch, total, part in zip(launches, totals, parts, strict=True):
         ranges.append((total.data_ptr(), total.data_ptr() + launch.spans[0], True))
@@ -185,8 +186,8 @@ def _accumulate_listed(pairs: list[tuple[Any, Any]]) -> None:
     from revkernels.triton_kernels.accumulate import accumulate_kernel
 
     size = next(size for size in _PAIRS if len(pairs) <= size)
-    # Padding has no elements. A count n goes in as 4n + 2, for which Triton never compiles anew, as it would wherever a
-    # count became 1 or a multiple of 16.
+    # Padding has no elements. A count n is passed as 4n + 2, because Triton would recompile whenever a count became 1
+    # or a multiple of 16.
     padded = pairs + [pairs[-1]] * (size - len(pairs))
     counts = [total.numel() for total, _ in pairs] + [0] * (size - len(pairs))
     programs = sum(-(-count // TILE) for count in counts)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: RET505 (Triton compiles what follows a branch that returned, so every branch needs its else)
-"""couple, uncouple and reverse_step: one kernel, for they differ in a sign and in whether a gradient comes along."""
+"""couple, uncouple and reverse_step in one kernel: they differ in a sign and in whether there is a gradient."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ from revkernels.triton_kernels.arithmetic import bits_of, limited, magnitude_bit
 
 @triton.jit
 def place(strides, row, col, period, RANK: tl.constexpr):
-    """Where the elements of a tile lie, counted from the operand's beginning, in 64 bits."""
+    """The 64-bit offsets of a tile's elements from the operand's start."""
     if RANK == 1:
         return col * strides[0]
     elif RANK == 2:
@@ -22,7 +22,7 @@ def place(strides, row, col, period, RANK: tl.constexpr):
 
 @triton.jit
 def load_scale(ptr, strides, row, col, rows, period, inside, VARIES: tl.constexpr, RANK: tl.constexpr):
-    """The scale of every element; where it is the same along a row, of every row."""
+    """The scale of every element, or of every row if it does not vary along a row."""
     if VARIES:
         return tl.load(ptr + place(strides, row, col, period, RANK), inside)
     elif RANK == 1:
@@ -45,25 +45,26 @@ def couple_kernel(
     CHANNEL_VARIES: tl.constexpr, SAMPLE_VARIES: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One half-step of Algorithm 1 on one tile: widen, compute in WIDE, round once. In a stream of int16 a step is
-    2^-k, which is `down`: f in steps is limited and added as an integer, which wraps."""
+    """One half-step of Algorithm 1 on one tile: widen, compute in WIDE, round once.
+
+    For an int16 stream a step is 2^-k, which is `down`: f in steps is limited and added as an integer, which wraps."""
     program = tl.program_id(0)
     if RANK == 1:
         col_start = program.to(tl.int64) * COLS
         col = col_start + tl.arange(0, COLS)
-        row = col  # there is one row
+        row = col  # there is only one row
         full = col_start + COLS <= cols
     else:
         row_tile = program // col_tiles
         if RANK == 2:
-            row_tile = row_tile.to(tl.int64)  # rank 3 divides rows, in 32 bits, and the host keeps them below 2^30
+            row_tile = row_tile.to(tl.int64)  # rank 3 divides rows in 32 bits, and the host keeps them below 2^30
         row_start = row_tile * ROWS
         col_start = (program % col_tiles).to(tl.int64) * COLS
         row = row_start + tl.arange(0, ROWS)[:, None]
         col = col_start + tl.arange(0, COLS)[None, :]
         full = (row_start + ROWS <= rows) & (col_start + COLS <= cols)
 
-    # Two copies of one body: a full tile needs no mask, and so moves 16 bytes at a time whatever the element count.
+    # Two copies of one body: a full tile needs no mask and so uses 16-byte accesses for any element count.
     for MASKED in tl.static_range(2):
         if full == (MASKED == 0):
             if MASKED:
@@ -114,8 +115,8 @@ def couple_kernel(
                 terms = tl.where(inside, bits_of(out) * (2 * position + 1), 0)
                 tl.atomic_add(checksum_ptr.to(tl.pointer_type(tl.int64), bitcast=True), tl.sum(terms), sem="relaxed")
             if amax_ptr is not None:
-                # A NaN with its sign set, already there, is below all that comes, and is put right: the program whose
-                # maximum is the first has read it before.
+                # A negative NaN already in the cell orders below every new value and is replaced by a NaN: the program
+                # whose atomic comes first has read the cell before that.
                 cell = amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
                 before = tl.load(cell)
                 largest = tl.max(tl.where(inside, magnitude_bits(reach), 0))

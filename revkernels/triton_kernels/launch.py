@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A launch of `couple_kernel` without its pointers: all that shapes, strides and dtypes decide, worked out once.
+"""A launch of `couple_kernel` without its pointers: all that shapes, strides and dtypes determine, computed once.
 
-Nothing is autotuned. A tile is 1,024 elements: eight a thread, so that a half type moves 16 bytes at a time, and four
-where operands of 4 and 2 bytes meet, which the compiler would otherwise match to each other through shared memory. A
-tile that ends in an atomic (checksum, amax) is four times as large, for a quarter of the atomics on one address.
+Nothing is autotuned. A tile is 1,024 elements: eight per thread, for 16-byte accesses of half types, or four if
+operands of 4 and 2 bytes are mixed, which the compiler would otherwise redistribute through shared memory. A tile that
+ends in an atomic (checksum, amax) is four times as large, for a quarter of the atomics on one address.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TILE = 1024
 _REPORTING_TILE = 4096
 _THREADS, _MOST_THREADS = 128, 256
 
-# Which of a call's arrays are (out, x, f, dy, df): it brings (x, f), (out, x, f) or (y, dy, f, df).
+# Which of a call's arrays are (out, x, f, dy, df); the call has (x, f), (out, x, f) or (y, dy, f, df).
 _ROLES = {2: (0, 0, 1, None, None), 3: (0, 1, 2, None, None), 4: (0, 0, 2, 1, 3)}
 
 
@@ -33,13 +33,13 @@ class Prepared:
     """What `prepare` returns.
 
     Attributes:
-        walk: the way over the elements.
-        count: how many elements there are.
+        walk: how the elements are walked.
+        count: number of elements.
         dense: the arrays are contiguous in one common order.
         spans: for every array, bytes from its first element to the end of its last.
         roles: see `_ROLES`.
         programs: the grid.
-        geometry: the kernel's arguments after ``first``, constexprs apart.
+        geometry: the kernel's arguments after ``first``, without constexprs.
         options: constexprs and launch options.
         device: the torch.device of all arrays.
     """
@@ -55,7 +55,7 @@ class Prepared:
     device: Any
 
     def launch(self, arrays: Sequence[Any], coupling: Coupling | None) -> None:
-        """Run the kernel on arrays of the metadata that this was prepared for."""
+        """Run the kernel on arrays with the metadata that this was prepared for."""
         if self.count == 0:
             return
         pointers = [None if role is None else arrays[role] for role in self.roles]
@@ -119,10 +119,10 @@ def prepare(arrays: Sequence[Any], coupling: Coupling | None, subtract: bool) ->
             "RANK": walk.rank,
             "ROWS": walk.tile[0],
             "COLS": walk.tile[1],
-            # No more threads than elements: a warp that did another's once more might, in place, read what that has
+            # No more threads than elements: a warp repeating another's elements could, in place, read what that has
             # stored already, and put it into the checksum or the amax.
             "num_warps": max(1, min(most, math.prod(walk.tile)) // warp_width()),
-            "enable_fp_fusion": False,  # a fused multiply-add skips a rounding that the other backends make
+            "enable_fp_fusion": False,  # a fused multiply-add skips a rounding that the other backends do
         },
         device=out.device,
     )
@@ -134,13 +134,13 @@ def interpreting() -> bool:
 
 
 def check_place(name: str, array: Any) -> None:
-    """The kernels can run where the array lies."""
+    """The kernels can run where the array is."""
     if not array.is_cuda and not (array.is_cpu and interpreting()):
         raise ValueError(f"{name} is on {array.device}; the Triton kernels need it on a GPU")
 
 
 def on(device: Any) -> Any:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Makes the tensors' device current: Triton launches on the current device."""
     import torch
 
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -149,14 +149,14 @@ def on(device: Any) -> Any:
 
 
 def threads(elements: int, *arrays: Any) -> int:
-    """Threads of a program that handles ``elements`` of these arrays; see the module's docstring."""
+    """Threads per program for ``elements`` elements of these arrays; see the module's docstring."""
     mixed = len({a.element_size() for a in arrays}) > 1
     return _MOST_THREADS if mixed or elements > TILE else _THREADS
 
 
 @cache
 def warp_width() -> int:
-    """Threads of a warp: 64 on AMD's CDNA, else 32."""
+    """Threads per warp: 64 on AMD's CDNA, else 32."""
     import torch
 
     return 64 if torch.version.hip else 32
@@ -170,7 +170,7 @@ def _couple_kernel() -> Any:
 
 
 def _scale_strides(coupling: Coupling | None, dims: int) -> list[tuple[int, ...] | None]:
-    """The scales as operands of the full shape that do not move along the other dimensions."""
+    """Strides of the scales as operands of the full shape, 0 along the other dimensions."""
     strides: list[tuple[int, ...] | None] = [None, None]
     if coupling is not None:
         for i, (scale, dim) in enumerate(((coupling.channel_scale, coupling.channel_dim), (coupling.sample_scale, 0))):
@@ -187,5 +187,5 @@ def span(array: Any) -> int:
 
 
 def _moved(array: Any, offset: int) -> Any:
-    """A pointer ``offset`` elements further on; Triton reads nothing else of it."""
+    """A pointer ``offset`` elements further; Triton uses only the data pointer."""
     return array.as_strided((1,), (1,), array.storage_offset() + offset)

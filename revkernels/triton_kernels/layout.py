@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a kernel walks over arrays of one shape and several strides. Plain integers: neither torch nor triton is needed.
+"""How a kernel walks arrays of one shape and several strides. Plain integers: needs neither torch nor triton.
 
-Dimensions that are neighbours in the written array's memory, and that every operand steps through alike, become one.
-What is left is walked as
+Dimensions that are adjacent in the written array's memory, and merge in every operand, become one. The rest is walked
+as
 
     rank 1   cols                    dense operands, in any common order
     rank 2   rows x cols             channel halves, channels-last with a scale, rows of tokens
     rank 3   (outer x rows) x cols   both scales at once, NCHW against channels-last
 
-and a rank beyond 3 is a loop over launches on the host (rare: a crop of an NCHW image that meets two scales).
+and a rank beyond 3 is a loop over launches on the host (rare: a crop of an NCHW image with two scales).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _TURNED_COLS = 32  # a square tile reads whole cache lines of a transposed opera
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """One way over all the elements.
+    """One way to walk all elements.
 
     Attributes:
         rank: 1, 2 or 3.
         rows: outer * rows of the table above; 1 for rank 1.
         cols: extent of the innermost dimension.
-        period: rows of one outer index (rank 3).
+        period: rows per outer index (rank 3).
         strides: for every operand its ``rank`` strides, outermost first.
-        offsets: one entry a launch: where each operand begins, in elements.
-        tile: (rows, cols) that one program handles, powers of two.
+        offsets: one entry per launch: each operand's start, in elements.
+        tile: (rows, cols) of one program, powers of two.
     """
 
     rank: int
@@ -54,12 +54,12 @@ class Walk:
 
     @property
     def col_tiles(self) -> int:
-        """Tiles side by side in one row."""
+        """Tiles per row."""
         return -(-self.cols // self.tile[1])
 
 
 def memory_positions(shape: Sequence[int], strides: Strides) -> Strides:
-    """Return the strides that number the elements of an array 0, 1, 2 ... in the order of its memory."""
+    """Return the strides that number an array's elements 0, 1, 2 ... in memory order."""
     positions = [0] * len(shape)
     count = 1
     for dim in reversed(_memory_order(strides)):
@@ -69,10 +69,10 @@ def memory_positions(shape: Sequence[int], strides: Strides) -> Strides:
 
 
 def plan(shape: Sequence[int], strides: Sequence[Strides], arrays: int, elements: int) -> Walk:
-    """Return the walk over operands of one ``shape``; the first of ``strides`` belongs to the written array.
+    """Return the walk over operands of one ``shape``; the first of ``strides`` is the written array's.
 
-    ``arrays`` of the operands are arrays of that shape; the others (scales, positions) do not shape the tile. A tile
-    holds ``elements`` at most.
+    The first ``arrays`` operands are arrays of that shape; the others (scales, positions) do not affect the tile. A
+    tile holds at most ``elements``.
     """
     dims = _merge(shape, strides)
     looped, walked = _split(dims)
@@ -104,7 +104,7 @@ def _memory_order(strides: Strides) -> list[int]:
 
 
 def _merge(shape: Sequence[int], strides: Sequence[Strides]) -> list[tuple[int, Strides]]:
-    """(size, steps of all operands) of the dimensions that are left, outermost in the written array's memory first."""
+    """(size, steps of all operands) of the merged dimensions, outermost in the written array's memory first."""
     dims: list[tuple[int, Strides]] = []
     for dim in _memory_order(strides[0]):
         size, steps = shape[dim], tuple(stride[dim] for stride in strides)
@@ -117,7 +117,7 @@ def _merge(shape: Sequence[int], strides: Sequence[Strides]) -> list[tuple[int, 
 
 
 def _split(dims: list[tuple[int, Strides]]) -> tuple[list[tuple[int, Strides]], list[tuple[int, Strides]]]:
-    """Dimensions that the host loops over, the smallest for few launches, and those that a kernel walks."""
+    """The dimensions that the host loops over (the smallest, for few launches), and those that a kernel walks."""
     looped: list[tuple[int, Strides]] = []
     walked = list(dims)
     while len(walked) > _MAX_RANK or (len(walked) == _MAX_RANK and walked[0][0] * walked[1][0] >= _MAX_ROWS):

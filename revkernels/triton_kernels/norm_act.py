@@ -2,10 +2,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """norm_act, couple_norm_act and uncouple_norm_act.
 
-All kernels see an array as samples x rows x positions x channels and go over it in tiles of [POSITIONS, CHANNELS]; a
-program takes some of them, one after another, of one sample and the same channels. A sample is what statistics are not
-shared across: dimension 0 of a group norm, everything otherwise. Which of positions and channels lie side by side in
-memory is the operands' business (MINORS); threads are laid along it by the compiler.
+All kernels view an array as samples x rows x positions x channels and walk it in tiles of [POSITIONS, CHANNELS]. A
+program processes several tiles in sequence, of one sample and the same channels. Samples do not share statistics:
+dimension 0 for a group norm, otherwise one sample. Whether positions or channels are adjacent in memory depends on the
+operand (MINORS); the compiler lays threads along the adjacent dimension.
 """
 
 import triton
@@ -36,12 +36,12 @@ def statistics_kernel(
     SUBTRACT: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr,
     UNIT: tl.constexpr, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Batch and group norm, first pass: out = x + f, and of every channel in a chunk of positions the count, a shift,
-    the mean less the shift, and the sum of squared deviations from the mean.
+    """Batch and group norm, first pass: out = x + f; and per channel and chunk of positions the count, a shift, the
+    mean minus the shift, and the sum of squared deviations from the mean.
 
-    The shift is the first tile's mean, and comes off before anything is squared. Where that tile lies far from the
-    rest, the variance is large too, by at least distance^2 / tiles, so that what the difference below cancels stays
-    within `tiles` units of rounding. It is kept apart from the small mean, of which their sum would lose digits.
+    The shift is the first tile's mean, subtracted before squaring. If that tile is far from the rest, the variance is
+    large too, at least distance^2 / tiles, so the cancellation below stays within `tiles` units of rounding. The shift
+    is stored apart from the small mean, because their sum would lose digits.
     """
     sample, partial, row, tile, count, in_row, positions, channels, channel = locate(
         sizes, C_UNIT, B_UNIT, POSITIONS, CHANNELS
@@ -76,7 +76,7 @@ def statistics_kernel(
 
 @triton.jit
 def load_mean(at, plane, inside, reference):
-    """The mean of a chunk less a reference, in float64, in the order that keeps its digits where the mean is large."""
+    """A chunk's mean minus a reference, in float64, in the order that keeps digits where the mean is large."""
     shift = tl.load(at + plane, inside, 0.0).to(tl.float64) - reference
     return shift + tl.load(at + 2 * plane, inside, 0.0).to(tl.float64)
 
@@ -87,7 +87,7 @@ def merge_statistics_kernel(
     plane, chunks, channels, group_size, eps_bits, momentum_bits,
     GROUPED: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The partial results of `statistics_kernel` as one, in float64; a program takes a group, or CHANNELS channels."""
+    """Merges the results of `statistics_kernel` in float64. A program takes one group, or CHANNELS channels."""
     chunks, channels, plane = number(chunks), number(channels), number(plane)
     program = tl.program_id(0).to(tl.int64)
     if GROUPED:
@@ -118,7 +118,7 @@ def merge_statistics_kernel(
     count, total = tl.sum(counts, 0, keep_dims=True), tl.sum(sums, 0, keep_dims=True)
     if GROUPED:
         count, total = tl.sum(count, 1, keep_dims=True), tl.sum(total, 1, keep_dims=True)
-    count = tl.where(count > 0.0, count, 1.0)  # of channels beyond the end
+    count = tl.where(count > 0.0, count, 1.0)  # for channels beyond the end
     mean = total / count
     squares = tl.zeros((CHUNKS, CHANNELS), tl.float64)
     for first in range(begin, end, CHANNELS):
@@ -161,7 +161,7 @@ def apply_kernel(
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, SUBTRACT: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr,
     UNIT: tl.constexpr, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """h = activation(norm(x)) with statistics that are known; with f, of x + f (x - f), which is stored in ``out``."""
+    """h = activation(norm(x)) with known statistics; with f, of x + f (x - f), which is stored in ``out``."""
     sample, _, row, tile, count, in_row, positions, channels, channel = locate(
         sizes, C_UNIT, B_UNIT, POSITIONS, CHANNELS
     )
@@ -188,7 +188,7 @@ def rows_kernel(
     ACTIVATION: tl.constexpr, SUBTRACT: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr,
     UNIT: tl.constexpr, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Layer and RMS norm in one pass: a tile has all the channels of its positions."""
+    """Layer and RMS norm in one pass: a tile has all channels of its positions."""
     sample, _, row, tile, count, in_row, positions, channels, channel = locate(
         sizes, C_UNIT, B_UNIT, POSITIONS, CHANNELS
     )
@@ -228,8 +228,10 @@ def wide_rows_kernel(
     SUBTRACT: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr,
     UNIT: tl.constexpr, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Layer and RMS norm of more channels than one tile holds, first pass: out = x + f, and the statistics of a tile of
-    positions, the shift being the mean over its first channels."""
+    """Layer and RMS norm with more channels than a tile, first pass: out = x + f, and the statistics of a tile of
+    positions.
+
+    The shift is the mean over the first CHANNELS channels."""
     positions, channels = number(sizes[1]).to(tl.int64) * B_UNIT, number(sizes[2]) * C_UNIT
     in_row = tl.cdiv(positions, POSITIONS)
     program = tl.program_id(0).to(tl.int64)

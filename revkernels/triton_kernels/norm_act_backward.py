@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""norm_act_backward: dx = base + the gradient that dh has at x, dweight = sum of dz xhat, dbias = sum of dz.
+"""norm_act_backward: dx = base + the gradient of dh at x, dweight = sum of dz xhat, dbias = sum of dz.
 
-The walk is that of norm_act.py. Beyond an array's end dh counts as 0, and so adds nothing to any sum.
+The walk is that of norm_act.py. Beyond an array's end dh is 0 and adds nothing to any sum.
 """
 
 import triton
@@ -86,7 +86,7 @@ def sums_kernel(
 def merge_sums_kernel(
     dweight_ptr, dbias_ptr, partial_ptr, plane, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """dweight and dbias: the partial sums' [rows, channels] added up, in float64."""
+    """dweight and dbias: the partial sums over [rows, channels] added up in float64."""
     rows, channels = number(rows), number(channels)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     dweight = tl.zeros((ROWS, CHANNELS), tl.float64)
@@ -111,7 +111,7 @@ def merge_moments_kernel(
     plane, moments_plane, chunks, channels, group_size, elements,
     CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A group norm's means: what `sums_kernel` left of one sample and group, weighted and added up in float64."""
+    """A group norm's means: the partial sums of one sample and group, weighted and added up in float64."""
     chunks, channels, size = number(chunks), number(channels), number(group_size)
     program = tl.program_id(0).to(tl.int64)
     groups = channels // size
@@ -141,8 +141,7 @@ def gradient_kernel(
     KIND: tl.constexpr, CONSTANT: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr,
     UNIT: tl.constexpr, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx where the sums behind it are known: slope and level are dweight and dbias of a batch norm, m(g xhat) and m(g)
-    of the others."""
+    """dx from known sums: slope and level are dweight and dbias for a batch norm, m(g xhat) and m(g) for the others."""
     sample, _, row, tile, count, in_row, positions, channels, channel = locate(
         sizes, C_UNIT, B_UNIT, POSITIONS, CHANNELS
     )
@@ -182,8 +181,9 @@ def rows_gradient_kernel(
     ACTIVATION: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr,
     UNIT: tl.constexpr, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Layer and RMS norm in one pass: dx, and what `sums_kernel` leaves of the program's tiles unless partial is None.
-    A tile has all the channels of its positions."""
+    """Layer and RMS norm in one pass: dx, and unless partial is None the partial sums, as in `sums_kernel`.
+
+    A tile has all channels of its positions."""
     sample, partial, row, tile, count, in_row, positions, channels, channel = locate(
         sizes, C_UNIT, B_UNIT, POSITIONS, CHANNELS
     )
@@ -227,7 +227,7 @@ def wide_rows_moments_kernel(
     ACTIVATION: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr,
     UNIT: tl.constexpr, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """m(g xhat) and m(g) of a layer or RMS norm of more channels than one tile holds."""
+    """m(g xhat) and m(g) of a layer or RMS norm with more channels than a tile."""
     positions, channels = number(sizes[1]).to(tl.int64) * B_UNIT, number(sizes[2]) * C_UNIT
     in_row = tl.cdiv(positions, POSITIONS)
     program = tl.program_id(0).to(tl.int64)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: RET505 (Triton compiles what follows a branch that returned, so every branch needs its else)
-"""What the kernels of norm_act share: activations and their slopes, one road over memory, optional operands.
+"""Shared by the kernels of norm_act: activations and their derivatives, addressing, optional operands.
 
-An operand that is None gives way to the number that changes no bits: weight 1, bias -0 (z - 0 is z, for z = -0 too),
-mean 0. Integers that vary from array to array come as 4n + 2, for which Triton never compiles anew.
+An operand that is None is replaced by the number that changes no bits: weight 1, bias -0 (z - 0 is z, for z = -0 too),
+mean 0. Integers that vary between arrays are passed as 4n + 2, because Triton recompiles if one becomes 1 or a multiple
+of 16.
 """
 
 import triton
@@ -33,12 +34,12 @@ def inverse_root(value):
 
 @triton.jit
 def _exp_of_sum(high, low):
-    """exp(high + low) for high <= 0 and |low| <= 0.06; 0 where it is below the smallest subnormal, which in float32 on
-    NVIDIA's hardware is the smallest normal number.
+    """exp(high + low) for high <= 0 and |low| <= 0.06; 0 below the smallest subnormal, which for float32 on NVIDIA
+    hardware is 0 below the smallest normal number.
 
-    Triton's own float32 exp is 2^(u log2(e)) with one rounding in between, whose error grows with u. Taking whole
-    powers of 2 off first, their logarithm in two parts of which the first is short enough for exact multiples, leaves
-    an exponent of at most 1.
+    Triton's own float32 exp is 2^(u log2(e)) with one rounding in between, whose error grows with u. So whole powers of
+    2 are subtracted first, with ln 2 in two parts, the first short enough for exact multiples; the remaining exponent
+    is at most 1.
     """
     if high.dtype == tl.float64:
         return tl.exp(tl.where(high < -800.0, -800.0, high)) * tl.exp(low)
@@ -51,7 +52,7 @@ def _exp_of_sum(high, low):
 
 @triton.jit
 def _sigmoid(u):
-    """(sigmoid(u), its slope), without overflow or cancellation: both are made of exp(-|u|)."""
+    """(sigmoid(u), its derivative), without overflow or cancellation: both come from exp(-|u|)."""
     e = _exp_of_sum(-tl.abs(u), tl.zeros_like(u))
     share = quotient(tl.full(u.shape, 1.0, u.dtype), 1.0 + e)
     return tl.where(u < 0.0, e * share, share), e * (share * share)
@@ -59,10 +60,11 @@ def _sigmoid(u):
 
 @triton.jit
 def _normal(z):
-    """(Phi(z), its slope) of the normal distribution.
+    """(Phi(z), its derivative) of the normal distribution.
 
     Phi(-a) = exp(-a^2 / 2) S(t) / (a + c) with a = |z|, t = (a - c) / (a + c): S is smooth, and a polynomial in t keeps
-    the digits of small probabilities that 1 + erf would lose. a^2 is exact, as the square of a's upper half and a rest.
+    the digits of small probabilities that 1 + erf would lose. a^2 is exact, as the square of a's upper half plus a
+    rest.
     """
     a = tl.abs(z)
     if z.dtype == tl.float64:
@@ -82,8 +84,8 @@ def _normal(z):
 
 @triton.jit
 def _tail(t):
-    """S(t) of `_normal`, fitted at Chebyshev's points for a up to 39 (float64) or 15. Relative errors, those of the
-    evaluation in the type itself included, are below 5 units of 2^-53 and of 2^-24."""
+    """S(t) of `_normal`, fitted at Chebyshev points for a up to 39 (float64) or 15. Relative errors, including
+    evaluation in the type itself, are below 5 units of 2^-53 and of 2^-24."""
     if t.dtype == tl.float64:
         s = tl.full(t.shape, -9.6615755481553e-10, tl.float64)
         s = s * t + 7.731895808625608e-11
@@ -122,8 +124,10 @@ def _tail(t):
 
 @triton.jit
 def _gate_and_slope(z, ACTIVATION: tl.constexpr):
-    """(gate, slope) of h = z * gate(z). gelu_tanh is z * sigmoid(2 sqrt(2/pi) (z + 0.044715 z^3)), whose exponent, made
-    in float32, has an error that grows with it."""
+    """(gate, slope) of h = z * gate(z).
+
+    gelu_tanh is z * sigmoid(2 sqrt(2/pi) (z + 0.044715 z^3)); its exponent, computed in float32, has an error that
+    grows with it."""
     if ACTIVATION == "silu":
         return _sigmoid(z)
     elif ACTIVATION == "gelu":
@@ -154,7 +158,7 @@ def activate_backward(dh, z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         return tl.where(z <= 0.0, 0.0, dh)
     else:
-        z = tl.where(z > 1000.0, 1000.0, z)  # the gradient has long reached its limit, which inf times 0 is not
+        z = tl.where(z > 1000.0, 1000.0, z)  # the gradient has long reached its limit; avoids inf times 0
         z = tl.where(z < -1000.0, -1000.0, z)
         gate, slope = _gate_and_slope(z, ACTIVATION)
         return dh * (gate + z * slope)
@@ -162,23 +166,22 @@ def activate_backward(dh, z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def number(code):
-    """n of 4n + 2."""
+    """Decodes n from 4n + 2."""
     return code >> 2
 
 
 @triton.jit
 def double(bits):
-    """A float64 from its bits, the way by which one reaches a kernel: a float argument becomes a float32."""
+    """A float64 from its bits: a float argument of a kernel would become a float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def place(strides, sample, row, position, channel, MINORS: tl.constexpr, OPERAND: tl.constexpr, UNIT: tl.constexpr):
-    """Where elements of one of the operands lie, in 64 bits. ``strides`` are those of sample, row, position and channel
-    in units of UNIT, apart from that of MINORS[OPERAND] ("position", "channel" or "none"), which is 1.
+    """The 64-bit offsets of an operand's elements. ``strides`` are those of sample, row, position and channel in units
+    of UNIT, except that of MINORS[OPERAND] ("position", "channel" or "none"), which is 1.
 
-    The tuple is indexed here and not by the caller, for what comes out of it is a str to Triton 3.6, which no function
-    takes.
+    The tuple is indexed here, not by the caller: to Triton 3.6 its element is a str, which no function accepts.
     """
     at = sample * (number(strides[0]).to(tl.int64) * UNIT) + row * (number(strides[1]).to(tl.int64) * UNIT)
     if MINORS[OPERAND] == "position":
@@ -193,7 +196,7 @@ def place(strides, sample, row, position, channel, MINORS: tl.constexpr, OPERAND
 
 @triton.jit
 def load_or(ptr, at, inside, OTHERWISE: tl.constexpr, WIDE: tl.constexpr):
-    """What is there, widened; OTHERWISE if there is no such operand."""
+    """The loaded values, widened; OTHERWISE if there is no such operand."""
     if ptr is None:
         return tl.full((1, 1), OTHERWISE, WIDE)
     else:
@@ -205,7 +208,7 @@ def read_stream(
     out_ptr, x_ptr, f_ptr, out_strides, x_strides, f_strides, sample, row, position, channel, inside,
     SUBTRACT: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """x of one tile, widened. With f: x + f (x - f) is stored in ``out``, and read as it was stored."""
+    """x of one tile, widened. With f: x + f (x - f) is stored in ``out`` and returned as stored."""
     x = tl.load(x_ptr + place(x_strides, sample, row, position, channel, MINORS, 0, UNIT), inside, 0.0)
     if f_ptr is not None:
         f = tl.load(f_ptr + place(f_strides, sample, row, position, channel, MINORS, 2, UNIT), inside, 0.0)
@@ -217,12 +220,13 @@ def read_stream(
 
 @triton.jit
 def locate(sizes, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of this program: (its sample, the row of its partial results, the first tile's row, that tile's place in the row,
-    tiles to do, tiles in a row, positions, channels, the channels' numbers). ``sizes`` are (rows, positions / B_UNIT,
-    channels / C_UNIT, tiles a program)."""
+    """This program's (sample, row of its partial results, first tile's row, that tile's index in the row, number of
+    tiles, tiles per row, positions, channels, channel indices).
+
+    ``sizes`` are (rows, positions / B_UNIT, channels / C_UNIT, tiles per program)."""
     positions = number(sizes[1]).to(tl.int64) * B_UNIT
     channels = number(sizes[2]) * C_UNIT
-    # Tiles are counted in 32 bits, and the host keeps them below 2^31: their divisions are short.
+    # Tiles are counted in 32 bits, and the host keeps them below 2^31, for short divisions.
     in_row = tl.cdiv(positions, POSITIONS).to(tl.int32)
     tiles = in_row * number(sizes[0]).to(tl.int32)
     most = number(sizes[3]).to(tl.int32)
@@ -239,20 +243,20 @@ def locate(sizes, C_UNIT: tl.constexpr, B_UNIT: tl.constexpr, POSITIONS: tl.cons
 
 @triton.jit
 def positions_of(tile, POSITIONS: tl.constexpr):
-    """The numbers of a tile's positions in its row."""
+    """The indices of a tile's positions in its row."""
     return tile.to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
 
 
 @triton.jit
 def step(row, tile, in_row):
-    """The tile after this one."""
+    """The next tile."""
     ends = tile + 1 == in_row
     return tl.where(ends, row + 1, row), tl.where(ends, 0, tile + 1)
 
 
 @triton.jit
 def normalise(x, mean_ptr, rstd_ptr, at, inside, weight, bias, WIDE: tl.constexpr):
-    """(xhat, rstd, z), with the statistics found at ``at``."""
+    """(xhat, rstd, z), with the statistics at ``at``."""
     rstd = tl.load(rstd_ptr + at, inside, 0.0)
     xhat = (x - load_or(mean_ptr, at, inside, 0.0, WIDE)) * rstd
     return xhat, rstd, xhat * weight + bias
@@ -260,7 +264,7 @@ def normalise(x, mean_ptr, rstd_ptr, at, inside, weight, bias, WIDE: tl.constexp
 
 @triton.jit
 def statistic_at(strides, sample, row, position, channel, groups, group_size, KIND: tl.constexpr):
-    """Where the statistics of a tile's elements lie: [1, CHANNELS] or [POSITIONS, 1]."""
+    """The offsets of the statistics of a tile's elements: [1, CHANNELS] or [POSITIONS, 1]."""
     if KIND == "batch":
         return channel.to(tl.int64)
     elif KIND == "group":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""norm_act and its relatives of backend "triton": the checks, and what is kept from one call to the next."""
+"""norm_act and the related functions of backend "triton": the checks, and the cache of prepared launches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def norm_act_backward(
     count: int,
     constant: bool,
 ) -> None:
-    """dx <- base + the gradient that dh has at x; dweight and dbias are written, or read if the sums are given"""
+    """dx <- base + the gradient of dh at x; dweight and dbias are written, or read if the sums are given"""
     written = {} if dx is None else {"dx": dx}
     read = {"x": x} if dh is dx and norm.kind == "batch" else {"x": x, "dh": dh}
     if base is not None and base is not dx:
@@ -70,7 +70,7 @@ def _checked(
     sums: dict[str, Any] | None = None,
     mode: int = SUMS_GIVEN,
 ) -> Prepared | Empty:
-    """Check the call and return its launches, known ones if only addresses have changed."""
+    """Check the call and return its launches, cached ones if only addresses have changed."""
     kept = [a for a in (norm.weight, norm.bias) if a is not None]
     moved = [a for a in (norm.running_mean, norm.running_var) if a is not None and not given]
     own = [a for a in (mean, rstd) if a is not None]
@@ -81,7 +81,7 @@ def _checked(
     try:
         facts = tuple([(a.shape, a.stride(), a.dtype, a.device) for a in arrays])
     except (AttributeError, TypeError):
-        _check(written, read, norm, mean, rstd, given, sums, mode)  # says which is no tensor
+        _check(written, read, norm, mean, rstd, given, sums, mode)  # names the argument that is not a tensor
         raise
     present = tuple([a is None for a in (*operands, norm.weight, norm.bias, mean, *(sums or ()))])
     names = tuple(written), tuple(read), present, given, mode, tuple(sums or ())
@@ -98,7 +98,7 @@ def _checked(
     for i in range(len(writes)):
         for j in range(i + 1, len(arrays)):
             if begins[i] < ends[j] and begins[j] < ends[i]:
-                _check(written, read, norm, mean, rstd, given, sums, mode)  # the ranges meet: perhaps elements do
+                _check(written, read, norm, mean, rstd, given, sums, mode)  # the ranges intersect: test the elements
                 return prepared
     return prepared
 

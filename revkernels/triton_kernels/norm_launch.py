@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launches of norm_act: what shapes, strides and dtypes decide is worked out once, and then only pointers change.
+"""The launches of norm_act: what shapes, strides and dtypes determine is computed once; then only pointers change.
 
-Nothing is autotuned, nothing waits for the device, and memory for partial results comes from torch's allocator, so that
-a graph can capture it all. How sums are cut up goes by shapes, strides and dtypes of all operands: equal calls give
-equal bits, and a sum alone may differ in its last ones from that of a call that has a dx of another layout besides.
+Nothing is autotuned, nothing synchronises, and memory for partial results comes from torch's allocator, so a graph can
+capture everything. The partition of sums depends on shapes, strides and dtypes of all operands: equal calls give equal
+bits; a call for sums only may differ in the last bits from one that also has a dx of another layout.
 
-A tile is 1,024 elements, eight a thread, and four where they are of 8 bytes or where operands of several sizes meet,
-for the reason given in launch.py. A row's tile may be larger. A program takes several tiles one after another where
-there are plenty: it loads parameters once, and leaves fewer partial results.
+A tile is 1,024 elements, eight per thread, or four if they have 8 bytes or if operands of several sizes are mixed (see
+launch.py). A row's tile may be larger. If there are many tiles, a program processes several in sequence: it loads
+parameters once and writes fewer partial results.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from revkernels.triton_kernels import launch
 from revkernels.triton_kernels.norm_layout import Plane, plane
 
 _MOST_THREADS = 512
-_ROW_TILE, _ROW_GRADIENT_TILE = 8192, 4096  # elements of a row norm's tile at most, fewer of float64
-_PROGRAMS = 2048  # enough of them to fill a device; beyond that, a program takes more tiles
+_ROW_TILE, _ROW_GRADIENT_TILE = 8192, 4096  # most elements of a row norm's tile; fewer for float64
+_PROGRAMS = 2048  # enough to fill a device; beyond that, a program takes more tiles
 _MOST_TILES, _MOST_SUMMED = 4, 64
-_MERGED = {"CHUNKS": 64, "CHANNELS": 16}  # a tile of partial results, the same for all: one variant
+_MERGED = {"CHUNKS": 64, "CHANNELS": 16}  # a tile of partial results, always the same: one variant
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """How one kernel goes over a plane.
+    """How one kernel walks a plane.
 
     Attributes:
         sizes: the kernel's argument of that name.
@@ -49,7 +49,7 @@ class Walk:
 
 @dataclass(frozen=True, slots=True)
 class Empty:
-    """A norm over nothing: all sums are 0, and running statistics learn nothing."""
+    """A norm over no elements: all sums are 0, and running statistics stay unchanged."""
 
     spans: tuple[int, ...]
 
@@ -77,15 +77,15 @@ class Prepared:
     """A norm over arrays of known metadata. Operands are (x, out, f, h) forward and (x, dx, base, dh) backward.
 
     Attributes:
-        plane: the arrays as kernels see them.
-        strides, statistic: the plane's, as kernels take them.
-        kind, activation, group_size: of the norm; the latter as kernels take it.
+        plane: the arrays as kernels view them.
+        strides, statistic: the plane's, encoded for kernels.
+        kind, activation, group_size: of the norm; group_size is encoded.
         summed: the walk for sums over positions.
-        applied: the walk element by element.
+        applied: the element-wise walk.
         by_rows: the walk for sums over channels, of layer and RMS norms.
         whole_rows: its tile holds all channels.
         spans: for every array of the call, bytes from its first element to the end of its last.
-        device, wide: the torch.device of all arrays, and the torch.dtype that they are computed in.
+        device, wide: the torch.device of all arrays, and the torch.dtype of the arithmetic.
     """
 
     plane: Plane
@@ -105,7 +105,7 @@ class Prepared:
     def norm_act(
         self, h: Any, out: Any, x: Any, f: Any, subtract: bool, norm: Norm, mean: Any, rstd: Any, given: bool
     ) -> None:
-        """h <- activation(norm(x)); with f, out <- x + f (x - f) first, and h of that."""
+        """h <- activation(norm(x)); with f, out <- x + f (x - f) first, and h from that."""
         with launch.on(self.device):
             if given:
                 self._apply(h, out, x, f, subtract, norm, mean, rstd)
@@ -152,7 +152,7 @@ class Prepared:
     def _apply(
         self, h: Any, out: Any, x: Any, f: Any, subtract: bool, norm: Norm, mean: Any, rstd: Any, stored: Any = None
     ) -> None:
-        """h by known statistics, of x (with f: of x + f), or of what a first pass has stored."""
+        """h from known statistics, of x (with f: of x + f), or of what a first pass has stored."""
         walk, options = self.applied, self.applied.options
         x_strides, out_strides, f_strides, h_strides = self.strides
         if stored is not None:
@@ -248,7 +248,7 @@ class Prepared:
         return slope, level
 
     def _groups(self) -> int:
-        """Programs that merge a sample's partial results."""
+        """Number of programs that merge the partial results."""
         if self.kind == "group":
             return self.plane.samples * (self.plane.channels // (self.group_size >> 2))
         return -(-self.plane.channels // _MERGED["CHANNELS"])
@@ -295,8 +295,8 @@ def prepare(norm: Norm, operands: Sequence[Any], arrays: Sequence[Any], wide: An
             most //= 4 if backward else 2
         tile = over.row_tile(launch.TILE, most)
         whole = tile[1] >= over.channels
-        threads = 256 if backward and wide == torch.float64 else _MOST_THREADS  # fewer have more registers each
-        of_row = min(each, 16 // max(sizes) if backward else each)  # more is alive at a time than in the other kernels
+        threads = 256 if backward and wide == torch.float64 else _MOST_THREADS  # fewer threads have more registers each
+        of_row = min(each, 16 // max(sizes) if backward else each)  # more values are live than in the other kernels
         by_rows = _walk(over, tile, of_row, _MOST_SUMMED if whole else 1, common, threads, by_rows=True)
     return Prepared(
         plane=over,
@@ -311,7 +311,7 @@ def prepare(norm: Norm, operands: Sequence[Any], arrays: Sequence[Any], wide: An
 
 
 def code(n: int) -> int:
-    """An integer as the kernels take it; see norm_arithmetic.py."""
+    """An integer encoded for the kernels; see norm_arithmetic.py."""
     return 4 * n + 2
 
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the kernels of norm_act walk: samples x rows x positions x channels. Plain integers, as in layout.py.
 
-    batch         1 sample,            what is left of the other dimensions is rows x positions
+    batch         1 sample,            the other dimensions are rows x positions
     group         dimension 0,         1 row
     layer, rms    1 sample             likewise; the statistics are walked as one more operand
 
-Positions are what a tile spans beside channels, so they are the dimension that lies closest together in memory. Images,
-channels last, and rows of tokens are one row of positions; NCHW images are a row an image.
+A tile spans positions and channels, so positions are the other dimension with the smallest stride. Images, channels
+last, and rows of tokens are one row of positions; NCHW images are one row per image.
 
-Addresses, sizes and strides reach the kernel in units of UNIT elements, so that the compiler knows what divides them
-and moves up to 16 bytes at a time without a variant for every shape: 56 channels are as good as 64.
+Addresses, sizes and strides are passed to the kernel in units of UNIT elements, so that the compiler knows their
+divisor and uses up to 16-byte accesses without a variant per shape: 56 channels are as fast as 64.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from dataclasses import dataclass
 Strides = tuple[int, ...]
 
 _UNITS = (8, 4, 2)
-_CHANNELS = 128  # side by side: 256 bytes of a half type
+_CHANNELS = 128  # adjacent: 256 bytes of a half type
 _POSITIONS = 256
 _SKIPPED = {"position": 2, "channel": 3, "none": None}  # the stride that is 1
-_TURNED = 32  # of operands that lie both ways, as in layout.py
+_TURNED = 32  # for operands with both orders, as in layout.py
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One way over all the elements.
+    """One way to walk all elements.
 
     Attributes:
         samples, rows, positions, channels: extents, outermost first.
-        strides: of every operand (None where absent) its four strides in units, 0 for the one that is 1.
-        minors: of every operand, the dimension whose stride is 1: "position", "channel" or "none".
+        strides: every operand's (None if absent) four strides in units, 0 for the one that is 1.
+        minors: every operand's dimension of stride 1: "position", "channel" or "none".
         statistic: strides of row statistics along rows and positions.
-        unit, position_unit, channel_unit: what strides, positions and channels are counted in.
+        unit, position_unit, channel_unit: the units of strides, positions and channels.
     """
 
     samples: int
@@ -62,7 +62,7 @@ class Plane:
         return wide, min(channels, elements // wide)
 
     def row_tile(self, elements: int, most: int) -> tuple[int, int]:
-        """(positions, channels) of a tile for sums over channels: all of them if ``most`` elements suffice."""
+        """(positions, channels) of a tile for sums over channels: all channels if ``most`` elements suffice."""
         positions, channels = power_of_two(self.positions), power_of_two(self.channels)
         along = "position" in self.minors
         if channels > (most // 16 if along else most):
@@ -77,7 +77,7 @@ def plane(kind: str, axis: int, shape: Sequence[int], strides: Sequence[Strides 
     kept = [d for d, size in enumerate(shape) if size > 1 and d != axis and not (kind == "group" and d == 0)]
     by_rows = kind in ("layer", "rms")
     steps = [*present, _row_major(shape, axis)] if by_rows else present
-    # Neighbours merge in the array's own order, or in that of x's memory.
+    # Adjacent dimensions merge in the array's own order, or in that of x's memory.
     orders = (kept, sorted(kept, key=lambda d: -present[0][d]))
     runs = min((_merge(shape, steps, order) for order in orders), key=len)
     if len(runs) > (1 if kind == "group" else 2):
@@ -115,12 +115,12 @@ def plane(kind: str, axis: int, shape: Sequence[int], strides: Sequence[Strides 
 
 
 def power_of_two(count: int) -> int:
-    """The smallest that is not below ``count``."""
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
 
 
 def _row_major(shape: Sequence[int], axis: int) -> Strides:
-    """Strides of a dense array that lacks the dimension ``axis``."""
+    """Strides of a dense array without the dimension ``axis``."""
     strides, count = [0] * len(shape), 1
     for d in reversed(range(len(shape))):
         if d != axis:
@@ -130,7 +130,7 @@ def _row_major(shape: Sequence[int], axis: int) -> Strides:
 
 
 def _merge(shape: Sequence[int], strides: Sequence[Strides], order: Sequence[int]) -> list[tuple[int, Strides]]:
-    """(size, steps of all operands) of what is left when neighbours in ``order`` are one wherever they can be."""
+    """(size, steps of all operands) after merging adjacent dimensions of ``order`` wherever possible."""
     runs: list[tuple[int, Strides]] = []
     for d in order:
         size, steps = shape[d], tuple(stride[d] for stride in strides)
@@ -147,7 +147,7 @@ def _minor(step: Strides, positions: int, channels: int) -> str:
 
 
 def _unit(steps: Sequence[Strides], minors: Sequence[str], positions: int, channels: int) -> int:
-    """The largest unit that divides all strides and the extents they run over, apart from the strides that are 1."""
+    """The largest unit that divides all strides other than 1 and the extents of those that are 1."""
     sizes = []
     for step, minor in zip(steps, minors, strict=True):
         sizes += [size for i, size in enumerate(step) if i != _SKIPPED[minor]]
