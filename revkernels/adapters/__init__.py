@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Algorithm 1 for array libraries without autograd, or with one of their own: a file each, imported by name."""
+"""Algorithm 1 for array libraries without autograd, or with their own: one file each, imported by name."""

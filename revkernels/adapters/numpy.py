@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reversible chains on NumPy and CuPy arrays, with derivatives written by hand: Algorithm 1 of Gomez et al. 2017.
+"""Reversible chains on NumPy and CuPy arrays, with hand-written derivatives: Algorithm 1 of Gomez et al. 2017.
 
     forward    y1 = x1 + F(x2)         y2 = x2 + G(y1)                        (eq. 6)
 
@@ -7,11 +7,11 @@
                f, dF = F.vjp(y2)       y1 <- y1 - f      dy2 <- dy2 + dF(dy1)
 
 Each backward line is one pass over memory (`revkernels.ops.reverse_step_`): y1, y2 become x1, x2 and dy1, dy2 become
-dx1, dx2, in the same memory. What a chain keeps of its forward is its two outputs, whatever its depth. The price is one
-more forward a branch, which `Residual.vjp` shares with the derivative.
+dx1, dx2, in the same memory. A chain keeps only its two outputs from the forward, at any depth. The cost is one more
+forward per branch, which `Residual.vjp` shares with the derivative.
 
-Arrays are whatever `revkernels.ops` takes, the four of a call from libraries that go together: NumPy, CuPy, exporters
-of DLPack or a buffer. Torch is not needed.
+Arrays are those of `revkernels.ops`; the four arrays of a call come from libraries that go together: NumPy, CuPy,
+exporters of DLPack or a buffer. Torch is not needed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Pair = tuple[Any, Any]
 class Residual(Protocol):
     """A residual function with its derivative.
 
-    Its output has the shape of its own stream, the one that it is added to, and a floating-point dtype of its own. It
-    must give the same output twice, and must not write to what it is given: NumPy arrays come read-only.
+    Its output has the shape of the stream that it is added to, and any floating-point dtype. It must give the same
+    output twice, and must not write to its input: NumPy arrays are passed read-only.
     """
 
     def __call__(self, x: Any) -> Any:
@@ -44,17 +44,17 @@ class Residual(Protocol):
     def vjp(self, x: Any) -> tuple[Any, Callable[[Any], Pair]]:
         """Return f and its pullback, which maps df to (dx, dw): the gradients of x and of the parameters.
 
-        dx has x's shape; dw is whatever the caller wants to find in the list of gradients. An array in it, or in the
-        tuples, lists and dictionaries that it is made of, is copied if it lies in memory that the chain goes on writing
-        (df itself as the gradient of a bias, or a part of x); whatever else holds arrays must hold its own.
+        dx has x's shape; dw is whatever the caller wants in the list of gradients. An array in dw, or in tuples, lists
+        and dictionaries within it, is copied if it lies in memory that the chain will write (df itself as the gradient
+        of a bias, or a part of x); any other container must own its arrays.
         """
 
 
 class Checksums:
-    """What a chain with a grid remembers of a forward, so that its backward can tell whether it rebuilt the same bits.
+    """What a chain with a grid records in a forward, so that its backward can verify the reconstructed bits.
 
-    One 64-bit sum a stream, weighted by position (`revkernels.Coupling`), and the largest magnitude. Made empty, filled
-    by `ReversibleChain.forward`, compared by `ReversibleChain.backward_`; serves one forward at a time.
+    Per stream one 64-bit sum, weighted by position (`revkernels.Coupling`), and the largest magnitude. Created empty,
+    filled by `ReversibleChain.forward`, compared by `ReversibleChain.backward_`; serves one forward at a time.
     """
 
     def __init__(self) -> None:
@@ -68,14 +68,14 @@ class ReversibleChain:
 
     Args:
         blocks: the pairs; the objects are kept, not copied.
-        coupling: None, or a `revkernels.Coupling` with nothing but a ``grid_exponent`` k. Then the streams, float32 or
-            float64, are rounded to multiples of 2^-k where they enter and branch outputs where they are added, and
-            `backward_` rebuilds every bit, as long as no stream reaches 2^(24-k), in float64 2^(53-k), and the branches
-            repeat their outputs bit for bit. The gradient of rounding counts as the identity.
+        coupling: None, or a `revkernels.Coupling` with only a ``grid_exponent`` k. Then the streams, float32 or
+            float64, are rounded to multiples of 2^-k on entry, and branch outputs before they are added; `backward_`
+            reconstructs every bit, as long as no stream reaches 2^(24-k), in float64 2^(53-k), and the branches repeat
+            their outputs bit for bit. The gradient of rounding is taken as the identity.
         backend: as in `revkernels.ops`.
 
     Raises:
-        TypeError, ValueError: a block is no pair of residual functions, or the coupling has other options.
+        TypeError, ValueError: a block is not a pair of residual functions, or the coupling has other options.
         BackendError: the backend does not exist or cannot run here.
     """
 
@@ -95,9 +95,9 @@ class ReversibleChain:
         self.coupling, self.backend = coupling, backend
 
     def forward(self, x1: Any, x2: Any, *, checksums: Checksums | None = None) -> Pair:
-        """Return (y1, y2), two new arrays; x1 and x2 stay as they are (eq. 6).
+        """Return (y1, y2), two new arrays; x1 and x2 are not changed (eq. 6).
 
-        ``checksums`` is for chains with a grid, and to be given to `backward_` as well.
+        ``checksums`` is for chains with a grid; give the same object to `backward_`.
 
         Raises:
             TypeError, ValueError: the inputs, or what a branch returned; the message names the branch.
@@ -128,7 +128,7 @@ class ReversibleChain:
         """Turn outputs into inputs, in place (eq. 7). Returns (x1, x2), which are y1 and y2 themselves.
 
         Raises:
-            TypeError, ValueError: y1 or y2; nothing was written then.
+            TypeError, ValueError: y1 or y2; then nothing was written.
             ReconstructionError: a branch returned something else than in the forward.
         """
         _check_written(y1=y1, y2=y2)
@@ -145,13 +145,13 @@ class ReversibleChain:
     ) -> tuple[Pair, Pair, list[Pair]]:
         """Turn outputs into inputs and output gradients into input gradients, in place (Algorithm 1).
 
-        Returns ((x1, x2), (dx1, dx2), gradients): the same four arrays, and a pair (dw of F, dw of G) a block, in the
-        order of the blocks.
+        Returns ((x1, x2), (dx1, dx2), gradients): the same four arrays, and one pair (dw of F, dw of G) per block, in
+        the order of the blocks.
 
         Raises:
-            TypeError, ValueError: one of the four arrays; nothing was written then.
-            ReconstructionError: a branch returned something else than in the forward, or ``checksums`` tell that a
-                stream was not rebuilt bit for bit. What the four arrays hold then is of no use.
+            TypeError, ValueError: one of the four arrays; then nothing was written.
+            ReconstructionError: a branch returned something else than in the forward, or ``checksums`` show that a
+                stream was not reconstructed bit for bit. Then the contents of the four arrays are meaningless.
         """
         _check_written(y1=y1, y2=y2, dy1=dy1, dy2=dy2)
         written = [seen(name, a) for name, a in (("y1", y1), ("y2", y2), ("dy1", dy1), ("dy2", dy2))]
@@ -174,11 +174,11 @@ class ReversibleChain:
             _check_output(name, f, streams[target])
             dx, dw = _pull(name, pullback, _lent(gradients[target]))
             _check_output(f"the pullback of {name}", dx, gradients[source])
-            # f is added to the target, whose gradient df is; dx belongs to the source.
+            # f is added to the target, so its gradient is the target's; dx belongs to the source.
             dw, coupling = _own(dw, written), self._options(record, k)
             if alike:
                 ops.reverse_step_(streams[target], f, gradients[source], dx, coupling=coupling, backend=self.backend)
-            else:  # streams of two shapes
+            else:  # streams of different shapes
                 ops.uncouple_(streams[target], f, coupling=coupling, backend=self.backend)
                 ops.accumulate_(gradients[source], dx, backend=self.backend)
             parameters.append(dw)
@@ -197,7 +197,7 @@ class ReversibleChain:
     # ---- the grid
 
     def _record(self, checksums: Checksums | None, like: Any) -> Checksums | None:
-        """Make the sums zero: one for each stream that enters or that a half-step makes."""
+        """Allocate zeroed sums, one per stream: the inputs, and the output of each half-step."""
         if checksums is None:
             return None
         if not isinstance(checksums, Checksums):
@@ -212,7 +212,7 @@ class ReversibleChain:
         return checksums
 
     def _options(self, record: Checksums | None, k: int) -> Coupling | None:
-        """The coupling that makes stream k, which reports into the record."""
+        """The coupling that computes stream k and reports into the record."""
         if record is None or self.coupling is None:
             return self.coupling
         cell = slice(k, k + 1)
@@ -296,13 +296,13 @@ def _check_written(**arrays: Any) -> None:
     checks.check_disjoint(looks, {})
 
 
-def _order(look: Any) -> tuple[int, ...]:  # of the dimensions whose stride counts
+def _order(look: Any) -> tuple[int, ...]:  # only of dimensions whose stride matters
     return () if 0 in look.shape else tuple(d for d in memory_order(look) if look.shape[d] > 1)
 
 
 def _check_orders(forward: Checksums, written: Sequence[Any]) -> None:
     for name, order, look in zip(("y1", "y2"), forward.orders, written, strict=False):
-        if _order(look) != order:  # the sums would differ, and a branch be blamed for it
+        if _order(look) != order:  # the sums would differ, and the error would blame a branch
             raise ValueError(
                 f"{name} has its dimensions {_order(look)} from the outermost in memory to the innermost, the "
                 f"forward's had {order}; with checksums it must keep them, as .copy(order='K') does"
@@ -337,7 +337,7 @@ def _check_output(
 
 
 def _lent(array: Any) -> Any:
-    """What a branch is given: it must not write there."""
+    """A branch's input, which it must not write to: for NumPy a read-only view."""
     if kind_of(array) != "numpy":
         return array
     view = array.view()
@@ -371,7 +371,7 @@ def _pull(name: str, pullback: Callable[[Any], Pair], df: Any) -> Pair:
 
 
 def _own(tree: Any, written: Sequence[Any]) -> Any:
-    """The same, with copies of the arrays that lie in memory of those that are written, as `seen` shows them."""
+    """The same tree, with copies of the arrays that share memory with ``written`` (as `seen` shows them)."""
     if isinstance(tree, tuple | list | dict):
         items = tree.values() if isinstance(tree, dict) else tree
         owned = [_own(item, written) for item in items]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a training step's memory is, and how far rebuilt activations drift from the true ones.
+"""Where a training step's memory is, and how far reconstructed activations drift from the true ones.
 
-`memory_report` says which module holds which bytes between forward and backward. `drift` measures reconstruction
+`memory_report` reports which module holds which bytes between forward and backward. `drift` measures reconstruction
 errors and gradient angles by depth, `DriftMonitor` while a network trains, `plot_training` draws the paper's figure.
 Needs torch; the plots need matplotlib (the extra ``demo``).
 """
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plot_training":  # not before it is asked for: matplotlib may be missing
+    if name == "plot_training":  # imported on demand: matplotlib may be missing
         from revkernels.diagnostics.plots import plot_training
 
         return plot_training

@@ -27,7 +27,7 @@ from revkernels.options import Activations
 __all__ = ["PRECISIONS", "Drift", "DriftRow", "drift"]
 
 _MIXED = "float32, bfloat16 branches"
-#: Name to the dtype of streams and weights, and that of autocast.
+#: Name to the dtype of streams and weights, and the autocast dtype.
 _DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float64": (torch.float64, None),
     "float32": (torch.float32, None),
@@ -40,18 +40,18 @@ COUPLINGS = ("float", "exact")
 
 @dataclass(frozen=True)
 class DriftRow:
-    """One chain, cut to one depth, at one precision and coupling.
+    """One chain, truncated to one depth, at one precision and coupling.
 
     Attributes:
         chain: its dotted name in the network; "" for the network itself.
         coupling: "float" or "exact".
         precision: one of `PRECISIONS`.
-        depth: blocks that were rebuilt.
-        max_error, rms_error: of the rebuilt input streams, relative (`revkernels.diagnostics.relative_errors`); None if
-            the backward had no reason to rebuild them.
-        angle_degrees: between the parameter gradients with reconstructed and with stored activations; None if there
-            are none.
-        problem: why the chain could not run so (`ReconstructionError`), or None.
+        depth: number of reconstructed blocks.
+        max_error, rms_error: of the reconstructed input streams, relative (`revkernels.diagnostics.relative_errors`);
+            None if the backward had no reason to reconstruct them.
+        angle_degrees: between the parameter gradients with reconstructed and with stored activations; None if there are
+            none.
+        problem: why the chain could not run this way (`ReconstructionError`), or None.
     """
 
     chain: str
@@ -66,7 +66,7 @@ class DriftRow:
 
 @dataclass(frozen=True)
 class Drift:
-    """What `drift` found.
+    """The result of `drift`.
 
     Attributes:
         rows: by chain, coupling, precision and depth.
@@ -83,7 +83,7 @@ class Drift:
         return [asdict(row) for row in self.rows]
 
     def table(self) -> Table:
-        """The rows as a table of the command line."""
+        """The rows as a table for the command line."""
         table = Table(
             f"Drift of rebuilt activations on {self.device}",
             {
@@ -112,11 +112,11 @@ class Drift:
         return plain(self.table()).lstrip("\n")
 
     def plot(self, path: str | Path, chain: str | None = None) -> None:
-        """Draw error and angle against depth to a file (PNG, SVG or PDF by its ending).
+        """Draw error and angle against depth to a file (PNG, SVG or PDF by its extension).
 
         Args:
             path: of the picture.
-            chain: which one; None is the one with the most blocks.
+            chain: its name; None is the chain with the most blocks.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -146,36 +146,37 @@ def drift(
     kwargs: Mapping[str, Any] | None = None,
     on_step: Callable[[str, int], None] | None = None,
 ) -> Drift:
-    """Measure what reconstruction costs in accuracy, by depth.
+    """Measure how reconstruction affects accuracy, by depth.
 
-    A chain cut to d of its blocks maps x to y. Its backward rebuilds x' from y by the driver itself, and
+    A chain truncated to d of its blocks maps x to y. Its backward, run by the driver itself, reconstructs x' from y,
+    and
 
         error(d) = max |x' - x| / max |x|  and  |x' - x| / |x|         (x the true input, both streams one vector)
         angle(d) = angle between dL/dw with reconstructed and with stored activations, degrees
 
-    with the same weights, input (under an exact coupling as that rounds it), random numbers and kernels: how far
-    rounding alone takes the gradient (Gomez et al. 2017, section 5 and figure 4 (left) for the angle). In float64 both
-    are some 1e-15 a block.
+    with the same weights, input (for an exact coupling, as rounded to its grid), random numbers and kernels: how far
+    rounding alone moves the gradient (Gomez et al. 2017, section 5 and figure 4 (left) for the angle). In float64 both
+    are about 1e-15 per block.
 
-    Works on copies: ``net`` is as it was afterwards, and needs its chains' memory once more.
+    Works on copies: ``net`` is unchanged afterwards, and the chains' memory is needed once more.
 
     Args:
-        net: a `ReversibleSequential` or `ReversibleBlock`, or a module with some inside: then each of these, with the
-            input that it gets from ``net(x, *args, **kwargs)``.
+        net: a `ReversibleSequential` or `ReversibleBlock`, or a module that contains some: then each of these, with its
+            input in ``net(x, *args, **kwargs)``.
         x: the input.
-        loss: makes a scalar of a chain's output. Default: the mean square of each stream, summed.
-        depths: of the cuts, in blocks; more than a chain has is left out. Default: powers of two and the whole.
-        couplings: values of ``coupling``; one that does not exist here is left out. An exact one keeps float32
-            streams whatever the precision, which is then the branches'; float64 it does not know.
-        precisions: of `PRECISIONS`; default float32, bfloat16, and float32 streams with bfloat16 branches (autocast),
-            as far as the device has them.
-        cut: "last", the blocks at the chain's end on the true streams that enter them; "first", those at its start.
+        loss: makes a scalar from a chain's output. Default: the mean square of each stream, summed.
+        depths: numbers of blocks; those larger than a chain are skipped. Default: powers of two and the whole chain.
+        couplings: values of ``coupling``; unknown ones are skipped. An exact one keeps float32 streams at any
+            precision, which then applies to the branches; it does not support float64.
+        precisions: from `PRECISIONS`; default float32, bfloat16, and float32 streams with bfloat16 branches (autocast),
+            as far as the device supports them.
+        cut: "last", the chain's last blocks on their true input streams; "first", its first blocks.
         args, kwargs: more arguments of ``net``.
-        on_step: called as each measurement begins, with a word on it and how many there are.
+        on_step: called before each measurement with a description of it and the number of measurements.
 
     Raises:
-        TypeError: ``net`` is not a module, or an option no list. ValueError: it has no reversible chain, or an option
-            does not exist.
+        TypeError: ``net`` is not a module, or an option is not a list. ValueError: it has no reversible chain, or an
+            option does not exist.
     """
     for what, value in (("depths", depths), ("couplings", couplings), ("precisions", precisions)):
         if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
@@ -212,7 +213,7 @@ def drift(
     return Drift(tuple(rows), cut, str(device))
 
 
-# ---- which chains, and what they are given
+# ---- the chains and their inputs
 
 
 def _calls(
@@ -321,7 +322,7 @@ def _row(
 
 
 class _Errors:
-    """A witness that keeps the errors of the chain's input."""
+    """A witness that records the errors of the chain's input."""
 
     def __init__(self, errors: list[tuple[float, float]]) -> None:
         self.errors = errors
@@ -339,7 +340,7 @@ def _copy(chain: Any, dtype: torch.dtype) -> Any:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in the dtype, in nested values; others as they are."""
+    """Floating-point tensors cast to the dtype, in nested values; others unchanged."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -352,7 +353,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _per_block(value: Any, first: int, last: int) -> Any:
-    """Arguments for some of the blocks."""
+    """Arguments for a range of blocks."""
     if isinstance(value, dict):
         return {key: _per_block(item, first, last) for key, item in value.items()}
     if type(value) is tuple:
@@ -363,12 +364,12 @@ def _per_block(value: Any, first: int, last: int) -> Any:
 
 
 def _streams(result: Any) -> Any:
-    """A chain's output without its auxiliary ones."""
+    """A chain's output without its auxiliary outputs."""
     return result[0] if type(result) is tuple and len(result) == 2 and type(result[1]) is list else result
 
 
 def _leaves(x: Any) -> Any:
-    """The input as leaves that require grad, so that the first branch is rebuilt whatever is frozen."""
+    """The input as leaves that require grad, so that the first branch is reconstructed even if frozen."""
     if isinstance(x, torch.Tensor):
         return x.detach().requires_grad_()
     return tuple(t.detach().requires_grad_() for t in x)

@@ -13,7 +13,7 @@ __all__ = ["chains_of"]
 
 
 def chains_of(net: Any) -> dict[str, ReversibleSequential | ReversibleBlock]:
-    """Dotted name ("" for ``net`` itself) to chain; what is inside a chain is the chain's.
+    """Maps dotted names ("" for ``net`` itself) to chains; chains inside a chain are not listed.
 
     Raises:
         TypeError: ``net`` is not a module. ValueError: it has no chain.

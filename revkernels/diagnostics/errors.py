@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far rebuilt streams are from the true ones."""
+"""The distance of reconstructed streams from the true ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def relative_errors(rebuilt: Sequence[torch.Tensor], true: Sequence[torch.Tensor
 
         maximum = max |rebuilt - true| / max |true|        rms = |rebuilt - true| / |true|   (Euclidean norms)
 
-    0 where both are zero, infinity where only ``true`` is.
+    0 if both are zero, infinity if only ``true`` is.
     """
     parts = []
     for ours, theirs in zip(rebuilt, true, strict=True):
@@ -36,7 +36,7 @@ def relative_errors(rebuilt: Sequence[torch.Tensor], true: Sequence[torch.Tensor
 
 
 def _pieces(stream: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Parts along the first dimension, so that a float64 copy of one is not what sets the step's peak of memory."""
+    """Parts along the first dimension, so that a part's float64 copy does not determine the step's peak memory."""
     if not stream.numel():
         return ()
     if not stream.dim():

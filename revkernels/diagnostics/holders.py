@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who holds a tensor that is no saved tensor: an attribute of a module or of an autograd node."""
+"""Finds who holds a tensor other than a saved tensor: an attribute of a module or of an autograd node."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from revkernels.diagnostics.untouched import tensors_in
 from revkernels.diagnostics.watching import address, has_memory
 
 _SKIPPED = ("_parameters", "_buffers", "_modules")
-_DEPTH = 8  # of containers in containers
+_DEPTH = 8  # nesting of containers
 
 
 def attributes(net: nn.Module) -> dict[int, str]:
-    """Memory held by an attribute of a module: its address, and "self.NAME"."""
+    """Memory held by a module's attribute: its address, and "self.NAME"."""
     found: dict[int, str] = {}
     for module in net.modules():
         for name, value in vars(module).items():
@@ -47,13 +47,13 @@ def contexts(outputs: Iterable[torch.Tensor]) -> dict[int, str]:
 
 
 def notes(reversal: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a call of a chain holds, besides its outputs: statistics, random states, copies of buffers."""
+    """The tensors that a chain's call holds, besides its outputs: statistics, random states, copies of buffers."""
     if reversal is not None:
         yield from held(reversal, ours=True)
 
 
 def kept_operators(reversal: Any) -> Iterator[torch.Tensor]:
-    """Of these, the outputs of operators that a memory budget keeps."""
+    """Among these, the outputs of operators that a memory budget stores."""
     for step in () if reversal is None else reversal._steps:
         for _, outputs, _ in getattr(step, "kept", {}).values():
             yield from tensors_in(outputs)

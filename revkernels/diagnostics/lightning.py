@@ -14,7 +14,7 @@ def callback(monitor: DriftMonitor) -> Any:
     """Return the callback; see `DriftMonitor.lightning_callback`."""
 
     class DriftCallback(_base()):  # type: ignore[misc]
-        """Attaches the monitor for the time of a fit, and logs the rms error."""
+        """Attaches the monitor during a fit, and logs the rms error."""
 
         def __init__(self) -> None:
             super().__init__()

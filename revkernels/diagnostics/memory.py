@@ -46,38 +46,38 @@ __all__ = ["memory_report"]
 def memory_report(
     net: nn.Module, x: Any, *args: Any, loss: Callable[[Any], torch.Tensor] | None = None, **kwargs: Any
 ) -> MemoryReport:
-    """Say where every byte of one training step ``loss(net(x, *args, **kwargs)).backward()`` is.
+    """Report where every byte of one training step ``loss(net(x, *args, **kwargs)).backward()`` is.
 
-    For any module, reversible or not. The step is run once as it is, for its peak, and once watched, for the bytes that
-    are there between forward and backward, each with the module that made it and the reason why it lives (on CUDA once
-    more before, for libraries take their workspaces at their first call). Watching changes nothing of what runs: fused
-    kernels stay fused. Call it as you train: in the same mode, under the same autocast (the backward is outside it, as
-    torch asks).
+    For any module, reversible or not. The step runs once unchanged, for its peak, and once watched, for the bytes
+    present between forward and backward, each with the module that made it and the reason why it is alive (on CUDA also
+    once before, because libraries allocate workspaces at their first call). Watching does not change what runs: fused
+    kernels stay fused. Call it as you train: in the same mode, under the same autocast (the backward runs outside it,
+    as torch requires).
 
         total = parameters + buffers + gradients + input + held
         held  = output + kept by chains + saved tensors + ... + outside saved tensors + not attributed
 
-    ``held`` is the allocator's own figure, what the forward allocated and has not given back, so that the last row is
-    what the others do not explain: random states of ``torch.utils.checkpoint`` (5 KB a call) or memory that native code
-    hides; on CUDA the allocator's rounding to 512 bytes and libraries' workspaces too.
+    ``held`` is the allocator's figure, what the forward allocated and has not freed. So the last row is what the others
+    do not explain: random states of ``torch.utils.checkpoint`` (5 KB per call) or memory hidden in native code; on CUDA
+    also the allocator's rounding to 512 bytes and libraries' workspaces.
 
     Outside saved tensors is memory that neither autograd's saved-tensor hooks nor a reversible chain can see or
-    rebuild: a tensor that an ``autograd.Function`` puts on ``ctx`` as an attribute, one that a module caches on
-    ``self``. The rows name the module, the operator that made it and, where it is found, the attribute.
+    reconstruct: a tensor that an ``autograd.Function`` puts on ``ctx`` as an attribute, or one that a module caches on
+    ``self``. The rows name the module, the operator that made it and, if found, the attribute.
 
-    Afterwards the network is as it was: ``.grad``, buffers, attributes, random numbers, mode, hooks.
+    Afterwards the network is unchanged: ``.grad``, buffers, attributes, random numbers, mode, hooks.
 
     Args:
         net: the module; its parameters, buffers and ``x`` are on one device, the CPU or a CUDA device.
-        x, *args, **kwargs: what it is called with. Tensors are not written to and get no ``.grad``.
-        loss: makes a scalar of the output. Default: the mean square of each floating-point output, summed.
+        x, *args, **kwargs: its arguments. Tensors are not written to and get no ``.grad``.
+        loss: makes a scalar from the output. Default: the mean square of each floating-point output, summed.
 
     Returns:
-        A `MemoryReport`; ``print`` shows a table, the chains and what follows from them.
+        A `MemoryReport`; ``print`` shows a table, the chains and advice.
 
     Raises:
         TypeError: ``net`` is not a module.
-        ValueError: the loss is no scalar that requires grad, a lazy parameter has no shape yet, or the device is
+        ValueError: the loss is not a scalar that requires grad, a lazy parameter has no shape yet, or the device is
             neither the CPU nor CUDA.
         RuntimeError: a torch profiler is running already.
     """
@@ -87,9 +87,9 @@ def memory_report(
     device = _device(net, (x, args, kwargs))
     loss = default_loss if loss is None else loss
     torch.clear_autocast_cache()
-    first = 0 if device.type == "cpu" else 1  # on a GPU libraries take their workspaces once
+    first = 0 if device.type == "cpu" else 1  # on a GPU libraries allocate their workspaces once
     if any(isinstance(getattr(module, "activations", None), MemoryBudget) for module in net.modules()):
-        first = 2  # the first step is the planner's own
+        first = 2  # the first step is the planner's
     for _ in range(first):
         with untouched(net):
             _step(net, loss, *detached((x, args, kwargs)))
@@ -101,7 +101,7 @@ def memory_report(
 
 def _step(net: nn.Module, loss: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     with torch.enable_grad():
-        held = _forward(net, loss, x, args, kwargs)  # the output too, as in a training loop
+        held = _forward(net, loss, x, args, kwargs)  # holds the output too, as in a training loop
         _backward(held[1])
 
 
@@ -171,7 +171,7 @@ def _held_after(forward: Callable[[], Any], device: torch.device) -> tuple[Any, 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # as in `measure`
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
         result = forward()
-        gc.collect()  # what only garbage holds is not held
+        gc.collect()  # garbage does not count as held
     events = session.profiler.kineto_results.events()
     memory = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
     return result, sum(e.nbytes() for e in memory)
@@ -189,7 +189,7 @@ def _resident(net: nn.Module, given: Any) -> list[MemoryRow]:
 
 
 def _rows(kind: str, named: Iterable[tuple[str, Any]], root: str, seen: set[int] | None = None) -> list[MemoryRow]:
-    """One row a module, of the tensors that hang directly in it. Shared memory counts once."""
+    """One row per module, of the tensors directly in it. Shared memory counts once."""
     seen = set() if seen is None else seen
     sizes: dict[str, list[int]] = {}
     for name, tensor in named:
@@ -205,7 +205,7 @@ def _rows(kind: str, named: Iterable[tuple[str, Any]], root: str, seen: set[int]
 
 
 def _bytes_elsewhere(tensor: torch.Tensor) -> int:
-    """Of a tensor without one block of memory: sparse, or wrapped round others."""
+    """Bytes of a tensor without one block of memory: sparse, or a wrapper of others."""
     if tensor.layout == torch.sparse_coo:
         return sum(t.untyped_storage().nbytes() for t in (tensor._indices(), tensor._values()))
     return tensor.numel() * tensor.element_size()
@@ -243,7 +243,7 @@ def _between(
         elif made.saved and made.budget:
             kind, holder = CHAIN, "its memory budget"
         elif made.saved:
-            kind, holder = SAVED, whose.get(place)  # would stay, if it were rebuilt
+            kind, holder = SAVED, whose.get(place)  # would stay alive if it were reconstructed
         else:
             kind, operator, holder = OUTSIDE, made.operator, whose.get(place)
         groups.setdefault((_module_of(kind, made, place, watch), kind, operator, holder), []).append(count)

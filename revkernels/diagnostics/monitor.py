@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching the drift of rebuilt activations while a network trains."""
+"""Monitors the drift of reconstructed activations while a network trains."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ OnDrift = Literal["warn", "raise"] | Callable[["DriftRecord"], None]
 
 @dataclass(frozen=True)
 class DriftRecord:
-    """What one backward rebuilt of one chain's input.
+    """The error of one chain's input as reconstructed in one backward.
 
     Attributes:
-        step: of the chain, from 0: its calls that record a backward, since the monitor was attached first.
+        step: index of the chain's call, from 0, counting calls that record a backward since the monitor was first
+            attached.
         chain: its dotted name in the network; "" for the network itself.
         max_error, rms_error: relative, see `revkernels.diagnostics.relative_errors`.
     """
@@ -43,14 +44,14 @@ class DriftRecord:
 
 @dataclass(frozen=True)
 class AngleRecord:
-    """One `DriftMonitor.compare`: which call it was, from 0, and the angle between the two gradients."""
+    """One `DriftMonitor.compare`: the index of its call, from 0, and the angle between the two gradients."""
 
     step: int
     degrees: float
 
 
 class DriftMonitor:
-    """Compares, while a network trains, the input of each reversible chain with what its backward rebuilt.
+    """Compares, while a network trains, each reversible chain's input with what its backward reconstructed.
 
         with DriftMonitor(net, every=10, threshold=1e-2) as monitor:
             for x, target in batches:
@@ -58,20 +59,20 @@ class DriftMonitor:
                 ...
         print(monitor.last)
 
-    The true value costs no forward: the input that a chain was given is held until its backward, on the steps that are
-    looked at, together with one subtraction more. Other steps cost a call a chain. The input is not copied: where the
-    caller changes it in place after the chain has run, that backward is left out, with a warning.
+    The true value costs no forward: on monitored steps the chain's input is held until its backward, and one more
+    subtraction is needed. Other steps cost one call per chain. The input is not copied: if the caller changes it in
+    place after the chain has run, that backward is skipped, with a warning.
 
-    ``net.state_dict()``, a pickle and a copy of the network know nothing of the monitor.
+    ``net.state_dict()``, a pickle and a copy of the network do not contain the monitor.
 
     Args:
-        net: a module with `ReversibleSequential`s or `ReversibleBlock`s in it, or one of these; those
-            inside a chain's branches are not watched.
-        every: look at each chain's calls 0, every, 2 every, ... that record a backward.
-        threshold: of the rms error; None for none. NaN is above any.
-        on_drift: above the threshold "warn" (once a chain), "raise" `ReconstructionError` out of the backward, or call
+        net: a module that contains `ReversibleSequential`s or `ReversibleBlock`s, or one of these; those inside a
+            chain's branches are not monitored.
+        every: monitor each chain's calls 0, every, 2 every, ... that record a backward.
+        threshold: of the rms error; None for none. NaN is above any threshold.
+        on_drift: above the threshold "warn" (once per chain), "raise" `ReconstructionError` from the backward, or call
             a function with the `DriftRecord`.
-        angle_every: `compare` does its work on its calls 0, angle_every, ...; None: never.
+        angle_every: `compare` works on its calls 0, angle_every, ...; None: never.
 
     Attributes:
         history: `DriftRecord`s, in the order of the backwards. angles: `AngleRecord`s.
@@ -109,10 +110,10 @@ class DriftMonitor:
     # ---- attaching
 
     def attach(self) -> DriftMonitor:
-        """Begin to watch. Returns itself.
+        """Start monitoring. Returns itself.
 
         Raises:
-            RuntimeError: another monitor (or this one) watches the network already.
+            RuntimeError: another monitor (or this one) is attached to the network already.
         """
         for name, chain in self._chains.items():
             if getattr(chain, "witness", None) is not None:
@@ -124,7 +125,7 @@ class DriftMonitor:
         return self
 
     def detach(self) -> None:
-        """Stop watching; what was found stays. Nothing happens if it does not watch."""
+        """Stop monitoring; the records stay. Does nothing if not attached."""
         for chain in self._chains.values():
             witness = chain.__dict__.get("witness")
             if isinstance(witness, _Witness) and witness.monitor is self:
@@ -136,7 +137,7 @@ class DriftMonitor:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    # ---- what was found
+    # ---- results
 
     @property
     def last(self) -> DriftRecord | None:
@@ -148,10 +149,10 @@ class DriftMonitor:
         return [asdict(record) for record in self.history]
 
     def plot(self, path: str | Path) -> None:
-        """Draw the errors, a line a chain, and the angles if there are any, against the steps.
+        """Draw the errors, one line per chain, and the angles if there are any, against the steps.
 
         Raises:
-            ImportError: matplotlib is missing. ValueError: nothing was found yet.
+            ImportError: matplotlib is missing. ValueError: there are no records yet.
         """
         from revkernels.diagnostics.plots import by_step
 
@@ -165,11 +166,12 @@ class DriftMonitor:
         """Return the angle in degrees between the gradients with reconstructed and with stored activations.
 
         ``closure()`` runs a forward and a backward of the loop's own loss on the loop's own batch. It is called twice,
-        from the same random numbers: as the network is, and with every chain's ``activations="store"``. Then ``.grad``,
-        buffers, random numbers and options are as before: call it beside the step, before ``optimizer.step()``.
+        with the same random numbers: with the network unchanged, and with every chain's ``activations="store"``. Then
+        ``.grad``, buffers, random numbers and options are restored: call it next to the step, before
+        ``optimizer.step()``.
 
-        Costs two steps on the calls that ``angle_every`` picks; others return None at once, as does a comparison whose
-        gradients have no direction (zero, or not finite).
+        Costs two steps on the calls that ``angle_every`` selects; other calls return None at once, as does a comparison
+        whose gradients have no direction (zero, or not finite).
         """
         step = self._comparisons
         self._comparisons += 1
@@ -192,14 +194,14 @@ class DriftMonitor:
         return degrees
 
     def _gradients(self, closure: Callable[[], Any]) -> list[torch.Tensor]:
-        with untouched(self.net), torch.enable_grad():  # and unwatched
+        with untouched(self.net), torch.enable_grad():  # and unmonitored
             closure()
             return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.net.parameters()]
 
     # ---- frameworks
 
     def lightning_callback(self) -> Any:
-        """A callback for PyTorch Lightning: watches during ``fit``, and logs ``drift``, a batch's largest rms error.
+        """A callback for PyTorch Lightning: monitors during ``fit``, and logs ``drift``, a batch's largest rms error.
 
         Raises:
             ImportError: neither ``lightning`` nor ``pytorch_lightning`` is installed.
@@ -208,14 +210,14 @@ class DriftMonitor:
 
         return callback(self)
 
-    # ---- what a chain calls
+    # ---- called by a chain
 
     def _begin(self, chain: str, streams: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], None] | None:
         step = self._steps[chain]
         self._steps[chain] = step + 1
         if step % self.every:
             return None
-        true = [stream.detach() for stream in streams]  # the same memory, and the same version
+        true = [stream.detach() for stream in streams]  # the same memory and version counter
         versions = [version_of(stream) for stream in true]
 
         def end(rebuilt: list[torch.Tensor]) -> None:
@@ -248,7 +250,7 @@ class DriftMonitor:
 
 
 class _Witness:
-    """What hangs in a chain. A copy or a pickle of the network has none."""
+    """The monitor's attribute on a chain. A copy or a pickle of the network has none."""
 
     def __init__(self, monitor: DriftMonitor, chain: str) -> None:
         self.monitor, self.chain = monitor, chain

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of `revkernels.diagnostics`: drift by depth, drift by step, and the paper's figure of a training."""
+"""The plots of `revkernels.diagnostics`: drift by depth, drift by step, and the paper's figure of a training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["by_depth", "by_step", "plot_training"]
 
-# Okabe and Ito's colours; a dash and a marker as well, for those who do not see them.
+# Okabe and Ito's colours, with dashes and markers for colour-blind readers.
 _COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -34,7 +34,7 @@ Curve = Sequence[tuple[float, float]]
 
 
 def by_depth(path: Path, rows: Sequence[DriftRow], cut: str) -> None:
-    """Two panels: rms error and gradient angle against depth, a line for each coupling and precision."""
+    """Two panels: rms error and gradient angle against depth, one line per coupling and precision."""
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     errors, angles = figure.subplots(1, 2)
     lines = list(dict.fromkeys((row.coupling, row.precision) for row in rows))
@@ -63,7 +63,7 @@ def by_depth(path: Path, rows: Sequence[DriftRow], cut: str) -> None:
 
 
 def by_step(path: Path, history: Sequence[DriftRecord], angles: Sequence[AngleRecord]) -> None:
-    """The rms error of each chain against the step, and a panel of angles where there are some."""
+    """The rms error of each chain against the step, and a panel of angles if there are any."""
     panels = bool(history) + bool(angles)
     figure = Figure(figsize=(6.2 * panels, 4.2), dpi=110, layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
@@ -93,21 +93,21 @@ def plot_training(
     title: str = "",
     unit: str = "step",
 ) -> None:
-    """Draw the paper's figure of a training: the gradient's angle through it, and curves of two runs side by side.
+    """Draw the paper's figure of a training: the gradient angle over time, and curves of two runs.
 
-    One panel for the angle, and one for each curve's name, with the stored run thick below the reconstructed one:
-    where rounding does no harm the two are one line. (Gomez et al. 2017, figure 4: angle, training loss, error rate.)
+    One panel for the angle, and one per curve name, with the stored run as a thick line below the reconstructed one: if
+    rounding does no harm they coincide. (Gomez et al. 2017, figure 4: angle, training loss, error rate.)
 
     Args:
-        path: of the picture; PNG, SVG or PDF by its ending.
-        stored, reconstructed: name of a curve ("training loss", "test error, %") to its (step, value) pairs, of the
-            runs with ``activations="store"`` and ``"reconstruct"``. The same names in both.
+        path: of the picture; PNG, SVG or PDF by its extension.
+        stored, reconstructed: maps a curve's name ("training loss", "test error, %") to its (step, value) pairs, for
+            the runs with ``activations="store"`` and ``"reconstruct"``. The same names in both.
         angles: `AngleRecord`s (``monitor.angles``), or (step, degrees) pairs.
         title: above all panels.
         unit: of the horizontal axis.
 
     Raises:
-        ImportError: matplotlib is missing. ValueError: the runs have not the same curves, or there is nothing to draw.
+        ImportError: matplotlib is missing. ValueError: the runs have different curves, or there is nothing to draw.
     """
     if set(stored) != set(reconstructed):
         raise ValueError(
@@ -152,7 +152,7 @@ def _line(axes: Axes, points: Iterable[tuple[Any, Any]], index: int, label: str,
 
 
 def _log_if_positive(axes: Axes) -> None:
-    """A logarithmic axis, unless a value is 0, as it is with an exact coupling: that shows on a linear stretch."""
+    """A logarithmic axis; if a value is 0, as with an exact coupling, with a linear section around 0."""
     values: list[float] = [value for line in axes.get_lines() for value in np.asarray(line.get_ydata()).tolist()]
     positive = [value for value in values if value > 0]
     if positive and len(positive) == len(values):

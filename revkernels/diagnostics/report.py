@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `memory_report` found, as data and as text."""
+"""The result of `memory_report`, as data and as text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CHAIN = "kept by a chain"
 SAVED = "saved tensors"
 OUTSIDE = "outside saved tensors"
 UNSEEN = "not attributed"
-#: In the table's order: what is there anyway, and what the forward leaves for the backward.
+#: In the table's order: memory that is always present, and what the forward leaves for the backward.
 RESIDENT = (PARAMETERS, BUFFERS, GRADIENTS, INPUT)
 HELD = (OUTPUT, CHAIN, SAVED, OUTSIDE, UNSEEN)
 
 _LOSS = "(loss)"
-_SHOWN = 24  # rows of the table; what is smaller is one row together
+_SHOWN = 24  # rows of the table; smaller ones are combined into one row
 _WORTH_SHOWING = 0.001  # of the bytes held
-_WORTH_SAYING = 0.02  # of the bytes held: less outside saved tensors is not what fills a memory
+_WORTH_SAYING = 0.02  # of the bytes held: less outside saved tensors does not matter
 _MOST = 0.5
 _NAMED = 4  # modules in a sentence
 
@@ -33,12 +33,12 @@ class MemoryRow:
     """Memory of one kind in one module.
 
     Attributes:
-        module: its dotted name; "(TypeName)" for the network itself, "(loss)" and "(input)" for what is no module's.
+        module: its dotted name; "(TypeName)" for the network itself, "(loss)" and "(input)" for memory of no module.
         kind: one of `RESIDENT` or `HELD`.
         bytes: of the memory, views counted once.
-        tensors: how many blocks of memory that is.
-        operator: what made it, where the kind is outside saved tensors.
-        holder: what holds it besides autograd: "ctx.NAME of FUNCTION", "self.NAME", or None where nothing was found.
+        tensors: number of memory blocks.
+        operator: what made it, if the kind is outside saved tensors.
+        holder: what holds it besides autograd: "ctx.NAME of FUNCTION", "self.NAME", or None if nothing was found.
     """
 
     module: str
@@ -55,11 +55,11 @@ class ChainFrames:
 
     Attributes:
         chain: its dotted name.
-        half_steps: how many branches it ran.
-        kept_bytes: of its outputs, from which the backward starts; 0 if nothing is rebuilt from them.
-        largest_frame_bytes: of the tensors that the recompute of one branch saved, the streams themselves apart: what
-            the chain adds to the step's peak besides streams and gradients.
-        largest_frame: the half-step that this is of; None if nothing was recomputed.
+        half_steps: the number of branches it ran.
+        kept_bytes: of its outputs, from which the backward starts; 0 if nothing is reconstructed from them.
+        largest_frame_bytes: of the tensors saved by the recompute of one branch, without the streams: what the chain
+            adds to the step's peak besides streams and gradients.
+        largest_frame: the half-step with that size; None if nothing was recomputed.
         stored: whether it ran with stored activations.
     """
 
@@ -91,15 +91,15 @@ class MemoryReport:
     device: str
 
     def total(self, *kinds: str) -> int:
-        """Bytes of these kinds, of all if none is named."""
+        """Bytes of these kinds; of all kinds if none is named."""
         return sum(row.bytes for row in self.rows if not kinds or row.kind in kinds)
 
     def by_kind(self) -> dict[str, int]:
-        """Bytes of each kind, in the order of the table, those that are 0 among them."""
+        """Bytes of each kind, in the table's order, including zeros."""
         return {kind: self.total(kind) for kind in (*RESIDENT, *HELD)}
 
     def by_module(self, depth: int | None = None) -> dict[str, int]:
-        """Bytes held between forward and backward by module, or by its name's first ``depth`` parts, most first."""
+        """Bytes held between forward and backward by module, or by its name's first ``depth`` parts, largest first."""
         sizes: dict[str, int] = {}
         for row in self.rows:
             if row.kind in HELD:
@@ -108,7 +108,7 @@ class MemoryReport:
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
     def outside(self) -> tuple[MemoryRow, ...]:
-        """The rows of memory outside saved tensors, most first."""
+        """The rows of memory outside saved tensors, largest first."""
         return tuple(sorted((row for row in self.rows if row.kind == OUTSIDE), key=lambda row: -row.bytes))
 
     def as_dicts(self) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class MemoryReport:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What follows, where it is clear; empty where nothing stands out."""
+        """Advice, if there is a clear one; empty if nothing stands out."""
         return (*self._outside_advice(), *self._share_advice(), *self._frame_advice())
 
     def _outside_advice(self) -> list[str]:
@@ -163,7 +163,7 @@ class MemoryReport:
         return [f"{self._percent(total)} {held} are outside any reversible chain, most of them here: {largest}"]
 
     def outside_chains(self) -> dict[str, int]:
-        """Bytes held between forward and backward outside reversible chains, by the largest modules without one."""
+        """Bytes held between forward and backward outside reversible chains, by the largest modules without a chain."""
         chains = {frames.chain for frames in self.chains}
         sizes: dict[str, int] = {}
         for row in self.rows:
@@ -261,7 +261,7 @@ def _tensors(rows: list[MemoryRow]) -> int:
 
 
 def _inside(module: str, of: str) -> bool:
-    """Whether the module is another, or in it; everything but the loss is in the network, whose name has brackets."""
+    """Whether the module is ``of``, or inside it; all but the loss is in the network, whose name has brackets."""
     return module == of or module.startswith(f"{of}.") or (of.startswith("(") and module != _LOSS)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a network for the sake of a measurement, and leaving it as it was."""
+"""Runs a network for a measurement, and restores it afterwards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 @contextmanager
 def untouched(net: nn.Module) -> Iterator[None]:
-    """Whatever the ``with`` block does to ``net`` by running it is undone after it.
+    """Undo everything that the ``with`` block does to ``net`` by running it.
 
-    Parameters have no ``.grad`` inside, and the one that they had after it. Inside, the modules write to copies of
-    their buffers. Attributes that a forward sets on a module (a counter, a cached activation) are set back; what it
-    changes within an attribute, such as a list's items, is not. The random numbers of torch, of Python and of the
-    modules' own generators go on as if nothing had been drawn (NumPy's are not watched). Parameters are not copied:
-    the block must not step an optimizer, and hooks that run once a gradient is there, as those do that step one inside
-    the backward, are off. So is a `DriftMonitor`.
+    Parameters have no ``.grad`` inside, and get their previous one back. Inside, the modules write to copies of their
+    buffers. Attributes that a forward sets on a module (a counter, a cached activation) are restored; changes within an
+    attribute, such as a list's items, are not. The random numbers of torch, of Python and of the modules' own
+    generators continue as if nothing had been drawn (NumPy's are not covered). Parameters are not copied: the block
+    must not step an optimizer. Hooks that run when a gradient is ready (such as those that step an optimizer inside the
+    backward) are off, and so is a `DriftMonitor`.
 
     Raises:
         ValueError: a parameter of a lazy module has no shape yet.
@@ -81,7 +81,7 @@ def check_shapes(net: nn.Module) -> None:
 
 
 def _hang_copies(modules: list[nn.Module]) -> None:
-    copies: dict[int, torch.Tensor] = {}  # a buffer may hang in two modules
+    copies: dict[int, torch.Tensor] = {}  # a buffer may be in two modules
     for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -90,7 +90,7 @@ def _hang_copies(modules: list[nn.Module]) -> None:
 
 @contextmanager
 def outside_autocast(device: str) -> Iterator[None]:
-    """As if the autocast that is on had been left, for a backward: nested contexts are outermost ones there."""
+    """Leave the current autocast for a backward: contexts nested inside count as outermost."""
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         yield
         return
@@ -107,7 +107,7 @@ def outside_autocast(device: str) -> Iterator[None]:
 
 
 def detached(value: Any) -> Any:
-    """The same nested value with tensors on the same memory that have no graph and no ``.grad`` of their own."""
+    """The same nested value, with tensors on the same memory but without a graph or ``.grad``."""
     if isinstance(value, torch.Tensor):
         return value.detach().requires_grad_(value.requires_grad)
     if isinstance(value, PerBlock):
@@ -133,7 +133,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def default_loss(outputs: Any) -> torch.Tensor:
-    """The sum, over the floating-point outputs, of the mean of their squares: a scalar.
+    """The sum over the floating-point outputs of their mean square: a scalar.
 
     Raises:
         ValueError: no output is a floating-point tensor.

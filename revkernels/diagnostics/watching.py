@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeing every tensor that a forward makes, without changing what runs.
+"""Observes every tensor that a forward makes, without changing what runs.
 
-Hooks on modules would: a chain calls a branch that has hooks as a module, instead of fusing its first norm with the
-coupling. So the call of a module, and the places where a chain runs a branch, are wrapped from outside for the time of
-a measurement; new memory is seen by a dispatch mode, below autograd, and remembered by weak references alone.
+Hooks on modules would change it: a chain calls a branch that has hooks as a module, instead of fusing its first norm
+with the coupling. So the call of a module, and the places where a chain runs a branch, are patched from outside during
+a measurement; a dispatch mode below autograd observes new memory, and only weak references to it are kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Made:
     module: str
     operator: str | None
     packed: Any = None  # a weak reference to what autograd holds for it
-    budget: bool = False  # of a chain that keeps it under a memory budget
+    budget: bool = False  # stored by a chain under a memory budget
 
     @property
     def saved(self) -> bool:
@@ -68,7 +68,7 @@ class Chain:
 
 
 class _Packed:
-    """What stands for a saved tensor: alive as long as autograd holds it."""
+    """A stand-in for a saved tensor: alive as long as autograd holds it."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -77,10 +77,10 @@ class _Packed:
 
 
 class Watch(TorchDispatchMode):
-    """What is made while it is on, by the modules of ``net``, in this thread.
+    """What the modules of ``net`` make in this thread while it is on.
 
     Attributes:
-        made: the memory by its address; a weak reference keeps the address from being used again.
+        made: the memory by address; a weak reference keeps the address from being reused.
         chains: the calls of reversible chains, in order.
     """
 
@@ -97,8 +97,8 @@ class Watch(TorchDispatchMode):
         self._thread = threading.get_ident()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, and note what memory it returned for the first time."""
-        # Of a subclass, whose own operators come here one by one. (Torch 2.6 names plain tensors as well.)
+        """Run the operator, and note memory that it returned for the first time."""
+        # A subclass's own operators arrive here one by one. (Torch 2.6 lists plain tensors as well.)
         if any(kind not in PLAIN for kind in types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
@@ -107,7 +107,7 @@ class Watch(TorchDispatchMode):
         return result
 
     def note(self, tensor: torch.Tensor, func: Any = None) -> Made | None:
-        """Return what is known of the tensor's memory, which is new if it was not seen before."""
+        """Return the record of the tensor's memory, a new one if it was not seen before."""
         if not has_memory(tensor):
             return None
         storage = tensor.untyped_storage()
@@ -123,7 +123,7 @@ class Watch(TorchDispatchMode):
     # ---- saved tensors
 
     def saved_tensors(self) -> saved_tensors_hooks:
-        """``with watch.saved_tensors()``: autograd's saved tensors are noted. What it saves is what it gets back."""
+        """``with watch.saved_tensors()``: notes autograd's saved tensors. They are returned unchanged."""
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: torch.Tensor) -> _Packed:
@@ -137,7 +137,7 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def modules(self) -> Iterator[None]:
-        """``with watch.modules()``: the stack of modules at work is kept, chains and their recomputes are noted."""
+        """``with watch.modules()``: tracks the stack of running modules, notes chains and their recomputes."""
         originals = [
             (nn.Module, "__call__", nn.Module.__call__),
             (fusion, "fused", fusion.fused),
@@ -157,7 +157,7 @@ class Watch(TorchDispatchMode):
 
         def watched_finish(reversal: Any, outputs: Any, *args: Any) -> None:
             finish(reversal, outputs, *args)
-            if recomputes():  # a chain inside a branch, of which the forward has told already
+            if recomputes():  # a chain inside a branch, recorded in the forward already
                 return
             chain = Chain(
                 self.stack[-1], weakref.ref(reversal), reversal._count, name=reversal.name, stored=reversal.keep
@@ -184,7 +184,7 @@ class Watch(TorchDispatchMode):
                     known.packed, known.budget = weakref.ref(packed), isinstance(holder, Reversal)
             return packed
 
-        theirs = [name not in vars(owner) for owner, name, _ in originals]  # of a base class
+        theirs = [name not in vars(owner) for owner, name, _ in originals]  # inherited from a base class
         replacements = (
             *(watched_call, watched_fused, watched_run, watched_finish, watched_rebuild),
             *(functools.partialmethod(functools.partial(watched_pack, pack)) for pack in packs),
@@ -224,5 +224,5 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Of the object that owns the tensor's memory: the same for all its views."""
+    """The address of the object that owns the tensor's memory: the same for all its views."""
     return tensor.untyped_storage()._cdata

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels under JAX: XLA custom calls, and reversible chains on top of them.
+"""The kernels under JAX: XLA custom calls, and reversible chains built on them.
 
     from revkernels.adapters import jax as rj
 
     apply = rj.reversible(fs, gs)                      # fs[k](f_params[k], x), gs[k](g_params[k], x)
     y1, y2 = apply(f_params, g_params, x1, x2)         # under jit, grad and vmap as any function
 
-The kernels themselves are `couple`, `couple_`, `uncouple`, `uncouple_`, `reverse_step_`, `accumulate_`, `norm_act`,
+The kernels are `couple`, `couple_`, `uncouple`, `uncouple_`, `reverse_step_`, `accumulate_`, `norm_act`,
 `couple_norm_act`, `uncouple_norm_act_` and `norm_act_backward_`, on CPUs and on CUDA devices. The first call compiles a
-small library against the headers of jaxlib and keeps it (`load`).
+small library against the headers of jaxlib and caches it (`load`).
 """
 
 try:

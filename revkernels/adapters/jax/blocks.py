@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One reversible block, forward and by Algorithm 1: what a chain and a scan of blocks have in common."""
+"""One reversible block, forward and backward (Algorithm 1): shared by a chain and a scan of blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Branch = Callable[..., Any]
 
 
 class Block(NamedTuple):
-    """The residual functions of a block with what errors call them, and their parameters."""
+    """A block's residual functions with their names in errors, and their parameters."""
 
     f: Branch
     g: Branch
@@ -47,7 +47,7 @@ def inverse(keep: Streams, block: Block, s1: Array, s2: Array, args: Any) -> tup
 
 
 class Undone(NamedTuple):
-    """What Algorithm 1 makes of a block: its inputs, their gradients, and those of what the branches read."""
+    """The result of a block's backward: its inputs, their gradients, and those of parameters and arguments."""
 
     s1: Array
     s2: Array
@@ -62,8 +62,8 @@ class Undone(NamedTuple):
 def backward(keep: Streams, block: Block, s1: Array, s2: Array, d1: Array, d2: Array, args: Any) -> Undone:
     """Algorithm 1: one call of each branch gives its value and its pullback, one step uses both.
 
-    The two lines that Algorithm 1 has for a stream and the one for its gradient are a `reverse_step_`, or two calls
-    where XLA can make use of their being two.
+    A stream's reverse step and its gradient's accumulation are one `reverse_step_`, or two calls where XLA can run them
+    in parallel.
     """
     s2, d1, dg, dargs_g, r2 = _undo(keep, block.g_name, block.g, block.g_params, args, s1, s2, d1, d2)
     s1, d2, df, dargs_f, r1 = _undo(keep, block.f_name, block.f, block.f_params, args, s2, s1, d2, d1)
@@ -73,7 +73,7 @@ def backward(keep: Streams, block: Block, s1: Array, s2: Array, d1: Array, d2: A
 def _undo(
     keep: Streams, name: str, branch: Branch, params: Any, args: Any, source: Array, target: Array, dsource: Any, d: Any
 ) -> Any:
-    """Take ``branch(source)`` off the target, and put the gradient ``d`` of the target through it onto the source's."""
+    """Subtract ``branch(source)`` from the target, and pull the target's gradient ``d`` back to the source's."""
     p, a = split(params), split(args)
 
     def call(p_floating: list[Array], a_floating: list[Array], x: Array) -> Array:
@@ -81,13 +81,13 @@ def _undo(
 
     value, pullback = jax.vjp(call, p.floating, a.floating, keep.value(source))
     dp, da, through = pullback(d.astype(value.dtype))
-    # After the gradients of parameters too: put off, they would keep the activations of this branch.
+    # After the parameters' gradients too: postponed, they would keep this branch's activations alive.
     target, dsource, report = keep.reverse_step(target, value, dsource, through, dp + da)
     return target, dsource, dp, da, report
 
 
 def _call(name: str, branch: Branch, params: Any, x: Array, args: Any, stream: Array) -> Array:
-    """A branch's result, which must be an array that the stream can take."""
+    """A branch's result, checked to be an array that can be added to the stream."""
     result = branch(params, x, *args)
     if not is_array(result):
         raise TypeError(f"{name} returned a {type(result).__name__}; it must return an array")

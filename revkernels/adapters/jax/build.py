@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handlers behind the custom calls: compiled at first use against the jaxlib that is installed, cached, loaded.
+"""The handlers of the custom calls: compiled at first use against the installed jaxlib, cached, loaded.
 
-XLA's FFI is a set of C++ headers that jaxlib ships, and its structures may change from one jaxlib to the next. So the
-handlers cannot be part of revkernels' own wheel, which serves every framework: they are source files beside this one,
-and one run of the machine's C++ compiler (a few seconds) makes a library of them.
+XLA's FFI is a set of C++ headers in jaxlib whose structures may change between jaxlib versions. So the handlers cannot
+be in revkernels' own wheel, which serves every framework: they are source files beside this one, and one run of the
+machine's C++ compiler (a few seconds) builds a library from them.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _loaded: ctypes.CDLL | None = None
 
 
 def load() -> None:
-    """Compile the handlers if that has not been done, load them, and register them with XLA.
+    """Compile the handlers if needed, load them, and register them with XLA.
 
-    Every function here does it when it is first called. To be called by hand where a compiler is at hand only while an
-    image is built, and where a computation that was exported is run.
+    Every function here does this at its first call. Call it yourself if a compiler is available only while an image is
+    built, or before running an exported computation.
 
     Raises:
         BackendError: there is no C++ compiler, it fails, or revkernels' own library is missing; the message has the
@@ -63,19 +63,19 @@ def load() -> None:
 
 
 def cache_folder() -> Path:
-    """Return where compiled handlers are kept: ``$XDG_CACHE_HOME/revkernels/jax``, by default under ``~/.cache``."""
+    """Return the folder of compiled handlers: ``$XDG_CACHE_HOME/revkernels/jax``, by default under ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME") or ""
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "revkernels" / "jax"
 
 
 def _compiled() -> Path:
-    """The compiled handlers, from the cache or new."""
+    """The compiled handlers, from the cache or newly built."""
     c_library = _c_library()
     compiler = _compiler()
     command = [
         *compiler,
         *_FLAGS,
-        # -isystem: what the compiler thinks of these headers is not ours to mend
+        # -isystem: no warnings about these headers
         *("-isystem", jax.ffi.include_dir()),
         *("-I", native.include_dir()),
         str(_HERE / "handlers.cpp"),
@@ -91,7 +91,7 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
             _compile([*command, "-o", str(made)])
-            made.replace(path)  # at once: another process finds all of it or nothing
+            made.replace(path)  # atomic: another process sees all of it or nothing
     except OSError as error:
         raise BackendError(
             f"the handlers for JAX cannot be kept in {folder}: {error}. Set XDG_CACHE_HOME to a folder that is writable"
@@ -124,7 +124,7 @@ def _compiler() -> list[str]:
 
 
 def _key(command: list[str]) -> str:
-    """What the library is made of: sources, headers (jaxlib's by its version), compiler, flags and paths."""
+    """A hash of all that the library is built from: sources, headers (jaxlib's by version), compiler, flags, paths."""
     header = Path(native.include_dir()) / "revkernels" / "revkernels.h"
     parts = [jaxlib.__version__, platform.machine(), str(native.version()), *command]
     contents = [part.encode() for part in parts] + [(_HERE / name).read_bytes() for name in _SOURCES]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The custom calls themselves: shapes and attributes for XLA, arrays in the order of handlers.cpp. Nothing is checked.
+"""The custom calls: shapes and attributes for XLA, arrays in the order of handlers.cpp. Nothing is checked.
 
-XLA is told which result lies in which operand's memory. Where that operand is needed afterwards, or belongs to the
-caller and is not donated, XLA puts a copy in front by itself.
+XLA is told which result shares which operand's memory. If that operand is needed afterwards, or is an argument that is
+not donated, XLA copies it first.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _NO_GRID = np.int64(np.iinfo(np.int32).min)
 
 
 class Reports(NamedTuple):
-    """What a coupling tells of the stream that it wrote.
+    """What a coupling reports of the stream that it wrote.
 
     Attributes:
-        amax: float32, the largest |stream|, NaN if there is a NaN; of an int16 stream, before it wrapped.
+        amax: float32, the largest |stream|, NaN if there is a NaN; for an int16 stream, before wrapping.
         checksum: ``[2]`` uint32, equal for equal bits.
     """
 
@@ -35,7 +35,7 @@ class Reports(NamedTuple):
 
 
 def couple(x: Any, f: Any, *, subtract: bool, k: int | None, in_place: bool, reports: bool = False) -> Any:
-    """x + f, or x - f, of x's dtype; with ``reports`` the pair of that and its `Reports`."""
+    """x + f, or x - f, of x's dtype; with ``reports`` a pair of that and its `Reports`."""
     attributes = {"subtract": np.int64(subtract), "grid_exponent": _grid(k)}
     aliases = {0: 0} if in_place else {}
     if not reports:
@@ -49,10 +49,10 @@ def couple(x: Any, f: Any, *, subtract: bool, k: int | None, in_place: bool, rep
 def reverse_step(
     y: Any, f: Any, dy: Any, df: Any, *, k: int | None, reports: bool = False, after: Sequence[Any] = ()
 ) -> Any:
-    """(y - f, dy + df), each in its first operand's memory; with ``reports`` also those of y - f.
+    """(y - f, dy + df), each in its first operand's memory; with ``reports`` also the reports of y - f.
 
-    ``after`` are arrays that have to be there before: what reads y or dy to make them is then done when these are
-    written over, and XLA needs no copies. To the compiler they are operands, to the kernel they are nothing.
+    ``after`` are arrays that must be computed before: then everything that reads y or dy for them is done when these
+    are overwritten, and XLA needs no copies. They are operands for the compiler; the kernel ignores them.
     """
     zeros = _no_reports() if reports else ()
     x, dx, *found = call(
@@ -71,7 +71,7 @@ def accumulate(totals: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
 
 
 def call(kernel: str, operands: Sequence[Any], results: Sequence[Any], aliases: dict[int, int], **given: Any) -> Any:
-    """Make the custom call of that name; ``results`` have its results' shapes and dtypes, ``given`` are attributes."""
+    """Make the custom call of that name; ``results`` give its results' shapes and dtypes, ``given`` are attributes."""
     build.load()
     operands = manual_axes.together(operands)
     described = [manual_axes.result(operands[0], result.shape, result.dtype) for result in results]

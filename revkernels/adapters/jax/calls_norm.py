@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The custom calls that have a norm in them, as `calls` has those that have none. Nothing is checked but the layout."""
+"""The custom calls with a norm; see `calls` for those without. Only the layout is checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def norm_act(
     dtype: Any,
     real: Any,
 ) -> tuple[Array | None, Array, Array | None, Array]:
-    """(y, h, mean, rstd): y is x + f, or in x's memory x - f, or None without f; h the activation of its norm."""
+    """(y, h, mean, rstd): y is x + f, or x - f in x's memory, or None without f; h = activation(norm) of y, or of x."""
     centered = options.kind != "rms"
     inputs = [array for array in (x, f, weight, bias, *(given or ())) if array is not None]
     results: list[Any] = [jax.ShapeDtypeStruct(x.shape, dtype)]
@@ -68,7 +68,7 @@ def norm_act_backward(
     constant: bool,
     dtype: Any,
 ) -> tuple[Array, Array, Array]:
-    """(dx, dweight, dbias): dx is base, in whose memory it lies, plus the gradient that dh has at x, of ``dtype``."""
+    """(dx, dweight, dbias): dx is base (whose memory it reuses) plus the gradient of dh at x, of ``dtype``."""
     sums = jax.ShapeDtypeStruct((x.shape[options.axis],), rstd.dtype)
     inputs = [array for array in (base, dh, x, weight, bias, mean, rstd) if array is not None]
     dx, dweight, dbias = call(
@@ -84,7 +84,7 @@ def norm_act_backward(
 
 
 def check_layout(options: Options, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for a group norm whose other dimensions do not merge into one beside the samples."""
+    """Raise ValueError for a group norm whose other dimensions do not merge into one besides the samples."""
     if options.kind == "group" and options.axis not in (1, len(shape) - 1):
         raise ValueError(
             f"channel_dim is {options.axis} of shape {shape}; a group norm's channels must be dimension 1 or the last"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked of arguments while JAX traces, when shapes and dtypes are known and values are not."""
+"""Checks of arguments while JAX traces: shapes and dtypes are known, values are not."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from revkernels.errors import BackendError
 
 __all__ = ["arrays_of", "check_backend", "check_float", "check_same_shape", "grid_exponent_of", "is_array"]
 
-#: "kernels" are this library's; "xla" are the same formulas in jax.numpy, for XLA to fuse as it likes.
+#: "kernels" are this library's; "xla" are the same formulas in jax.numpy, which XLA may fuse.
 BACKENDS = ("kernels", "xla")
 
 
 def is_array(value: Any) -> bool:
-    """Whether ``value`` is JAX's array, traced or not, or NumPy's."""
+    """Whether ``value`` is a JAX array, traced or not, or a NumPy array."""
     return isinstance(value, jax.Array | np.ndarray)
 
 
 def arrays_of(**named: Any) -> dict[str, jax.Array]:
-    """Return the arguments as JAX arrays under their names; TypeError for one that is none, or that JAX cannot take."""
+    """Return the arguments as JAX arrays by name; TypeError if one is not an array, or not supported by JAX."""
     for name, value in named.items():
         if not is_array(value):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a jax.Array or a numpy.ndarray")
@@ -50,7 +50,7 @@ def check_same_shape(named: dict[str, Any]) -> None:
 
 
 def grid_exponent_of(coupling: Any, stream: str, dtype: Any) -> int | None:
-    """Return the coupling's grid_exponent; refuse its other options and what does not fit the stream."""
+    """Return the coupling's grid_exponent; reject its other options, and an exponent that does not fit the stream."""
     if coupling is None:
         coupling = Coupling()
     if not isinstance(coupling, Coupling):
@@ -77,7 +77,7 @@ def grid_exponent_of(coupling: Any, stream: str, dtype: Any) -> int | None:
 
 
 def check_backend(backend: Any) -> bool:
-    """Return whether ``backend`` means the kernels; BackendError if there is none of that name."""
+    """Return whether ``backend`` means the kernels; BackendError for an unknown name."""
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; under JAX it must be {' or '.join(map(repr, BACKENDS))}, or None")
     return backend != "xla"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inside `jax.shard_map`: the mesh axes that arrays vary along, which custom calls must say of operands and results."""
+"""Inside `jax.shard_map`: the mesh axes along which arrays vary, which custom calls must declare."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ __all__ = ["result", "together"]
 
 
 def together(arrays: Sequence[Any]) -> list[Any]:
-    """Return the arrays, all of them varying along the axes that one of them varies along."""
+    """Return the arrays, all varying along every axis along which one of them varies."""
     axes = frozenset().union(*map(_varying, arrays))
     return [_vary(array, axes - _varying(array)) for array in arrays]
 
 
 def result(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Describe a result of that shape and dtype which varies as ``like`` does."""
+    """Describe a result of that shape and dtype that varies as ``like`` does."""
     if not _varying(like):
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.eval_shape(lambda array: jnp.broadcast_to(jnp.sum(array).astype(dtype), shape), like)
 
 
 def _varying(array: Any) -> frozenset[Any]:
-    # JAX 0.6 has no such type, 0.7 to 0.9 call it vma
+    # JAX 0.6 has no such type; 0.7 to 0.9 call it vma
     kind = jax.typeof(array)
     axes: frozenset[Any] = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())
     return axes
 
 
 def _vary(array: Any, axes: frozenset[Any]) -> Any:
-    known: Any = lax  # which has pcast since JAX 0.8, pvary before
+    known: Any = lax  # lax has pcast since JAX 0.8, pvary before
     if not axes:
         return array
     return known.pcast(array, tuple(axes), to="varying") if hasattr(lax, "pcast") else known.pvary(array, tuple(axes))

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What normalises, as pure functions of JAX arrays. What `revkernels.adapters.jax.ops` says holds here too.
+"""The normalising functions as pure functions of JAX arrays. See also `revkernels.adapters.jax.ops`.
 
 They take a `revkernels.Norm`, whose weight and bias are JAX arrays (inside a transformed function, traced ones: make
-the `Norm` there), and hand out `revkernels.Statistics`. Running statistics are not kept, for there is no memory to keep
-them in: ``running_mean`` and ``running_var`` must be None; the statistics that come back are those of the batch.
+the `Norm` there), and return `revkernels.Statistics`. Running statistics are not supported, because pure functions have
+no memory to update: ``running_mean`` and ``running_var`` must be None; the returned statistics are those of the batch.
 
-First derivatives, in reverse mode, are the fused kernel's; those of a derivative are made of the formulas. Statistics
-carry no gradient, and those that are given count as constants for a batch norm, as in evaluation, and as the ones that
-x has for any other.
+First derivatives, in reverse mode, use the fused kernel; second derivatives use the formulas. Statistics carry no
+gradient. Given statistics count as constants for a batch norm, as in evaluation, and as x's own for any other norm.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ __all__ = ["couple_norm_act", "norm_act", "norm_act_backward_", "uncouple_norm_a
 def norm_act(
     x: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
 ) -> tuple[Array, Statistics]:
-    """Return (h, statistics) with h = activation(norm(x)), the formulas being those of `Norm`.
+    """Return (h, statistics) with h = activation(norm(x)), by the formulas of `Norm`.
 
-    h has ``dtype`` (None: x's own). Statistics that are given are used and handed back.
+    h has ``dtype`` (None: x's own). Given statistics are used and returned.
     """
     _, h, found = _forward("x", x, None, norm, statistics, dtype, backend, subtract=False)
     return h, found
@@ -43,16 +42,16 @@ def norm_act(
 def couple_norm_act(
     x: Any, f: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
 ) -> tuple[Array, Array, Statistics]:
-    """Return (y, h, statistics) with y = x + f (eq. 6) and h = activation(norm(y)), y as it was rounded."""
+    """Return (y, h, statistics) with y = x + f (eq. 6) and h = activation(norm(y)), from y as rounded."""
     return _forward("x", x, f, norm, statistics, dtype, backend, subtract=False)
 
 
 def uncouple_norm_act_(
     y: Any, f: Any, norm: Norm, *, statistics: Statistics | None = None, dtype: Any = None, backend: str | None = None
 ) -> tuple[Array, Array, Statistics]:
-    """Return (x, h, statistics) with x = y - f (eq. 7), in y's memory where that is free, and h = activation(norm(x)).
+    """Return (x, h, statistics) with x = y - f (eq. 7), in y's memory if that is free, and h = activation(norm(x)).
 
-    A batch norm wants the statistics of the forward here.
+    A batch norm needs the forward's statistics here.
     """
     return _forward("y", y, f, norm, statistics, dtype, backend, subtract=True)
 
@@ -60,13 +59,13 @@ def uncouple_norm_act_(
 def norm_act_backward_(
     dx: Any, dh: Any, x: Any, norm: Norm, statistics: Statistics, *, constant: bool = False, backend: str | None = None
 ) -> tuple[Array, Array, Array]:
-    """Return (dx + the gradient that dh has at x, dweight, dbias), dx's memory being used where it is free.
+    """Return (dx + the gradient of dh at x, dweight, dbias), in dx's memory if that is free.
 
         dz      = dh * activation'(z)
         dweight = sum of dz * xhat      dbias = sum of dz
 
-    The statistics are those that the forward used. dweight and dbias are of the compute type, float64 if x is float64,
-    else float32. ``constant=True``: the statistics of a batch norm do not depend on x, as in evaluation.
+    The statistics are the forward's. dweight and dbias are of the compute type, float64 if x is float64, else float32.
+    ``constant=True``: a batch norm's statistics do not depend on x, as in evaluation.
     """
     kernels = check_backend(backend)
     named = arrays_of(x=x, dh=dh, dx=dx)
@@ -100,14 +99,14 @@ def _forward(
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if dtype.name not in FLOATS:
         raise TypeError(f"dtype is {dtype.name}; it must be one of {', '.join(FLOATS)}")
-    if dtype != x.dtype and dtype != jax.dtypes.canonicalize_dtype(dtype):  # a custom call would make it all the same
+    if dtype != x.dtype and dtype != jax.dtypes.canonicalize_dtype(dtype):  # a custom call would make it anyway
         raise TypeError("dtype is float64, which JAX has in its x64 mode alone (jax_enable_x64)")
     options, weight, bias = _checked_norm(name, x, norm)
     given = None
     if statistics is not None:
         given = _checked_statistics(statistics, options, x.shape, plain.wide(*named.values()))
     static = _Static(options, subtract, dtype, kernels, constant=given is not None and options.kind == "batch")
-    # Before the derivative rule, so that JAX itself sums the gradients of weights that are the same on all devices.
+    # Before the derivative rule, so that JAX itself sums the gradients of weights that are replicated across devices.
     operands, structure = jax.tree.flatten((x, f, weight, bias, given))
     x, f, weight, bias, given = jax.tree.unflatten(structure, manual_axes.together(operands))
     y, h, mean, rstd = _fused(static, x, f, weight, bias, given)
@@ -154,7 +153,7 @@ def _checked_statistics(
     return mean, rstd
 
 
-# ---- the same without checks, with derivatives
+# ---- unchecked, with derivatives
 
 
 class _Static(NamedTuple):
@@ -202,7 +201,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def _backward(
     static: _Static, base: Any, dh: Array, x: Array, weight: Any, bias: Any, mean: Any, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    """(base + the gradient, dweight, dbias); without base that is 0"""
+    """(base + the gradient, dweight, dbias); base None is 0"""
     if static.kernels:
         return calls_norm.norm_act_backward(
             base, dh, x, weight, bias, mean, rstd, static.options, static.constant, static.dtype
@@ -212,7 +211,7 @@ def _backward(
 
 @_backward.defjvp
 def _backward_jvp(static: _Static, primals: Any, tangents: Any) -> Any:
-    # Not by way of mean and rstd: where they depend on x, the formulas make them anew from it.
+    # Not through mean and rstd: if they depend on x, the formulas recompute them from x.
     *operands, mean, rstd = primals
 
     def formulas(base: Any, dh: Array, x: Array, weight: Any, bias: Any) -> Any:

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The couplings and sums as pure functions of JAX arrays.
 
-Shapes of a call are equal; dtypes (float64, float32, bfloat16, float16) may differ. The arithmetic is made in float64
-if either operand of a sum is float64, else in float32, and rounded once to the dtype of the first. What ends in ``_``
-puts its result into its first operand's memory: under `jax.jit`, where that operand is not needed afterwards and, if it
-is an argument, is donated; elsewhere XLA copies it first, and the values are the same.
+All shapes in a call are equal; dtypes (float64, float32, bfloat16, float16) may differ. The arithmetic is in float64 if
+either operand of a sum is float64, else in float32, and is rounded once to the first operand's dtype. A function whose
+name ends in ``_`` puts its result into its first operand's memory: under `jax.jit`, if that operand is not needed
+afterwards and, if it is an argument, is donated; otherwise XLA copies it first, and the values are the same.
 
 All of them work under `jax.jit`, `jax.vmap`, `jax.grad` (and `jax.jvp`, to any order), `jax.checkpoint` and `jax.lax`'s
 loops. Every function takes ``backend``: None or "kernels" for this library's, "xla" for the same formulas in jax.numpy,
-which XLA may fuse with their neighbours.
+which XLA may fuse with adjacent operations.
 
-A coupling takes a `revkernels.Coupling`, of which JAX knows the ``grid_exponent`` k alone: f is rounded to multiples of
-2^-k, and the gradient of the rounding is taken as the identity. With one the stream may be int16, in fixed point, which
+A coupling takes a `revkernels.Coupling` with only a ``grid_exponent`` k: f is rounded to multiples of 2^-k, and the
+gradient of the rounding is taken as the identity. With a grid_exponent the stream may be int16, in fixed point, which
 carries no gradient.
 
-Raised while JAX traces: TypeError (no array, an integer dtype), ValueError (unequal shapes, an option that does not
+Raised while JAX traces: TypeError (not an array, an integer dtype), ValueError (unequal shapes, an option that does not
 exist or does not fit), BackendError (a ValueError: the handlers cannot be compiled, no such backend). What the C
-library refuses while XLA runs, such as a CUDA device in a build without CUDA, is XLA's own error with the library's
+library rejects while XLA runs, such as a CUDA device in a build without CUDA, is XLA's own error with the library's
 text.
 """
 
@@ -39,33 +39,33 @@ __all__ = ["accumulate_", "couple", "couple_", "reverse_step_", "uncouple", "unc
 
 
 def couple(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """Return y = x + f, the additive coupling (Gomez et al. 2017, eq. 6), in memory of its own."""
+    """Return y = x + f, the additive coupling (Gomez et al. 2017, eq. 6), in new memory."""
     return _checked_couple("x", x, f, coupling, backend, subtract=False, in_place=False)
 
 
 def couple_(x: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """Return y = x + f (eq. 6), in x's memory where that is free."""
+    """Return y = x + f (eq. 6), in x's memory if that is free."""
     return _checked_couple("x", x, f, coupling, backend, subtract=False, in_place=True)
 
 
 def uncouple(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """Return x = y - f, the inverse of `couple` (eq. 7), in memory of its own."""
+    """Return x = y - f, the inverse of `couple` (eq. 7), in new memory."""
     return _checked_couple("y", y, f, coupling, backend, subtract=True, in_place=False)
 
 
 def uncouple_(y: Any, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """Return x = y - f (eq. 7), in y's memory where that is free."""
+    """Return x = y - f (eq. 7), in y's memory if that is free."""
     return _checked_couple("y", y, f, coupling, backend, subtract=True, in_place=True)
 
 
 def reverse_step_(
     y: Any, f: Any, dy: Any, df: Any, *, coupling: Coupling | None = None, backend: str | None = None
 ) -> tuple[Array, Array]:
-    """Undo one half of a block and add its gradient, in one pass (Algorithm 1, lines 3 to 6).
+    """Reverse one half of a block and add its gradient, in one pass (Algorithm 1, lines 3 to 6).
 
         x = y - f      dx = dy + df
 
-    ``coupling`` acts on f alone. Returns (x, dx), in the memory of y and dy where that is free.
+    ``coupling`` acts on f only. Returns (x, dx), in the memory of y and dy if that is free.
     """
     kernels = check_backend(backend)
     named = arrays_of(y=y, f=f, dy=dy, df=df)
@@ -77,10 +77,10 @@ def reverse_step_(
 
 
 def accumulate_(total: Any, part: Any, *, backend: str | None = None) -> Any:
-    """Return total + part: a gradient gathers a second contribution (Algorithm 1, lines 5 and 6).
+    """Return total + part: adds a second contribution to a gradient (Algorithm 1, lines 5 and 6).
 
-    Both may be lists (or tuples) of arrays of equal length, of shapes of their own; a CUDA device then takes as few
-    launches as it can, and the result is a list. In the totals' memory where that is free.
+    Both may be lists (or tuples) of arrays of equal length, each pair with its own shape; a CUDA device then uses as
+    few launches as possible, and the result is a list. In the totals' memory if that is free.
     """
     kernels = check_backend(backend)
     several = isinstance(total, list | tuple), isinstance(part, list | tuple)
@@ -115,13 +115,13 @@ def _checked_couple(
     return couple_arrays(x, f, subtract, grid_exponent_of(coupling, name, x.dtype), in_place, kernels)
 
 
-# ---- the same without checks, with derivatives
+# ---- unchecked, with derivatives
 
 
 def couple_arrays(
     x: Array, f: Array, subtract: bool, k: int | None, in_place: bool, kernels: bool, reports: bool = False
 ) -> Any:
-    """x + f, or x - f; with ``reports`` the pair of that and its `Reports`. An int16 stream carries no gradient."""
+    """x + f, or x - f; with ``reports`` a pair of that and its `Reports`. An int16 stream carries no gradient."""
     static = _Static(subtract, k, in_place, kernels, reports)
     if x.dtype == jnp.int16:
         return _sum(static, x, lax.stop_gradient(f))
@@ -138,7 +138,7 @@ def reverse_step_arrays(
     reports: bool = False,
     after: Sequence[Array] = (),
 ) -> Any:
-    """(y - f, dy + df); with ``reports`` those of y - f come third. The arrays ``after`` are made before."""
+    """(y - f, dy + df); with ``reports`` those of y - f come third. The arrays ``after`` are computed before."""
     static = _Static(True, k, True, kernels, reports)
     if y.dtype == jnp.int16:
         return _step(static, y, lax.stop_gradient(f), dy, df, list(after))
@@ -164,7 +164,7 @@ def _sum(static: _Static, x: Array, f: Array) -> Any:
 def _step(static: _Static, y: Array, f: Array, dy: Array, df: Array, after: list[Array]) -> Any:
     if static.kernels:
         return calls.reverse_step(y, f, dy, df, k=static.k, reports=static.reports, after=after)
-    # All at one time: a stream that is rebuilt long before its gradient is there would have to be kept until then.
+    # All at once: a stream reconstructed long before its gradient exists would have to be kept until then.
     y, f, dy, df, *_ = lax.optimization_barrier((y, f, dy, df, *after))
     x = _sum(static, y, f)
     x, reports = x if static.reports else (x, None)
@@ -198,8 +198,8 @@ def _reverse_step_jvp(static: _Static, primals: Any, tangents: Any) -> Any:
 
 
 def _no_change(reports: calls.Reports) -> calls.Reports:
-    """What reports are taken to change by: nothing."""
-    nothing: Any = np.zeros(reports.checksum.shape, jax.dtypes.float0)  # what JAX wants of whole numbers
+    """The tangent of reports: zero."""
+    nothing: Any = np.zeros(reports.checksum.shape, jax.dtypes.float0)  # what JAX requires for integers
     return calls.Reports(jnp.zeros_like(reports.amax), nothing)
 
 

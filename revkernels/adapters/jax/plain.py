@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels' formulas in jax.numpy: backend "xla", and what derivatives of the kernels are made of.
+"""The kernels' formulas in jax.numpy: backend "xla", and the derivatives of the kernels.
 
 The arithmetic is the kernels': float64 if either operand is float64, else float32, and one rounding to the result's
 dtype.
@@ -18,12 +18,12 @@ __all__ = ["accumulate", "couple", "reports", "wide"]
 
 
 def wide(*arrays: Any) -> Any:
-    """The type that operands are added in."""
+    """The compute type of the operands."""
     return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32
 
 
 def couple(x: Any, f: Any, *, subtract: bool, k: int | None) -> Array:
-    """x + f, or x - f, of x's dtype; f first rounded to multiples of 2^-k."""
+    """x + f, or x - f, of x's dtype; f is first rounded to multiples of 2^-k."""
     if x.dtype == jnp.int16:
         return _couple_int16(x, f, subtract, k or 0)
     real = wide(x, f)
@@ -40,7 +40,7 @@ def accumulate(total: Any, part: Any) -> Array:
 
 
 def reports(result: Any, x: Any, f: Any, subtract: bool, k: int | None) -> Reports:
-    """What a coupling that wrote ``result`` tells of it; the checksum is one of bits and places, in 32 bits."""
+    """The reports of a coupling that wrote ``result``; the checksum depends on bits and positions, in 32 bits."""
     if result.dtype == jnp.int16:
         real = wide(f)
         n = jnp.rint(f.astype(real) * _power(k or 0, real))
@@ -57,7 +57,7 @@ def reports(result: Any, x: Any, f: Any, subtract: bool, k: int | None) -> Repor
 def _couple_int16(q: Any, f: Any, subtract: bool, k: int) -> Array:
     real = wide(f)
     n = jnp.rint(f.astype(real) * _power(k, real))
-    # m as in revkernels.h; the sum wraps in 32 bits and is cut to 16
+    # m as in revkernels.h; the sum wraps in 32 bits and is truncated to 16
     m = jnp.where(jnp.isnan(n), 0, jnp.clip(n, -(2.0**23), 2.0**23)).astype(jnp.int32)
     total = q.astype(jnp.int32) - m if subtract else q.astype(jnp.int32) + m
     return lax.bitcast_convert_type(total.astype(jnp.uint32).astype(jnp.uint16), jnp.int16)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalisation and activation in jax.numpy: backend "xla", and the second derivatives of the kernels.
 
-Arithmetic as `revkernels.Norm` says, in the compute type of the statistics.
+Arithmetic as in `revkernels.Norm`, in the compute type of the statistics.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ACTIVATIONS = {
 
 
 class Options(NamedTuple):
-    """What of a `revkernels.Norm` is known while JAX traces; ``axis`` is its channel_dim, counted from the front."""
+    """The part of a `revkernels.Norm` that is known while JAX traces; ``axis`` is its non-negative channel_dim."""
 
     kind: NormKind
     activation: ActivationName
@@ -36,7 +36,7 @@ class Options(NamedTuple):
 
 
 def statistics(x: Array, options: Options, real: Any) -> tuple[Array | None, Array]:
-    """(mean, rstd) of the compute type ``real``, shaped as `Norm.statistics_shape` says; no mean for an RMS norm."""
+    """(mean, rstd) of the compute type ``real``, of shape `Norm.statistics_shape`; no mean for an RMS norm."""
     values, axis = x.astype(real), options.axis
     if options.kind == "group":
         values = values.reshape(*x.shape[:axis], options.groups, -1, *x.shape[axis + 1 :])
@@ -79,7 +79,7 @@ def backward(
     options: Options,
     real: Any,
 ) -> tuple[Array, Array, Array]:
-    """(dx, dweight, dbias) of the compute type. Statistics that are ``given`` are constants; None: they are x's."""
+    """(dx, dweight, dbias) of the compute type. ``given`` statistics are constants; None: they are x's."""
     one = jnp.ones(x.shape[options.axis], real)
     weight, bias = (one if weight is None else weight.astype(real)), (0 * one if bias is None else bias.astype(real))
 
@@ -91,7 +91,7 @@ def backward(
 
 
 def _beside(statistic: Array, x: Array, options: Options) -> Array:
-    """A statistic in a shape that goes with x's."""
+    """A statistic reshaped to broadcast with x."""
     axis = options.axis
     if options.kind in ("layer", "rms"):
         return jnp.expand_dims(statistic, axis)

@@ -28,27 +28,27 @@ def reversible(
         for every k:    x1 = x1 + fs[k](f_params[k], x2, *args)
                         x2 = x2 + gs[k](g_params[k], x1, *args)
 
-    Its backward keeps the outputs and the parameters alone and rebuilds everything else (Gomez et al. 2017, Algorithm
-    1): one more call of every branch in a training step, and memory that does not grow with ``len(fs)``.
-    ``apply.inverse(f_params, g_params, y1, y2, *args)`` gives the inputs back.
+    Its backward keeps only the outputs and the parameters, and reconstructs everything else (Gomez et al. 2017,
+    Algorithm 1): one more call of every branch per training step, and memory that does not grow with ``len(fs)``.
+    ``apply.inverse(f_params, g_params, y1, y2, *args)`` returns the inputs.
 
     x1 and x2 share one shape and one dtype (float64, float32, bfloat16, float16), and every branch returns that shape;
-    its dtype may be another, the sum is rounded once to the stream's. Parameters and ``args`` are trees of any kind:
-    arrays of floats among them have gradients, other arrays (steps, masks, random keys) have none, and what is no array
-    is left alone, so that a Flax dictionary or an Equinox module can stand there as it is. A branch must be a function
-    of its arguments: what it draws is drawn from a key in its parameters or in ``args``, and what is to have a gradient
-    is handed over there (closed over, it makes JAX raise an UnexpectedTracerError).
+    its dtype may differ, the sum is rounded once to the stream's. Parameters and ``args`` are trees of any kind: their
+    float arrays have gradients, other arrays (steps, masks, random keys) have none, and non-arrays are left alone, so a
+    Flax dictionary or an Equinox module can be passed as it is. A branch must be a function of its arguments: it draws
+    random numbers from a key in its parameters or in ``args``, and everything that needs a gradient is passed there
+    (closed over, it makes JAX raise an UnexpectedTracerError).
 
     Args:
         fs, gs: residual functions, called as ``fs[k](f_params[k], x, *args)``.
-        coupling: "float", or a `revkernels.Exact` with a k: the streams are kept on the grid of multiples of 2^-k
-            (x1 and x2 are rounded to it; bfloat16 and float16 are widened, the outputs are float32) and rebuilt bit for
-            bit. Outputs that left the grid's range are NaN, and so are all gradients if a stream was rebuilt with other
-            bits, which a branch that is not the same function twice would do.
+        coupling: "float", or a `revkernels.Exact` with a k: the streams are kept on the grid of multiples of 2^-k (x1
+            and x2 are rounded to it; bfloat16 and float16 are widened, the outputs are float32) and reconstructed bit
+            for bit. Outputs that left the grid's range are NaN, and so are all gradients if a stream was reconstructed
+            with other bits, as with a branch that is not the same function twice.
         backend: None or "kernels" for this library's kernels, "xla" for the same formulas in jax.numpy.
 
     Raises:
-        TypeError, ValueError: while traced, and naming the argument or the branch.
+        TypeError, ValueError: while tracing; the message names the argument or the branch.
     """
     keep = kept_as(coupling, check_backend(backend))
     for name, branches in (("fs", fs), ("gs", gs)):
@@ -147,11 +147,11 @@ def without_activations(
     x1: Array,
     x2: Array,
 ) -> tuple[Array, Array]:
-    """Return the outputs of ``run`` with ``undo`` for its backward, and no residuals but these and the tree.
+    """Return the outputs of ``run`` with ``undo`` as its backward, with only the outputs and the tree as residuals.
 
-    ``run(tree, s1, s2, entry)`` gives the streams at the end, all reports (``entry`` are those of s1 and s2), and those
-    of the blocks' inputs. ``undo(tree, s1, s2, d1, d2)`` gives the gradients of the inputs, those of the tree's
-    floating leaves, and the reports of the blocks' inputs as they were rebuilt.
+    ``run(tree, s1, s2, entry)`` returns the final streams, all reports (``entry`` are those of s1 and s2), and those of
+    the blocks' inputs. ``undo(tree, s1, s2, d1, d2)`` returns the gradients of the inputs, those of the tree's floating
+    leaves, and the reports of the blocks' inputs as reconstructed.
     """
     leaves = split(tree)
 
@@ -168,14 +168,14 @@ def without_activations(
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         floating, others, s1, s2, expected = residuals
-        floating = [jnp.asarray(leaf) for leaf in floating]  # outside of jit one may be a number of Python's again
+        floating = [jnp.asarray(leaf) for leaf in floating]  # outside jit a leaf may be a Python number again
         d1, d2, gradients, found = undo(leaves.tree(floating, others), s1, s2, *cotangents)
         gradients = gradients, d1.astype(x1.dtype), d2.astype(x2.dtype)
         gradients, d1, d2 = _nan_unless(keep.unchanged(found, expected), gradients)
         return gradients, None, d1, d2
 
     apply.defvjp(forward, backward)
-    # Before the derivative rule, so that JAX itself sums the gradients of what is the same on all devices.
+    # Before the derivative rule, so that JAX itself sums the gradients of what is replicated across devices.
     x1, x2, *floating = together([x1, x2, *leaves.floating])
     return apply(floating, leaves.others, x1, x2)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stack of equal reversible blocks as one loop: compiled once, however deep."""
+"""A stack of equal reversible blocks as one loop: compiled once, at any depth."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Stack", "reversible_scan"]
 def reversible_scan(f: Branch, g: Branch, *, coupling: Any = "float", backend: str | None = None) -> Stack:
     """Return ``apply(f_params, g_params, x1, x2, *args) -> (y1, y2)``, a stack of blocks with one f and one g.
 
-    As `reversible`, except that every array among f_params and g_params has one more dimension in front, which counts
-    the blocks: f_params[k] there is ``jax.tree.map(lambda leaf: leaf[k], f_params)`` here. `jax.lax.scan` runs through
-    it, so that tracing and compiling take as long as for one block.
+    As `reversible`, except that every array in f_params and g_params has an additional first dimension over the blocks:
+    f_params[k] there is ``jax.tree.map(lambda leaf: leaf[k], f_params)`` here. `jax.lax.scan` iterates over it, so
+    tracing and compiling take as long as for one block.
     """
     keep = kept_as(coupling, check_backend(backend))
     for name, branch in (("f", f), ("g", g)):
@@ -88,7 +88,7 @@ class Stack:
         return d1, d2, df + dg + dargs, reports
 
     def _sliced(self, f_params: Any, g_params: Any) -> Any:
-        """The arrays to scan through, and the way from a slice of them to a block."""
+        """The arrays to scan over, and a function from a slice of them to a block."""
         f, g = split(f_params), split(g_params)
 
         def block(of_block: Any) -> Block:
@@ -99,7 +99,7 @@ class Stack:
 
 
 def _check_stacked(f_params: Any, g_params: Any) -> None:
-    """Raise ValueError unless all arrays have an equal number of blocks in front."""
+    """Raise ValueError unless all arrays have the same number of blocks as their first dimension."""
     depth, first = None, ""
     for name, params in (("f_params", f_params), ("g_params", g_params)):
         leaves = split(params)

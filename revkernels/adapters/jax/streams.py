@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a chain keeps its two streams: as they come, or on a grid, from which they are rebuilt bit for bit.
+"""How a chain keeps its two streams: as they are, or on a grid, from which they are reconstructed bit for bit.
 
 On a grid every coupling reports the largest |stream| and a checksum of its bits. A stream that leaves the range makes
-the chain's outputs NaN, one that is rebuilt with other bits makes all gradients NaN: nothing can be raised while XLA
-runs, and a gradient that is wrong by a little is worse than none.
+the chain's outputs NaN, and one reconstructed with other bits makes all gradients NaN: nothing can be raised while XLA
+runs, and a slightly wrong gradient is worse than none.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from revkernels.exact import Exact, limit
 
 __all__ = ["Exactly", "Floating", "kept_as"]
 
-#: What a stream reports where nothing is to be reported.
+#: A stream's reports, or None if it has none.
 Report = Reports | None
 
 
 @dataclass(frozen=True)
 class Floating:
-    """Streams of the inputs' dtype; what is rebuilt differs from what was by rounding."""
+    """Streams of the inputs' dtype; reconstruction differs by rounding."""
 
     kernels: bool
 
     def guard(self, tree: Any) -> Any:
-        """The tree, of which derivatives may be taken."""
+        """The tree, unchanged: derivatives are supported."""
         return tree
 
     def enter(self, x: Array) -> tuple[Array, Report]:
-        """A stream, and what it reports."""
+        """A stream, and its report."""
         return x, None
 
     def couple(self, stream: Array, f: Array) -> tuple[Array, Report]:
@@ -52,22 +52,22 @@ class Floating:
     def reverse_step(
         self, stream: Array, f: Array, d: Array, df: Array, after: list[Array]
     ) -> tuple[Array, Array, Report]:
-        """stream - f and d + df, in their memory, once the arrays ``after`` are there."""
+        """stream - f and d + df, in their memory, after the arrays ``after`` are computed."""
         if _runs_calls_side_by_side():
             stream, f, total = _apart(stream, f, d, df, after)
             return *lax.optimization_barrier((self.uncouple(stream, f), total)), None
         return *reverse_step_arrays(stream, f, d, df, None, self.kernels, after=after), None
 
     def value(self, stream: Array) -> Array:
-        """The numbers that the stream stands for."""
+        """The numbers that the stream represents."""
         return stream
 
     def in_range(self, reports: Any) -> None:
-        """Whether no stream has left its range; None where there is none to leave."""
+        """Whether no stream has left its range; None, as there is no range."""
         return
 
     def unchanged(self, reports: Any, expected: Any) -> None:
-        """Whether streams were rebuilt with the bits that they had; None where that is not known."""
+        """Whether streams were reconstructed bit for bit; None, as that is unknown."""
         return
 
 
@@ -80,7 +80,7 @@ class Exactly:
     k: int
 
     def guard(self, tree: Any) -> Any:
-        """The tree; int16 streams would hide what depends on it, so a derivative by it is refused."""
+        """The tree; int16 streams would hide dependencies on it, so a derivative by it raises."""
         if self.storage != "int16":
             return tree
         leaves = split(tree)
@@ -101,7 +101,7 @@ class Exactly:
     def reverse_step(
         self, stream: Array, f: Array, d: Array, df: Array, after: list[Array]
     ) -> tuple[Array, Array, Report]:
-        """stream - f' and d + df, in their memory, once the arrays ``after`` are there."""
+        """stream - f' and d + df, in their memory, after the arrays ``after`` are computed."""
         if _runs_calls_side_by_side():
             stream, f, total = _apart(stream, f, d, df, after)
             x, report = couple_arrays(stream, f, True, self.k, True, self.kernels, reports=True)
@@ -110,7 +110,7 @@ class Exactly:
         return x, dx, report
 
     def value(self, stream: Array) -> Array:
-        """The numbers that the stream stands for, float32."""
+        """The numbers that the stream represents, float32."""
         return stream.astype(jnp.float32) * 2.0**-self.k if stream.dtype == jnp.int16 else stream
 
     def in_range(self, reports: Any) -> Array:
@@ -120,14 +120,14 @@ class Exactly:
         return jnp.stack(found).all()
 
     def unchanged(self, reports: Any, expected: Any) -> Array:
-        """Whether streams were rebuilt with the bits that they had."""
+        """Whether streams were reconstructed bit for bit."""
         pairs = zip(_each(reports), _each(expected), strict=True)
         same = [(found.checksum == before.checksum).all() for found, before in pairs]
-        return jnp.stack(same).all() if same else jnp.asarray(True)  # a chain of no blocks rebuilds nothing
+        return jnp.stack(same).all() if same else jnp.asarray(True)  # a chain without blocks reconstructs nothing
 
 
 def kept_as(coupling: Any, kernels: bool) -> Floating | Exactly:
-    """What ``coupling`` stands for: "float" or a `revkernels.Exact` with a k."""
+    """The streams of ``coupling``: "float" or a `revkernels.Exact` with a k."""
     if coupling == "float":
         return Floating(kernels)
     if not isinstance(coupling, Exact) and coupling != "exact":
@@ -141,17 +141,17 @@ def kept_as(coupling: Any, kernels: bool) -> Floating | Exactly:
 
 
 def _runs_calls_side_by_side() -> bool:
-    """Whether XLA runs at one time, on threads, what does not depend on each other, as it does on a CPU.
+    """Whether XLA runs independent calls in parallel on threads, as on a CPU.
 
-    One call for a stream and its gradient would then hold up what needs but the stream. Elsewhere one call is one pass.
+    One call for a stream and its gradient would then delay what needs only the stream. Elsewhere one call is one pass.
     """
     return jax.default_backend() == "cpu"
 
 
 def _apart(stream: Array, f: Array, d: Array, df: Array, after: list[Array]) -> tuple[Array, Array, Array]:
-    """(stream, f, d + df), to be used once the arrays ``after`` are there. XLA makes the sum in the pass that makes df.
+    """(stream, f, d + df), usable once the arrays ``after`` are computed. XLA fuses the sum into the pass for df.
 
-    Not before: a stream that is rebuilt long before its gradient is there would have to be kept until then.
+    Not earlier: a stream reconstructed long before its gradient exists would have to be kept until then.
     """
     stream, f, d, df, *_ = lax.optimization_barrier((stream, f, d, df, *after))
     return stream, f, plain.accumulate(d, df)

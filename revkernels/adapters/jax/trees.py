@@ -16,9 +16,9 @@ __all__ = ["Leaves", "split"]
 
 
 class Leaves(NamedTuple):
-    """The arrays of a tree: those with gradients, the others, and the way back to the tree.
+    """The arrays of a tree: those with gradients, the others, and a function that rebuilds the tree.
 
-    What is no array, such as an activation function among a module's fields, stays as it is.
+    Non-arrays, such as an activation function among a module's fields, stay as they are.
     """
 
     floating: list[Array]
