@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of another library's container can be run together, as one chain, and what others are called."""
+"""Splits another library's container into chains of modules that can run together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from revkernels.nn.reversible import have_hooks
 
-Part = list[tuple[int, Any]]  # modules with their numbers
+Part = list[tuple[int, Any]]  # modules with their indices
 
 
 def kind_of(value: Any, wanted: type) -> str:
-    """The name of the class of ``value``, with its module where that is the name of ``wanted`` too."""
+    """The name of the class of ``value``, with its module if the name is the same as that of ``wanted``."""
     kind = type(value)
     return f"{kind.__module__}.{kind.__name__}" if kind.__name__ == wanted.__name__ else kind.__name__
 
@@ -21,9 +21,9 @@ def kind_of(value: Any, wanted: type) -> str:
 def together(
     modules: Sequence[Any], forward: Any = None, alike: Callable[[Any], Any] = lambda module: None
 ) -> list[tuple[bool, Part]]:
-    """Cut ``modules`` into parts that are one chain each, ``alike`` being the same throughout, and those left alone.
+    """Split ``modules`` into parts that are one chain each (with equal ``alike``), and modules called alone.
 
-    A module is alone, to be called as it is, if it has hooks, or a ``forward`` other than the one given.
+    A module is called alone if it has hooks, or a ``forward`` other than the given one.
     """
     alone = [
         hooked or (forward is not None and type(module).forward is not forward)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MemCNN 1.5.2 on this package's driver: `InvertibleModuleWrapper` and the additive coupling.
 
-The names, the signatures and the names in a ``state_dict`` are MemCNN's. What is not: the caller's input keeps its
+The names, the signatures and the names in a ``state_dict`` are MemCNN's. Differences: the caller's input keeps its
 memory, also under ``no_grad``; dropout masks are the same in the backward without ``preserve_rng_state``; running
-statistics are counted once; hooks of the branches fire; branches run under autocast in the backward too;
+statistics are updated once; hooks of the branches fire; branches run under autocast in the backward too;
 ``autograd.grad``, double backward and a second backward work; a parameter changed between forward and backward, or an
-output changed in place, raises instead of spoiling the gradient. Tensors that are no leaves get no ``.grad``: call
+output changed in place, raises instead of corrupting the gradient. Tensors that are not leaves get no ``.grad``: call
 ``retain_grad()`` on them, as in plain torch.
 
-There is no affine coupling, and no rebuilding through other invertible modules: they are refused by name.
+There is no affine coupling, and no reconstruction through other invertible modules: these raise an error.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ __all__ = [
     "is_invertible_module",
 ]
 
-#: MemCNN's numbers of ways to compute the same thing: stored; recomputed from the input; recomputed from the output.
+#: MemCNN's implementation numbers: stored; recomputed from the input; recomputed from the output.
 _ACTIVATIONS = {-1: "store", 0: "reconstruct", 1: "reconstruct"}
 
 
 class AdditiveCoupling(nn.Module):
-    """y1 = x1 + Fm(x2); y2 = x2 + Gm(y1), with stored activations: `InvertibleModuleWrapper` is what saves them.
+    """y1 = x1 + Fm(x2); y2 = x2 + Gm(y1), with stored activations: `InvertibleModuleWrapper` saves them.
 
     Args:
-        Fm, Gm: modules that keep the shape of what they are given; Gm is a deep copy of Fm where it is None.
+        Fm, Gm: modules that preserve the shape of their input; Gm None is a deep copy of Fm.
         implementation_fwd, implementation_bwd: of `forward` and of `inverse`. -1 stores activations; 0 and 1
-            (deprecated in MemCNN) rebuild them.
-        split_dim: the dimension that the input is halved along.
+            (deprecated in MemCNN) reconstruct them.
+        split_dim: the dimension along which the input is halved.
 
     Raises:
         UnsupportedError: another implementation than -1, 0 and 1.
@@ -83,7 +83,7 @@ class AdditiveCoupling(nn.Module):
 
 
 class AdditiveBlock(AdditiveCoupling):
-    """`AdditiveCoupling` that rebuilds activations; deprecated in MemCNN."""
+    """`AdditiveCoupling` that reconstructs activations; deprecated in MemCNN."""
 
     def __init__(
         self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1, implementation_bwd: int = 1
@@ -92,18 +92,18 @@ class AdditiveBlock(AdditiveCoupling):
 
 
 class InvertibleModuleWrapper(nn.Module):
-    """fn(x), with activations that the backward rebuilds from the output.
+    """fn(x), with activations that the backward reconstructs from the output.
 
-    A stack of wrappers keeps an output each. One wrapper around an ``nn.Sequential`` of couplings or of wrappers, which
-    MemCNN cannot do, takes the same memory at any depth. Hooks of ``fn`` itself do not fire (nor do they in MemCNN);
-    those of Fm and Gm, and of the wrapper, do.
+    A stack of wrappers keeps one output each. One wrapper around an ``nn.Sequential`` of couplings or of wrappers,
+    which MemCNN does not support, takes the same memory at any depth. Hooks of ``fn`` itself do not fire (nor do they
+    in MemCNN); those of Fm and Gm, and of the wrapper, do.
 
     Args:
         fn: an `AdditiveCoupling`, an ``nn.Sequential`` of them, or such a wrapper. Other modules with an ``inverse``
             run with ``disable=True`` only.
         keep_input, keep_input_inverse: accepted, not needed: no input is ever emptied.
         num_bwd_passes: accepted, not needed: a second backward takes ``retain_graph=True``, as in plain torch.
-        disable: run ``fn(x)`` as it is, with stored activations.
+        disable: run ``fn(x)`` unchanged, with stored activations.
         preserve_rng_state: accepted, not needed: random numbers are always the same in the backward.
 
     Raises (in the call):
@@ -133,8 +133,8 @@ class InvertibleModuleWrapper(nn.Module):
         return _forward(self._couplings(), _widened(xin), "reconstruct")
 
     def inverse(self, *yin: torch.Tensor) -> Any:
-        """The x that `forward` maps to y, rebuilt in the backward as well. Branches run as in a forward: running
-        statistics count the batch."""
+        """The x that `forward` maps to y; the backward reconstructs activations here too. Branches run as in a forward:
+        running statistics are updated."""
         if self.disable and hasattr(self._fn, "inverse"):
             return _only(self._fn.inverse(*yin))
         return _inverse(self._couplings(), _widened(yin), "store" if self.disable else "reconstruct")
@@ -179,7 +179,7 @@ def create_coupling(
     implementation_bwd: int = -1,
     adapter: Any = None,
 ) -> AdditiveCoupling:
-    """Return the coupling of that name. ``adapter`` belongs to MemCNN's affine coupling and is not looked at.
+    """Return the coupling of that name. ``adapter`` belongs to MemCNN's affine coupling and is ignored.
 
     Raises:
         UnsupportedError: coupling is not "additive".
@@ -196,14 +196,13 @@ def is_invertible_module(
     atol: float = 1e-6,
     random_seed: int = 42,
 ) -> bool:
-    """Whether ``inverse`` undoes the module, and the module its ``inverse``, on random inputs in [0, 1).
+    """Whether ``inverse`` inverts the module, and the module its ``inverse``, on random inputs in [0, 1).
 
-    Any module with an ``inverse`` may be asked about. The caller's generators and the module's buffers are left as
-    they were.
+    Works for any module with an ``inverse``. The caller's generators and the module's buffers stay unchanged.
 
     Args:
         test_input_shape: the shape of the input, or one for each input.
-        atol: the largest difference allowed, beside 1e-5 relative (`torch.allclose`).
+        atol: the largest difference allowed, besides 1e-5 relative (`torch.allclose`).
 
     Raises:
         ValueError: test_input_shape is neither a shape nor a sequence of shapes.
@@ -237,7 +236,7 @@ def is_invertible_module(
 
 
 def _couplings_of(fn: nn.Module) -> list[AdditiveCoupling] | None:
-    """The couplings that make up ``fn``, or None where it is something else."""
+    """The couplings that ``fn`` consists of, or None if it is something else."""
     if isinstance(fn, AdditiveCoupling) and type(fn).forward is AdditiveCoupling.forward:
         return [fn]
     if isinstance(fn, InvertibleModuleWrapper) and type(fn).forward is InvertibleModuleWrapper.forward:
@@ -261,7 +260,7 @@ def _forward(couplings: Sequence[AdditiveCoupling], x: Any, activations: str) ->
 
 
 def _inverse(couplings: Sequence[AdditiveCoupling], y: Any, activations: str) -> Any:
-    """The chain read backwards is a chain as well: of branches with their sign turned round."""
+    """The reversed chain is a chain too: of branches with the opposite sign."""
     for split_dim, chain in groupby(reversed(couplings), lambda coupling: coupling.split_dim):
         half_steps = [
             step for c in chain for step in (HalfStep(_minus(c.Gm), 1, (0,)), HalfStep(_minus(c.Fm), 0, (1,)))
@@ -282,7 +281,7 @@ def _minus(branch: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Te
 
 
 def _widened(inputs: tuple[Any, ...]) -> Any:
-    """The one input; under autocast a half type is made float32, as MemCNN's documentation promises."""
+    """The one input; under autocast a half type is widened to float32, as in MemCNN's documentation."""
     if len(inputs) != 1:
         raise TypeError(f"an additive coupling takes one tensor; it got {len(inputs)}")
     x = inputs[0]

@@ -3,7 +3,7 @@
 
     from revkernels.compat.pyg import GroupAddRev       # was: from torch_geometric.nn import GroupAddRev
 
-Nothing of PyTorch Geometric is imported: any module that is called ``conv(x, edge_index, ...)`` will do.
+PyTorch Geometric is not imported: any module that is called as ``conv(x, edge_index, ...)`` works.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ class GroupAddRev(nn.Module):
         y_0 = x_0 + convs[0](x_1 + ... + x_{C-1}, edge_index, ...)
         y_i = x_i + convs[i](y_{i-1}, edge_index, ...)               i = 1 .. C-1
 
-    x is cut into C equal groups along ``split_dim``. Parameters have the original's names, so its state_dict loads.
+    x is split into C equal groups along ``split_dim``. Parameters have the original's names, so its state_dict loads.
 
-    Unlike the original: the caller's x keeps its memory (there, its storage is emptied); each conv runs once more in
-    the backward (there, twice), with the dropout masks of the forward, and updates its running statistics once; a
-    backward under ``retain_graph=True`` may run any number of times. The inverse is differentiable, but keeps its
-    activations.
+    Unlike in the original: the caller's x keeps its memory (there, its storage is emptied); each conv runs once more in
+    the backward (there, twice), with the forward's dropout masks, and updates its running statistics once; a backward
+    under ``retain_graph=True`` may run any number of times. The inverse is differentiable, but keeps its activations.
 
     Args:
-        conv: the graph network of one group, copied for the other groups, whose copies get new parameters where it has
-            a ``reset_parameters``; or an nn.ModuleList with one for each group.
-        split_dim: the dimension that x is cut along.
-        num_groups: the number of groups, 2 or more; not read where conv is an nn.ModuleList.
+        conv: the graph network of one group, copied for the other groups, whose copies get new parameters if it has a
+            ``reset_parameters``; or an nn.ModuleList with one per group.
+        split_dim: the dimension along which x is split.
+        num_groups: the number of groups, 2 or more; ignored if conv is an nn.ModuleList.
         disable: True stores activations as plain torch does.
         num_bwd_passes: accepted, not needed.
 
     Raises:
         TypeError: conv is not an nn.Module, or num_groups is not an int.
-        ValueError: fewer than two groups; in the call, a size that cannot be cut into groups.
+        ValueError: fewer than two groups; in the call, a size that cannot be split into groups.
     """
 
     def __init__(
@@ -81,8 +80,8 @@ class GroupAddRev(nn.Module):
     def forward(self, x: torch.Tensor, edge_index: Any, *args: Any) -> Any:
         """Map x, node features, to y of the same shape.
 
-        Each further argument goes to every conv; a tensor among them whose size along ``split_dim`` is that of x is cut
-        into groups as x is, and each conv gets its own.
+        Each further argument goes to every conv; a tensor among them with x's size along ``split_dim`` is split into
+        groups like x, and each conv gets its own.
         """
         return _through(run, [(0, self)], "x", x, edge_index, args)
 
@@ -100,10 +99,10 @@ class GroupAddRevs(nn.ModuleList):
         self.convs = GroupAddRevs([GroupAddRev(...), ...])      # was: nn.ModuleList(...)
         x = self.convs(x, edge_index, mask)                     # was: for conv in self.convs: x = conv(x, ...)
 
-    Called one by one, each layer keeps its output. (The original keeps none, since a layer empties what it is given.)
-    Where split_dim, num_groups or disable changes another chain begins, and a layer with hooks, or with a ``forward``
-    of its own, is called by itself: each keeps one more output. Parameters have the names that the nn.ModuleList gives
-    them. Not in the original.
+    Called one by one, each layer keeps its output. (The original keeps none, because a layer empties its input.) A new
+    chain begins where split_dim, num_groups or disable changes, and a layer with hooks, or with its own ``forward``, is
+    called by itself: each keeps one more output. Parameters have the names that the nn.ModuleList gives them. Not in
+    the original.
     """
 
     def forward(self, x: torch.Tensor, edge_index: Any, *args: Any) -> Any:
@@ -134,7 +133,7 @@ def _through(
     edge_index: Any,
     args: tuple[Any, ...],
 ) -> Any:
-    """Run layers of the same options as one chain, by `run` or `run_inverse`. ``name`` is what to call x."""
+    """Run layers with the same options as one chain, by `run` or `run_inverse`. ``name`` is x's in errors."""
     first = layers[0][1]
     half_steps, words = [], []
     for index, layer in layers:
@@ -150,7 +149,7 @@ def _through(
 def half_steps_of(
     layer: Any, name: str, x: Any, edge_index: Any, args: tuple[Any, ...]
 ) -> tuple[list[HalfStep], list[str]]:
-    """The half-steps of a layer, this module's or the original, and the words for each. ``name`` is what to call x."""
+    """The half-steps of a layer, this module's or the original, and a name for each. ``name`` is x's in errors."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
     parts = [_parts(layer, arg, x) for arg in args]
@@ -162,7 +161,7 @@ def half_steps_of(
 
 
 def _parts(layer: Any, arg: Any, x: torch.Tensor) -> Any:
-    """What each group gets of an argument: its own part of a tensor that is cut as x is, or the whole."""
+    """Each group's argument: its own part of a tensor that is split like x, or the whole."""
     dim, groups = layer.split_dim, len(layer.convs)
     has_dim = isinstance(arg, torch.Tensor) and all(-t.dim() <= dim < t.dim() for t in (arg, x))
     if not has_dim or arg.shape[dim] != x.shape[dim] or x.shape[dim] % groups:

@@ -20,14 +20,14 @@ __all__ = ["ReversibleBlock", "ReversibleSequence"]
 
 
 class _Branch(nn.Module):
-    """``net``; given a signal, ``_reverse`` says whether it runs in the backward, and ``_depth`` in which block."""
+    """``net``; with a signal, ``_reverse`` tells whether it runs in the backward, ``_depth`` in which block."""
 
     def __init__(self, net: nn.Module, depth: int | None, send_signal: bool) -> None:
         super().__init__()
         self.net = net
         self.depth = depth
         self.send_signal = send_signal
-        self.revkernels_comes_back = send_signal  # to the buckets of its forward, as LSH attention does
+        self.revkernels_comes_back = send_signal  # to its forward's buckets, as LSH attention does
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
         if self.send_signal:
@@ -56,23 +56,23 @@ class ReversibleBlock(nn.Module):
 class ReversibleSequence(nn.Module):
     """y1 = x1 + f(x2); y2 = x2 + g(y1), block after block, on the halves of x [batch, length, 2 d] along dimension 2.
 
-    Parameters have the original's names and order. Its state_dict holds every one of them twice, under ``blocks`` and
-    under ``irrev_blocks``; the second copy is passed over when it is loaded, and is not in the state_dict made here.
+    Parameters have the original's names and order. Its state_dict contains each of them twice, under ``blocks`` and
+    under ``irrev_blocks``; the second copy is skipped on loading, and is not in the state_dict made here.
 
-    Unlike the original: a second forward before the backward does not lose the first one's dropout masks; parameters
-    get their gradients from ``torch.autograd.grad`` too, and where x does not require grad; an argument that another
-    network computed may go to every g; there is a backward in eval mode; layer dropout on a sequence not longer than
+    Unlike in the original: a second forward before the backward does not lose the first one's dropout masks; parameters
+    get their gradients from ``torch.autograd.grad`` too, and if x does not require grad; an argument computed by
+    another network may go to every g; there is a backward in eval mode; layer dropout on a sequence not longer than
     ``reverse_thres`` does not cut the gradient off; running statistics are updated once.
 
     Args:
-        blocks: pairs (f, g) of modules that keep the shape of what they are given.
-        layer_dropout: in training, the probability that a block is left out of a call, drawn from torch's generator for
-            each block; the first block runs where none would be left.
-        reverse_thres: sequences that are not longer (x.shape[1]) store activations, as plain torch does.
+        blocks: pairs (f, g) of modules that preserve the shape of their input.
+        layer_dropout: in training, the probability that a block is skipped in a call, drawn from torch's generator for
+            each block; the first block runs if none would be left.
+        reverse_thres: sequences not longer than this (x.shape[1]) store activations, as plain torch does.
         send_signal: give f and g the keywords ``_reverse`` (True in the backward's second run) and ``_depth`` (the
-            block's number), except where activations are stored: on short sequences, and in eval mode, in which
-            branches that heed the signal keep nothing to come back to (the original has no backward there). What such
-            a branch keeps for its second run is its own affair: it is that of its last forward.
+            block's index), except if activations are stored: on short sequences, and in eval mode, in which branches
+            that use the signal keep nothing for a second run (the original has no backward there). What such a branch
+            keeps for its second run is its own responsibility: it is that of its last forward.
 
     Raises:
         TypeError: a block is not a pair of modules.
@@ -116,7 +116,7 @@ class ReversibleSequence(nn.Module):
         return x
 
     def _kept_blocks(self) -> list[int]:
-        """The numbers of the blocks that layer dropout leaves, drawn as the original draws them."""
+        """The indices of the blocks that layer dropout keeps, drawn as in the original."""
         everything = list(range(len(self.blocks)))
         if not self.training or self.layer_dropout == 0:
             return everything
@@ -125,7 +125,7 @@ class ReversibleSequence(nn.Module):
 
 
 def _through(blocks: Sequence[tuple[int, Any]], x: Any, calls: Sequence[dict[str, Any]], store: bool = False) -> Any:
-    """Run the blocks as one chain; without a signal where activations are stored."""
+    """Run the blocks as one chain; without a signal if activations are stored."""
     half_steps, names = [], []
     for number, block in blocks:
         for target, (name, branch) in enumerate(block.named_children()):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """RevLib 1.7.2 on this package's driver: `ReversibleSequential`, `MemoryModes` and the MomentumNet built of them.
 
-The names, the signatures and the names in a ``state_dict`` are RevLib's. What is not: every memory mode works on every
-branch; running statistics are counted once; branches run under autocast in the backward too; an input that needs no
-gradient is no obstacle; ``autograd.grad`` and double backward work and leave ``.grad`` alone; a parameter changed
-between forward and backward raises; ``layerwise_args_kwargs`` reaches the modules, which RevLib drops.
+The names, the signatures and the names in a ``state_dict`` are RevLib's. Differences: every memory mode works on every
+branch; running statistics are updated once; branches run under autocast in the backward too; the input need not require
+grad; ``autograd.grad`` and double backward work and leave ``.grad`` alone; a parameter changed between forward and
+backward raises; ``layerwise_args_kwargs`` reaches the modules, which RevLib drops.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class MemoryModes(enum.IntEnum):
-    """``no_savings`` stores activations; each of the others rebuilds them."""
+    """``no_savings`` stores activations; each of the others reconstructs them."""
 
     no_savings = 0
     checkpoint = 1
@@ -46,12 +46,12 @@ class MemoryModes(enum.IntEnum):
 
 
 def additive_coupling_forward(other_stream: torch.Tensor, fn_out: torch.Tensor) -> torch.Tensor:
-    """other_stream + fn_out: the coupling there is. For ``coupling_forward``, which takes no other."""
+    """other_stream + fn_out: the only coupling supported as ``coupling_forward``."""
     return other_stream + fn_out
 
 
 def additive_coupling_inverse(output: torch.Tensor, fn_out: torch.Tensor) -> torch.Tensor:
-    """output - fn_out. For ``coupling_inverse``, which takes no other."""
+    """output - fn_out: the only coupling supported as ``coupling_inverse``."""
     return output - fn_out
 
 
@@ -66,13 +66,13 @@ class ReversibleWrapper(nn.Module):
 class ReversibleModule(nn.Module):
     """One half-step: (x0, x1) -> (x1, x0 + wrapped_module(x1)).
 
-    The branch is ``wrapped_module.wrapped_module``, as in RevLib. A module with hooks of its own is a chain of its own
-    inside a `ReversibleSequential`, which keeps one more pair of streams for it: hooks are better put on the branch.
+    The branch is ``wrapped_module.wrapped_module``, as in RevLib. A module with its own hooks is a separate chain
+    inside a `ReversibleSequential`, which keeps one more pair of streams for it: put hooks on the branch instead.
 
     Args:
-        wrapped_module: a module that keeps the shape of what it is given.
+        wrapped_module: a module that preserves the shape of its input.
         coupling_forward, coupling_inverse, target_device, fused_optimizer: see `ReversibleSequential`.
-        memory_savings: rebuild activations instead of storing them.
+        memory_savings: reconstruct activations instead of storing them.
         cache: accepted, not needed.
     """
 
@@ -104,17 +104,17 @@ class ReversibleSequential(nn.Sequential):
     module is called with the arguments that follow the input.
 
     Args:
-        *modules: modules that keep the shape of what they are given, or `ReversibleModule`s.
-        split_dim: the dimension that the input is halved along. (RevLib's None fails in its own forward.)
+        *modules: modules that preserve the shape of their input, or `ReversibleModule`s.
+        split_dim: the dimension along which the input is halved. (RevLib's None fails in its own forward.)
         coupling_forward, coupling_inverse: None, or lists of None and of the additive coupling, this module's or
-            RevLib's own.
+            RevLib's.
         memory_mode: `MemoryModes`.
         target_device: the empty string.
-        fused_optimizer: None. An optimizer that steps inside the backward is torch's
+        fused_optimizer: None. For an optimizer that steps inside the backward use torch's
             ``parameter.register_post_accumulate_grad_hook``.
 
     Raises:
-        TypeError: a module is no nn.Module; split_dim is no int.
+        TypeError: a module is not an nn.Module; split_dim is not an int.
         UnsupportedError: another coupling, a target_device, a fused_optimizer.
     """
 
@@ -141,7 +141,7 @@ class ReversibleSequential(nn.Sequential):
     def forward(  # type: ignore[override]  # nn.Sequential takes the input alone
         self, inp: torch.Tensor, *args: Any, layerwise_args_kwargs: Sequence[Call] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Run the chain. ``layerwise_args_kwargs`` has further arguments of each module, as pairs (args, kwargs)."""
+        """Run the chain. ``layerwise_args_kwargs`` has further arguments per module, as pairs (args, kwargs)."""
         own = [((), {})] * len(self) if layerwise_args_kwargs is None else layerwise_args_kwargs
         if len(own) != len(self):
             raise ValueError(
@@ -154,7 +154,7 @@ class ReversibleSequential(nn.Sequential):
             for (name, module), (own_args, own_kwargs) in zip(self._modules.items(), own, strict=True)
         ]
         for name, module in self._modules.items():
-            if not isinstance(module, ReversibleModule):  # appended, or put in the place of one
+            if not isinstance(module, ReversibleModule):  # appended, or set in place of one
                 raise TypeError(f"module {name} is a {type(module).__name__}; it must be wrapped in a ReversibleModule")
         for alone, part in together(list(self), alike=lambda module: module.memory_savings):
             if alone:
@@ -166,7 +166,7 @@ class ReversibleSequential(nn.Sequential):
 
 
 def _run(steps: Sequence[tuple[str, Any, Call]], pair: Pair, savings: bool) -> Pair:
-    """The pair after these modules, named, each with what it is called with besides its stream."""
+    """The pair after these modules, given with their names and further arguments."""
     half_steps = [
         HalfStep(module.wrapped_module.wrapped_module, i % 2, (1 - i % 2,), tuple(args), kwargs)
         for i, (_, module, (args, kwargs)) in enumerate(steps)
@@ -240,7 +240,7 @@ def _check_refused(forward: Sequence[Any], inverse: Sequence[Any], target_device
         ("coupling_inverse", inverse, additive_coupling_inverse),
     ):
         for coupling in given:
-            # RevLib's own is the same function of tensors: code may have changed one import and not the other.
+            # RevLib's own is the same function: code may have changed only one of its imports.
             taken = (_name_of(additive), f"revlib.core.{additive.__name__}")
             if coupling is not None and _name_of(coupling) not in taken:
                 raise UnsupportedError(

@@ -3,8 +3,8 @@
 
     from revkernels.compat.revnet_zero import RevBlock, RevTransformer      # was: from revnet_zero import ...
 
-The original runs its blocks one by one, each of which keeps its output: memory grows with depth. `RevBlocks` stands
-where it has an nn.ModuleList of blocks, and runs them as one chain.
+The original runs its blocks one by one, and each keeps its output: memory grows with depth. `RevBlocks` replaces its
+nn.ModuleList of blocks, and runs them as one chain.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["RevBlock", "RevBlocks", "RevTransformer", "RevTransformerBlock"]
 class RevBlock(nn.Module):
     """y1 = x1 + f_fn(x2); y2 = x2 + g_fn(y1), on the halves of x [..., d] along its last dimension.
 
-    Unlike the original: dropout masks in the backward are those of the forward; f_fn and g_fn run once more there, not
-    twice; gradients reach ``torch.autograd.grad`` and inputs that do not require grad; running statistics are updated
-    once.
+    Unlike in the original: dropout masks in the backward are the forward's; f_fn and g_fn run once more there, not
+    twice; gradients reach ``torch.autograd.grad``, also if the input does not require grad; running statistics are
+    updated once.
 
     Args:
-        f_fn, g_fn: modules that keep the shape of what they are given.
+        f_fn, g_fn: modules that preserve the shape of their input.
 
     Raises:
         TypeError: f_fn or g_fn is not callable.
@@ -61,8 +61,8 @@ class RevBlocks(nn.ModuleList):
         self.blocks = RevBlocks([RevBlock(f, g), ...])      # was: nn.ModuleList(...)
         h = self.blocks(h)                                  # was: for block in self.blocks: h = block(h)
 
-    A block with hooks, or with a ``forward`` of its own, is called by itself, and keeps one more output. Parameters
-    have the names that the nn.ModuleList gives them. Not in the original.
+    A block with hooks, or with its own ``forward``, is called by itself, and keeps one more output. Parameters have the
+    names that the nn.ModuleList gives them. Not in the original.
     """
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -139,7 +139,7 @@ class RevTransformer(nn.Module):
         vocab_size: the size of the vocabulary; 0 for a model from embeddings to features.
         d_model, n_heads, ffn_expansion, dropout: see `RevTransformerBlock`.
         n_layers: the number of blocks.
-        max_seq_len: the number of positions that have an embedding.
+        max_seq_len: the number of position embeddings.
 
     Raises (in the call):
         ValueError: token_ids=True without a vocabulary; a sequence longer than max_seq_len.
@@ -168,7 +168,7 @@ class RevTransformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: torch.Tensor, token_ids: bool = True) -> torch.Tensor:
-        """Map tokens [batch, length], or else embeddings [batch, length, d_model], to logits or to features."""
+        """Map tokens [batch, length], or embeddings [batch, length, d_model], to logits or to features."""
         if token_ids and self.embed is None:
             raise ValueError("token_ids is True; a model with vocab_size=0 takes embeddings: pass token_ids=False")
         length, positions = x.shape[1], self.pos_embed.num_embeddings
@@ -180,7 +180,7 @@ class RevTransformer(nn.Module):
 
 
 def _through(direction: Callable[..., Any], blocks: Sequence[tuple[int, RevBlock]], x: torch.Tensor) -> Any:
-    """Run the blocks as one chain, forwards (`run`) or backwards (`run_inverse`)."""
+    """Run the blocks as one chain, forward (`run`) or inverse (`run_inverse`)."""
     half_steps, names = [], []
     for index, block in blocks:
         half_steps += [HalfStep(block.f_fn, 0, (1,)), HalfStep(block.g_fn, 1, (0,))]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """RevTorch 0.2.4 on this package's driver: `ReversibleBlock` and `ReversibleSequence`.
 
-The names, the signatures and the names in a ``state_dict`` are RevTorch's. What is not: dropout masks are the forward's
-without ``fix_random_seed``, running statistics are counted once, an input that needs no gradient is no obstacle,
-``autograd.grad``, double backward and autocast work; a parameter changed between forward and backward, or an output
-changed in place, raises instead of spoiling the gradient.
-``block.backward_pass``, RevTorch's own loop, does not exist: gradients travel through torch's engine.
+The names, the signatures and the names in a ``state_dict`` are RevTorch's. Differences: dropout masks are the forward's
+without ``fix_random_seed``, running statistics are updated once, the input need not require grad, ``autograd.grad``,
+double backward and autocast work; a parameter changed between forward and backward, or an output changed in place,
+raises instead of corrupting the gradient. ``block.backward_pass``, RevTorch's own loop, does not exist: gradients go
+through torch's engine.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["ReversibleBlock", "ReversibleSequence"]
 class ReversibleBlock(nn.Module):
     """y1 = x1 + f_block(x2); y2 = x2 + g_block(y1).
 
-    Called alone it is a chain of one block, with gradients; RevTorch's then runs without any.
+    Called alone it is a chain of one block, with gradients; RevTorch's runs without gradients then.
 
     Args:
-        f_block, g_block: modules that keep the shape of what they are given.
-        split_along_dim: the dimension that the input is halved along.
-        fix_random_seed: accepted, not needed. Random numbers always come from torch's generators as they are, and are
-            the same in the backward; RevTorch reseeds them from Python's ``random``.
+        f_block, g_block: modules that preserve the shape of their input.
+        split_along_dim: the dimension along which the input is halved.
+        fix_random_seed: accepted, not needed. Random numbers always come from torch's unchanged generators, and are the
+            same in the backward; RevTorch reseeds them from Python's ``random``.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class ReversibleBlock(nn.Module):
 class ReversibleSequence(nn.Module):
     """A chain of `ReversibleBlock`s, whose activation memory does not grow with its depth.
 
-    Blocks that follow one another and are halved along the same dimension are one chain. Where the dimension changes
-    another begins, and a block with hooks, or with a ``forward`` of its own, is called as a module and is a chain of
-    its own: each keeps one more output.
+    Consecutive blocks that are halved along the same dimension are one chain. A new chain begins where the dimension
+    changes, and a block with hooks, or with its own ``forward``, is called as a module and is a separate chain: each
+    keeps one more output.
 
     Args:
         reversible_blocks: a ModuleList of `ReversibleBlock`s.
         eagerly_discard_variables: accepted, not needed. A second backward takes ``retain_graph=True``, as in plain
-            torch, and memory is freed as soon as without it.
+            torch, and memory is freed equally early.
 
     Raises:
-        TypeError: reversible_blocks is no ModuleList, or holds something else than a `ReversibleBlock`.
+        TypeError: reversible_blocks is not a ModuleList, or contains something else than a `ReversibleBlock`.
     """
 
     def __init__(self, reversible_blocks: nn.ModuleList, eagerly_discard_variables: bool = True) -> None:

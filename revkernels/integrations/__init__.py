@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks built with other packages, on the driver of this one: changed where they stand, and changed back.
+"""Runs networks built with other packages on the driver of this one: changed in place, and restorable.
 
     from revkernels.integrations import pyg, restore
     print(pyg.replace(model))           # what was changed, what was left and why
     ...                                 # train as before
     restore(model)
 
-What there is, and what it changes:
+The functions, and what they change:
 
     transformers.replace(model)         the layers of a Reformer
     pyg.replace(model)                  PyTorch Geometric's GroupAddRev
@@ -14,11 +14,11 @@ What there is, and what it changes:
     nflows.replace(model)               nflows' AdditiveCouplingTransform
     timm.make_reversible(model)         the blocks of a ViT or a ResNet, into another function
 
-The modules changed keep their parameters, buffers, hooks and names: only their class becomes a subclass, whose forward
-runs on this package's driver. A model can be copied and pickled in between. Nothing is done in silence: each function
-returns a `Replaced`, and raises a ValueError where nothing in the model is what it looks for.
+The changed modules keep their parameters, buffers, hooks and names: only their class becomes a subclass, whose forward
+runs on this package's driver. A changed model can be copied and pickled. Nothing happens silently: each function
+returns a `Replaced`, and raises a ValueError if the model contains nothing to change.
 
-Importing this package imports none of the others, and no torch; a function imports its package when it is called, and
+Importing this package imports none of the others, nor torch; a function imports its package when it is called, and
 raises `MissingPackageError` with the command that installs it.
 """
 
@@ -37,13 +37,13 @@ class MissingPackageError(ImportError):
 
 
 def restore(model: Any) -> list[str]:
-    """Give every module of ``model`` that was changed its own class back, and return their names.
+    """Restore the class of every changed module of ``model``, and return their names.
 
-    Parameters and buffers stay as they are, trained. Also for a copy, and for a model that was pickled.
+    Parameters and buffers stay as trained. Also works for a copy, and for a pickled model.
 
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: no module of it was changed; or one was changed once more by something else (such as fully_shard).
+        ValueError: no module of it was changed; or something else changed one again (such as fully_shard).
     """
     from revkernels.integrations._swap import restore
 

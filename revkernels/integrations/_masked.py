@@ -3,9 +3,9 @@
 
     y[shifted] = x[shifted] + net(x[read])        y[else] = x[else]        log |det dy/dx| = 0
 
-(Dinh, Krueger, Bengio 2014, "NICE: Non-linear Independent Components Estimation", section 3.2.) Which features those
-are changes from coupling to coupling, and with every permutation. So the whole tensor is one stream, to which a branch
-adds zero wherever it reads: then it reads the same before and after, which is all that a reversible chain asks for.
+(Dinh, Krueger, Bengio 2014, "NICE: Non-linear Independent Components Estimation", section 3.2.) The features differ
+between couplings, and change with every permutation. So the whole tensor is one stream, to which a branch adds zero
+wherever it reads: the branch then reads the same values before and after, which is all that a reversible chain needs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from revkernels.nn import linked
 from revkernels.nn.chain import HalfStep
 
-#: What a branch may be called with besides the features that it reads.
+#: A branch's function; its arguments are the features that it reads, and others.
 Shift = Callable[..., torch.Tensor]
 
 
@@ -27,8 +27,7 @@ class Masked:
 
     Args:
         shift: called with the features that it reads, and further arguments.
-        read, shifted: the features of dimension 1, disjoint: index tensors, or both slices that make up the dimension
-            between them.
+        read, shifted: disjoint features of dimension 1: index tensors, or two slices that together cover the dimension.
         sign: -1 for the inverse.
     """
 
@@ -48,7 +47,7 @@ class Masked:
 def through(
     branches: Sequence[tuple[Masked, str, tuple[Any, ...]]], x: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Run branches, each with its name and further arguments, on the whole of x, going on with what x comes from."""
+    """Run branches, each with its name and further arguments, on all of x, continuing the call that returned x."""
     half_steps = [HalfStep(branch, 0, (0,), args) for branch, _, args in branches]
     names = [name for _, name, _ in branches]
     (y,) = linked.run(half_steps, (x,), 1, names.__getitem__, **options)

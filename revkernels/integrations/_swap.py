@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that change their class and nothing else, and the account of it."""
+"""Swaps the class of modules, and reports it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _classes: dict[tuple[type, type], type] = {}
 
 
 class Swapped(nn.Module):
-    """What all classes that modules are swapped to have in common: ``type(module)`` is of one of these and of
-    ``original``, the class it had, which it is an instance of still.
+    """Base of all classes that modules are swapped to: ``type(module)`` is a subclass of one of these and of
+    ``original``, the class it had, of which it is still an instance.
 
     Attributes:
         original: the class that the module had.
-        way: the class below this one that it was swapped by.
+        way: the subclass of this one that it was swapped to.
     """
 
     original: ClassVar[Any]
@@ -32,14 +32,14 @@ class Swapped(nn.Module):
     revkernels_options: dict[str, Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A class made while the program runs is not found by its name: copies and pickles make it anew."""
+        """A dynamically made class is not found by name: copies and pickles make it anew."""
         made: Any = super().__reduce_ex__(max(int(protocol), 2))
         _, (_, *rest), *state = made
         return _new, (self.way, self.original, *rest), *state
 
 
 def swap(module: nn.Module, way: type, **options: Any) -> None:
-    """Let the module go through ``way`` first. ``options`` become its ``revkernels_options``."""
+    """Put ``way`` in front of the module's class. ``options`` become its ``revkernels_options``."""
     module.__class__ = _class_of(way, type(module))
     module.__dict__["revkernels_options"] = options
 
@@ -77,13 +77,13 @@ def restore(model: Any) -> list[str]:
 
 @dataclass
 class Replaced:
-    """What was changed in a model. Printed, it is an account of it.
+    """What was changed in a model; prints as a report.
 
     Attributes:
         package: the package that the model is built with, and its version.
-        modules: name (as in ``named_modules``) to what it is now, of the modules that were changed.
-        left: name to the reason, of those that look alike and were not.
-        notes: what else to know.
+        modules: maps names (as in ``named_modules``) of the changed modules to what they are now.
+        left: maps names of similar modules that were not changed to the reason.
+        notes: further remarks.
         model: the model.
     """
 
@@ -94,7 +94,7 @@ class Replaced:
     model: Any = field(default=None, repr=False)
 
     def restore(self) -> list[str]:
-        """Undo it, in the model: see `revkernels.integrations.restore`."""
+        """Undo the change in the model: see `revkernels.integrations.restore`."""
         return restore(self.model)
 
     def __str__(self) -> str:
@@ -111,17 +111,17 @@ def _by_text(named: Mapping[str, str]) -> dict[str, list[str]]:
     return {text: names if len(names) <= 4 else [*names[:2], "...", names[-1]] for text, names in found.items()}
 
 
-#: Looks at a module: (the way to swap it, what it is then), or (None, why not), or None if it is nothing to look at.
+#: Inspects a module: (the way to swap it, a description), or (None, why not), or None if it is irrelevant.
 Look = Callable[[nn.Module], tuple[type | None, str] | None]
 
 
 def replace(
     model: Any, package: str, look: Look, wanted: str, needed: type, options: Any, notes: Iterable[str] = ()
 ) -> Replaced:
-    """Swap every module of ``model`` that ``look`` finds a way for, and say so.
+    """Swap every module of ``model`` for which ``look`` finds a way, and report it.
 
     Args:
-        wanted: what is looked for, in words; ``needed`` is its way: where there is none of it, nothing is changed.
+        wanted: a description of what is looked for; ``needed`` is its way: if no module has it, nothing is changed.
         options: see `check`.
 
     Raises:
@@ -147,7 +147,7 @@ def replace(
 
 
 def nothing_found(model: nn.Module, wanted: str, left: Mapping[str, str]) -> ValueError:
-    """The error for a model in which there is nothing to change."""
+    """The error for a model that contains nothing to change."""
     reasons = "; ".join(f"{', '.join(names)}: {text}" for text, names in _by_text(left).items())
     return ValueError(
         f"nothing to change in this {type(model).__name__}: {wanted} is looked for"
@@ -161,7 +161,7 @@ def package_and_version(package: str) -> str:
 
 
 def check(model: Any, activations: Any = "reconstruct", backend: Any = None) -> None:
-    """``model`` is an nn.Module, and the options are those that modules called one by one can have."""
+    """Check that ``model`` is an nn.Module and the options are possible for modules called one by one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be an nn.Module")
     if activations not in ACTIVATIONS:
@@ -176,16 +176,16 @@ def needs(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # something that the package itself needs
+            raise  # a dependency of the package
         raise MissingPackageError(
             f"this needs the package {package}, which is not installed: pip install {package}"
         ) from error
 
 
 def own(module: nn.Module, base: type, *methods: str) -> str:
-    """Say which method the module does not have from ``base``, of those that would be passed over; "" if there is none.
+    """Return which of the methods, all of which would be bypassed, differs from ``base``'s; "" if none does.
 
-    Also one put on the module itself, as accelerate puts its hooks.
+    This includes a method set on the module itself, such as accelerate's hooks.
     """
     for name in methods:
         if name in module.__dict__:

@@ -23,23 +23,23 @@ __all__ = ["replace"]
 
 
 def replace(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
-    """Let every ``NICECouplingBlock`` in the model run on this package's driver, with what permutes in between.
+    """Run every ``NICECouplingBlock`` in the model on this package's driver, with the permutations in between.
 
         y1 = x1 + F(x2, c)        y2 = x2 + G(y1, c)        log |det dy/dx| = 0
 
-    The same function, inverse (``rev=True``) and log-determinant of the same parameters, conditions included.
-    Couplings, ``PermuteRandom``, ``Reshape`` and ``Flatten`` that follow each other, in a ``SequenceINN`` or a
-    ``GraphINN``, are one chain: only the last output is kept, whatever the depth, in both directions. Any other module
-    in between (an affine coupling, GIN's included, ActNorm, a wavelet, Split) stores its activations as before, and one
-    output more is kept where it interrupts the chain.
+    The same function, inverse (``rev=True``) and log-determinant of the same parameters, including conditions.
+    Consecutive couplings, ``PermuteRandom``, ``Reshape`` and ``Flatten``, in a ``SequenceINN`` or a ``GraphINN``, are
+    one chain: only the last output is kept, at any depth, in both directions. Any other module in between (an affine
+    coupling, including GIN's, ActNorm, a wavelet, Split) stores its activations as before, and interrupts the chain,
+    which keeps one more output there.
 
-    A ``GraphINN`` holds every node's output until its forward returns. Here it lets one go when the last node that
-    reads it has run.
+    A ``GraphINN`` holds every node's output until its forward returns. Here it releases an output after the last node
+    that reads it.
 
     Args:
-        model: any nn.Module with such blocks inside.
-        activations: "reconstruct", or "store": plain activations, to compare with.
-        backend: of the couplings; None takes the best that the tensors' device has.
+        model: any nn.Module that contains such blocks.
+        activations: "reconstruct", or "store": plain activations, for comparison.
+        backend: of the couplings; None takes the best on the tensors' device.
 
     Raises:
         MissingPackageError: FrEIA is not installed.
@@ -70,7 +70,7 @@ def replace(model: Any, *, activations: Activations = "reconstruct", backend: st
 
 
 class Coupling(Swapped):
-    """What becomes of a ``NICECouplingBlock``."""
+    """Replaces a ``NICECouplingBlock``."""
 
     F: nn.Module
     G: nn.Module
@@ -91,7 +91,7 @@ class Coupling(Swapped):
 
 
 class _Conditioned:
-    """A subnetwork that reads its conditions as further features."""
+    """A subnetwork that takes its conditions as further features."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
@@ -101,7 +101,7 @@ class _Conditioned:
 
 
 class Rearranging(Swapped):
-    """What becomes of a ``PermuteRandom``, ``Reshape`` or ``Flatten``: the same, as a part of the chain it is in."""
+    """Replaces a ``PermuteRandom``, ``Reshape`` or ``Flatten``: the same function, as a part of its chain."""
 
     def forward(self, x_or_z: Any, *args: Any, rev: bool = False, **kwargs: Any) -> Any:
         """See ``InvertibleModule``."""
@@ -114,7 +114,7 @@ class Rearranging(Swapped):
 
 
 class Graph(Swapped):
-    """What becomes of a ``GraphINN``: the same, with an output let go when the last node that reads it has run."""
+    """Replaces a ``GraphINN``: the same function, but it releases an output after the last node that reads it."""
 
     in_nodes: Sequence[Any]
     out_nodes: Sequence[Any]
@@ -128,19 +128,19 @@ class Graph(Swapped):
         conditions = (c,) if torch.is_tensor(c) else tuple(c or ())
         starts, ends = (self.out_nodes, self.in_nodes) if rev else (self.in_nodes, self.out_nodes)
         if kwargs or len(given) != len(starts) or len(conditions) != len(self.condition_nodes):
-            return super().forward(x_or_z, c, rev, jac, **kwargs)  # asked for all outputs, or to say what is wrong
+            return super().forward(x_or_z, c, rev, jac, **kwargs)  # asks for all outputs, or is invalid
         outputs = {(node, 0): x for node, x in zip(starts, given, strict=True)}
         of_condition = dict(zip(self.condition_nodes, conditions, strict=True))
         jacobian = given[0].new_zeros(given[0].shape[0])
         for node in self.node_list[:: -1 if rev else 1]:
             if node.module is None:  # an end of the graph
                 continue
-            inputs = tuple(outputs.pop(place) for place in (node.outputs if rev else node.inputs))  # read by it alone
+            inputs = tuple(outputs.pop(place) for place in (node.outputs if rev else node.inputs))  # its only reader
             options = {"c": tuple(of_condition[condition] for condition in node.conditions)} if node.conditions else {}
             try:
                 made = node.module(inputs, **options, rev=rev, jac=jac)
             except Exception as error:
-                raise RuntimeError(f"{node} encountered an error.") from error  # as there
+                raise RuntimeError(f"{node} encountered an error.") from error  # as in the original
             made, of_node = self._check_output(node, made, jac, rev)  # type: ignore[operator]
             outputs.update({(node, index): y for index, y in enumerate(made)})
             if jac:

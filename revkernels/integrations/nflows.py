@@ -23,18 +23,17 @@ __all__ = ["replace"]
 
 
 def replace(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
-    """Let every ``AdditiveCouplingTransform`` in the model run on this package's driver, with what permutes in between.
+    """Run every ``AdditiveCouplingTransform`` in the model on this package's driver, with the permutations in between.
 
-    The same function, inverse and log-determinant (0) of the same parameters. Couplings, ``Permutation``s and
-    ``SqueezeTransform``s that follow each other, in a ``CompositeTransform`` or however they are called, are one
-    chain: only the last output is kept, whatever the depth, forward and inverse alike. Any other transform in between
-    (an affine coupling, LULinear, BatchNorm) stores its activations as before, and one output more is kept where it
-    interrupts the chain.
+    The same function, inverse and log-determinant (0) of the same parameters. Consecutive couplings, ``Permutation``s
+    and ``SqueezeTransform``s, in a ``CompositeTransform`` or however they are called, are one chain: only the last
+    output is kept, at any depth, forward and inverse alike. Any other transform in between (an affine coupling,
+    LULinear, BatchNorm) stores its activations as before, and interrupts the chain, which keeps one more output there.
 
     Args:
-        model: any nn.Module with such transforms inside, such as a ``Flow``.
-        activations: "reconstruct", or "store": plain activations, to compare with.
-        backend: of the couplings; None takes the best that the tensors' device has.
+        model: any nn.Module that contains such transforms, such as a ``Flow``.
+        activations: "reconstruct", or "store": plain activations, for comparison.
+        backend: of the couplings; None takes the best on the tensors' device.
 
     Raises:
         MissingPackageError: nflows is not installed.
@@ -70,7 +69,7 @@ def replace(model: Any, *, activations: Activations = "reconstruct", backend: st
 
 
 class Coupling(Swapped):
-    """What becomes of an ``AdditiveCouplingTransform``."""
+    """Replaces an ``AdditiveCouplingTransform``."""
 
     features: int
     identity_features: torch.Tensor
@@ -82,7 +81,7 @@ class Coupling(Swapped):
         return self._couple(inputs, context, 1)
 
     def inverse(self, inputs: torch.Tensor, context: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inverse, which is a coupling too: of the same net, with its sign turned round."""
+        """The inverse, also a coupling: the same net with the opposite sign."""
         return self._couple(inputs, context, -1)
 
     def _couple(self, inputs: torch.Tensor, context: Any, sign: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +95,7 @@ class Coupling(Swapped):
 
 
 class Rearranging(Swapped):
-    """What becomes of a ``Permutation`` or a ``SqueezeTransform``: the same, as a part of the chain that it is in."""
+    """Replaces a ``Permutation`` or a ``SqueezeTransform``: the same function, as a part of its chain."""
 
     def forward(self, inputs: torch.Tensor, context: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Transform``."""

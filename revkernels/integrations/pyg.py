@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch Geometric's reversible graph networks (``torch_geometric.nn.GroupAddRev``), on the driver of this package.
+"""Runs PyTorch Geometric's reversible graph networks (``torch_geometric.nn.GroupAddRev``) on this package's driver.
 
     from revkernels.integrations import pyg
     pyg.replace(model)
 
-The classes of `revkernels.compat.pyg` are for models that are written anew; this is for those that exist.
+The classes of `revkernels.compat.pyg` are for new models; this is for existing ones.
 """
 
 from __future__ import annotations
@@ -25,28 +25,27 @@ __all__ = ["replace"]
 
 
 def replace(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
-    """Let every ``GroupAddRev`` in the model run on this package's driver.
+    """Run every ``GroupAddRev`` in the model on this package's driver.
 
     The same function of the same parameters:
 
         y_0 = x_0 + convs[0](x_1 + ... + x_{C-1}, edge_index, ...)
         y_i = x_i + convs[i](y_{i-1}, edge_index, ...)               i = 1 .. C-1
 
-    Layers that are called one after the other, ``for conv in self.convs: x = conv(x, edge_index)``, are one chain: only
-    the last output is kept, whatever the depth. Unlike there, the caller's x keeps its memory; dropout masks are those
-    of the forward; running statistics count a batch once; each conv runs once more in the backward, not twice;
-    arguments that another network computed may be given to every layer; a second backward needs no
-    ``num_bwd_passes``.
+    Layers called in sequence, ``for conv in self.convs: x = conv(x, edge_index)``, are one chain: only the last output
+    is kept, at any depth. Unlike the original, the caller's x keeps its memory; dropout masks are the forward's;
+    running statistics count a batch once; each conv runs once more in the backward, not twice; arguments computed by
+    another network may be given to every layer; a second backward needs no ``num_bwd_passes``.
 
     Args:
-        model: any nn.Module with such layers inside.
-        activations: "reconstruct", or "store": plain activations, to compare with.
-        backend: of the couplings; None takes the best that the tensors' device has.
+        model: any nn.Module that contains such layers.
+        activations: "reconstruct", or "store": plain activations, for comparison.
+        backend: of the couplings; None takes the best on the tensors' device.
 
     Raises:
         MissingPackageError: PyTorch Geometric is not installed.
-        ValueError: the model has no layer of the kind. Layers with ``disable=True``, and other ``InvertibleModule``s,
-            whose inverse is of their own making, are left as they are.
+        ValueError: the model has no such layer. Layers with ``disable=True``, and other ``InvertibleModule``s, which
+            define their own inverse, are not changed.
     """
     models = needs("torch_geometric.nn.models.rev_gnn", "torch_geometric")
     base, layer = models.InvertibleModule, models.GroupAddRev
@@ -68,7 +67,7 @@ def replace(model: Any, *, activations: Activations = "reconstruct", backend: st
 
 
 class Layer(Swapped):
-    """What becomes of a ``GroupAddRev``."""
+    """Replaces a ``GroupAddRev``."""
 
     convs: nn.ModuleList
     split_dim: int

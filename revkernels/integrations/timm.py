@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision transformers and ResNets of ``timm`` made reversible: **new architectures** from their blocks.
+"""Makes vision transformers and ResNets of ``timm`` reversible: **new architectures** from their blocks.
 
     from revkernels.integrations import timm
     timm.make_reversible(model)
 
-A ViT or ResNet has one stream, x + F(x), which cannot be undone. With two it can: Mangalam et al. 2022, "Reversible
+A ViT or ResNet has one stream, x + F(x), which is not invertible. With two it is: Mangalam et al. 2022, "Reversible
 Vision Transformers", section 3; for residual networks Gomez et al. 2017.
 """
 
@@ -40,7 +40,7 @@ _NOTE = (
 
 
 def make_reversible(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
-    """Make chains of the model's blocks, of two streams: **a new architecture**, another function of the weights.
+    """Turn the model's blocks into chains of two streams: **a new architecture**, another function of the weights.
 
     A run of blocks, x -> y in the ordinary model, becomes
 
@@ -49,24 +49,25 @@ def make_reversible(model: Any, *, activations: Activations = "reconstruct", bac
         y = (x1 + x2) / 2                                   their mean
 
     - ViT (``timm.models.vision_transformer.Block``): F_1, F_2 are the attention and the MLP of a block, with its norm,
-      layer scale and drop path inside. Mangalam et al. concatenate the streams at the end in place of their mean, which
-      takes a norm and a head of twice the width, so not those of the model: `revkernels.models.revvit_base` has them.
+      layer scale and drop path inside. Mangalam et al. concatenate the streams at the end instead of their mean, which
+      needs a norm and a head of twice the width, unlike the model's: `revkernels.models.revvit_base` has them.
     - ResNet (``BasicBlock``, ``Bottleneck`` of stride 1 without downsampling): F_k is a block without its sum and last
-      activation. That activation comes before F_k instead, out of place, and once more behind the mean, for it could
-      not be undone in the streams. Streams have all channels; halved ones, as in Gomez et al., would fit no weight.
+      activation. That activation runs before F_k instead, out of place, and once more after the mean, because in the
+      streams it would not be invertible. Streams have all channels; halved ones, as in Gomez et al., would not fit the
+      weights.
 
-    All parameters and buffers are kept, under their names, none is new: a state_dict goes to and from the ordinary
-    model. Blocks that change the shape stay ordinary, and are the boundaries between runs, at which a tensor is stored;
-    so does a run of a single block. Between the blocks of a run both streams are one tensor, side by side in the last
-    dimension (ViT) or the channels (ResNet): that is what hooks, and ``forward_intermediates``, find there; with
-    ``norm=True``, which a norm of the ordinary width would take, ask it for the run's last block alone. Under
-    autocast they are float32, which the branches are not: streams of half precision would be rebuilt badly. Leave
-    blocks out (``prune_intermediate_layers``) before, not after.
+    All parameters and buffers are kept, under their names, and none is new: a state_dict can be exchanged with the
+    ordinary model. Blocks that change the shape stay ordinary, and are the boundaries between runs, where a tensor is
+    stored; so does a run of a single block. Between the blocks of a run both streams are one tensor, adjacent in the
+    last dimension (ViT) or the channels (ResNet): hooks, and ``forward_intermediates``, see that tensor; with
+    ``norm=True``, which applies a norm of the ordinary width, request only the run's last block. Under autocast the
+    streams are float32, unlike the branches: half-precision streams would be reconstructed badly. Remove blocks
+    (``prune_intermediate_layers``) before, not after.
 
     Args:
         model: a timm model, or any nn.Module with nn.Sequentials of such blocks.
-        activations: "reconstruct", or "store": plain activations, to compare with.
-        backend: of the couplings; None takes the best that the tensors' device has.
+        activations: "reconstruct", or "store": plain activations, for comparison.
+        backend: of the couplings; None takes the best on the tensors' device.
 
     Raises:
         MissingPackageError: timm is not installed.
@@ -121,7 +122,7 @@ def make_reversible(model: Any, *, activations: Activations = "reconstruct", bac
 
 
 class _Found(NamedTuple):
-    """A block, how it is swapped, and if it is not and looks as if it could be, why not."""
+    """A block, how it is swapped, and for a similar block that is not swapped the reason."""
 
     name: str
     block: nn.Module
@@ -130,7 +131,7 @@ class _Found(NamedTuple):
 
 
 def _runs(found: Sequence[_Found]) -> list[list[_Found]]:
-    """Blocks in a row that are swapped in the same way; any other module by itself."""
+    """Consecutive blocks that are swapped in the same way; any other module by itself."""
     runs: list[list[_Found]] = []
     for item in found:
         if item.way is not None and runs and runs[-1][-1].way is item.way:
@@ -141,15 +142,15 @@ def _runs(found: Sequence[_Found]) -> list[list[_Found]]:
 
 
 class Block(Swapped):
-    """A block as one or two half-steps, which go on with those of the block before."""
+    """A block as one or two half-steps, which continue those of the previous block."""
 
-    dim: int  # that the streams lie side by side in
+    dim: int  # the dimension in which the streams are adjacent
     steps: int
     what: str
 
     @staticmethod
     def why_not(block: Any) -> str:
-        """Why this block cannot be one, or ""."""
+        """Why this block cannot be swapped, or ""."""
         return ""
 
     def branches(self) -> Sequence[tuple[str, InOrder]]:
@@ -157,11 +158,11 @@ class Block(Swapped):
         raise NotImplementedError
 
     def merged(self, x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-        """One stream of the two."""
+        """Merges the two streams into one."""
         return (x1 + x2) / 2
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """The first of a run takes one stream and the last gives one; else both come in x and go, side by side."""
+        """A run's first block takes one stream and its last returns one; otherwise x and y are both streams."""
         options, branches = dict(self.revkernels_options), self.branches()
         place = options.pop("place")
         target = place["target"]
@@ -176,21 +177,21 @@ class Block(Swapped):
 
 
 class InOrder:
-    """Modules one after the other, as a branch. ``taking`` is the one that gets the keywords."""
+    """Modules in sequence, as a branch. ``taking`` is the one that gets the keywords."""
 
     def __init__(self, modules: Sequence[nn.Module | None], taking: nn.Module | None = None) -> None:
         self.modules, self.taking = [module for module in modules if module is not None], taking
 
     def __call__(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if getattr(self.modules[0], "inplace", False):
-            x = x.clone()  # it is a stream, not to be written to
+            x = x.clone()  # it is a stream and must not be written
         for module in self.modules:
             x = module(x, **kwargs) if module is self.taking else module(x)
         return x
 
 
 class TransformerBlock(Block):
-    """What becomes of a ViT's ``Block``: x1 + attention(x2), x2 + mlp(x1). Keywords, such as masks, go to attention."""
+    """Replaces a ViT's ``Block``: x1 + attention(x2), x2 + mlp(x1). Keywords, such as masks, go to attention."""
 
     dim, steps, what = -1, 2, "attention and MLP are F and G of a reversible block"
 
@@ -203,13 +204,13 @@ class TransformerBlock(Block):
 
 
 class ResidualBlock(Block):
-    """What becomes of a ResNet's ``BasicBlock`` or ``Bottleneck``: x1 + body(activation(x2)), its streams in turns."""
+    """Replaces a ResNet's ``BasicBlock`` or ``Bottleneck``: x1 + body(activation(x2)), with alternating streams."""
 
     dim, steps, what = 1, 1, "its layers are F or G of a reversible block, its last activation comes first"
 
     @staticmethod
     def why_not(block: Any) -> str:
-        """A block that changes the shape cannot be undone."""
+        """A block that changes the shape is not invertible."""
         return "" if block.downsample is None else "changes the shape"
 
     def branches(self) -> Sequence[tuple[str, InOrder]]:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's Reformer (``transformers``), on the driver of this package.
+"""Runs Hugging Face's Reformer (``transformers``) on this package's driver.
 
     from revkernels.integrations import transformers
-    transformers.replace(model)             # a ReformerModel, or a model with one inside
+    transformers.replace(model)             # a ReformerModel, or a model that contains one
 
-Theirs is Kitaev, Kaiser, Levskaya 2020, "Reformer: The Efficient Transformer", section 3: the layers
+The original is Kitaev, Kaiser, Levskaya 2020, "Reformer: The Efficient Transformer", section 3: the layers
 
     attn_output = attn_output + attention(hidden_states)
     hidden_states = hidden_states + feed_forward(attn_output)
 
-in an ``autograd.Function`` that runs them backwards from seeds. Here their layers are called as plain layers are, by
+in an ``autograd.Function`` that runs them backwards from seeds. Here their layers are called like plain layers, by
 their own code, and the recompute is this package's.
 """
 
@@ -40,20 +40,21 @@ _CACHE_NOTE = (
 
 
 def replace(model: Any, *, activations: Activations = "reconstruct", backend: str | None = None) -> Replaced:
-    """Let every Reformer in the model run on this package's driver.
+    """Run every Reformer in the model on this package's driver.
 
-    Outputs are those of the package's own layers; gradients those of its layers with stored activations, dropout, the
-    buckets of the forward, autocast, ``num_hashes`` and eval mode included. What the model returns besides
-    (``hidden_states``, ``attentions``) has gradients too. LSH layers keep their buckets, batch * heads * hashes *
-    length integers of 32 bits, since a rebuilt stream may fall into another bucket; all else is flat in depth.
+    Outputs are those of the package's own layers; gradients are those of its layers with stored activations, including
+    dropout, the forward's buckets, autocast, ``num_hashes`` and eval mode. The model's other outputs
+    (``hidden_states``, ``attentions``) have gradients too. LSH layers keep their buckets, batch * heads * hashes *
+    length integers of 32 bits, because a reconstructed stream may fall into another bucket; all other memory is
+    independent of depth.
 
-    Unlike there, torch's generator is not reseeded by every layer: ``torch.manual_seed`` makes a run repeatable. (A
-    config with a ``hash_seed`` still reseeds it when hashing.)
+    Unlike in the original, torch's generator is not reseeded by every layer: ``torch.manual_seed`` makes a run
+    repeatable. (A config with a ``hash_seed`` still reseeds it when hashing.)
 
     Args:
-        model: any nn.Module with a ``ReformerModel`` or ``ReformerEncoder`` inside.
-        activations: "reconstruct", or "store": plain activations, to compare with.
-        backend: of the couplings; None takes the best that the tensors' device has.
+        model: any nn.Module that contains a ``ReformerModel`` or ``ReformerEncoder``.
+        activations: "reconstruct", or "store": plain activations, for comparison.
+        backend: of the couplings; None takes the best on the tensors' device.
 
     Raises:
         MissingPackageError: transformers is not installed.
@@ -70,7 +71,7 @@ def replace(model: Any, *, activations: Activations = "reconstruct", backend: st
         for kind, (way, text, methods) in kinds.items():
             if isinstance(module, kind):
                 changed = own(module, kind, *methods)
-                if changed:  # and cannot be left: its layers, or its encoder, would not be what it expects
+                if changed:  # it cannot be left: its layers, or its encoder, would not match
                     raise ValueError(f"nothing was changed in this {type(model).__name__}: {changed}")
                 return way, text
         return None
@@ -89,7 +90,7 @@ def replace(model: Any, *, activations: Activations = "reconstruct", backend: st
 
 
 class Encoder(Swapped):
-    """What becomes of a ``ReformerEncoder``: its layers are called one by one, in the graph."""
+    """Replaces a ``ReformerEncoder``: its layers are called one by one, in the graph."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See ``ReformerEncoder``."""
@@ -97,13 +98,13 @@ class Encoder(Swapped):
 
 
 class Layer(Swapped):
-    """What becomes of a ``ReformerLayer``: two half-steps, which go on with those of the layer before."""
+    """Replaces a ``ReformerLayer``: two half-steps, which continue those of the previous layer."""
 
     attention: Any
     feed_forward: nn.Module
 
     def forward(self, prev_attn_output: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """See ``ReformerLayer``; the arguments behind the streams go to its attention."""
+        """See ``ReformerLayer``; the arguments after the streams go to its attention."""
         half_steps = [
             HalfStep(_Attend(self.attention), 0, (1,), args, kwargs),
             HalfStep(self.feed_forward, 1, (0,)),
@@ -112,7 +113,7 @@ class Layer(Swapped):
         options = self.revkernels_options
         cache = kwargs.get("past_buckets_states")
         if cache is not None and len(cache) > self.attention.layer_id:
-            options = {**options, "activations": "store"}  # what the cache holds now is not there a second time
+            options = {**options, "activations": "store"}  # the cache's present contents will not be there again
         y, aux = linked.run(half_steps, streams, 2, names, **options)
         return self._output(*y, *aux)
 
@@ -127,7 +128,7 @@ class Layer(Swapped):
 
 
 class Hashing(Swapped):
-    """What becomes of an ``LSHSelfAttention``: run again, it finds the buckets of the first time."""
+    """Replaces an ``LSHSelfAttention``: a recompute uses the buckets of the first run."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See ``LSHSelfAttention``."""
@@ -140,7 +141,7 @@ class Hashing(Swapped):
 
 
 class _Attend:
-    """An attention as a branch: called for the second time it runs as it did, but leaves the cache alone."""
+    """An attention as a branch: the second call repeats the first, but does not use the cache."""
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention, self.hashes = attention, _Hashes()
@@ -157,19 +158,19 @@ class _Attend:
 
 
 class _Hashes:
-    """The buckets of one attention's first run, in the order in which it hashed."""
+    """The buckets of one attention's first run, in the order of hashing."""
 
     def __init__(self) -> None:
         self.kept: list[torch.Tensor] = []
         self.runs = 0
 
     def again(self) -> bool:
-        """A run begins: whether it is not the first."""
+        """Start a run; return whether it is not the first."""
         self.runs, self.place = self.runs + 1, 0
         return self.runs > 1
 
     def settle(self, buckets: torch.Tensor) -> torch.Tensor:
-        """Return the first run's buckets. Every run hashes, for that draws random numbers, and dropout has the next."""
+        """Return the first run's buckets. Every run hashes, because hashing draws random numbers before dropout."""
         if self.runs == 1:
             if torch.is_grad_enabled():
                 self.kept.append(buckets.to(torch.int32))
@@ -179,7 +180,7 @@ class _Hashes:
 
 
 class _Plainly:
-    """``_ReversibleFunction`` as what its forward does, within the graph; its ``apply``, that is."""
+    """``_ReversibleFunction.apply`` as what its forward does, within the graph."""
 
     name = "_ReversibleFunction"
 
@@ -192,12 +193,12 @@ class _Plainly:
 
     @classmethod
     def instead_of(cls, theirs: Any) -> Any:
-        """What stands in its place."""
+        """The replacement."""
         return cls(theirs)
 
 
 class _ReverseSort(torch.autograd.Function):
-    """``ReverseSort`` that leaves its index to autograd to keep, from where it can be rebuilt."""
+    """``ReverseSort`` that saves its index through autograd, so that it can be recomputed."""
 
     name = "ReverseSort"
 
@@ -208,7 +209,7 @@ class _ReverseSort(torch.autograd.Function):
 
     @classmethod
     def instead_of(cls, theirs: Any) -> Any:
-        """What stands in its place."""
+        """The replacement."""
         return cls
 
     @staticmethod
@@ -223,12 +224,12 @@ def _gather(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _with(forward: Any, stand_in: Any) -> Callable[..., Any]:
-    """``forward`` with another value for the global that ``stand_in`` stands in for."""
+    """``forward`` with the global named by ``stand_in`` replaced."""
     again = _made.get((forward, stand_in))
     if again is None:
         value = stand_in.instead_of(forward.__globals__[stand_in.name])
         again = _made[forward, stand_in] = FunctionType(
-            forward.__code__.replace(),  # torch.compile tells functions apart by their code
+            forward.__code__.replace(),  # torch.compile distinguishes functions by their code
             {**forward.__globals__, stand_in.name: value},
             forward.__name__,
             forward.__defaults__,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: slow, plain NumPy, float64, in the paper's own names. It shares no code with the kernels it judges."""
+"""The oracle: slow, plain NumPy, float64, with the paper's names. Shares no code with the kernels under test."""
 
 from revkernels.reference.accumulate import accumulate
 from revkernels.reference.algorithm1 import (

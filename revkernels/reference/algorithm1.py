@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reversible residual block and Algorithm 1 of Gomez et al. 2017, line by line, in float64.
 
-A residual function gives f, and from df the derivatives of its input and of its parameters, the latter in whatever form
-it likes.
+A residual function returns f, and from df the derivatives of its input and of its parameters, the latter in any form.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def chain_forward(x1: np.ndarray, x2: np.ndarray, blocks: Blocks) -> Pair:
 
 
 def chain_inverse(y1: np.ndarray, y2: np.ndarray, blocks: Blocks) -> Pair:
-    """The blocks undone, last first."""
+    """The inverse blocks, last first."""
     for F, G in reversed(blocks):
         y1, y2 = block_inverse(y1, y2, F, G)
     return y1, y2
@@ -74,7 +73,7 @@ def chain_inverse(y1: np.ndarray, y2: np.ndarray, blocks: Blocks) -> Pair:
 def chain_backward(
     y1: np.ndarray, y2: np.ndarray, dy1: np.ndarray, dy2: np.ndarray, blocks: Blocks
 ) -> tuple[Pair, Pair, list[tuple[Any, Any]]]:
-    """Algorithm 1 repeated from the last block to the first. Returns (x1, x2), (dx1, dx2), [(dwF, dwG) a block]."""
+    """Algorithm 1 from the last block to the first. Returns (x1, x2), (dx1, dx2), one (dwF, dwG) per block."""
     derivatives: list[tuple[Any, Any]] = []
     for F, G in reversed(blocks):
         (y1, y2), (dy1, dy2), dw = block_backward(y1, y2, dy1, dy2, F, G)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backend "reference": the oracle behind the interface of the kernels, for any array they take. Slow by design."""
+"""Backend "reference": the oracle with the kernels' interface, for any array they support. Slow by design."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def norm_act_backward(
     count: int,
     constant: bool,
 ) -> None:
-    """dx <- base + the gradient that dh has at x; dweight and dbias are written, or read if the sums are given"""
+    """dx <- base + the gradient of dh at x; dweight and dbias are written, or read if the sums are given"""
     total, *found = normalise_backward(
         None if base is None else _values(base),
         _values(dh),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The additive coupling, one operation at a time.
 
-Values come in and go out as float64 arrays that their dtype holds exactly; the names of the dtypes come beside them.
-The arithmetic is done in float64 if either operand is float64, else in float32, and rounded once to the written dtype.
+Values are float64 arrays that their dtype represents exactly; dtype names are separate arguments. The arithmetic is in
+float64 if either operand is float64, else in float32, and is rounded once to the written dtype.
 
-An int16 stream is in fixed point: its values are whole numbers, which stand for multiples of 2^-k.
+An int16 stream is in fixed point: its values are integers, which stand for multiples of 2^-k.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def reverse_step(
 
 
 def checksum_of(stored: np.ndarray, dtype: str) -> int:
-    """sum over i of bits(stored[i]) * (2*i + 1), modulo 2^64, with Python's whole numbers"""
+    """sum over i of bits(stored[i]) * (2*i + 1), modulo 2^64, with Python integers"""
     return sum(int(b) * (2 * i + 1) for i, b in enumerate(bits_of(stored.ravel(), dtype))) % 2**64
 
 
 def amax_of(stored: np.ndarray) -> np.float32:
-    """max |stored|, NaN if any is, 0 if there is none"""
+    """max |stored|, NaN if any is NaN, 0 if there are no elements"""
     return np.float32(np.max(np.abs(stored), initial=0.0))
 
 
 def amax_before_wrapping(
     q: np.ndarray, f: np.ndarray, subtract: bool, f_dtype: str = "float64", **options: Any
 ) -> np.float32:
-    """max |q + n| * 2^-k, or |q - n| * 2^-k, of an int16 stream: what the results would be if they did not wrap"""
+    """max |q + n| * 2^-k, or |q - n| * 2^-k, of an int16 stream: the results before wrapping"""
     wide, unit = wide_type(f_dtype), 2.0 ** -options["grid_exponent"]
     with np.errstate(all="ignore"):
         n = _steps(f, wide, **options)
@@ -74,7 +74,7 @@ def amax_before_wrapping(
 
 
 def value_of(stored: np.ndarray, grid_exponent: int, dtype: str) -> np.ndarray:
-    """The numbers that an int16 stream stands for, in a dtype"""
+    """The numbers that an int16 stream represents, in a dtype"""
     return round_to(stored * 2.0**-grid_exponent, dtype)
 
 
@@ -85,13 +85,13 @@ def _steps(f: np.ndarray, wide: Any, grid_exponent: int, **scales: Any) -> np.nd
 
 
 def _whole_numbers(q: np.ndarray, n: np.ndarray) -> Iterator[tuple[float, int]]:
-    """(q, m) for every element: m is n within 2^23, and 0 for NaN"""
+    """(q, m) for every element: m is n limited to +-2^23, and 0 for NaN"""
     for stored, steps in zip(q.ravel(), n.ravel(), strict=True):
         yield stored, 0 if np.isnan(steps) else int(min(max(steps, -(2.0**23)), 2.0**23))
 
 
 def _wrapped(sums: list[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Modulo 2^16, from -2^15 on"""
+    """Modulo 2^16, into -2^15..2^15-1"""
     return np.array([(s + 2**15) % 2**16 - 2**15 for s in sums], dtype=np.float64).reshape(shape)
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalisation and activation, one operation at a time, and the gradient by the chain rule written out.
+"""Normalisation and activation, one operation at a time, and the gradient by the explicit chain rule.
 
-Values come in and go out as float64 arrays that their dtype holds exactly. Every operation on elements rounds in the
-compute type ``wide``; sums and activations are made in NumPy's longest type and rounded once. Which elements share a
-statistic, and which a channel, is a table of whole numbers beside the array, so that no layout or kind is a case of its
-own.
+Values are float64 arrays that their dtype represents exactly. Every element-wise operation rounds in the compute type
+``wide``; sums and activations are computed in NumPy's longest type and rounded once. Index tables tell which elements
+share a statistic and which a channel, so no layout or kind is a special case.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _ERFC = np.vectorize(math.erfc, otypes=[np.float64])  # keeps the digits of smal
 
 
 class Owners(NamedTuple):
-    """For each element the number of its statistic (in row-major order) and of its channel, and how many there are."""
+    """For each element the index of its statistic (in row-major order) and of its channel, and their numbers."""
 
     statistic: np.ndarray
     channel: np.ndarray
@@ -30,7 +29,7 @@ class Owners(NamedTuple):
 
 
 def owners(shape: tuple[int, ...], kind: str, axis: int, groups: int = 1) -> Owners:
-    """Which elements a norm of that kind takes together, its channels lying along ``axis``."""
+    """Which elements share a statistic in a norm of that kind, with channels along ``axis``."""
     index, channels = np.indices(shape), shape[axis]
     channel = index[axis]
     if kind == "batch":
@@ -46,7 +45,7 @@ def owners(shape: tuple[int, ...], kind: str, axis: int, groups: int = 1) -> Own
 def statistics_of(
     x: np.ndarray, of: Owners, eps: float = 0.0, wide: Any = np.float64, *, center: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean, rstd, variance); without ``center`` the mean is 0, as in an RMS norm. Of no elements all sums are 0."""
+    """(mean, rstd, variance); without ``center`` the mean is 0, as in an RMS norm. Without elements all sums are 0."""
     with np.errstate(all="ignore"):
         mean = _mean(x, of) if center else np.zeros(of.statistics, np.longdouble)
         variance = _mean((x - mean[of.statistic]) ** 2, of)
@@ -112,7 +111,7 @@ def norm_act_backward(
 
 
 def activate(z: np.ndarray, activation: str) -> np.ndarray:
-    """activation(z): made in NumPy's longest type, rounded once to z's"""
+    """activation(z): computed in NumPy's longest type, rounded once to z's"""
     v = z.astype(np.longdouble)
     with np.errstate(all="ignore"):
         if activation == "relu":
@@ -127,7 +126,7 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
 
 
 def derivative(z: np.ndarray, dh: np.ndarray, activation: str) -> np.ndarray:
-    """dh * activation'(z): the factor made in NumPy's longest type and rounded, then the product"""
+    """dh * activation'(z): the factor is computed in NumPy's longest type and rounded, then the product"""
     v = z.astype(np.longdouble)
     if activation == "none":
         return dh
@@ -163,7 +162,7 @@ def _normalised(
 
 
 def _normal(v: np.ndarray) -> np.ndarray:
-    """Phi(v) = erfc(a) / 2 with a = -v / sqrt(2). What a has beyond float64 goes in by erfc's derivative."""
+    """Phi(v) = erfc(a) / 2 with a = -v / sqrt(2). The part of a beyond float64 is added by erfc's derivative."""
     a = -v / np.sqrt(_TWO)
     near = a.astype(np.float64)
     rest = np.where(np.isfinite(a), a - near, 0)

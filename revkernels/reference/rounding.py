@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding to the four element types, to nearest even, by exact arithmetic in float64 rather than by bit tricks."""
+"""Rounding to the element types, to nearest even, by exact arithmetic in float64 instead of bit manipulation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HALF_TYPES = {
 
 
 def wide_type(*dtypes: str) -> type[np.floating]:
-    """Return the type that operands of these dtypes are added in: float64 if one of them is, else float32."""
+    """Return the compute type of operands of these dtypes: float64 if one of them is float64, else float32."""
     return np.float64 if "float64" in dtypes else np.float32
 
 
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return ``values`` rounded once to ``dtype``, as float64 numbers that ``dtype`` holds exactly."""
+    """Return ``values`` rounded once to ``dtype``, as float64 numbers that ``dtype`` represents exactly."""
     values = np.asarray(values, dtype=np.float64)
     if dtype == "float64":
         return values.copy()
@@ -35,7 +35,7 @@ def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def bits_of(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the stored bits, as uint64, of float64 ``values`` that ``dtype`` holds exactly (no NaN)."""
+    """Return the stored bits, as uint64, of float64 ``values`` that ``dtype`` represents exactly (no NaN)."""
     values = np.asarray(values, dtype=np.float64)
     if dtype == "int16":
         return values.astype(np.int16).view(np.uint16).astype(np.uint64)
