@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of a chain of blocks: time and peak memory when activations are stored, checkpointed or rebuilt.
+"""A training step of a chain of blocks: time and peak memory with stored, checkpointed or reconstructed activations.
 
 Theory: a stored step costs 3N multiply-adds (N forward, 2N backward), the others 4N, one more forward of every branch.
 """
@@ -16,16 +16,16 @@ from revkernels.measure import peak_bytes
 __all__ = ["STEPS", "run"]
 
 BASELINE = "store, eager"
-STEPS = 1 + len(WAYS)  # beside the rounds: a warm-up, and each way's memory
+STEPS = 1 + len(WAYS)  # besides the rounds: a warm-up, and each way's memory
 _GOALS = {"reconstruct, fused": Goal("ratio", 1.0, of="reconstruct, eager")}
 
 
 def run(
     shape: Shape, clock: Clock, rounds: int, begin: Callable[[str], None] = lambda step: None
 ) -> Iterator[Measurement]:
-    """Measure one step in every way; ``more["peak_bytes"]`` is what a step holds at its peak beyond its start.
+    """Measure one step in every way; ``more["peak_bytes"]`` is a step's peak memory above its start.
 
-    ``begin`` hears of `STEPS` more than ``rounds`` steps of the work.
+    ``begin`` is called for ``rounds`` + `STEPS` steps of the work.
     """
     chain = Chain(shape)
     steps = {way: chain.step(way) for way in WAYS}

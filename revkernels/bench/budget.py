@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of a network's training step against its memory budget, from reconstructing to storing.
 
-Every contender is a copy with the same weights on the same kernels, and differs in what it keeps alone. A budget's
-first step measures the chains and would find them cold, so a stored copy takes a step before anything else; then the
-plan is made, and only then come the peak and the timed rounds, which are interleaved (`revkernels.bench.harness`).
+Every contender is a copy with the same weights on the same kernels, and differs only in what it stores. A budget's
+first step measures the chains and must not find them cold, so a stored copy takes a step first; then the plan is made,
+and then the peak and the timed rounds are measured, interleaved (`revkernels.bench.harness`).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Sweep:
     Attributes:
         name: of the workload, for result lines.
         workload: the network.
-        batch: of everybody.
+        batch: of all contenders.
         dtype: "float32", or "bfloat16" for autocast.
         device: "cpu" or "cuda[:n]".
-        rounds: timed.
+        rounds: number of timed rounds.
         shares: of the way from the memory of reconstructing (0) to that of storing (1).
     """
 
@@ -53,12 +53,12 @@ class Sweep:
 
     @property
     def case(self) -> str:
-        """Of a result line."""
+        """The case of a result line."""
         return f"{self.name} batch {self.batch} {self.dtype}"
 
     @property
     def ways(self) -> list[Way]:
-        """The contenders: reconstructing, the budgets as they grow, storing."""
+        """The contenders: reconstructing, the budgets in increasing order, storing."""
         budgets = (
             Way(f"budget {100 * share:g}%", "ours", backend=None, share=share) for share in sorted(set(self.shares))
         )
@@ -70,19 +70,19 @@ class Sweep:
 
 
 def steps(sweep: Sweep) -> int:
-    """Return how many steps of the work `run` begins."""
+    """Return the number of steps of the work in `run`."""
     return 1 + len(sweep.ways) + 1 + sweep.rounds
 
 
 def run(sweep: Sweep, clock: Clock, begin: Callable[[str], None] = lambda step: None) -> Iterator[dict[str, Any]]:
-    """Yield one row a contender, in the order of ``sweep.ways``.
+    """Yield one row per contender, in the order of ``sweep.ways``.
 
-    Keys besides a `Measurement`'s, whose ratio is to reconstructing:
+    Keys besides those of a `Measurement`, whose ratio is to reconstructing:
 
         share         of the budget; None for the two ends
         peak_bytes    of the whole step
         memory_share  (peak - peak of reconstructing) / (peak of storing - peak of reconstructing)
-        time_share    (1 - ratio) / (1 - ratio of storing): what is won back of the time that reconstructing costs
+        time_share    (1 - ratio) / (1 - ratio of storing): the share of reconstructing's extra time that is saved
 
     and ``plan`` (of `revkernels.bench.network.planned`; None for the ends). A share of a gap that is not above 0 is
     None.

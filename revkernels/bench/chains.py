@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks that the block and memory benchmarks run: one chain of CIFAR basic blocks, trained in several ways.
+"""The networks of the block and memory benchmarks: one chain of CIFAR basic blocks, trained in several ways.
 
-All ways share the very same branches, so they differ in nothing but how activations come back in the backward.
+All ways share the same branches, so they differ only in how activations are recovered in the backward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["WAYS", "Chain", "Shape", "plain_block", "unfuse"]
 
 Step = Callable[[], None]
 
-#: Name to the settings of `ReversibleSequential`; "checkpoint" is plain torch and stands apart.
+#: Name to the settings of `ReversibleSequential`; "checkpoint" is plain torch and separate.
 WAYS: dict[str, dict[str, Any] | None] = {
     "store, eager": {"activations": "store", "backend": "eager"},
     "store, fused": {"activations": "store", "backend": None},
@@ -38,7 +38,7 @@ class Shape:
     """Size of a chain and its input.
 
     Attributes:
-        depth: branches, that is half-steps; a block has two.
+        depth: number of branches (half-steps); a block has two.
         batch, width, side: a stream is (batch, width, side, side), float32; the block's input has twice the width.
     """
 
@@ -61,7 +61,7 @@ class Chain:
         self.shape = shape
         branches = nn.ModuleList(BasicBranch(shape.width, shape.width) for _ in range(shape.depth))
         self.branches = branches.to(shape.device)
-        # For the checkpointed way, which no chain tells that it is plain torch: the same parameters and buffers.
+        # For the checkpointed way, which must be plain torch outside any chain: the same parameters and buffers.
         shared = {id(tensor): tensor for tensor in (*branches.parameters(), *branches.buffers())}
         self.plain_branches = unfuse(copy.deepcopy(self.branches, shared))
         size = (shape.batch, shape.width, shape.side, shape.side)
@@ -69,7 +69,7 @@ class Chain:
         self.gradient = tuple(torch.randn(size, device=shape.device) for _ in range(2))
 
     def step(self, way: str) -> Step:
-        """Return one forward and backward; gradients add up, as over micro-batches, so no step frees the last one's."""
+        """Return one forward and backward; gradients accumulate over steps, so no step frees the last one's."""
         settings = WAYS[way]
         if settings is None:
             forward = self._checkpointed
@@ -99,10 +99,10 @@ def plain_block(F: nn.Module, G: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Ten
 
 
 def unfuse(module: nn.Module) -> Any:
-    """Make every `FusedSequential` inside an ordinary Sequential, in place: plain torch, whoever calls it and where.
+    """Turn every `FusedSequential` inside into an ordinary Sequential, in place: plain torch, whoever calls it.
 
-    A backend of "eager" does not reach that far: another library knows of none, and the threads in which a GPU's
-    backward runs do not see `use_backend`.
+    Backend "eager" does not suffice: another library does not know it, and the threads of a GPU's backward do not see
+    `use_backend`.
     """
     for part in module.modules():
         if isinstance(part, FusedSequential):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing calls on a processor or a GPU, the size of its last-level cache, and memory without page faults."""
+"""Times calls on a processor or a GPU; the size of its last-level cache; memory without page faults."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 __all__ = ["Clock", "CudaClock", "HostClock", "clock_for", "last_level_cache", "memory_kept"]
 
-#: Of glibc's malloc.h: parameters of mallopt, and what they are at the end: what glibc raises them to by itself, which
-#: it does no more once they have been set.
+#: From glibc's malloc.h: parameters of mallopt, and their final values: those to which glibc raises them by itself,
+#: which it stops doing once they have been set.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEEPING = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 _DEFAULTS = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
-_UNKNOWN_CACHE = 32 << 20  # where the system does not tell
+_UNKNOWN_CACHE = 32 << 20  # if the system does not report it
 
 
 class Clock(Protocol):
@@ -40,7 +40,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Time on the GPU between two events, after its L2 cache has been filled with something else."""
+    """Time on the GPU between two events, after its L2 cache has been flushed."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -55,9 +55,9 @@ class CudaClock:
         with torch.cuda.device(self._device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
-            # Besides emptying the cache this keeps the GPU busy while the calls are enqueued, so that the host's
-            # launch cost is not part of a short kernel's time. Read, for what is written there would be on its way
-            # from the cache to the memory while the calls are timed.
+            # Besides flushing the cache this keeps the GPU busy while the calls are enqueued, so the host's launch cost
+            # is not part of a short kernel's time. It reads, because written data would be evicted to memory while the
+            # calls are timed.
             self._flush.sum()
             start.record()
             for one in operands:
@@ -73,7 +73,7 @@ def clock_for(device: str) -> Clock:
 
 
 def last_level_cache(device: str = "cpu") -> int:
-    """Return the bytes of the device's largest cache; 32 MiB if the system does not tell."""
+    """Return the bytes of the device's largest cache; 32 MiB if the system does not report it."""
     if device.startswith("cuda"):
         import torch
 
@@ -90,10 +90,10 @@ def last_level_cache(device: str = "cpu") -> int:
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Keep freed memory in the process meanwhile, as a GPU's allocator does, where the C library is glibc.
+    """Keep freed memory in the process meanwhile, as a GPU's allocator does, if the C library is glibc.
 
-    It hands every large block back to the system and fetches the next one from there, page by page: a pass that
-    allocates its output would mostly measure that, whoever computes it.
+    glibc returns every large block to the system and gets the next one from there, page by page: a pass that allocates
+    its output would mostly measure that, whoever computes it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

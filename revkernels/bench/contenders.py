@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to train one workload: how its chains run, and a step that can be taken again and again.
+"""The ways to train one workload: how its chains run, and a repeatable step.
 
-Every contender is a copy of its own with the same weights, so that nobody's running statistics, gradients or compiled
-code are another's.
+Every contender is a separate copy with the same weights, so that none shares running statistics, gradients or compiled
+code.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Way:
 
     Attributes:
         name: of the contender.
-        kind: "ours", "torch" or "peer"; what the plot's colours go by.
+        kind: "ours", "torch" or "peer"; determines the plot's colours.
         activations, coupling, backend: of the `ReversibleSequential`s, and of the network around them.
         share: of the way from the memory of reconstructing to that of storing, for a `MemoryBudget` instead of
             ``activations``.
-        chain: makes what takes their place from their branches.
+        chain: makes the chains' replacement from their branches.
         compiled: by torch.compile.
-        budget: torch's ``activation_memory_budget``, of a compiled one.
-        peer: whose chain it is.
+        budget: torch's ``activation_memory_budget``, for a compiled one.
+        peer: the library whose chain it is.
         casting: branches enter autocast themselves, so that they are recomputed in it too.
         transitions: of a RevNet; None is its default.
         selective: under `selective_checkpoint`.
@@ -68,7 +68,7 @@ class Way:
 
     @property
     def settles(self) -> bool:
-        """Whether its first steps are not like the later ones."""
+        """Whether its first steps differ from the later ones."""
         return self.share is not None or self.coupling != "float"
 
 
@@ -99,7 +99,7 @@ class _Casting(nn.Module):
         return f
 
 
-#: Those that torch.compile makes, which takes minutes.
+#: Compiled by torch.compile, which takes minutes.
 COMPILED = (
     Way("store, compiled", "torch", compiled=True),
     Way("checkpoint, compiled", "torch", chain=_Checkpointed, compiled=True),
@@ -114,11 +114,11 @@ WAYS = (
     Way("reconstruct, fused", "ours", activations="reconstruct", backend=None),
     *(Way(peer.name, "peer", chain=peer.chain, peer=peer) for peer in PEERS),
 )
-#: Other libraries recompute outside autocast. This is what they take where their user has put it into the branches.
+#: Other libraries recompute outside autocast. These have autocast inside the branches, as their users would put it.
 CASTING = tuple(
     Way(f"{peer.name}, autocast in branches", "peer", chain=peer.chain, peer=peer, casting=True) for peer in PEERS
 )
-#: More of this package's, for networks: streams that come back bit for bit, less memory, and a little against time.
+#: More of this package's, for networks: bit-exact streams, less memory, and some memory traded for time.
 OPTIONS = (
     Way("store, selective", "ours", backend=None, selective=True),
     Way("reconstruct, selective", "ours", activations="reconstruct", backend=None, selective=True),
@@ -132,15 +132,15 @@ OPTIONS = (
 class Contender:
     """One copy of a workload and its training step.
 
-    ``dtype`` is "float32", "bfloat16" for autocast, or "float64" for all of it in that. ``state`` is the weights that
-    all start from; None keeps those drawn. What a library or compiler raises, passes.
+    ``dtype`` is "float32", "bfloat16" for autocast, or "float64" throughout. ``state`` is the common initial weights;
+    None keeps those drawn. Errors of a library or compiler propagate.
     """
 
     def __init__(self, way: Way, workload: Workload, dtype: str, device: str, state: dict[str, Tensor] | None) -> None:
         self.way = way
         self.device = device.partition(":")[0]
         self.autocast = torch.bfloat16 if dtype == "bfloat16" else None
-        # A budget of its own, which all chains of the network share.
+        # Its own budget, which all chains of the network share.
         self.budget = None if way.share is None else MemoryBudget(way.share)
         more = {} if way.transitions is None else {"transitions": way.transitions}
         module = workload.make(self.budget or way.activations, way.backend, way.coupling, **more)
@@ -151,7 +151,7 @@ class Contender:
             module.double()
         if way.backend == "eager":
             unfuse(module)
-        # Before chains are replaced, for their names change then and the order with them.
+        # Before chains are replaced, which changes their names and the order.
         self.parameters = list(module.parameters())
         self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
         if way.chain is not None:
@@ -162,7 +162,7 @@ class Contender:
             self._call = partial(selective_checkpoint, module)
 
     def step(self, data: Data) -> None:
-        """Take a forward and a backward; gradients add up, as over micro-batches."""
+        """Run a forward and a backward; gradients accumulate, as over micro-batches."""
         inputs, _, backward = data
         with _budget(self.way.budget):
             with self._casting():
@@ -170,7 +170,7 @@ class Contender:
             backward(output)
 
     def settle(self, data: Data) -> None:
-        """Take the steps on data of this shape that are not like the later ones; none, if there are none."""
+        """Run the steps on data of this shape that differ from the later ones, if any."""
         for _ in range(_SETTLING if self.way.settles else 0):
             self.step(data)
 
@@ -178,8 +178,8 @@ class Contender:
         """Return the plan of the last step's memory budget; None without one.
 
         Args:
-            data: takes steps on it, under which the plan's peak is measured. The times of earlier steps are forgotten:
-                a later ``plan()`` tells of the steps between the two.
+            data: runs steps on it, in which the plan's peak is measured. The times of earlier steps are forgotten: a
+                later ``plan()`` reports the steps between the two.
         """
         if self.budget is None:
             return None
@@ -192,7 +192,7 @@ class Contender:
         return found
 
     def forget_times(self) -> None:
-        """Let the plan tell of the steps from now on."""
+        """Let the plan report only the steps from now on."""
         if self.budget is not None:
             planner_of(self.budget).forget_times()
 
@@ -202,7 +202,7 @@ class Contender:
     def captured(self, data: Data) -> Callable[[], None]:
         """Record a step as a CUDA graph. Returns its replay, which adds to the same gradients as `step`.
 
-        As torch's notes on CUDA graphs ask, it is warmed up on a side stream. What cannot be captured raises there.
+        It is warmed up on a side stream, as torch's notes on CUDA graphs require. What cannot be captured raises there.
         """
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
@@ -215,7 +215,7 @@ class Contender:
         return graph.replay
 
     def gradients(self, data: Data) -> list[Tensor]:
-        """Return copies of the gradients that one step leaves, of the input's leaves too; a missing one is zeros."""
+        """Return copies of one step's gradients, also of the input's leaves; a missing one is zeros."""
         leaves = [*self.parameters, *data[1]]
         for leaf in leaves:
             leaf.grad = None
@@ -223,7 +223,7 @@ class Contender:
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
 
     def updates(self) -> int | None:
-        """Return how often the most often updated batch norm has updated its running statistics; None without one."""
+        """Return how often the most updated batch norm has updated its running statistics; None without one."""
         counts = [int(norm.num_batches_tracked) for norm in self.norms if norm.num_batches_tracked is not None]
         return max(counts, default=None)
 
@@ -233,7 +233,7 @@ def _casting(chain: Callable[[Pairs], nn.Module], device: str) -> Callable[[Pair
 
 
 def _replace_chains(module: nn.Module, chain: Callable[[Pairs], nn.Module]) -> None:
-    """Put ``chain`` of the same branches in the place of every `ReversibleSequential` that has blocks."""
+    """Replace every `ReversibleSequential` that has blocks by ``chain`` of the same branches."""
     found = [
         (parent, name, child)
         for parent in module.modules()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four kernels against the torch calls they replace: tensors past the cache, mixed dtypes, and the cost of a call.
+"""The four kernels against the torch calls they replace: tensors larger than the cache, mixed dtypes, call cost.
 
-A pointwise add moves the same bytes fused or not, so parity with torch's in-place call is the goal there, and
-`reverse_step_` saves no more than one call of two. Mixed dtypes are where bytes are saved: torch writes the cast branch
-and reads it again.
+A pointwise add moves the same bytes fused or not, so the goal is parity with torch's in-place call, and `reverse_step_`
+saves at most one call of two. Mixed dtypes save bytes: torch writes the cast branch and reads it again.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ __all__ = ["SUITE", "Setup"]
 
 SUITE = Suite("coupling")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_SMALL = 1_000  # elements: a call's own cost, not the memory's
-_CALLS = 1_000  # such calls in one sample
+_SMALL = 1_000  # elements: measures the call's own cost, not memory
+_CALLS = 1_000  # such calls per sample
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how large.
+    """Device and size.
 
     Attributes:
         device: "cpu" or "cuda[:n]".
@@ -46,12 +45,12 @@ class Setup:
         return [b.name for b in fused if b.refuses("torch", kind) is None and b.missing() is None]
 
     def goal(self, at_most: float) -> Goal | None:
-        """Return a limit on the ratio, if the tensors are past the cache, for which it was set."""
+        """Return a limit on the ratio if the tensors exceed the cache, for which it was set."""
         past = self.megabytes << 20 > last_level_cache(self.device)
         return Goal("ratio", at_most) if self.device == "cpu" and past else None
 
     def operands(self, *dtypes: str) -> list[tuple[torch.Tensor, ...]]:
-        """Return sets of random tensors of these dtypes and equal shape, enough of them to rotate past the cache."""
+        """Return sets of random tensors of these dtypes and equal shape, enough to rotate past the cache."""
         sizes = [getattr(torch, dtype).itemsize for dtype in dtypes]
         elements = (self.megabytes << 20) // sizes[0]
         count = rotation(elements * sum(sizes), last_level_cache(self.device))
@@ -113,7 +112,7 @@ def reverse_step_(setup: Setup, dtype: str) -> Trial:
 
 @SUITE.benchmark(cases=("float32 += bfloat16", "float32 += float16"))
 def mixed(setup: Setup, dtypes: str) -> Trial:
-    """A wide stream and a narrow branch, as under autocast, against torch's cast, then add."""
+    """A wide stream and a narrow branch, as under autocast, against torch's cast followed by add."""
     operands = setup.operands(*dtypes.split(" += "))
     return setup.trial(lambda x, f: x.add_(f.float()), ops.couple_, operands, at_most=0.7)
 
@@ -127,7 +126,7 @@ _SHORT_CALLS: dict[str, tuple[int, Callable[..., Any], float]] = {
 
 @SUITE.benchmark(cases=_SHORT_CALLS)
 def call(setup: Setup, kernel: str) -> Trial:
-    """What one call costs on 1,000 float32 elements, above torch's."""
+    """The cost of one call on 1,000 float32 elements, above torch's."""
     count, by_torch, at_most = _SHORT_CALLS[kernel]
     operands = [tuple(setup.random(_SMALL, "float32") for _ in range(count))]
     contenders: dict[str, Callable[..., Any]] = {"torch": by_torch}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a batch fits into given memory, found by measuring."""
+"""The largest batch that fits into given memory, found by measuring."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 __all__ = ["largest_batch"]
 
-_TRIES = 6  # each is a training step; a peak that is a line in the batch needs three
+_TRIES = 6  # each is a training step; a peak that is linear in the batch needs three
 
 
 def largest_batch(peak: Callable[[int], int], limit: int, first: int, first_peak: int, most: int) -> int:
     """Return the largest batch found whose measured peak is at most ``limit``; 0 if none was found.
 
-    Peaks are taken for a line in the batch, drawn through the last two measured; every guess is measured, and only what
-    was measured within the limit is returned.
+    Peaks are assumed to be linear in the batch, through the last two measured; every guess is measured, and only a
+    batch measured within the limit is returned.
 
     Args:
         peak: measures a batch's bytes.
@@ -23,7 +23,7 @@ def largest_batch(peak: Callable[[int], int], limit: int, first: int, first_peak
         most: no larger batch is tried.
     """
     known = {first: first_peak}
-    guess = first * limit // max(1, first_peak)  # without a constant part; it makes the guess too small above first
+    guess = first * limit // max(1, first_peak)  # ignores the constant part, so the guess is too small above first
     for _ in range(_TRIES):
         good = max((b for b, bytes_ in known.items() if bytes_ <= limit), default=0)
         bad = min((b for b, bytes_ in known.items() if bytes_ > limit), default=most + 1)

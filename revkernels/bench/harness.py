@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a benchmark is run: contenders in turn, operands in rotation, medians, and ratios within one run.
+"""How a benchmark runs: contenders in turn, rotating operands, medians, and ratios within one run.
 
-A machine's speed drifts (other load, clocks), so contenders take turns, each once a round, in an order drawn anew for
-every round; and a ratio is the median over the rounds of (contender / baseline *of the same round*), never a quotient
-of two times measured apart.
+A machine's speed drifts (other load, clocks), so each contender runs once per round, in a random order per round; a
+ratio is the median over the rounds of (contender / baseline *of the same round*), never a quotient of two separately
+measured times.
 
     suite = Suite("coupling")
 
@@ -30,7 +30,7 @@ class Goal:
     """A limit on one contender.
 
     Attributes:
-        quantity: "ratio" to ``of``, or "extra_us", microseconds a call above ``of``.
+        quantity: "ratio" to ``of``, or "extra_us", microseconds per call above ``of``.
         at_most: the limit.
         of: a contender; None is the trial's baseline.
     """
@@ -47,11 +47,11 @@ class Trial:
     Attributes:
         baseline: the contender that ratios refer to.
         contenders: name to function; each is called with one set of operands.
-        operands: sets used in turn, so that nobody finds its operands in the cache (see `rotation`).
-        bytes_moved: what one call must read and write; the same for all, whatever a contender moves besides.
+        operands: sets used in turn, so that no contender finds its operands in the cache (see `rotation`).
+        bytes_moved: what one call must read and write; the same for all, even if a contender moves more.
         goals: contender to its limit.
-        calls: calls in one timed sample, more than one where a call is too short for the clock.
-        beside: contenders that everybody's ratio is wanted to; they come out as ``more["ratio_to"]``.
+        calls: calls per timed sample, more than one if a call is too short for the clock.
+        beside: contenders to which every ratio is wanted as well; reported as ``more["ratio_to"]``.
     """
 
     baseline: str
@@ -65,12 +65,12 @@ class Trial:
 
 @dataclass
 class Measurement:
-    """What one contender came to; the fields are the keys of a result line.
+    """The result of one contender; the fields are the keys of a result line.
 
     Attributes:
-        median_s, q1_s, q3_s: seconds a call, the median and the quartiles over the rounds.
+        median_s, q1_s, q3_s: seconds per call, the median and the quartiles over the rounds.
         ratio: to ``baseline``, the median over the rounds.
-        gbps: ``bytes_moved / median_s``, in 1e9 bytes a second.
+        gbps: ``bytes_moved / median_s``, in 1e9 bytes per second.
         goal: None, or ``{"quantity", "at_most", "of", "value", "met"}``.
         more: what the benchmark itself adds, such as peak bytes.
     """
@@ -118,14 +118,14 @@ class Suite:
     def run(
         self, setup: Any, clock: Clock, rounds: int, begin: Callable[[str], None] = lambda step: None
     ) -> Iterator[Measurement]:
-        """Measure every case; ``begin`` hears of each before it starts. Operands of a case are freed after it."""
+        """Measure every case; ``begin`` is called before each. A case's operands are freed after it."""
         for benchmark in self.benchmarks:
             for case in benchmark.cases:
                 begin(f"{benchmark.name} {case}")
                 yield from measure(benchmark.name, case, benchmark.make(setup, case), clock, rounds)
 
     def matching(self, words: Iterable[str]) -> Suite:
-        """Return the benchmarks and cases whose names, "benchmark case", have every one of ``words`` in them.
+        """Return the benchmarks and cases whose names, "benchmark case", contain every one of ``words``.
 
         Raises:
             ValueError: there is none.
@@ -155,7 +155,7 @@ def measure(
     warmup: int = 2,
     begin: Callable[[str], None] = lambda step: None,
 ) -> list[Measurement]:
-    """Time the trial's contenders in turn. Returns one measurement each; ``begin`` hears of every round.
+    """Time the trial's contenders in turn. Returns one measurement each; ``begin`` is called for every round.
 
     Raises:
         ValueError: fewer than 2 rounds (no spread), or a baseline, goal or ``beside`` that names no contender.
@@ -169,8 +169,8 @@ def measure(
     contenders, shuffled, turn = list(trial.contenders.items()), random.Random(0), 0
     for number in range(warmup + rounds):
         begin("warm-up" if number < warmup else f"round {number - warmup + 1}")
-        # Each round in another order: what one contender leaves in the caches and the allocator helps or hinders the
-        # next, and a fixed order would give each contender the same neighbour every time.
+        # A new order per round: what one contender leaves in the caches and the allocator affects the next, and in a
+        # fixed order each contender would always have the same predecessor.
         for name, function in shuffled.sample(contenders, len(contenders)):
             operands = [trial.operands[(turn + call) % len(trial.operands)] for call in range(trial.calls)]
             turn += trial.calls
@@ -181,7 +181,7 @@ def measure(
 
 
 def rotation(bytes_of_a_set: int, cache_bytes: int) -> int:
-    """Return how many sets of operands it takes so that a set has left the cache when its turn comes again.
+    """Return how many sets of operands are needed so that a set has left the cache before its next turn.
 
     Sets rotate over at least twice the last-level cache.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of a chain of blocks under JAX: stored, checkpointed and rebuilt; time, memory, time to compile.
+"""A training step of a chain of blocks under JAX: stored, checkpointed, reconstructed; time, memory, compile time.
 
-The contenders have the same branches, in jax.numpy; they differ in what becomes of the streams and of activations. The
-memory is what XLA plans for the step beside arguments and results (``temp_size_in_bytes`` of its memory analysis).
+The contenders have the same branches, in jax.numpy; they differ in how streams and activations are kept. The memory is
+what XLA plans for the step besides arguments and results (``temp_size_in_bytes`` of its memory analysis).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Case:
 
     Attributes:
         branch: a key of `BRANCHES`.
-        depth: branches, two a block.
-        batch, side, width: a stream is (batch, side, side, width), or (batch * side * side, width) of an MLP.
-        scan: whether the blocks are run through in a `jax.lax.scan` instead of one after the other.
+        depth: number of branches, two per block.
+        batch, side, width: a stream is (batch, side, side, width), or (batch * side * side, width) for an MLP.
+        scan: whether the blocks run in a `jax.lax.scan` instead of unrolled.
         device: "cpu" or "cuda".
     """
 
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """A stream's."""
+        """The shape of a stream."""
         if self.branch == "conv":
             return (self.batch, self.side, self.side, self.width)
         return (self.batch * self.side**2, self.width)
@@ -81,7 +81,7 @@ BRANCHES: dict[str, Callable[[Any, Array], Array]] = {"conv": _conv, "mlp": _mlp
 
 
 def run(case: Case, rounds: int, begin: Callable[[str], None] = lambda step: None) -> Iterator[Measurement]:
-    """Measure one step in every way; ``begin`` hears of len(WAYS) + 1 more than ``rounds`` steps of the work.
+    """Measure one step in every way; ``begin`` is called for ``rounds`` + len(WAYS) + 1 steps of the work.
 
     ``more`` has ``temp_bytes``, its ratio to the baseline's ``temp_ratio``, ``compile_s``, and ``jax``, its version.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak activation bytes of a training step against depth: linear when stored, flat when rebuilt."""
+"""Peak activation bytes of a training step against depth: linear when stored, flat when reconstructed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["DEPTHS", "run"]
 
 DEPTHS = (6, 18, 54)
 _WAYS = ("store, eager", "reconstruct, eager", "reconstruct, fused")
-#: Bytes that a channel of a stream adds with every branch: what is rebuilt is gone before the next block is, but fused
-#: norms keep the batch statistics for the recompute. A branch has two norms, with a float32 mean and rstd each.
+#: Bytes that every branch adds per channel of a stream: reconstructed activations are freed before the next block's,
+#: but fused norms keep the batch statistics for the recompute. A branch has two norms, each with float32 mean and rstd.
 _MOST_GROWTH = {"reconstruct, eager": 0, "reconstruct, fused": 2 * 2 * 4}
 
 
@@ -24,8 +24,8 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row ``{"benchmark", "case", "variant", "depth", "peak_bytes", "goal"}`` for every depth and way.
 
-    The goal of what reconstructs is that its peak is the first depth's at every other depth, kept batch statistics
-    aside; ``value`` is how many bytes more it is.
+    The goal for reconstruction is the first depth's peak at every other depth, apart from kept batch statistics;
+    ``value`` is the number of bytes above it.
     """
     shallow: dict[str, int] = {}
     for depth in depths:

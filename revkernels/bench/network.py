@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of a whole network in every way there is: time, peak memory, gradients and statistics beside it.
+"""A training step of a whole network in every way: time, peak memory, gradients and running statistics.
 
-Contenders have the same weights and the same batch, channels-last. Before anybody is timed each takes a step whose
-gradient is compared with the baseline's, whose updates of the running statistics are counted, and then one that is
-asked for its peak. One that fails there is a row with its error; only the baseline and this package must not fail.
+Contenders have the same weights and the same batch, channels-last. Before the timing each takes one step whose gradient
+is compared with the baseline's and whose updates of the running statistics are counted, then one whose peak is
+measured. A contender that fails there becomes a row with its error; only the baseline and this package must not fail.
 
-The baseline's gradient in float64 says how far apart two right ones may be: an input of a ReLU that one computation
-rounds to the other side of zero turns a float32 gradient by up to a degree.
+The baseline's gradient in float64 shows how far apart two correct ones may be: a ReLU input that one computation rounds
+to the other side of zero turns a float32 gradient by up to a degree.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["GOALS", "Job", "Limit", "planned", "run", "steps"]
 
 @dataclass(frozen=True)
 class Limit:
-    """At most so many times another contender's time, on a processor.
+    """A limit on the ratio to another contender's time, on a processor.
 
     Attributes:
         variant, of: contenders.
         at_most: the limit.
-        dtypes: where it holds.
-        networks: how the names begin that it holds for.
+        dtypes: where it applies.
+        networks: prefixes of the network names to which it applies.
     """
 
     variant: str
@@ -66,14 +66,14 @@ class Job:
         subject: "network" or "peers", the benchmark of a result line.
         name: of the workload, for goals and result lines.
         workload: the network.
-        ways: contenders, the baseline among them.
-        batch: of everybody.
+        ways: contenders, including the baseline.
+        batch: of all contenders.
         dtype: of a `Contender`.
         device: "cpu" or "cuda[:n]".
-        rounds: timed.
-        most: at equal memory, the largest batch tried, in batches; 0 leaves that out.
-        graphs: whether what is timed is the replay of a CUDA graph of the step. Peaks are the step's own all the same.
-        profile: whether to say where the time of a step goes.
+        rounds: number of timed rounds.
+        most: at equal memory, the largest batch tried, in batches; 0 skips that.
+        graphs: whether the replay of a CUDA graph of the step is timed. Peaks are the step's own in any case.
+        profile: whether to report where the time of a step goes.
     """
 
     subject: str
@@ -90,29 +90,29 @@ class Job:
 
     @property
     def case(self) -> str:
-        """Of a result line."""
+        """The case of a result line."""
         return f"{self.name} batch {self.batch} {self.dtype}{' CUDA graph' if self.graphs else ''}"
 
 
 def steps(job: Job) -> int:
-    """Return how many steps of the work `run` begins."""
+    """Return the number of steps of the work in `run`."""
     count = len(job.ways)
     equal_memory = count + 1 + job.rounds if job.most else 0
     return 1 + count + 1 + job.rounds + equal_memory + (count if job.profile else 0)
 
 
 def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None) -> Iterator[dict[str, Any]]:
-    """Yield one row a contender, in the order of ``job.ways``.
+    """Yield one row per contender, in the order of ``job.ways``.
 
-    Keys besides a `Measurement`'s: ``kind``, ``version`` (of a peer), ``peak_bytes``, ``gradient_degrees`` to the
-    baseline of the same dtype and ``float64_degrees`` to it in float64 (None where ``gradient_error`` says why),
-    ``statistics_updates`` in a step, ``images_per_s``, ``ratio_to`` the contenders of the goals, ``goals``, with
+    Keys besides those of a `Measurement`: ``kind``, ``version`` (of a peer), ``peak_bytes``, ``gradient_degrees`` to
+    the baseline of the same dtype and ``float64_degrees`` to it in float64 (None if ``gradient_error`` tells why),
+    ``statistics_updates`` per step, ``images_per_s``, ``ratio_to`` the contenders of the goals, ``goals``, with
     ``job.most`` ``equal_memory_batch`` and ``equal_memory_images_per_s``, and with ``job.profile`` also ``profile``, of
     `breakdown`. One with a memory budget has ``plan``, of `planned`. One that failed has ``error`` and no times.
     """
     data = _data(job)
     if any(way.compiled for way in job.ways):
-        torch._dynamo.reset()  # so that earlier networks' code does not count against the limit of recompilations
+        torch._dynamo.reset()  # so that earlier networks' code does not count against the recompilation limit
     living: dict[str, Contender] = {}
     timed: dict[str, Callable[[], None]] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -131,7 +131,7 @@ def run(job: Job, clock: Clock, begin: Callable[[str], None] = lambda step: None
             more["peak_bytes"] = peak_bytes(lambda c=contender: c.step(data), job.device)  # type: ignore[misc]
             timed[way.name] = contender.captured(data) if job.graphs else _bound(contender, data)
         except Exception as error:
-            # A grid's checksums and a plan's clock are read on the host, which no graph can.
+            # A grid's checksums and a plan's clock are read on the host, which a graph does not allow.
             if way.name == BASELINE or (way.kind == "ours" and not (job.graphs and way.settles)):
                 raise
             found[way.name] = _failed(job, way, more, error)
@@ -171,7 +171,7 @@ def _first_step(contender: Contender, data: Data, more: dict[str, Any]) -> list[
 
 
 def planned(plan: Any) -> dict[str, Any]:
-    """Return a plan's predictions and measurements for a result line; seconds of the steps taken until now.
+    """Return a plan's predictions and measurements for a result line; seconds are of the steps taken until now.
 
     Both are of the chains: from the entry of the first to the end of the backward. See `revkernels.nn.plan.Plan`.
     """
@@ -197,7 +197,7 @@ def _data(job: Job, dtype: str | None = None, batch: int | None = None) -> Data:
 def _compared(gradients: list[Tensor], reference: list[Tensor], exact: list[Tensor]) -> dict[str, Any]:
     try:
         degrees = {"gradient_degrees": angle(gradients, reference), "float64_degrees": angle(gradients, exact)}
-    except ValueError as error:  # one that is zero or not finite has no direction
+    except ValueError as error:  # a zero or non-finite gradient has no direction
         return {"gradient_degrees": None, "float64_degrees": None, "gradient_error": str(error)}
     return degrees | {"gradient_error": None}
 
@@ -248,13 +248,15 @@ def _at_equal_memory(
     clock: Clock,
     begin: Callable[[str], None],
 ) -> None:
-    """Add ``equal_memory_batch`` and ``equal_memory_images_per_s``: of the largest batch found whose step's peak is at
-    most the baseline's at ``job.batch``."""
+    """Add ``equal_memory_batch`` and ``equal_memory_images_per_s``.
+
+    They are of the largest batch found whose step's peak is at most the baseline's at ``job.batch``.
+    """
     limit = found[BASELINE]["peak_bytes"]
     batches, contenders = {}, {}
     for name, contender in living.items():
         begin(f"{job.case}: the batch of {name} at equal memory")
-        # A compiled one has one batch: it would compile anew for every batch tried.
+        # A compiled one has one batch: it would be recompiled for every batch tried.
         fixed = name == BASELINE or contender.way.compiled
 
         def peak(batch: int, contender: Contender = contender) -> int:

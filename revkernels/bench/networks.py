@@ -19,12 +19,12 @@ from revkernels.nn import ReversibleBlock, ReversibleSequential
 __all__ = ["NETWORKS", "Data", "Network", "Stage", "Workload", "find"]
 
 Backward = Callable[[Any], None]
-#: An input, the leaves in it that get gradients, and what runs the backward from the output.
+#: An input, its leaves that get gradients, and a function that runs the backward from the output.
 Data = tuple[Any, list[Tensor], Backward]
 
 
 class Workload(Protocol):
-    """Something to train, whose reversible chains can be run in several ways."""
+    """Something to train, whose reversible chains can run in several ways."""
 
     @property
     def title(self) -> str:
@@ -33,12 +33,12 @@ class Workload(Protocol):
     def make(self, activations: Any, backend: str | None, coupling: Any = "float", **more: Any) -> nn.Module:
         """Return it with weights drawn from torch's default generator; its chains are `ReversibleSequential`s.
 
-        ``activations`` and ``coupling`` are theirs; they share what is given, a `MemoryBudget` say. ``more``: options
-        of the network.
+        ``activations`` and ``coupling`` are theirs; they share the given objects, such as a `MemoryBudget`. ``more``:
+        options of the network.
         """
 
     def data(self, batch: int, dtype: torch.dtype = torch.float32) -> Data:
-        """Return random data; what is drawn does not depend on the dtype."""
+        """Return random data; the random numbers do not depend on the dtype."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Network:
 
     Attributes:
         title: for people.
-        batch: where none is asked for.
+        batch: the default.
         side: rows and columns of an image.
         build: the network, given ``activations``, ``coupling`` and ``backend``.
-        classes: how many.
+        classes: number of classes.
         device: "cpu" or "cuda[:n]".
-        stages: whether there are transitions between its chains, which can be run again.
+        stages: whether there are transitions between its chains, which can be recomputed.
     """
 
     title: str
@@ -80,7 +80,7 @@ class Network:
 
 
 class _Chain(nn.Module):
-    """The chain as a network's child, where the engine looks for chains."""
+    """The chain as a network's child, where chains are looked for."""
 
     def __init__(self, chain: ReversibleSequential) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Chain(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a RevNet and nothing around it: reversible blocks, which every library can run.
+    """One stage of a RevNet alone: reversible blocks, which every library can run.
 
     The streams are leaves, whose gradients are compared too. ``shape.batch`` is only a default.
     """
@@ -146,7 +146,7 @@ def _model(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-#: What --network takes. A Rev-ViT is there if this package's models have it.
+#: The choices of --network. A Rev-ViT is available if this package's models have it.
 NETWORKS = {
     "revnet38": Network("RevNet-38", 100, 32, _model("revnet38")),
     "revnet110": Network("RevNet-110", 100, 32, _model("revnet110")),
@@ -161,7 +161,7 @@ def find(name: str, device: str = "cpu") -> Network:
     """Return a network by its name, on a device.
 
     Raises:
-        ValueError: there is none, or this package's models lack it.
+        ValueError: the name is unknown, or this package's models lack it.
     """
     if name not in NETWORKS:
         raise ValueError(f"network is {name!r}; it must be one of {', '.join(NETWORKS)}")

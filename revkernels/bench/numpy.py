@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four kernels on NumPy arrays against the NumPy expressions they replace: past the cache, and the cost of a call.
+"""The four kernels on NumPy arrays against the NumPy expressions they replace: beyond the cache, and call cost.
 
-NumPy adds on one thread, and half types by way of float32 elements one by one; written as ``y = x + f`` it also fills a
-new array. An expression is taken both ways, in place (``np.add(x, f, out=x)``) and with temporaries; beside it runs
-the kernel, in place. Needs no torch; bfloat16 needs ml_dtypes.
+NumPy adds on one thread, and half types through float32, one element at a time; written as ``y = x + f`` it also
+allocates a new array. Each expression is measured in place (``np.add(x, f, out=x)``) and with temporaries, against the
+kernel in place. Needs no torch; bfloat16 needs ml_dtypes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["SUITE", "Setup"]
 SUITE = Suite("numpy")
 _DTYPES = ("float32", "float64", "float16", *(("bfloat16",) if importlib.util.find_spec("ml_dtypes") else ()))
 _CASES = (*_DTYPES, *(f"{dtype}, temporaries" for dtype in _DTYPES))
-_IN_PLACE, _WITH_TEMPORARIES = 0.75, 0.6  # of NumPy's time, at two threads
-_SMALL, _CALLS = 1_000, 1_000  # elements, and calls in one sample
+_IN_PLACE, _WITH_TEMPORARIES = 0.75, 0.6  # of NumPy's time, with two threads
+_SMALL, _CALLS = 1_000, 1_000  # elements, and calls per sample
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How large, and on how many threads.
+    """Size and number of threads.
 
     Attributes:
         megabytes: of the stream; 2^20 bytes each.
@@ -42,7 +42,7 @@ class Setup:
     threads: int = 2
 
     def operands(self, *dtypes: str) -> list[tuple[np.ndarray, ...]]:
-        """Return sets of random arrays of these dtypes and equal shape, enough of them to rotate past the cache."""
+        """Return sets of random arrays of these dtypes and equal shape, enough to rotate past the cache."""
         sizes = [_dtype(name).itemsize for name in dtypes]
         elements = (self.megabytes << 20) // sizes[0]
         count = rotation(elements * sum(sizes), last_level_cache())
@@ -85,7 +85,7 @@ def _chunk(dtype: str) -> np.ndarray:
 
 
 def _random(elements: int, dtype: str) -> np.ndarray:
-    """Random numbers: zeros would flatter every clock and power limit. A chunk, repeated: drawing all takes long."""
+    """Random numbers: zeros would flatter every clock and power limit. A repeated chunk: drawing all takes long."""
     return np.resize(_chunk(dtype), elements)
 
 
@@ -129,13 +129,13 @@ def reverse_step_(setup: Setup, case: str) -> Trial:
 
 @SUITE.benchmark(cases=("float32 += float16", "float32 += float16, temporaries"))
 def mixed(setup: Setup, case: str) -> Trial:
-    """A wide stream and a narrow branch; NumPy in place casts piece by piece, with temporaries before it adds."""
+    """A wide stream and a narrow branch; NumPy in place casts in pieces, with temporaries before it adds."""
     return setup.trial(case, ops.couple_, _add, lambda x, f: x + f.astype(np.float32), "float32", "float16")
 
 
 @SUITE.benchmark(cases=("couple_", "reverse_step_"))
 def call(setup: Setup, kernel: str) -> Trial:
-    """What one call costs on 1,000 float32 elements, beside NumPy in place."""
+    """The cost of one call on 1,000 float32 elements, compared with NumPy in place."""
     count, by_numpy = (2, _add) if kernel == "couple_" else (4, _reverse)
     operands = [tuple(_random(_SMALL, "float32") for _ in range(count))]
     return Trial("numpy", {"numpy": by_numpy, "cpu": getattr(ops, kernel)}, operands, calls=_CALLS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the driver itself costs: a chain of branches on next to no elements, in every way, in plain torch and in other
+"""The cost of the driver itself: a chain of branches on very few elements, in every way, in plain torch and in other
 libraries.
 
-What is timed is Python and the autograd engine, not arithmetic. The goal is set for branches of x * w; those of several
-layers have more parameters and saved tensors to look after. To be run with one thread.
+This times Python and the autograd engine, not arithmetic. The goal is set for branches of x * w; branches of several
+layers have more parameters and saved tensors to handle. Run it with one thread.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["BRANCHES", "HALF_STEPS", "goal", "run"]
 HALF_STEPS = 128
 _ELEMENTS = 8
 _MOST_TIMES_PLAIN = 2.6
-_MOST_ABOVE_PLAIN = 60.0  # us a half-step: what counts where plain torch is fast, that is
-_FAST = 30.0  # us a half-step or less
+_MOST_ABOVE_PLAIN = 60.0  # us per half-step: the limit if plain torch is fast, that is:
+_FAST = 30.0  # us per half-step or less
 
 
 class _Scale(nn.Module):
@@ -48,7 +48,7 @@ def _mlp() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(_ELEMENTS, _ELEMENTS))
 
 
-#: A kind of branch by name: what it is, how it is made, and the shape of its two streams side by side.
+#: A kind of branch by name: its description, a function that makes it, and the shape of its two streams together.
 BRANCHES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "scale": ("x * w on 8 elements", _Scale, (1, 2 * _ELEMENTS)),
     "conv": ("BN-ReLU-convolution on 2 x 4 x 2 x 2 elements", _convolution, (2, 8, 2, 2)),
@@ -68,7 +68,7 @@ def run(
 
     Args:
         branch: which of `BRANCHES`.
-        failed: is told of another library that does not run these branches.
+        failed: called for another library that does not run these branches.
     """
     what, make, shape = BRANCHES[branch]
     branches = nn.ModuleList(make() for _ in range(HALF_STEPS)).to(device)
@@ -97,7 +97,7 @@ def run(
         try:
             step = _step(_joined(peer.chain(pairs)), x)
             step()
-        except Exception as error:  # whatever it raises
+        except Exception as error:  # any exception
             failed(peer.name, error)
         else:
             steps[peer.name] = step
@@ -116,7 +116,7 @@ def _joined(chain: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def goal(us: float, plain_us: float, ratio: float) -> dict[str, Any]:
-    """At most 2.6 times plain torch; or where that takes 30 us a half-step or less, at most 60 us more than it."""
+    """At most 2.6 times plain torch; if that takes 30 us per half-step or less, at most 60 us above it."""
     if plain_us <= _FAST:
         quantity, limit, value = "extra_us", _MOST_ABOVE_PLAIN, us - plain_us
     else:

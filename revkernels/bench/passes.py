@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four fused norm kernels against the torch calls they replace, past the cache and in it.
+"""The four fused norm kernels against the torch calls they replace, beyond the cache and in it.
 
-What is the same on both sides of a trial:
+What is equal on both sides of a trial:
 
-- Results: h (and y, x or dx) come out alike within rounding. ``test_bench_passes`` compares them for every case.
+- Results: h (and y, x or dx) agree within rounding. ``test_bench_passes`` compares them for every case.
 - Memory: what plain torch writes in place (the subtraction, the ReLU, the sum into dx) is in place on both sides, and
-  what it allocates anew (h, the coupled y, statistics) both allocate, from memory that the process keeps. What torch
-  allocates besides, a masked gradient and one to be added, is the price of separate calls and stays on its side.
+  what it allocates (h, the coupled y, statistics) both allocate, from memory that the process keeps. What torch
+  allocates in addition, a masked gradient and one to be added, is the price of separate calls and stays on its side.
 - Running statistics: both update them in `norm_act` and `couple_norm_act`, which belong to a forward. In the recompute
   neither does.
-- Statistics of the recompute: `uncouple_norm_act_` is given those that the forward left, for reading kept statistics is
-  what it is for; torch's batch norm computes them again, as it does in every recompute in training mode. The contender
-  "..., computed" computes them too.
+- Statistics of the recompute: `uncouple_norm_act_` gets those of the forward, because reading kept statistics is its
+  purpose; torch's batch norm recomputes them, as in every recompute in training mode. The contender "..., computed"
+  computes them too.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ __all__ = ["SUITE", "Case", "PassSetup", "copying"]
 
 SUITE = Suite("passes")
 EPS, MOMENTUM = 1e-3, 0.01  # the RevNets' own
-_SAMPLE = {"channels-last": (64, 32, 32), "NCHW": (64, 32, 32), "rows": (197, 384)}  # of a tensor past the cache
+_SAMPLE = {"channels-last": (64, 32, 32), "NCHW": (64, 32, 32), "rows": (197, 384)}  # of a tensor beyond the cache
 _GPU_SAMPLE = {"channels-last": (256, 56, 56), "NCHW": (256, 56, 56), "rows": (197, 768)}  # RevNet-104, ViT-B
 _IN_CACHE = {
     "channels-last": (100, 32, 16, 16),
     "NCHW": (100, 32, 16, 16),
     "rows": (16, 197, 192),
 }  # RevNet-110, ViT-Ti
-_CALLS = 10  # in one sample, of tensors in the cache
+_CALLS = 10  # per sample, for tensors in the cache
 _IN_CACHE_GOAL = 1.0
 _ALL = [True, True, True]  # gradients of x, of weight and of bias
 _LAYOUTS: tuple[tuple[NormKind, ActivationName, str], ...] = (
@@ -56,13 +56,13 @@ _LAYOUTS: tuple[tuple[NormKind, ActivationName, str], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a trial works on; its text is the case of a result line.
+    """A trial's setting; its text is the case of a result line.
 
     Attributes:
         norm, activation: "batch" and "relu" on images, "layer" and "none" or "gelu" on rows of tokens.
         layout: "channels-last", "NCHW" or "rows".
         dtype: of x, f and h; parameters and statistics are float32.
-        in_cache: whether it has the shape of a network's stage, which the last-level cache holds.
+        in_cache: whether it has the shape of a network's stage, which fits in the last-level cache.
     """
 
     norm: NormKind
@@ -82,7 +82,7 @@ _CASES = {str(c): c for c in (Case(*k, d, i) for i in (False, True) for k in _LA
 
 @dataclass(frozen=True)
 class PassSetup(Setup):
-    """`Setup` with norms: ``megabytes`` are those of x, of the cases past the cache."""
+    """`Setup` with norms: ``megabytes`` are those of x, in the cases beyond the cache."""
 
     def backends(self) -> list[str]:
         """Return the fused backends that run on the device and have the norm kernels."""
@@ -118,9 +118,9 @@ class PassSetup(Setup):
         traffic: int,
         past_goal: float,
     ) -> Trial:
-        """Return the trial of torch and every fused backend, ``traffic`` reads and writes of x's size in a call.
+        """Return the trial of torch and every fused backend, with ``traffic`` reads and writes of x's size per call.
 
-        Goals are the processor's: ``past_goal`` where x alone is larger than the cache, 1.0 where all fit in it.
+        Goals apply to the processor: ``past_goal`` if x alone exceeds the cache, 1.0 if everything fits in it.
         """
         first = operands()
         size = sum(t.nbytes for t in first)
@@ -141,7 +141,7 @@ class PassSetup(Setup):
 
 
 def copying(setup: PassSetup) -> Trial:
-    """A copy of ``megabytes``, which says what the memory's bandwidth is: what a pass may hope for."""
+    """A copy of ``megabytes``, which measures the memory bandwidth: the upper bound for a pass."""
     operands = [tuple(setup.random((setup.megabytes << 20) // 4, "float32") for _ in range(2)) for _ in range(2)]
     return Trial("torch", {"torch": lambda x, y: x.copy_(y)}, operands, 2 * operands[0][0].nbytes)
 
@@ -155,12 +155,12 @@ def _bind(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def _parameters(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """In x's dtype on a GPU, whose layer norm refuses mixed ones."""
+    """In x's dtype on a GPU, whose layer norm rejects mixed dtypes."""
     return (norm.weight, norm.bias) if x.is_cpu else (norm.weight.to(x.dtype), norm.bias.to(x.dtype))
 
 
 def _torch_norm(norm: Norm) -> Callable[[Tensor], Tensor]:
-    """What plain torch calls for a norm in training and the activation behind it."""
+    """The torch calls for a norm in training and the following activation."""
 
     def batch(x: Tensor) -> Tensor:
         running = (norm.running_mean, norm.running_var)
@@ -175,13 +175,13 @@ def _torch_norm(norm: Norm) -> Callable[[Tensor], Tensor]:
 
 @SUITE.benchmark(cases=_CASES)
 def norm_act(setup: PassSetup, text: str) -> Trial:
-    """h = activation(norm(x)) of a branch's inside, its statistics computed."""
+    """h = activation(norm(x)) inside a branch, with computed statistics."""
     case = _CASES[text]
     norm = setup.norm(case, running=True)
     by_torch = _torch_norm(norm)
     contenders: dict[str, Any] = {"torch": by_torch}
     contenders["ours"] = lambda x, backend: ops.norm_act(x, norm, backend=backend)
-    # A batch norm must read x twice, the second time when the statistics are known.
+    # A batch norm must read x twice, the second time with known statistics.
     traffic = 3 if case.norm == "batch" else 2
     return setup.passes(case, lambda: (setup.tensor(case),), contenders, traffic, 0.70)
 
@@ -208,11 +208,11 @@ def uncouple_norm_act_(setup: PassSetup, text: str) -> Trial:
 
 @SUITE.benchmark(cases=_CASES)
 def norm_act_backward_(setup: PassSetup, text: str) -> Trial:
-    """dx <- dx + the gradient that dh has at x; the parameters' gradients."""
+    """dx <- dx + the gradient of dh at x; the parameters' gradients."""
     case = _CASES[text]
     norm = setup.norm(case, running=False)
 
-    # What torch keeps of the forward besides x: ReLU its output, GELU its input.
+    # What torch saves of the forward besides x: ReLU its output, GELU its input.
     kept = replace(norm, activation="none") if norm.activation == "gelu" else norm
 
     def operands() -> tuple[Any, ...]:
@@ -224,14 +224,14 @@ def norm_act_backward_(setup: PassSetup, text: str) -> Trial:
         return ops.norm_act_backward_(dx, dh, x, norm, Statistics(mean, rstd), backend=backend)
 
     by_torch = _torch_batch_backward(norm) if case.norm == "batch" else _torch_layer_backward(norm)
-    # dh and x, for a batch norm twice; dx read and written.
+    # dh and x, twice for a batch norm; dx read and written.
     traffic = 6 if case.norm == "batch" else 4
     return setup.passes(case, operands, {"torch": by_torch, "ours": ours}, traffic, 0.65)
 
 
 @SUITE.benchmark(cases=_CASES)
 def couple_norm_act(setup: PassSetup, text: str) -> Trial:
-    """y = x + f, h = activation(norm(y)) of the next branch, its statistics computed."""
+    """y = x + f, h = activation(norm(y)) of the next branch, with computed statistics."""
     case = _CASES[text]
     norm = setup.norm(case, running=True)
     normed = _torch_norm(norm)

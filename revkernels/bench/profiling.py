@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of a training step goes: products, what this package can fuse, and the rest.
 
-Operators are told apart by name. Times are those an operator spent itself, without what it called; on a GPU those of
-its kernels. What the profiler adds to every operator is in them, so that only shares should be trusted.
+Operators are distinguished by name. Times are an operator's own, without what it called; on a GPU those of its kernels.
+They include the profiler's overhead per operator, so only shares should be trusted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["FUSIBLE", "PRODUCTS", "breakdown"]
 
-#: Convolutions, matrix products and attention: what no fusion here makes cheaper.
+#: Convolutions, matrix products and attention, which no fusion here makes cheaper.
 PRODUCTS = re.compile(
     r"conv(?!ert)|mkldnn|mm\b|mm_|linear|dot_product|attention|gemm|xmma|cutlass|nvjet|flash|sdpa|wgrad|dgrad|fprop",
     re.I,
@@ -27,10 +27,10 @@ FUSIBLE = re.compile(
 
 
 def breakdown(step: Callable[[], Any], steps: int = 2, device: str = "cpu") -> dict[str, float]:
-    """Return seconds a step: ``{"products", "fusible", "rest", "total"}``, ``total`` being their sum.
+    """Return seconds per step: ``{"products", "fusible", "rest", "total"}``, ``total`` being their sum.
 
     Args:
-        step: a training step, taken once before the profiler starts and then ``steps`` times.
+        step: a training step, run once before the profiler starts and then ``steps`` times.
         steps: at least 1.
         device: where its operators run, "cpu" or "cuda[:n]".
     """

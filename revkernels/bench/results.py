@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result lines: JSON objects appended to ``<device>.jsonl``, each with the environment it was measured in."""
+"""Result lines: JSON objects appended to ``<device>.jsonl``, each with the environment of its measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["append", "as_row", "file_for", "read"]
 
 
 def as_row(measurement: Measurement) -> dict[str, Any]:
-    """Return a measurement as one flat dict; what the benchmark added comes last."""
+    """Return a measurement as one flat dict; the benchmark's additions come last."""
     row = asdict(measurement)
     return row | row.pop("more")
 
@@ -27,7 +27,7 @@ def file_for(folder: Path, device: str) -> Path:
 
 
 def append(rows: Iterable[Mapping[str, Any]], stamp: Mapping[str, Any], folder: Path, command: str) -> Path:
-    """Append rows to the device's file, making it if need be; older lines stay. Returns the file."""
+    """Append rows to the device's file, creating it if necessary; older lines stay. Returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = file_for(folder, stamp["device"])
     with path.open("a") as file:

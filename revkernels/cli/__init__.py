@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``revkernels info | check | demo | drift | exact | bench``, and where the C interface is installed.
+"""The command line: ``revkernels info | check | demo | drift | exact | bench``, and the paths of the C interface.
 
-Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the command asked
-for is imported, so that `info` starts without torch and a missing extra breaks no other command.
+Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the requested command's module is
+imported, so `info` starts without torch and a missing extra breaks no other command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMANDS = {
     "bench": "measure the kernels, a chain of blocks, or its memory",
 }
 
-#: Options that print one absolute path, a function of `revkernels.native` each.
+#: Options that print one absolute path, each from a function of `revkernels.native`.
 PATHS = {
     "--cmake-dir": ("cmake_dir", "what -Drevkernels_DIR= takes, for find_package(revkernels CONFIG)"),
     "--pkgconfig-dir": ("pkgconfig_dir", "what PKG_CONFIG_PATH takes"),
@@ -37,18 +37,18 @@ PATHS = {
     "--library": ("library", "the C library's file"),
 }
 
-#: What a command needs beyond NumPy, and the extra that brings it.
+#: What a command needs besides NumPy, and the extra that installs it.
 _EXTRAS = {"torch": "torch", "triton": "triton", "sklearn": "demo", "matplotlib": "demo"}
 
-#: How torch says, in a RuntimeError, that there is no memory: of the host and of a GPU.
+#: torch's RuntimeError texts for missing memory: of the host and of a GPU.
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0 is well, 1 a check that failed, 2 a call that cannot be served, 130 one ended by Ctrl-C,
-    141 one whose reader has gone (``revkernels info | head``).
+    Returns the exit status: 0 success, 1 a failed check, 2 an invalid or impossible call, 130 ended by Ctrl-C, 141 the
+    reader has gone (``revkernels info | head``).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(chosen, f"there is not enough memory: {error}")
     except KeyboardInterrupt:
         _refuse(chosen, "interrupted")
-        return 130  # 128 + SIGINT, as a shell has it
+        return 130  # 128 + SIGINT, as in a shell
     except BrokenPipeError:
         _forget_output()
         return 141  # 128 + SIGPIPE
@@ -87,8 +87,8 @@ def _serve(chosen: str | None, words: Sequence[str]) -> int:
         args = _parser(chosen).parse_args(words)
         return args.run(args)
     finally:
-        if sys.stdout is not None:  # None where it is closed
-            sys.stdout.flush()  # at Python's end it would be too late to say in one line that it fails
+        if sys.stdout is not None:  # None if it is closed
+            sys.stdout.flush()  # at Python's exit it would be too late for a one-line error
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -119,7 +119,7 @@ class _PrintPath(argparse.Action):
 
 
 def _forget_output() -> None:
-    """What Python still holds for stdout it would write at its end, and fail once more."""
+    """Discard what Python still holds for stdout: at exit it would try to write it and fail again."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
 

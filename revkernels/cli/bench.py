@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels bench SUBJECT``: measure, show, and with --save append to the results kept."""
+"""``revkernels bench SUBJECT``: measure, show, and with --save append to the stored results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             subject.set_defaults(device="cpu")
         else:
             subject.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: cpu)")
-        if name != "jax":  # which takes the processors that the process may run on
+        if name != "jax":  # which uses the processors that the process may run on
             whose = "OpenMP's" if name == "numpy" else "torch's"
             subject.add_argument("--threads", type=threads, metavar="N", help=f"CPU threads (default: {whose})")
         subject.add_argument(
@@ -122,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
 
             path = results.append(rows, environment(args.device), args.save, command_of(args))
             tables[-1].notes.append(f"{len(rows)} lines appended to {path}")
-    finally:  # what was worked for is not lost to a folder that is full
+    finally:  # results are not lost if the folder is full
         report(f"bench {args.subject}", tables, args.json, args.device)
-    if args.draw is not None:  # set by the subject, for the same reason: after all else
+    if args.draw is not None:  # set by the subject; runs after all else for the same reason
         args.draw()
     return 0
 

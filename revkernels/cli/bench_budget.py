@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels bench budget``: what each share of the memory buys back of the time, in a table and in a picture."""
+"""``revkernels bench budget``: how much time each share of the memory saves, in a table and in a picture."""
 
 from __future__ import annotations
 

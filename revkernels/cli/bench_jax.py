@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels bench jax``: a training step under JAX, in time, memory and time to compile."""
+"""``revkernels bench jax``: a training step under JAX: time, memory and compile time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def chain(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
     """Measure one chain."""
     try:
-        importlib.import_module("revkernels.adapters.jax")  # first: it says what it needs
+        importlib.import_module("revkernels.adapters.jax")  # first: its error tells what it needs
     except ImportError as error:
         raise OptionError(str(error)) from error
     import jax

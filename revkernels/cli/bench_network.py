@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels bench network`` and ``bench peers``: contenders side by side, in tables and in a picture."""
+"""``revkernels bench network`` and ``bench peers``: contenders compared in tables and in a picture."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from revkernels.cli.output import Table, progress
 __all__ = ["OptionError", "add_arguments", "network", "peers"]
 
 DTYPES = ("float32", "bfloat16")
-_MOST = 16  # times the batch: what is tried at equal memory
+_MOST = 16  # times the batch: the largest tried at equal memory
 
 
 class OptionError(ValueError):
-    """An option that only shows to be wrong when torch is there."""
+    """An option that can be found invalid only after torch is imported."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
-    """Add the options of one of the two."""
+    """Add the options of one of the two subjects."""
     if subject == "network":
         parser.add_argument("--network", nargs="+", default=["revnet38"], help="several (default: revnet38)")
         parser.add_argument("--batch", type=positive, help="images (default: the network's; 100 of CIFAR's size)")
@@ -110,7 +110,7 @@ def peers(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Table]]:
 
 
 def _chosen(ways: Sequence[Any], only: list[str] | None, flag: str = "") -> list[Any]:
-    """Return the ways asked for and the baseline.
+    """Return the requested ways and the baseline.
 
     Raises:
         OptionError: a name that no way has.
@@ -223,7 +223,7 @@ def _title(job: Any) -> str:
 
 @contextmanager
 def quiet_peers() -> Iterator[None]:
-    """The other libraries use what torch has deprecated, at every call; that is not for whoever reads the table."""
+    """Hide the other libraries' warnings about deprecated torch functions, which come at every call."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(memcnn|revlib|revtorch|reformer_pytorch)\b")
         yield

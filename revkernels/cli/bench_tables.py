@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the subjects of ``revkernels bench`` share: types of options, and tables of measurements."""
+"""Shared by the subjects of ``revkernels bench``: types of options, and tables of measurements."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ __all__ = [
 MIB = 1 << 20
 GOAL = {"goal": "goal", "reached": "reached", "met": "met"}
 
-#: Of the parsed arguments, what does not change what is measured.
+#: Parsed arguments that do not change what is measured.
 _LEFT_OUT = ("command", "subject", "run", "measure", "draw", "save", "json", "plot")
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """An integer of at least 1."""
     return _whole(text, at_least=1)
 
 
 def rounds(text: str) -> int:
-    """A whole number of at least 2."""
+    """An integer of at least 2."""
     return _whole(text, at_least=2)
 
 
 def threads(text: str) -> int:
-    """As many as `revkernels.set_num_threads` takes; torch says nothing of its own limits before it hits them."""
+    """A number that `revkernels.set_num_threads` accepts; torch does not report its own limit before it fails."""
     if not text.isdecimal() or not 1 <= int(text[:5]) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number, 1 to 4096")
     return int(text)
@@ -61,14 +61,14 @@ def depth(text: str) -> int:
 
 
 def picture(name: str) -> Path:
-    """A PNG to write, refused at once if that cannot be rather than after the work."""
+    """A PNG to write, rejected at once if that is impossible, not after the work."""
     if Path(name).suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"{name}: the name must end in .png")
     return file_to_write(name)
 
 
 def seed(text: str) -> int:
-    """What torch's generators can be seeded with."""
+    """A seed that torch's generators accept."""
     try:
         number = int(text)
     except ValueError:
@@ -79,7 +79,7 @@ def seed(text: str) -> int:
 
 
 def device_problem(device: str) -> str | None:
-    """Why torch cannot work there; None if it can."""
+    """Why torch cannot run on the device; None if it can."""
     import torch
 
     try:
@@ -95,7 +95,7 @@ def device_problem(device: str) -> str | None:
 
 
 def _whole(text: str, at_least: int) -> int:
-    """As sizes and counts go: larger ones end in an overflow somewhere, or before in Python's limit of digits."""
+    """An integer for sizes and counts: larger ones overflow somewhere, or exceed Python's limit of digits."""
     if not text.isdecimal() or len(text) > 10 or not at_least <= int(text) < 2**31:
         above = " and below 2^31" if text.isdecimal() and len(text) > 9 else ""
         raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number, at least {at_least}{above}")
@@ -110,7 +110,7 @@ def rows_of(measured: list[Any]) -> list[dict[str, Any]]:
 
 
 def timing(title: str, rows: list[dict[str, Any]], unit: str, scale: float) -> Table:
-    """Return a table of medians, quartiles and ratios; a row that failed has none."""
+    """Return a table of medians, quartiles and ratios; a failed row has none."""
     columns = {"benchmark": "benchmark", "case": "case", "variant": "variant", f"median_{unit}": f"median, {unit}"}
     table = Table(title, columns | {"quartiles": "quartiles", "ratio": "ratio"})
     for row in rows:
@@ -136,12 +136,12 @@ def goal_cells(goal: dict[str, Any] | None, baseline: str) -> dict[str, Any]:
 
 
 def how(args: argparse.Namespace) -> str:
-    """Return the note on how and where it was measured."""
+    """Return the note on how and where the measurement was made."""
     return f"medians of {args.rounds} interleaved rounds; ratios round by round; {where(args.device)}"
 
 
 def where(device: str) -> str:
-    """Return the device, its threads, and torch where it is in use."""
+    """Return the device, its threads, and torch if it is in use."""
     stamp = environment(device)
     threads = f", {stamp['threads']} thread{'s' * (stamp['threads'] != 1)}" if device == "cpu" else ""
     library = "torch" if "torch" in sys.modules else "numpy"
@@ -149,11 +149,11 @@ def where(device: str) -> str:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """Return the command line that asks for the same again."""
+    """Return the command line that repeats the measurement."""
     words = ["revkernels", "bench", args.subject]
     for name, value in vars(args).items():
         not_given = value is None or value is False or value == []
-        if name in _LEFT_OUT or not_given or (args.subject, name) == ("numpy", "device"):  # which numpy has not
+        if name in _LEFT_OUT or not_given or (args.subject, name) == ("numpy", "device"):  # which numpy does not have
             continue
         words.append("--" + name.replace("_", "-"))
         if value is not True:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls that `check` makes: kernels x element types x layouts, on NumPy arrays and torch tensors.
+"""The calls of `check`: kernels x element types x layouts, on NumPy arrays and torch tensors.
 
-Every operand is a view of a buffer of its own. After a call whole buffers are compared, so that a write outside the
-view, or to an operand that is only read, is a mismatch too.
+Every operand is a view of its own buffer. After a call whole buffers are compared, so that a write outside the view, or
+to a read-only operand, is a mismatch too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from revkernels.norm import KINDS, Norm, NormKind, Statistics
 
 __all__ = ["KERNELS", "Call", "calls", "differences", "left_out"]
 
-#: Kernel to the operands it takes; those named after the stream have its dtype, f, df, part and dh the branch's.
+#: Kernel to its operands; those named after the stream have its dtype, f, df, part and dh the branch's.
 KERNELS = {
     "couple": ("x", "f"),
     "uncouple_": ("y", "f"),
@@ -38,10 +38,10 @@ _OF_BRANCH = ("f", "df", "part", "dh")
 _COUPLINGS = ("couple", "uncouple_", "reverse_step_")
 _NORMS = ("norm_act", "couple_norm_act", "uncouple_norm_act_", "norm_act_backward_")
 
-_SMALL = (3, 5, 4, 7)  # odd sizes: no vector width divides a row, so every tail is run
-_LARGE = (2, 6, 64, 65)  # 49,920 elements: above what one thread takes alone
-# The sums of a backward have the same bits on every backend where they are exact: small multiples of powers of two, a
-# power of two of them. Statistics, with a root and a quotient, are given for the same reason.
+_SMALL = (3, 5, 4, 7)  # odd sizes: no vector width divides a row, so every tail runs
+_LARGE = (2, 6, 64, 65)  # 49,920 elements: too many for one thread
+# A backward's sums have the same bits on every backend if they are exact: small multiples of powers of two, a power of
+# two of them. Statistics, with a root and a quotient, are given for the same reason.
 _SMALL_EXACT, _LARGE_EXACT = (2, 8, 4, 8), (2, 8, 64, 64)
 _SPECIAL = (np.inf, -np.inf, np.nan, -0.0, 0.0, 1e-40, -3e-7, 65504.0)  # 1e-40, -3e-7: subnormal in bf16, in fp16
 _BITS = {8: "uint64", 4: "uint32", 2: "uint16"}
@@ -49,16 +49,16 @@ _BITS = {8: "uint64", 4: "uint32", 2: "uint16"}
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one kernel on data that its fields determine."""
+    """One call of one kernel on data determined by its fields."""
 
     kernel: str
     library: str  # "numpy" or "torch"
     stream: str  # dtype of x, y, dy, total; "int16" with options, and a value
-    branch: str  # dtype of f, df, part, dh, and of norm_act's h; beside int16, of dy
+    branch: str  # dtype of f, df, part, dh, and of norm_act's h; with int16, of dy
     layout: str  # "dense", "NCHW half", "channels-last half"
     shape: tuple[int, ...] = _SMALL
     options: bool = False  # scales, grid, checksum and amax at once
-    norm: NormKind | Literal[""] = ""  # of a kernel that has one
+    norm: NormKind | Literal[""] = ""  # for a kernel that has one
 
     def __str__(self) -> str:
         dtypes = self.stream if self.stream == self.branch else f"{self.stream} with {self.branch}"
@@ -67,7 +67,7 @@ class Call:
         return f"{self.library}, {norm}{dtypes}, {self.layout} {shape}{', options' if self.options else ''}"
 
     def run(self, backend: str, device: str = "cpu") -> list[np.ndarray]:
-        """Make the call. Returns the values of everything it may have touched, one array a buffer."""
+        """Make the call. Returns the values of everything it may have touched, one array per buffer."""
         random = np.random.default_rng(20170714)
         buffers, views = [], []
         for position, name in enumerate(KERNELS[self.kernel]):
@@ -79,7 +79,7 @@ class Call:
             return [_to_numpy(array) for array in [*buffers, *self._normalise(views, backend, device)]]
         coupling = self._coupling(views, device) if self.options else None
         if coupling is not None and self.stream == INT16:
-            buffer, view = self._operand(random, "float16", len(views), device)  # that it is rounded once can be seen
+            buffer, view = self._operand(random, "float16", len(views), device)  # shows that it is rounded once
             buffers.append(buffer)
             coupling = replace(coupling, value=view)
         extra = {} if self.kernel == "accumulate_" else {"coupling": coupling}
@@ -99,7 +99,7 @@ class Call:
             values = random.integers(-(2**15), 2**15, size).astype(np.float64)
         elif self.kernel == "norm_act_backward_":
             values = random.integers(-3, 4, size) / 2
-        elif not self.options:  # a checksum has no defined value for NaN, whose bits differ between processors
+        elif not self.options:  # a checksum is undefined for NaN, whose bits differ between processors
             places = random.choice(values.size, len(_SPECIAL), replace=False)
             values.reshape(-1)[places] = _SPECIAL
         buffer = _from_numpy(values, dtype, self.library, device)
@@ -110,7 +110,7 @@ class Call:
         return buffer, view[:, channels]
 
     def _normalise(self, views: list[Any], backend: str, device: str) -> list[Any]:
-        """Call a kernel that has a norm, along dimension 1. Returns the results that are new arrays."""
+        """Call a kernel with a norm, along dimension 1. Returns the results that are new arrays."""
         random, shape, channels = np.random.default_rng(20170714), self.shape, self.shape[1]
         wide = compute_dtype(*views[-1:] if self.kernel == "norm_act_backward_" else views)
 
@@ -178,7 +178,7 @@ def _norm_calls(kernel: str, library: str, stream: str, dtypes: list[str]) -> It
         yield same
         yield replace(same, layout="NCHW half")
         yield replace(same, layout="channels-last half")
-        if kind in ("batch", "layer"):  # the two ways to go through memory
+        if kind in ("batch", "layer"):  # the two ways to walk memory
             yield replace(same, layout="NCHW half", shape=large)
             yield replace(same, layout="channels-last half", shape=large)
     for branch in dtypes:
@@ -187,7 +187,7 @@ def _norm_calls(kernel: str, library: str, stream: str, dtypes: list[str]) -> It
 
 
 def left_out() -> list[str]:
-    """Return what `calls` does not make here, and why."""
+    """Return what `calls` skips here, and why."""
     reasons = []
     if not _has("torch"):
         reasons.append("torch tensors: torch is not installed (pip install revkernels[torch])")
@@ -202,7 +202,7 @@ def differences(got: list[np.ndarray], expected: list[np.ndarray]) -> int:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    # A bfloat16 tensor comes back as float32 (exactly), so the bits of the widened values are compared.
+    # A bfloat16 tensor is converted to float32 (exactly), so the bits of the widened values are compared.
     same = a.view(_BITS[a.itemsize]) == b.view(_BITS[b.itemsize])
     return same if a.dtype.kind == "i" else same | (np.isnan(a) & np.isnan(b))
 

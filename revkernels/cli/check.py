@@ -16,17 +16,17 @@ from revkernels.cli.cases import KERNELS, Call, calls, differences, left_out
 from revkernels.cli.output import Table, add_json_option, progress, report
 
 _ORACLE = "reference"
-_SHOWN = 12  # failed calls; they tend to have one cause
+_SHOWN = 12  # failed calls; they usually have one cause
 
 
 @dataclass
 class Verdict:
-    """What the calls of one kernel on one backend came to."""
+    """The result of the calls of one kernel on one backend."""
 
     calls: int = 0
     failed: int = 0
     mismatches: int = 0
-    reason: str | None = None  # why none were made
+    reason: str | None = None  # why there were no calls
 
     def __str__(self) -> str:
         if self.reason is not None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Check, show the table, and return 1 if anything differs.
 
     Raises:
-        BackendError: the backend that was named cannot run here; without a name such a one is left out.
+        BackendError: the named backend cannot run here; without a name such backends are skipped.
     """
     if args.backend:
         require(args.backend, "--backend")
@@ -105,13 +105,13 @@ def _try(name: str, call: Call, device: str, expected: list[np.ndarray]) -> dict
     row: dict[str, Any] = {"backend": name, "kernel": call.kernel, "case": str(call), "differ": None, "error": None}
     try:
         row["differ"] = differences(call.run(name, device), expected)
-    except Exception as error:  # any failure of a backend is a finding for the table, whatever its type
+    except Exception as error:  # any failure of a backend is a finding for the table
         return row | {"error": f"{type(error).__name__}: {error}"}
     return row if row["differ"] else None
 
 
 def _device_for(name: str, call: Call) -> str | None:
-    """Return the device whose arrays the backend takes, the processor first, or None."""
+    """Return the device whose arrays the backend supports, the processor first, or None."""
     backend = BACKENDS[name]
     return next((device for device in ("cpu", "cuda") if backend.refuses(call.library, device) is None), None)
 

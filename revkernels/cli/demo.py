@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``revkernels demo``: RevNet-38 learns real handwritten digits, with stored and with reconstructed activations.
 
-The same seed, start and batches under three modes; then every claim of the table is measured on the trained network,
-and activation memory and gradient angle on chains of growing depth. One table, one picture.
+Three modes with the same seed, initial weights and batches; then every claim of the table is measured on the trained
+network, and activation memory and gradient angle on chains of increasing depth. One table, one picture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 __all__ = ["add_arguments", "build", "run", "trained"]
 
-#: Options of the model under each mode. The last takes the fused kernels of the device.
+#: Options of the model in each mode. The last uses the device's fused kernels.
 MODES: dict[str, dict[str, Any]] = {
     "store": {"activations": "store", "backend": "eager"},
     "reconstruct, eager": {"activations": "reconstruct", "backend": "eager"},
@@ -37,9 +37,9 @@ MODES: dict[str, dict[str, Any]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEPTHS = (6, 12, 24, 48, 96)
 TIMED_STEPS = 15
-CHAIN_HALF_WIDTH = 16  # of the chains of growing depth: RevNet-38's first stage, on 8 x 8 images
+CHAIN_HALF_WIDTH = 16  # of the chains of increasing depth: RevNet-38's first stage, on 8 x 8 images
 CHAIN_BATCH = 16
-CHAIN_DRAWS = 3  # of weights and input: one ReLU whose input rounds across 0 moves an angle tenfold, so take the median
+CHAIN_DRAWS = 3  # of weights and input: a ReLU input that rounds across 0 moves an angle tenfold, so take the median
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build(mode: str, **changes: Any) -> RevNet:
-    """RevNet-38 for the digits under ``mode``, some of its options changed."""
+    """RevNet-38 for the digits in ``mode``, with some options changed."""
     model = revnet38(in_channels=1, **MODES[mode] | changes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            # The paper's running average forgets over thousands of steps; the demo makes a few hundred.
+            # The paper's running average spans thousands of steps; the demo has a few hundred.
             module.momentum = 0.1
     return model
 
@@ -95,7 +95,7 @@ def trained(
     seed: int,
     begin: Callable[[str], None],
 ) -> tuple[RevNet, list[training.Epoch]]:
-    """Train what ``make`` makes from ``seed``; ``begin`` hears of every epoch."""
+    """Train the model that ``make`` returns, from ``seed``; ``begin`` is called for every epoch."""
     torch.manual_seed(seed)
     model = make()
     done = 0
@@ -113,14 +113,14 @@ def trained(
 
 
 def _step_costs(state: dict[str, Tensor], data: digits.Digits, timed_steps: int) -> dict[str, dict[str, float]]:
-    """One training step of the trained weights on one batch, under each mode."""
+    """One training step of the trained weights on one batch, in each mode."""
     images, classes = data.train_images[: training.BATCH], data.train_classes[: training.BATCH]
     steps, costs, gradients = {}, {}, {}
     for mode in MODES:
         model = build(mode)
         model.load_state_dict(state)
         steps[mode] = step = _step(model, images, classes)
-        step()  # warm: gradients exist from here on, so that only activations count as new memory
+        step()  # warm-up: from here on gradients exist, so only activations count as new memory
         gradients[mode] = [dp.clone() for dp in _gradients(model)]
         costs[mode] = {
             "peak_bytes": peak_bytes(step),
@@ -135,7 +135,7 @@ def _step_costs(state: dict[str, Tensor], data: digits.Digits, timed_steps: int)
 
 
 def _stored_gradients(mode: str, state: dict[str, Tensor], images: Tensor, classes: Tensor) -> list[Tensor]:
-    """What the mode's own kernels give with stored activations: other kernels round a ReLU's input across zero."""
+    """Gradients of the mode's own kernels with stored activations: other kernels round a ReLU's input across zero."""
     model = build(mode)
     model.load_state_dict(state)
     for module in model.modules():
@@ -165,7 +165,7 @@ def _branches(model: RevNet) -> list[nn.Module]:
 
 
 def _chain_multiply_adds(model: RevNet, images: Tensor) -> float:
-    """Multiply-adds of a step through the reversible chains alone, in units of N, that of their forward pass."""
+    """Multiply-adds of a step through the reversible chains alone, in units of N, those of their forward."""
     forward = step = 0
     with torch.no_grad():
         pair = tuple(model.stem(images).chunk(2, dim=1))
@@ -187,7 +187,7 @@ def _forward_backward(chain: nn.Module, pair: tuple[Tensor, Tensor]) -> None:
 
 
 def _interleaved_medians(steps: dict[str, Callable[[], None]], count: int) -> dict[str, float]:
-    """Median seconds of each step; taken in turns, so that a busy moment of the machine hits all of them."""
+    """Median seconds of each step; interleaved, so that other load on the machine affects all of them."""
     seconds: dict[str, list[float]] = {mode: [] for mode in steps}
     for _ in range(count):
         for mode, step in steps.items():
@@ -198,7 +198,7 @@ def _interleaved_medians(steps: dict[str, Callable[[], None]], count: int) -> di
 
 
 def _chain_costs(depth: int, seed: int, draws: int) -> dict[str, Any]:
-    """Activation bytes in each mode (float32), and gradient angle of fused to stored in each dtype, at one depth."""
+    """At one depth: activation bytes per mode (float32), and the angle of fused to stored gradients per dtype."""
     peaks = {mode: peak_bytes(_chain_step(depth, mode, torch.float32, seed)[1]) for mode in MODES}
     degrees = {
         name: statistics.median(_chain_angle(depth, dtype, seed + draw) for draw in range(draws))
@@ -208,7 +208,7 @@ def _chain_costs(depth: int, seed: int, draws: int) -> dict[str, Any]:
 
 
 def _chain_angle(depth: int, dtype: torch.dtype, seed: int) -> float:
-    """The drift alone: both run on the same kernels, for others would round a ReLU's input across zero."""
+    """The drift alone: both run on the same kernels, because others round a ReLU's input across zero."""
     fused, stored = (
         _chain_step(depth, "reconstruct, fused", dtype, seed, **changes)[0]
         for changes in ({}, {"activations": "store"})

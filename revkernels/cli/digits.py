@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's data: 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, so nothing is downloaded.
+"""The demo's data: 1,797 handwritten digits of 8 x 8 pixels from scikit-learn, so nothing is downloaded.
 
 Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 """
@@ -29,7 +29,7 @@ class Digits:
 
 
 def load() -> Digits:
-    """Return 1,437 digits to train on and 360 to test on, the same every time, every class in proportion.
+    """Return 1,437 training and 360 test digits, always the same, with every class in proportion.
 
     Pixels are scaled to 0..1 and the training images' mean is subtracted from each, as the paper does for CIFAR.
     """

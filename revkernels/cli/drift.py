@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels drift``: reconstruction errors and gradient angles, by depth, or through a training on real digits."""
+"""``revkernels drift``: reconstruction errors and gradient angles, by depth, or during a training on real digits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["add_arguments", "run"]
 #: Networks for images of CIFAR's size.
 NETWORKS = ("revnet38", "revnet110", "revnet164")
 CHAIN = {"blocks": 32, "half_width": 16, "batch": 8, "size": 8}
-#: What options are that were not given: None until it is seen whether they would be looked at.
+#: Values of options that were not given: None until it is known whether they are used.
 DEFAULTS = {"blocks": CHAIN["blocks"], "batch": CHAIN["batch"], "cut": "last", "epochs": 10, "device": "cpu"}
 
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show, draw. Returns 0, or 2 for a device that is not there or an option without a place."""
+    """Measure, show, draw. Returns 0, or 2 for a missing device or an option that does not apply."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     problem = _not_looked_at(args)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _not_looked_at(args: argparse.Namespace) -> str | None:
-    """Why an option that was given has no place in what is asked for; None if there is no such option."""
+    """Why a given option does not apply; None if there is no such option."""
     if args.digits:
         for name in ("blocks", "batch", "precision", "cut"):
             if getattr(args, name) is not None:
@@ -128,11 +128,11 @@ def _words(args: argparse.Namespace) -> str:
     return f"{args.blocks} basic blocks, half width {half}, batch {args.batch}, {size} x {size}"
 
 
-# ---- through a training
+# ---- during a training
 
 
 def _training(args: argparse.Namespace, stack: ExitStack) -> tuple[Table, Callable[[Path], None]]:
-    """RevNet-38 from one start, stored and rebuilt; after each epoch of the second, the angle on one batch."""
+    """RevNet-38 from one start, stored and reconstructed; after each epoch of the second, the angle on one batch."""
     from revkernels.cli import demo, digits, training
 
     data = digits.load()
@@ -142,7 +142,7 @@ def _training(args: argparse.Namespace, stack: ExitStack) -> tuple[Table, Callab
     for name in ("stored", "reconstructed"):
         torch.manual_seed(args.seed)
         model = demo.build("reconstruct, fused")
-        if name == "stored":  # on the same kernels: others would round a ReLU's input across zero
+        if name == "stored":  # on the same kernels: others round a ReLU's input across zero
             for module in model.modules():
                 if isinstance(module, ReversibleSequential):
                     module.activations = "store"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels exact``: what the grid of an exact coupling costs a training on real digits, and what it gives.
+"""``revkernels exact``: what the grid of an exact coupling costs a training on real digits, and what it gains.
 
 The grid rounds every branch's output, which is noise in the training; float coupling drifts instead. RevNet-38 learns
-handwritten digits from the same starts and batches, several seeds, under each: test accuracy and its spread, training
-loss, the angle between its gradient and the stored one. Stored and rebuilt float activations differ by rounding alone,
-so what lies between those two is what any rounding does to a training. Beside it the drift by depth of a chain, which
-the exact coupling does not have. Tables, and one picture.
+handwritten digits from the same starts and batches with several seeds, with each coupling: test accuracy and its
+spread, training loss, the angle between its gradient and the stored one. Stored and reconstructed float activations
+differ by rounding alone, so the difference between those two is the effect of any rounding on a training. Also the
+drift by depth of a chain, which the exact coupling does not have. Tables, and one picture.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from revkernels.nn.exact import known_exponent
 
 __all__ = ["Trained", "add_arguments", "run"]
 
-#: Options of the model, all on the fused kernels. The first is what the others' gradients are compared with.
+#: Options of the model, all on the fused kernels. The others' gradients are compared with the first's.
 MODES: dict[str, dict[str, Any]] = {
     "float, stored": {"activations": "store"},
     "float": {},
@@ -50,7 +50,7 @@ class Trained:
         seed: of weights, order and shifts.
         epochs: its curve.
         degrees: on the trained weights and one batch, the angle between its gradient and that of stored activations
-            under a float coupling on the same kernels.
+            with a float coupling on the same kernels.
         k: the grid's exponent in each chain; empty without a grid.
     """
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("exact", measurements + len(modes) * args.seeds * args.epochs) as begin:
         found = _drift(depths, begin)
         trained: dict[str, list[Trained]] = {name: [] for name in modes}
-        for seed in range(args.seeds):  # one seed after the other: what disturbs the machine disturbs all modes
+        for seed in range(args.seeds):  # seeds in the outer loop: disturbances affect all modes
             for name, options in modes.items():
                 trained[name].append(_trained(name, options, data, args.epochs, seed, begin))
     table = found.table()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``revkernels info``: what this installation is and can do."""
+"""``revkernels info``: what this installation is and supports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command shows: tables, progress, and the same content as a JSON file.
+"""The output of a command: tables, progress, and the same content as a JSON file.
 
-With rich installed tables have borders and progress is a bar; without it both are plain text. The content is the same.
+With rich installed, tables have borders and progress is a bar; otherwise both are plain text. The content is the same.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
     "report",
 ]
 
-#: What ``--json -`` gives, and ``./-`` does not. The JSON takes the tables' place on standard output, and they go to
-#: standard error.
+#: The value of ``--json -``, but not of ``./-``. The JSON then goes to standard output, and the tables to standard
+#: error.
 STDOUT = Path("-")
 
-#: Width for a pipe or a file, where rich would otherwise wrap at 80.
+#: Width for a pipe or a file, where rich would wrap at 80.
 _UNBOUNDED = 200
-_LONG_WORD = 30  # a longer one, such as a path, is broken in a narrow terminal
+_LONG_WORD = 30  # longer ones, such as paths, are broken in a narrow terminal
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Table:
 
     Attributes:
         title: one line above the table.
-        columns: key of a row to its heading, in order. Both carry the unit: ``"median_ms": "median, ms"``.
-        rows: one dict a row; a missing key or None shows as "-".
+        columns: key of a row to its heading, in order. Both contain the unit: ``"median_ms": "median, ms"``.
+        rows: one dict per row; a missing key or None shows as "-".
         notes: lines below the table.
     """
 
@@ -64,25 +64,25 @@ class Table:
         return [[display(row.get(key)) for key in self.columns] for row in self.rows]
 
     def numeric(self) -> list[bool]:
-        """Return, for each column, whether it holds numbers alone."""
+        """Return, for each column, whether it contains only numbers."""
         return [all(_is_number(row.get(key)) for row in self.rows) for key in self.columns]
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json FILE``, refused at once if its folder does not exist rather than after the work."""
+    """Add ``--json FILE``, rejected at once if its folder does not exist, not after the work."""
     about = "also write what the tables show to FILE; - is standard output, and the tables go to standard error"
     parser.add_argument("--json", metavar="FILE", type=_json_file, help=about)
 
 
 def report(command: str, tables: Sequence[Table], json_file: Path | None = None, device: str = "cpu") -> None:
-    """Print the tables and, if a file is named, write them there beside the environment stamp.
+    """Print the tables and, if a file is named, write them there with the environment stamp.
 
-    The file holds ``{"command", "environment", "tables": [{"title", "columns", "rows", "notes"}]}``.
+    The file contains ``{"command", "environment", "tables": [{"title", "columns", "rows", "notes"}]}``.
     """
     try:
         for table in tables:
             show(table, _stream(json_file))
-    finally:  # what was worked for is not lost to a terminal that is gone
+    finally:  # results are not lost if the terminal is gone
         if json_file is not None:
             content = {
                 "command": command,
@@ -106,12 +106,12 @@ def _stream(json_file: Path | None) -> TextIO:
 
 
 def _open(stream: TextIO | None) -> TextIO:
-    """One that is closed is None, for which print would take standard output."""
+    """Replaces a closed stream (None), for which print would use standard output."""
     return io.StringIO() if stream is None else stream
 
 
 def show(table: Table, stream: TextIO | None = None) -> None:
-    """Print one table, by rich if it is installed, to standard output if no stream is given."""
+    """Print one table, with rich if it is installed, to standard output if no stream is given."""
     stream = _open(sys.stdout) if stream is None else stream
     try:
         from rich.console import Console
@@ -133,12 +133,12 @@ def show(table: Table, stream: TextIO | None = None) -> None:
         console.print(shown)
         for note in table.notes:
             console.print(note)
-    except SystemExit:  # rich's way out where the reader has gone, with the status of a check that failed
+    except SystemExit:  # rich exits if the reader has gone, with the status of a failed check
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
 
 
 def _widths(table: Table, room: int) -> list[int] | None:
-    """Return the widths of columns between lines in which no word is broken, or None: rich would cut words off."""
+    """Return column widths at which no word is broken, or None if there are none: rich would truncate words."""
     columns = list(zip(table.columns.values(), *table.cells(), strict=True))
     widths = [min(_LONG_WORD, max(len(word) for cell in column for word in cell.split() or [""])) for column in columns]
     spare = room - 1 - sum(width + 3 for width in widths)
@@ -153,7 +153,7 @@ def _widths(table: Table, room: int) -> list[int] | None:
 
 
 def records(table: Table) -> str:
-    """Return the table as text for a narrow terminal: one row after the other, a line a cell."""
+    """Return the table as text for a narrow terminal: row by row, one line per cell."""
     width = max(map(len, table.columns.values()))
     lines = ["", table.title]
     for row in table.cells():
@@ -177,7 +177,7 @@ def plain(table: Table) -> str:
 
 
 def display(value: Any) -> str:
-    """Return a value as a cell: at least three digits of a float, yes or no, a dash for nothing."""
+    """Return a value as a cell: at least three digits of a float, yes or no, a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -196,7 +196,7 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show progress on stderr while the ``with`` runs: call what it yields with a word on the step that begins."""
+    """Show progress on stderr during the ``with``: call the yielded function with a description of each step."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -236,9 +236,9 @@ def _json_file(name: str) -> Path:
 
 
 def file_to_write(name: str) -> Path:
-    """A file that can be written, refused at once rather than after the work.
+    """A writable file, rejected at once if it is not, not after the work.
 
-    An option's default is to be a string: argparse then hands it here too.
+    An option's default must be a string: argparse then passes it here too.
     """
     path = Path(name)
     if not name:
@@ -250,23 +250,23 @@ def file_to_write(name: str) -> Path:
     except FileNotFoundError:
         check_folder(path.parent)
         return path
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
+    except OSError as error:  # the name is too long, or the folder is not accessible
         raise argparse.ArgumentTypeError(f"{name}: {error.strerror}") from None
     if stat.S_ISDIR(there):
         raise argparse.ArgumentTypeError(f"{name} is a folder; a file name is needed")
-    if not os.access(path, os.W_OK):  # what is there is written over, wherever it lies: /dev/stdout and the like
+    if not os.access(path, os.W_OK):  # an existing file is overwritten, wherever it is: /dev/stdout and the like
         raise argparse.ArgumentTypeError(f"{name} is there and cannot be written")
     return path
 
 
 def folder_to_write(name: str) -> Path:
-    """A folder that files can be written to, or made in; refused at once rather than after the work."""
+    """A folder where files can be written, or that can be created; rejected at once if not, not after the work."""
     if not name:
         raise argparse.ArgumentTypeError("the name is empty; a folder is needed")
     folder = Path(name)
     try:
         nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
+    except OSError as error:  # the name is too long, or the folder is not accessible
         raise argparse.ArgumentTypeError(f"{name}: {error.strerror}") from None
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{name}: {nearest} is a file; a folder is needed")
@@ -275,7 +275,7 @@ def folder_to_write(name: str) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Files can be made there.
+    """Check that files can be created there.
 
     Raises:
         argparse.ArgumentTypeError: they cannot.

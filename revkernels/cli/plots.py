@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = ["budgets", "demo", "exact", "trade_off"]
 
-# Thick below thin: curves that coincide stay visible, all three.
+# Thick lines below thin ones: three coinciding curves all stay visible.
 _LINES: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "linewidth": 4.5, "marker": "o", "markersize": 7},
     {"color": "#0072B2", "linewidth": 2.5, "linestyle": "--", "marker": "s", "markersize": 5},
     {"color": "#000000", "linewidth": 1.2, "linestyle": ":", "marker": "^", "markersize": 4},
 )
 
-#: Of drift by depth: float in two precisions, then exact, which coincide.
+#: For drift by depth: float in two precisions, then exact, which coincide.
 _DRIFTS: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "linewidth": 2, "marker": "o", "markersize": 6},
     {"color": "#D55E00", "linewidth": 2, "linestyle": "--", "marker": "s", "markersize": 5},
@@ -42,7 +42,7 @@ _DRIFTS: tuple[dict[str, Any], ...] = (
 )
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#7A7A7A"
-#: By a contender's kind: of this package's, those with its kernels stand out.
+#: By a contender's kind; this package's kernels stand out.
 _POINTS: dict[str, dict[str, Any]] = {
     "fused": {"color": _BLUE, "marker": "o", "s": 130},
     "ours": {"color": _BLUE, "marker": "o", "s": 80, "facecolors": "white", "linewidths": 1.8},
@@ -61,10 +61,10 @@ _WIDE = 4.0  # from the least to the most memory: from there on the axis is loga
 
 
 def trade_off(cases: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], where: str) -> Figure:
-    """Draw a panel a case, a point a contender: time relative to the baseline against peak memory.
+    """Draw one panel per case and one point per contender: time relative to the baseline against peak memory.
 
     Args:
-        cases: titles, and the rows of `bench.network.run`; a row with an error is named below its panel.
+        cases: titles, and the rows of `bench.network.run`; a row with an error is listed below its panel.
         where: device, threads and versions.
     """
     figure = Figure(figsize=(8.6, 5.0 * len(cases)), dpi=110, layout="constrained")
@@ -72,7 +72,7 @@ def trade_off(cases: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], where: s
     panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
     for axes, (title, rows) in zip(panels, cases, strict=True):
         _trade_off(axes, title, rows, where)
-    canvas.draw()  # the layout, which the places of the labels depend on
+    canvas.draw()  # fixes the layout, which determines where labels fit
     figure.set_layout_engine("none")
     for axes, (_, rows) in zip(panels, cases, strict=True):
         _label_points(axes, rows, canvas.get_renderer())
@@ -120,13 +120,13 @@ def _mib(row: Mapping[str, Any]) -> float:
 
 
 def _label_points(axes: Axes, rows: Sequence[Mapping[str, Any]], renderer: Any) -> None:
-    """Put each point's name where it covers no point and no other name, as near to the point as there is room."""
+    """Put each point's name as near to it as possible without covering a point or another name."""
     measured = [row for row in rows if row["error"] is None]
     points = [axes.transData.transform((_mib(row), row["ratio"])) for row in measured]
     taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in points]
     taken += [text.get_window_extent(renderer) for text in axes.texts]
     inside = axes.get_window_extent(renderer)
-    for row in sorted(measured, key=lambda row: _kind(row) != "fused"):  # the names that matter have the first choice
+    for row in sorted(measured, key=lambda row: _kind(row) != "fused"):  # important names choose first
         kind = _kind(row)
         style = {"fontsize": 11, "fontweight": "bold"} if kind == "fused" else {"fontsize": 10}
         note = axes.annotate(
@@ -143,7 +143,7 @@ def _label_points(axes: Axes, rows: Sequence[Mapping[str, Any]], renderer: Any) 
 
 
 def _place(note: Annotation, taken: Sequence[Bbox], inside: Bbox, renderer: Any) -> Bbox:
-    """Move a name to the first free place around its point, or the least bad one; return the room it takes."""
+    """Move a name to the first free position around its point, or the least bad one; return the space it takes."""
     places = [(far, across, up) for far in (9, 14, 22, 32, 44, 58, 74, 92) for across, up in _DIRECTIONS]
 
     def put(far: int, across: int, up: int) -> Bbox:
@@ -151,10 +151,10 @@ def _place(note: Annotation, taken: Sequence[Bbox], inside: Bbox, renderer: Any)
         note.set_horizontalalignment(("center", "left", "right")[across])
         note.set_verticalalignment(("center", "bottom", "top")[up])
         if note.arrow_patch is not None:
-            # A line to the point only where the name is far enough to be taken for another's.
+            # A line to the point only if the name could be taken for another point's.
             note.arrow_patch.set_visible(far > 14)
         note.update_positions(renderer)
-        return Text.get_window_extent(note, renderer).padded(2)  # an annotation's own has the line in it
+        return Text.get_window_extent(note, renderer).padded(2)  # an annotation's own extent includes the line
 
     def covered(box: Bbox) -> int:
         outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
@@ -185,7 +185,7 @@ def budgets(title: str, rows: Sequence[Mapping[str, Any]], where: str) -> Figure
     points = [
         {
             "variant": row["variant"].removeprefix("budget "),
-            "kind": "torch" if row["share"] is None else "ours",  # the colour of its name
+            "kind": "torch" if row["share"] is None else "ours",  # determines the name's colour
             "peak_bytes": row["peak_bytes"],
             "ratio": row["ratio_to"][of],
             "error": None,
@@ -233,7 +233,7 @@ def budgets(title: str, rows: Sequence[Mapping[str, Any]], where: str) -> Figure
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False, fontsize=9.5)
-    canvas.draw()  # the layout, which the places of the labels depend on
+    canvas.draw()  # fixes the layout, which determines where labels fit
     figure.set_layout_engine("none")
     _label_points(axes, points, canvas.get_renderer())
     return figure
@@ -284,12 +284,12 @@ def _training(axes: Axes, curves: Mapping[str, Sequence[Epoch]]) -> None:
 
 
 def exact(path: Path, rows: Sequence[DriftRow], trained: Mapping[str, Sequence[Trained]]) -> None:
-    """Write two panels to ``path``: the drift of rebuilt streams by depth, and training losses.
+    """Write two panels to ``path``: the drift of reconstructed streams by depth, and training losses.
 
     Args:
         path: of the PNG.
         rows: of `revkernels.diagnostics.drift`, for one chain.
-        trained: name of a coupling to its trainings, a seed each.
+        trained: name of a coupling to its trainings, one per seed.
     """
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     errors, losses = figure.subplots(1, 2)

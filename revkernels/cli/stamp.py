@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment stamp that every result carries: what ran, on what, when."""
+"""The environment stamp of every result: what ran, on what, when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["cpu_model", "device_model", "environment"]
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Return what is needed to read a result later.
+    """Return what is needed to interpret a result later.
 
     Keys: ``revkernels`` (version), ``commit`` (None outside a checkout; ends in "+changes" if tracked files differ),
     ``device`` (model of ``device``), ``cpu`` (model), ``threads``, ``system``, ``python``, ``numpy``, ``torch``,
@@ -49,7 +49,7 @@ def device_model(device: str) -> str:
 
 
 def cpu_model() -> str:
-    """Return the processor's name as the system gives it."""
+    """Return the processor's name as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
@@ -61,9 +61,9 @@ def cpu_model() -> str:
 
 
 def threads() -> int:
-    """Return how many threads the CPU kernels use: torch's number where torch is loaded, else what they were told.
+    """Return how many threads the CPU kernels use: torch's number if torch is loaded, else the number set.
 
-    Told by `revkernels.set_num_threads`, by ``OMP_NUM_THREADS``, or else by the cores allowed.
+    Set by `revkernels.set_num_threads`, by ``OMP_NUM_THREADS``, or else by the cores allowed.
     """
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -71,7 +71,7 @@ def threads() -> int:
     told = get_num_threads() if native.missing() is None else None
     if told is not None:
         return told
-    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # further numbers are of nested regions
+    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # further numbers are for nested regions
     if variable.isdigit() and int(variable) > 0:
         return int(variable)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -88,7 +88,7 @@ def version_of(distribution: str) -> str | None:
 def commit() -> str | None:
     """Return the commit this package runs from, or None if it does not run from a checkout."""
     here = Path(__file__)
-    # Only if this very file is tracked: an installed copy below somebody else's checkout is not that checkout.
+    # Only if this very file is tracked: an installed copy inside another checkout is not part of it.
     if _git(here, "ls-files", "--error-unmatch", here.name) is None:
         return None
     revision = _git(here, "rev-parse", "--short=12", "HEAD")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small training loop: SGD with momentum on random shifts of the images, learning rate on a cosine."""
+"""A small training loop: SGD with momentum on randomly shifted images, with a cosine learning rate."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["BATCH", "Epoch", "accuracy", "train"]
 
 BATCH = 100
 PEAK_RATE = 0.1
-WARM_UP = 0.15  # share of the steps in which the rate rises: the first ones meet untrained norms
+WARM_UP = 0.15  # share of the steps in which the rate rises: the first ones have untrained norms
 MOMENTUM = 0.9
 WEIGHT_DECAY = 2e-4
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """After one pass over the training images: their mean loss, and the share of test images that is right."""
+    """The result of one pass over the training images: their mean loss, and the share of test images that is right."""
 
     loss: float
     test_accuracy: float
@@ -36,7 +36,7 @@ def train(
 ) -> list[Epoch]:
     """Train ``model`` in place.
 
-    Everything random (order, shifts) comes from ``seed`` alone, so that two models of equal start see equal batches.
+    All randomness (order, shifts) comes from ``seed`` alone, so models with equal initial weights see equal batches.
     """
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.SGD(param_groups(model, WEIGHT_DECAY), lr=PEAK_RATE, momentum=MOMENTUM)
@@ -62,27 +62,27 @@ def train(
 
 
 def rate(progress: float) -> float:
-    """Learning rate as a share of its peak, at a progress of 0..1: up in a line, down on half a cosine."""
+    """Learning rate as a share of its peak, at a progress of 0..1: linear up, half a cosine down."""
     if progress < WARM_UP:
         return progress / WARM_UP
     return 0.5 + 0.5 * math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image moved by -1, 0 or 1 pixel in each direction, zero behind the edge (the paper's random crop)."""
+    """Every image shifted by -1, 0 or 1 pixel in each direction, zeros beyond the edge (the paper's random crop)."""
     count, _, rows, columns = images.shape
     padded = functional.pad(images, (1, 1, 1, 1))
     down, right = torch.randint(0, 3, (2, count, 1, 1), generator=generator)
     row = down + torch.arange(rows).view(1, rows, 1)
     column = right + torch.arange(columns).view(1, 1, columns)
     picture = torch.arange(count).view(count, 1, 1)
-    # Indices around the channel slice put it last; the images come back channel first.
+    # Advanced indices around the channel slice put it last; the result is transposed to channels first.
     return padded[picture, :, row, column].permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, classes: Tensor) -> float:
-    """Share of the images whose class ``model`` gets right, in eval mode."""
+    """The share of images that ``model`` classifies correctly, in eval mode."""
     model.eval()
     right = sum(
         (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(BATCH), classes.split(BATCH), strict=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other reversible libraries, each in a file of its own that makes a chain of given branches run on it.
+"""Other reversible libraries, each with an adapter that makes a chain of given branches run on it.
 
 An adapter defines ``chain(pairs) -> nn.Module`` from [(F, G), ...], a module that maps (x1, x2) to (y1, y2), and
-``NOTE``, what its library does otherwise than the rest. It imports its library inside ``chain``: one that is not
-installed is a row that says so.
+``NOTE``, what its library does differently. It imports its library inside ``chain``: a library that is not installed
+becomes a row that says so.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Peer:
             return None
 
     def note(self) -> str:
-        """Return what the library does otherwise."""
+        """Return what the library does differently."""
         return str(self._module().NOTE)
 
     def chain(self, pairs: Pairs) -> nn.Module:
-        """Return the branches' chain as the library runs it; whatever its import raises, passes."""
+        """Return the branches' chain as the library runs it; errors of its import propagate."""
         made: nn.Module = self._module().chain(pairs)
         return made
 
@@ -63,7 +63,7 @@ PEERS = (
 
 
 class Joined(nn.Module):
-    """A chain that takes one tensor, for a pair of streams: they are joined before it and cut apart behind it."""
+    """A chain of one tensor, wrapped for a pair of streams: they are joined before it and split after it."""
 
     def __init__(self, inner: nn.Module, dim: int = 1) -> None:
         super().__init__()

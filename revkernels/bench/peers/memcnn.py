@@ -9,12 +9,12 @@ from revkernels.bench.peers import Joined, Pairs
 
 __all__ = ["NOTE", "chain"]
 
-# With weights in NCHW order too it is as fast as with channels-last ones, so the branches stay as everybody's are.
+# With weights in NCHW order it is only as fast as with channels-last ones, so the branches are unchanged.
 NOTE = "memcnn runs F and G twice more in the backward, and makes its streams NCHW itself"
 
 
 def chain(pairs: Pairs) -> nn.Module:
-    """Return one wrapper a block, in sequence."""
+    """Return one wrapper per block, in sequence."""
     import memcnn
 
     blocks = (memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(F, G)) for F, G in pairs)

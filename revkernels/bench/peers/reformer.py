@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""reformer-pytorch: its `ReversibleSequence`, which the many reversible transformers copied.
+"""reformer-pytorch: its `ReversibleSequence`, which many reversible transformers copied.
 
-It cuts along dimension 2 and nothing else, so the streams are joined there: rows for images, and channels for tokens.
+It splits along dimension 2 only, so the streams are joined there: rows for images, and channels for tokens.
 """
 
 from __future__ import annotations

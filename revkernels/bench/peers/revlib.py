@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RevLib: its `ReversibleSequential` over all half-steps, in the memory mode that rebuilds (its default)."""
+"""RevLib: its `ReversibleSequential` over all half-steps, in the memory mode that reconstructs (its default)."""
 
 from __future__ import annotations
 
