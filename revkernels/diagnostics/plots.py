@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 if TYPE_CHECKING:
-    from revkernels.diagnostics.drift import DriftRow
+    from revkernels.diagnostics.by_depth import DriftRow
     from revkernels.diagnostics.monitor import AngleRecord, DriftRecord
 
 __all__ = ["by_depth", "by_step", "plot_training"]
