@@ -235,8 +235,8 @@ NORM_FAULTS = [
     Fault(
         "norm: sums not yet read",
         "norm_act_team_walk.cuh",
-        "  __syncthreads();  // the last",
-        "  // the last",
+        "  __syncthreads();  // all threads have read the last sum",
+        "  // all threads have read the last sum",
         *BACKWARD,
     ),
     Fault(
