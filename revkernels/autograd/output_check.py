@@ -9,6 +9,8 @@ reconstructed stream differs by rounding. Exact couplings need none: their check
 
 from __future__ import annotations
 
+import functools
+import math
 import types
 import weakref
 from typing import Any
@@ -28,6 +30,7 @@ _ELEMENTS = 256
 #: How far apart they may be, of the larger norm: rounding may turn a decision that a branch takes.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.1}
 _HALF = 0.25
+_READ = frozenset((*_TOLERANCE, torch.float16, torch.bfloat16))  # torch reads no element of some that are smaller
 _NOISE = 1e-4  # of the stream that it is added to: a branch may return next to nothing
 
 _compared: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -41,22 +44,32 @@ class OutputSample:
     def __init__(self, key: Any, outputs: list[torch.Tensor], stream: torch.Tensor | None) -> None:
         self._key = key
         self._values = [(output.stride(), _elements(output)) for output in outputs]
-        self._stream = 0.0 if stream is None else float(norm(_elements(stream)))
+        self._stream: float | None = None
+        if stream is not None:
+            size = _norm(_elements(stream))
+            self._stream = size if math.isfinite(size) else 0.0
 
-    def difference(self, result: Any) -> str | None:
-        """Say how far what the recompute returned is from it; None if it is near, or nobody can tell."""
-        outputs = _readable(result)
+    def difference(self, result: Any, given: Any) -> str | None:
+        """Say how far what the recompute returned for what it was given is from it; None if it is near, or nobody can
+        tell."""
+        outputs = _readable(result, self._stream is not None)
         if [output.stride() for output in outputs] != [stride for stride, _ in self._values]:
             return None  # laid out otherwise, as by torch.compile, or captured: other elements, or none
         for (_, then), output in zip(self._values, outputs, strict=True):
             now = _elements(output)
             if now.shape != then.shape:
                 return "the recompute returned a tensor of another shape than the forward"
-            size, apart = norm(then), norm(now - then)
-            if np.isfinite(size) and not apart <= _TOLERANCE.get(output.dtype, _HALF) * size + _NOISE * self._stream:
+            size = _norm(then)
+            if not math.isfinite(size):
+                continue
+            with np.errstate(all="ignore"):
+                apart = _norm(now - then)
+            noise = _NOISE * (self._stream or 0.0)
+            # Once a later branch, or one sample, has overflowed, streams come back without values, and so do gradients.
+            if not apart <= _TOLERANCE.get(output.dtype, _HALF) * size + noise and _is_finite(given):
                 return (
                     f"the recompute returned other values than the forward (they differ by "
-                    f"{100 * apart / max(size, norm(now)):.0f} % in {len(now)} elements that were compared)"
+                    f"{100 * apart / max(size, _norm(now)):.0f} % in {len(now)} elements that were compared)"
                 )
         _compared[self._key] = _compared.get(self._key, 0) + 1
         return None
@@ -70,7 +83,7 @@ def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> O
     key = _key_of(branch)
     if key is None or _compared.get(key, 0) >= TIMES:
         return None
-    outputs = _readable(result)
+    outputs = _readable(result, stream is not None)
     if not outputs or (stream is not None and not (has_memory(stream) and stream.dtype in _TOLERANCE)):
         return None
     return OutputSample(key, outputs, stream)
@@ -78,24 +91,46 @@ def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> O
 
 def _key_of(branch: Any) -> Any:
     """What stands for a branch in the count: of functions, which may be made anew for every call, their code."""
+    while isinstance(branch, functools.partial):
+        branch = branch.func
+    if isinstance(branch, types.MethodType):
+        branch = branch.__self__ if isinstance(branch.__self__, nn.Module) else branch.__func__
     if isinstance(branch, nn.Module):
         return branch
-    if isinstance(branch, types.MethodType):
-        return branch.__self__ if isinstance(branch.__self__, nn.Module) else getattr(branch.__func__, "__code__", None)
-    return getattr(branch, "__code__", type(branch))
+    code = getattr(branch, "__code__", None)  # an object may answer to any name
+    return code if type(code) is types.CodeType else type(branch)
 
 
-def _readable(result: Any) -> list[torch.Tensor]:
-    """Those of its tensors that have floating-point values, and are not just captured."""
-    found = (tensor for _, tensor in tensors_in(result) if has_memory(tensor) and tensor.is_floating_point())
-    return [t for t in found if not t.is_meta and not (t.is_cuda and torch.cuda.is_current_stream_capturing())]
+def _readable(result: Any, added: bool) -> list[torch.Tensor]:
+    """Those of its tensors that can be compared: what is ``added`` to a stream, and what else a gradient goes through.
+    They have floating-point values, and are not just captured."""
+    f = result[0] if added and type(result) is tuple and result else result
+    found = [tensor for _, tensor in tensors_in(result) if tensor is f or tensor.requires_grad]
+    found = [t for t in found if has_memory(t) and t.dtype in _READ and not t.is_nested and not t.is_meta]
+    return [t for t in found if not (t.is_cuda and torch.cuda.is_current_stream_capturing())]
 
 
 def _elements(tensor: torch.Tensor) -> Any:
     """As an array outside of torch's memory, which is counted. A device is waited for."""
-    with torch.no_grad(), _disable_current_modes():
+    # A mode of the caller's, for all functions of torch, is to see what the branch does.
+    with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
         tensor = tensor.detach()
         size = tensor.numel()
-        # In the order of the memory, without a copy; an odd step, so as not to meet the same channel every time.
-        flat = tensor.as_strided((size,), (1,)) if in_usual_order(tensor) else tensor.reshape(-1)
-        return np.array(flat[:: size // _ELEMENTS | 1].tolist(), np.float64)
+        # In the order of the memory; an odd step, so as not to meet the same channel every time.
+        places = range(0, size, size // _ELEMENTS | 1)
+        if in_usual_order(tensor):
+            values = tensor.as_strided((size,), (1,))[:: places.step]
+        else:  # a copy of it would be as large as a stream
+            values = tensor[tuple(map(torch.from_numpy, np.unravel_index(places, tensor.shape)))]
+        return np.array(values.tolist(), np.float64)
+
+
+def _norm(values: Any) -> float:
+    """Not numpy's, which warns of what overflows."""
+    with np.errstate(all="ignore"):
+        return float(norm(values))
+
+
+def _is_finite(given: Any) -> bool:
+    with torch.no_grad(), _disable_current_modes():
+        return all(bool(t.isfinite().all()) for _, t in tensors_in(given) if has_memory(t) and not t.is_meta)

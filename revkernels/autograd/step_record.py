@@ -17,6 +17,7 @@ from revkernels.autograd.output_check import OutputSample, sample_of
 from revkernels.autograd.planning.kept_ops import KeptOp
 from revkernels.autograd.planning.offload import OffloadedTensor, OffloadGroup
 from revkernels.autograd.planning.rematerialize import Outputs
+from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.autograd.state.rewinding import NONE
 from revkernels.autograd.state.rng_and_autocast import Drawn, tensors_in
 from revkernels.autograd.state.snapshot import Snapshot
@@ -90,8 +91,10 @@ class RecordedStep:
         self.nodes = self._nodes_behind(result, given, since)
 
     def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
-        """Note what the branch returned, if it has code of its own; and the stream that this is added to."""
-        if self.snapshot.own is not None:
+        """Note what the branch returned, if it has code of its own; and the stream that this is added to. Inside
+        another branch, which is compared as a whole, streams are rebuilt from what that one's recompute computed: of
+        them nobody here knows how far they have drifted."""
+        if self.snapshot.own is not None and not is_within_a_branch():
             self.sample = sample_of(self.half_step.branch, result, stream)
 
     def difference(self, frame: Frame, result: Any, given: Any, since: int) -> str | None:
@@ -99,7 +102,7 @@ class RecordedStep:
         problem = None
         if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given, since)):
             if self.sample is not None:
-                problem = self.sample.difference(result)
+                problem = self.sample.difference(result, given)
             if problem is None:
                 return None
             return (
