@@ -69,7 +69,6 @@ class OwnState:
         "items",
         "loose",
         "modules",
-        "replaced",
         "tables",
     )
 
@@ -87,10 +86,9 @@ class OwnState:
         self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
         #: What was None, a number or not there, and is a tensor since: where it hangs, its name, and what it was.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
-        #: Items of lists and dictionaries that it leaves as they are, likewise.
-        self.items: list[tuple[Any, Any, Any]] = []
-        #: Items of lists and dictionaries that the forward has replaced: where each was, and what.
-        self.replaced: list[tuple[Any, Any, Any]] = []
+        #: Items of lists and dictionaries before the forward, in their order: where each was, what, and whether the
+        #: forward has replaced it or taken it out.
+        self.items: list[tuple[Any, Any, Any, bool]] = []
         #: Those lists and dictionaries, while it runs, and what is in them before.
         self.containers: list[tuple[Any, Any]] = []
         #: What hangs where before the forward.
@@ -158,7 +156,7 @@ class OwnState:
             for name in own_names(now):
                 was, value = before.get(name, MISSING), now[name]
                 if was is value and type(value) in (list, dict):
-                    stays.add((id(table), name))  # what is put back into it is `replaced`
+                    stays.add((id(table), name))  # what is put back into it is among the `items`
                 if was is value or not may_be_state(value):
                     continue
                 blank, state = type(was) in _BLANK, is_state(value)
@@ -176,18 +174,19 @@ class OwnState:
             for key, was in before.items() if type(before) is dict else enumerate(before):
                 value = item_of(container, key)
                 if value is was:
-                    if type(was) in PLAIN and not was.requires_grad:
-                        self.items.append((container, key, was))
-                elif may_be_state(value) and (type(was) in _BLANK or may_be_state(was)):
-                    self.replaced.append((container, key, without_graph(was)))
+                    if is_state(was) or (type(was) in PLAIN and was.is_leaf):  # else a graph would be held
+                        self.items.append((container, key, was, False))
+                elif may_be_state(was) and (value is MISSING or may_be_state(value)):
+                    self.items.append((container, key, without_graph(was), True))
+                elif type(was) in _BLANK and may_be_state(value):
+                    self.items.append((container, key, was, True))
         # Who asks may keep something for the second run; and what is added up in place is no state to come back to.
         graphs = (one for one in self.graphs if (id(one[0]), one[1]) not in stays)
         unwritten = (one for one in graphs if one[3] is None or version_behind(one[3]) in (None, one[4]))
         self.graphs = [] if asked else list(unwritten)
         self.loose = self.tables = self.containers = self.gaps = NONE
         self.holders, self.hung = self.holders or NONE, self.hung or NONE
-        self.blank, self.replaced, self.graphs = self.blank or NONE, self.replaced or NONE, self.graphs or NONE
-        self.items = self.items or NONE
+        self.blank, self.items, self.graphs = self.blank or NONE, self.items or NONE, self.graphs or NONE
         return changed
 
     def restore(self, undo: Undo) -> None:
@@ -201,10 +200,11 @@ class OwnState:
             if ref is None or ref() is not now:
                 undo.append((table, name, now))
                 table[name] = value
-        elsewhere = (one for one in self.items if item_of(*one[:2]) is not one[2])
-        for place, name, was in [*self.blank, *self.replaced, *elsewhere]:
-            undo.append((place, name, item_of(place, name)))
-            hang(place, name, was)
+        for place, name, was, written in (*((*one, True) for one in self.blank), *self.items):
+            now = item_of(place, name)
+            if written or now is not was:
+                undo.append((place, name, now))
+                hang(place, name, was)
 
     def _tell(self, module: nn.Module, name: str) -> None:
         """It may want the forward's own value in the second run, or the one that the forward found: once a module."""

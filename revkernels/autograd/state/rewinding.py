@@ -48,10 +48,10 @@ def item_of(slots: Any, name: Any) -> Any:
 
 
 def hang(slots: Any, name: Any, tensor: Any) -> None:
-    """Set or remove an item. A list keeps its length. For a module, ``tensor`` is the new class."""
+    """Set or remove an item; a list gets no gap before it. For a module, ``tensor`` is the new class."""
     if type(slots) is list:
-        if name < len(slots) and tensor is not MISSING:
-            slots[name] = tensor
+        if name <= len(slots):
+            slots[name : name + 1] = () if tensor is MISSING else (tensor,)
     elif isinstance(slots, nn.Module):
         slots.__class__ = tensor
     elif tensor is MISSING:
