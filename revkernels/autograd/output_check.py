@@ -26,6 +26,7 @@ from revkernels.autograd.ownership import has_memory
 from revkernels.autograd.state.rng_and_autocast import tensors_in
 
 TIMES = 3  # recomputes of a branch that are compared
+_LITTLE = 0.1  # of one: a comparison of next to nothing, such as of a zero-initialized layer, which tells nothing
 _ELEMENTS = 256
 #: How far apart they may be, of the larger norm: rounding may turn a decision that a branch takes.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.1}
@@ -33,7 +34,7 @@ _HALF = 0.25
 _READ = frozenset((*_TOLERANCE, torch.float16, torch.bfloat16))  # torch reads no element of some that are smaller
 _NOISE = 1e-4  # of the stream that it is added to: a branch may return next to nothing
 
-_compared: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_compared: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
 
 class OutputSample:
@@ -55,6 +56,7 @@ class OutputSample:
         outputs = _readable(result, self._stream is not None)
         if [output.stride() for output in outputs] != [stride for stride, _ in self._values]:
             return None  # laid out otherwise, as by torch.compile, or captured: other elements, or none
+        tells = False
         for (_, then), output in zip(self._values, outputs, strict=True):
             now = _elements(output)
             if now.shape != then.shape:
@@ -64,14 +66,15 @@ class OutputSample:
                 continue
             with np.errstate(all="ignore"):
                 apart = _norm(now - then)
-            noise = _NOISE * (self._stream or 0.0)
+            rounding, noise = _TOLERANCE.get(output.dtype, _HALF) * size, _NOISE * (self._stream or 0.0)
+            tells = tells or rounding > noise
             # Once a later branch, or one sample, has overflowed, streams come back without values, and so do gradients.
-            if not apart <= _TOLERANCE.get(output.dtype, _HALF) * size + noise and _is_finite(given):
+            if not apart <= rounding + noise and _is_finite(given):
                 return (
                     f"the recompute returned other values than the forward (they differ by "
                     f"{100 * apart / max(size, _norm(now)):.0f} % in {len(now)} elements that were compared)"
                 )
-        _compared[self._key] = _compared.get(self._key, 0) + 1
+        _compared[self._key] = _compared.get(self._key, 0) + (1 if tells else _LITTLE)
         return None
 
 

@@ -409,3 +409,30 @@ def test_a_mode_for_all_functions_does_not_see_it():
 
     with Sees():
         step(chain(lambda: Returns(torch.tanh)))
+
+
+def test_where_nothing_is_returned_it_is_compared_for_longer():
+    """Row 34: a last layer that begins at zero, and a learning rate that is warmed up. Not for ever."""
+
+    class FromZero(Counts):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros((), dtype=WIDE))
+
+        def forward(self, x):
+            self.calls += 1
+            return torch.sin(self.layer(x) * self.calls) * self.scale
+
+    net = chain(FromZero)
+    for _ in range(5):
+        step(net)
+    with torch.no_grad():
+        for block in net:
+            block.F.scale += 1
+    with pytest.raises(ReconstructionError, match="returned other values"):
+        step(net)
+
+    net = chain(FromZero)
+    for _ in range(40):
+        step(net)
+    assert all(output_check.sample_of(block.F, torch.ones(2, 4)) is None for block in net)
