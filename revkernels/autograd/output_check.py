@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.ownership import has_memory
-from revkernels.autograd.state.rng_and_autocast import tensors_in
+from revkernels.autograd.state.rng_and_autocast import autocast_dtype, tensors_in
 
 TIMES = 3  # recomputes of a branch that are compared
 _LITTLE = 0.1  # of one: a comparison of next to nothing, such as of a zero-initialized layer, which tells nothing
@@ -44,7 +44,7 @@ class OutputSample:
 
     def __init__(self, key: Any, outputs: list[torch.Tensor], stream: torch.Tensor | None) -> None:
         self._key = key
-        self._values = [(output.stride(), _elements(output)) for output in outputs]
+        self._values = [(output.stride(), _tolerance(output), _elements(output)) for output in outputs]
         self._stream: float | None = None
         if stream is not None:
             size = _norm(_elements(stream))
@@ -54,10 +54,10 @@ class OutputSample:
         """Say how far what the recompute returned for what it was given is from it; None if it is near, or nobody can
         tell."""
         outputs = _readable(result, self._stream is not None)
-        if [output.stride() for output in outputs] != [stride for stride, _ in self._values]:
+        if [output.stride() for output in outputs] != [stride for stride, *_ in self._values]:
             return None  # laid out otherwise, as by torch.compile, or captured: other elements, or none
         tells = False
-        for (_, then), output in zip(self._values, outputs, strict=True):
+        for (_, tolerance, then), output in zip(self._values, outputs, strict=True):
             now = _elements(output)
             if now.shape != then.shape:
                 return "the recompute returned a tensor of another shape than the forward"
@@ -66,7 +66,7 @@ class OutputSample:
                 continue
             with np.errstate(all="ignore"):
                 apart = _norm(now - then)
-            rounding, noise = _TOLERANCE.get(output.dtype, _HALF) * size, _NOISE * (self._stream or 0.0)
+            rounding, noise = tolerance * size, _NOISE * (self._stream or 0.0)
             tells = tells or rounding > noise
             # Once a later branch, or one sample, has overflowed, streams come back without values, and so do gradients.
             if not apart <= rounding + noise and _is_finite(given):
@@ -111,6 +111,12 @@ def _readable(result: Any, added: bool) -> list[torch.Tensor]:
     found = [tensor for _, tensor in tensors_in(result) if tensor is f or tensor.requires_grad]
     found = [t for t in found if has_memory(t) and t.dtype in _READ and not t.is_nested and not t.is_meta]
     return [t for t in found if not (t.is_cuda and torch.cuda.is_current_stream_capturing())]
+
+
+def _tolerance(output: torch.Tensor) -> float:
+    """Of the forward, for its dtype; under autocast what is float32 has come through half precision."""
+    tolerance = _TOLERANCE.get(output.dtype, _HALF)
+    return tolerance if autocast_dtype(output.device.type) is None else max(tolerance, _HALF)
 
 
 def _elements(tensor: torch.Tensor) -> Any:

@@ -436,3 +436,28 @@ def test_where_nothing_is_returned_it_is_compared_for_longer():
     for _ in range(40):
         step(net)
     assert all(output_check.sample_of(block.F, torch.ones(2, 4)) is None for block in net)
+
+
+@pytest.mark.parametrize("by", [1.2, 1.5])
+def test_autocast(by):
+    """What it leaves in float32 has come through half precision, in which rounding goes further."""
+
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.sin(self.layer(x)).float() * (by if is_recomputing() else 1)
+
+    torch.manual_seed(0)
+    net = ReversibleSequential(ReversibleBlock(Norms(), torch.tanh))
+    with pytest.raises(ReconstructionError, match="returned other values"):
+        step(net, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(torch.randn(3, 8, requires_grad=True)).square().sum()
+    if by == 1.2:
+        y.backward()
+    else:
+        with pytest.raises(ReconstructionError, match="returned other values"):
+            y.backward()
