@@ -93,15 +93,20 @@ def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> O
 
 
 def _key_of(branch: Any) -> Any:
-    """What stands for a branch in the count: of functions, which may be made anew for every call, their code."""
-    while isinstance(branch, functools.partial):
-        branch = branch.func
-    if isinstance(branch, types.MethodType):
-        branch = branch.__self__ if isinstance(branch.__self__, nn.Module) else branch.__func__
-    if isinstance(branch, nn.Module):
-        return branch
-    code = getattr(branch, "__code__", None)  # an object may answer to any name
-    return code if type(code) is types.CodeType else type(branch)
+    """What stands for a branch in the count: of functions, which may be made anew for every call, their code; not that
+    of a decorator, such as torch.compile, which others have too."""
+    while not isinstance(branch, nn.Module):
+        if isinstance(branch, functools.partial):
+            branch = branch.func
+        elif isinstance(branch, types.MethodType):
+            branch = branch.__self__ if isinstance(branch.__self__, nn.Module) else branch.__func__
+        elif isinstance(branch, types.FunctionType):
+            if "__wrapped__" not in branch.__dict__:
+                return branch.__code__
+            branch = branch.__dict__["__wrapped__"]
+        else:
+            return type(branch)
+    return branch
 
 
 def _readable(result: Any, added: bool) -> list[torch.Tensor]:

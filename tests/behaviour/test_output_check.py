@@ -385,18 +385,27 @@ def test_callables_that_answer_to_any_name():
     step(ReversibleSequential(ReversibleBlock(Answers(), Answers())))
 
 
-def test_partials_are_counted_by_their_functions():
-    """Row 34: not all of them together."""
+def _decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
 
-    def scaled(x, by):
+    return wrapper
+
+
+@pytest.mark.parametrize("wrap", [lambda function: functools.partial(function, by=2), _decorated])
+def test_functions_inside_others_are_counted_by_themselves(wrap):
+    """Row 34: not all partials, or all that has one decorator, together."""
+
+    def scaled(x, by=1):
         return torch.sin(x * by)
 
-    def drawn(x, by):
+    def drawn(x, by=1):
         return torch.sin(x * random.random() * by)
 
-    step(ReversibleSequential(*(ReversibleBlock(*[functools.partial(scaled, by=2)] * 2) for _ in range(3))))
+    step(ReversibleSequential(*(ReversibleBlock(wrap(scaled), wrap(scaled)) for _ in range(3))))
     with pytest.raises(ReconstructionError, match="returned other values"):
-        step(ReversibleSequential(ReversibleBlock(*[functools.partial(drawn, by=2)] * 2)))
+        step(ReversibleSequential(ReversibleBlock(wrap(drawn), wrap(drawn))))
 
 
 def test_a_mode_for_all_functions_does_not_see_it():
