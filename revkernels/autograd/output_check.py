@@ -13,6 +13,7 @@ import functools
 import math
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,18 @@ def _readable(result: Any, added: bool) -> list[torch.Tensor]:
     """Those of its tensors that can be compared: what is ``added`` to a stream, and what else a gradient goes through.
     They have floating-point values, and are not just captured."""
     f = result[0] if added and type(result) is tuple and result else result
-    found = [tensor for _, tensor in tensors_in(result) if tensor is f or tensor.requires_grad]
+    found = [tensor for tensor in _tensors(result) if tensor is f or tensor.requires_grad]
     found = [t for t in found if has_memory(t) and t.dtype in _READ and not t.is_nested and not t.is_meta]
     return [t for t in found if not (t.is_cuda and torch.cuda.is_current_stream_capturing())]
+
+
+def _tensors(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
+    """Those in it, without their names, whose making calls the repr of keys. It may hold itself."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item, depth - 1)
 
 
 def _tolerance(output: torch.Tensor) -> float:
