@@ -40,6 +40,7 @@ from revkernels.autograd.state.versions import version_behind, version_of
 
 #: What stands where a state is to come.
 _BLANK = (type(None), type(MISSING), int, float)
+_HOLD = (tuple, list, dict)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -174,7 +175,8 @@ class OwnState:
             for key, was in before.items() if type(before) is dict else enumerate(before):
                 value = item_of(container, key)
                 if value is was:
-                    if is_state(was) or (type(was) in PLAIN and was.is_leaf):  # else a graph would be held
+                    kind = type(was)
+                    if was.is_leaf if kind in PLAIN else kind in _HOLD and is_state(was):  # else a graph would be held
                         self.items.append((container, key, was, False))
                 elif may_be_state(was) and (value is MISSING or may_be_state(value)):
                     self.items.append((container, key, without_graph(was), True))
