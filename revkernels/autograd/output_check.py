@@ -29,7 +29,7 @@ from revkernels.autograd.state.rng_and_autocast import autocast_dtype, tensors_i
 TIMES = 3  # recomputes of a branch that are compared
 _LITTLE = 0.1  # of one: a comparison of next to nothing, such as of a zero-initialized layer, which tells nothing
 _ELEMENTS = 256
-#: How far apart they may be, of the larger norm: rounding may turn a decision that a branch takes.
+#: How far apart they may be, of the forward's norm: rounding may turn a decision that a branch takes.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.1}
 _HALF = 0.25
 _READ = frozenset((*_TOLERANCE, torch.float16, torch.bfloat16))  # torch reads no element of some that are smaller
@@ -67,10 +67,10 @@ class OutputSample:
                 continue
             with np.errstate(all="ignore"):
                 apart = _norm(now - then)
-            rounding, noise = tolerance * size, _NOISE * (self._stream or 0.0)
-            tells = tells or rounding > noise
+            noise = _NOISE * (self._stream or 0.0)
+            tells = tells or size > 10 * noise
             # Once a later branch, or one sample, has overflowed, streams come back without values, and so do gradients.
-            if not apart <= rounding + noise and _is_finite(given):
+            if not apart <= tolerance * size + noise and _is_finite(given):
                 return (
                     f"the recompute returned other values than the forward (they differ by "
                     f"{100 * apart / max(size, _norm(now)):.0f} % in {len(now)} elements that were compared)"
