@@ -120,7 +120,7 @@ def _readable(result: Any, added: bool) -> list[torch.Tensor]:
 
 
 def _tensors(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
-    """Those in it, without their names, whose making calls the repr of keys. It may hold itself."""
+    """Those in it, without their names, whose making calls the repr of keys."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple) and depth:
