@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "revkernels"
 
 USED = {
     "torch.UntypedStorage._new_with_weak_ptr": "diagnostics: which storages are alive",
+    "torch._C.DisableTorchFunction": "work that no function mode of the caller's may see",
     "torch._C._are_functorch_transforms_active": "plain torch calls under torch.func",
     "torch._C._autograd": "saved-tensor hooks in force; a profiler around one operator",
     "torch._C._current_graph_task_id": "which backward asks for a saved tensor",
