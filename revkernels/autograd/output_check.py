@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a branch's first recomputes return what its forwards returned.
+"""Compares what a branch's first recomputes return with what its forwards returned.
 
-A counter, numbers from Python's or NumPy's generators or a cache in a plain object change what a branch returns and
-leave no trace that could be rewound: its gradients would be wrong without a word. So a few elements of what a branch
-with code of its own returns are kept, for its first three recomputes, and compared. The check is coarse, since a
-reconstructed stream differs by rounding. Exact couplings need none: their checksums tell at any time.
+Python counters, numbers from Python's or NumPy's generators and caches in plain objects are not rewound, so a recompute
+may return other values and gradients would silently be wrong. For the first three recomputes of a branch with code of
+its own, 256 elements of its outputs are kept and compared. The check is coarse, because a reconstructed stream differs
+by rounding. Exact couplings skip it: their checksums find any difference at any time.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from revkernels.autograd.coupling import in_usual_order
 from revkernels.autograd.ownership import has_memory
 from revkernels.autograd.state.rng_and_autocast import autocast_dtype, tensors_in
 
-TIMES = 3  # recomputes of a branch that are compared
-_LITTLE = 0.1  # of one: a comparison of next to nothing, such as of a zero-initialized layer, which tells nothing
+TIMES = 3  # recomputes compared per branch
+_LITTLE = 0.1  # of a comparison: outputs near zero, as of a zero-initialized layer, prove little
 _ELEMENTS = 256
-#: How far apart they may be, of the forward's norm: rounding may turn a decision that a branch takes.
+#: Allowed distance relative to the forward's norm; rounding may flip discrete decisions inside a branch.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.1}
 _HALF = 0.25
-_READ = frozenset((*_TOLERANCE, torch.float16, torch.bfloat16))  # torch reads no element of some that are smaller
-_NOISE = 1e-4  # of the stream that it is added to: a branch may return next to nothing
+_READ = frozenset((*_TOLERANCE, torch.float16, torch.bfloat16))  # tolist() fails for smaller dtypes
+_NOISE = 1e-4  # relative to the stream: allowed besides, for outputs near zero
 
 _compared: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
 
 class OutputSample:
-    """A few elements of what a branch returned, and of the stream that it was added to."""
+    """Sampled elements of a branch's outputs, and the norm of the stream that f is added to."""
 
     __slots__ = ("_key", "_stream", "_values")
 
@@ -52,11 +52,13 @@ class OutputSample:
             self._stream = size if math.isfinite(size) else 0.0
 
     def difference(self, result: Any, given: Any) -> str | None:
-        """Say how far what the recompute returned for what it was given is from it; None if it is near, or nobody can
-        tell."""
+        """Describe how the recompute's outputs differ; None if they are close or cannot be compared.
+
+        ``given``: the recompute's input.
+        """
         outputs = _readable(result, self._stream is not None)
         if [output.stride() for output in outputs] != [stride for stride, *_ in self._values]:
-            return None  # laid out otherwise, as by torch.compile, or captured: other elements, or none
+            return None  # another layout, as from torch.compile, samples other elements; during capture, none
         tells = False
         for (_, tolerance, then), output in zip(self._values, outputs, strict=True):
             now = _elements(output)
@@ -69,7 +71,7 @@ class OutputSample:
                 apart = _norm(now - then)
             noise = _NOISE * (self._stream or 0.0)
             tells = tells or size > 10 * noise
-            # Once a later branch, or one sample, has overflowed, streams come back without values, and so do gradients.
+            # After an overflow the reconstructed input is not finite, and neither are the gradients.
             if not apart <= tolerance * size + noise and _is_finite(given):
                 return (
                     f"the recompute returned other values than the forward (they differ by "
@@ -80,9 +82,9 @@ class OutputSample:
 
 
 def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> OutputSample | None:
-    """Note what a branch returned, if it is one whose recompute is to be compared.
+    """Sample a branch's outputs if its next recompute is to be compared, else return None.
 
-    ``stream``: what that is added to. Where it is of half precision nothing is compared: it drifts far.
+    ``stream``: the stream that f is added to. Half-precision streams are not compared: they drift too far.
     """
     key = _key_of(branch)
     if key is None or _compared.get(key, 0) >= TIMES:
@@ -94,8 +96,8 @@ def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> O
 
 
 def _key_of(branch: Any) -> Any:
-    """What stands for a branch in the count: of functions, which may be made anew for every call, their code; not that
-    of a decorator, such as torch.compile, which others have too."""
+    """The key that counts a branch's comparisons. For functions, which may be created per call, it is the code object
+    of the function inside partials and decorators."""
     while not isinstance(branch, nn.Module):
         if isinstance(branch, functools.partial):
             branch = branch.func
@@ -111,8 +113,8 @@ def _key_of(branch: Any) -> Any:
 
 
 def _readable(result: Any, added: bool) -> list[torch.Tensor]:
-    """Those of its tensors that can be compared: what is ``added`` to a stream, and what else a gradient goes through.
-    They have floating-point values, and are not just captured."""
+    """The tensors that can be compared: f, which is ``added`` to a stream, and others that require grad. They hold
+    floating-point values and are not being captured in a CUDA graph."""
     f = result[0] if added and type(result) is tuple and result else result
     found = [tensor for tensor in _tensors(result) if tensor is f or tensor.requires_grad]
     found = [t for t in found if has_memory(t) and t.dtype in _READ and not t.is_nested and not t.is_meta]
@@ -120,7 +122,7 @@ def _readable(result: Any, added: bool) -> list[torch.Tensor]:
 
 
 def _tensors(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
-    """Those in it, without their names, whose making calls the repr of keys."""
+    """The tensors in nested containers. (`tensors_in` also builds names, which calls repr of keys.)"""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple) and depth:
@@ -129,28 +131,28 @@ def _tensors(value: Any, depth: int = 6) -> Iterator[torch.Tensor]:
 
 
 def _tolerance(output: torch.Tensor) -> float:
-    """Of the forward, for its dtype; under autocast what is float32 has come through half precision."""
+    """The tolerance for an output. Under autocast a float32 output was computed in half precision."""
     tolerance = _TOLERANCE.get(output.dtype, _HALF)
     return tolerance if autocast_dtype(output.device.type) is None else max(tolerance, _HALF)
 
 
 def _elements(tensor: torch.Tensor) -> Any:
-    """As an array outside of torch's memory, which is counted. A device is waited for."""
-    # A mode of the caller's, for all functions of torch, is to see what the branch does.
+    """Sampled elements as a NumPy array, outside torch's memory accounting. Synchronises with the device."""
+    # The caller's modes must see only what the branch does.
     with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
         tensor = tensor.detach()
         size = tensor.numel()
-        # In the order of the memory; an odd step, so as not to meet the same channel every time.
+        # In memory order, with an odd step so that samples do not all fall on one channel.
         places = range(0, size, size // _ELEMENTS | 1)
         if in_usual_order(tensor):
             values = tensor.as_strided((size,), (1,))[:: places.step]
-        else:  # a copy of it would be as large as a stream
+        else:  # reshape(-1) would copy the whole tensor
             values = tensor[tuple(map(torch.from_numpy, np.unravel_index(places, tensor.shape)))]
         return np.array(values.tolist(), np.float64)
 
 
 def _norm(values: Any) -> float:
-    """Not numpy's, which warns of what overflows."""
+    """NumPy's norm without its overflow warnings."""
     with np.errstate(all="ignore"):
         return float(norm(values))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One half-step as its forward ran, and whether its recompute came out the same."""
+"""The record of one half-step's forward, and the checks that its recompute matches."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Frame = list[tuple[torch.Tensor, int]]  # the tensors that a recompute saved, wi
 
 
 class RecordedStep:
-    """The call, what the branch saw and drew, and the dtypes and shapes of what it saved.
+    """The call, the branch's state and random numbers, and the dtypes and shapes of its saved tensors.
 
     Attributes:
-        entry: the norm that was applied on the way into the branch, if one was.
-        statistics: of the fused batch norms inside the branch, in the order of their calls.
-        ways: how norms and Sequentials inside it were run, likewise.
-        kept: outputs of operators that the recompute need not run again, by the operator's number; let go once used.
-        before: the stream it adds to, as it was, where the half-step is not to be rebuilt; let go likewise.
-        offloaded: what it has sent to host memory; None if nothing goes there.
-        outputs: while it runs, what it makes that can be made again; None if nobody asks.
-        nodes: of its graph, if torch.compile was at work while it ran; else None.
-        sample: of what it returned, to be compared in its first recomputes; else None.
-        saved, dtypes: the shapes of the tensors that it saved, and their dtypes: two lists, for thousands of pairs are
-            so many things for Python's garbage collector to look through.
+        entry: the norm applied on the way into the branch, if any.
+        statistics: those of the fused batch norms inside the branch, in call order.
+        ways: how norms and Sequentials inside it ran, in call order.
+        kept: operator outputs that the recompute reuses, by operator number; released once used.
+        before: the target stream before the half-step, if the half-step is not recomputed; released once used.
+        offloaded: its tensors in host memory; None if there are none.
+        outputs: during the forward, outputs that can be rematerialized; None if not needed.
+        nodes: the names of its graph's nodes if torch.compile was active during the forward, else None.
+        sample: of its outputs, for `output_check`; else None.
+        saved, dtypes: shapes and dtypes of its saved tensors. Two lists, because a list of pairs would add thousands of
+            objects for the garbage collector to visit.
     """
 
     __slots__ = (
@@ -66,15 +66,15 @@ class RecordedStep:
         self.sample: OutputSample | None = None
 
     def over(self) -> None:
-        """The forward is: see `Snapshot.complete`, what is empty stays so."""
+        """End of the forward: replace empty lists by a shared constant, as `Snapshot.complete` does."""
         self.statistics, self.ways = self.statistics or NONE, self.ways or NONE
 
     def tape(self, replaying: bool) -> Tape:
-        """The branch's batch statistics, to be noted or to be used again."""
+        """The tape that records the branch's batch statistics, or replays them."""
         return Tape(self.statistics, self.ways, replaying, self.outputs, self.snapshot.reads_running)
 
     def counted(self) -> list[nn.Module]:
-        """The batch norms whose statistics were noted, once for each call."""
+        """The batch norms whose statistics were recorded, once per call."""
         layers = [layer for layer, *_ in self.statistics]
         if self.entry is not None and self.entry.counts:
             layers.append(self.entry.fusable.norm)
@@ -85,20 +85,20 @@ class RecordedStep:
         return [t.shape for t, _ in frame] == self.saved and [t.dtype for t, _ in frame] == self.dtypes
 
     def note_nodes(self, result: Any, given: Any, since: int) -> None:
-        """Something was compiled while it ran. When it is run again torch may compile parts otherwise, or not at all,
-        and these may save tensors of the same shapes in another order, which only the nodes of the graph tell.
-        ``since``: autograd's count of its nodes when it began."""
+        """Record the graph's nodes after torch.compile was active. The recompute may be compiled differently, or not,
+        and save tensors of the same shapes in another order, which only the nodes reveal. ``since``: autograd's
+        sequence number when the branch began."""
         self.nodes = self._nodes_behind(result, given, since)
 
     def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
-        """Note what the branch returned, if it has code of its own; and the stream that this is added to. Inside
-        another branch, which is compared as a whole, streams are rebuilt from what that one's recompute computed: of
-        them nobody here knows how far they have drifted."""
+        """Sample the outputs of a branch with code of its own, and the stream that f is added to. Chains inside another
+        branch are skipped: that branch is compared as a whole, and how far their streams drifted is unknown."""
         if self.snapshot.own is not None and not is_within_a_branch():
             self.sample = sample_of(self.half_step.branch, result, stream)
 
     def difference(self, frame: Frame, result: Any, given: Any, since: int) -> str | None:
-        """Say what is not as it was in the recompute, which returned this for what it was given; None if all is."""
+        """Describe how the recompute, which returned ``result`` for ``given``, differs from the forward; None if it
+        does not."""
         problem = None
         if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given, since)):
             if self.sample is not None:
@@ -132,8 +132,8 @@ class RecordedStep:
         )
 
     def _nodes_behind(self, result: Any, given: Any, since: int) -> list[str]:
-        """The names of the nodes between what it returned and what it was given, in a fixed order. Those from
-        before are left out: a state comes back without its graph."""
+        """Names of the nodes between outputs and inputs, in a fixed order, without those made before the branch began:
+        a state is restored without its graph."""
         given = (given, self.half_step.args, dict(self.half_step.kwargs))
         seen = {tensor.grad_fn for _, tensor in tensors_in(given)}
         queue = [tensor.grad_fn for _, tensor in tensors_in(result)]
@@ -147,16 +147,16 @@ class RecordedStep:
 
 
 def frames_compiled() -> int:
-    """How many pieces of Python torch.compile has looked at so far."""
+    """The number of Python frames that torch.compile has processed so far."""
     utils = sys.modules.get("torch._dynamo.utils")
     frames = getattr(utils, "counters", {}).get("frames")
     return 0 if frames is None else frames["total"]
 
 
 class Rearrangement(NamedTuple):
-    """Streams whose elements are put in other places, all of them: ``streams = there(*streams)``, undone by ``back``.
+    """A permutation of the streams' elements: ``streams = there(*streams)``, inverted by ``back``.
 
-    Neither may change a value, keep more than a fixed index for its gradient, or write to what it is given.
+    Neither may change values, save more than a fixed index for its gradient, or write to its inputs.
     """
 
     there: Callable[..., Sequence[torch.Tensor]]
@@ -164,7 +164,7 @@ class Rearrangement(NamedTuple):
 
 
 class RearrangedStep:
-    """A rearrangement between half-steps: nothing of it is saved, and nothing has to be run again."""
+    """A rearrangement between half-steps: it saves nothing and needs no recompute."""
 
     __slots__ = ("rearrangement", "strides")
     saved: Sequence[torch.Size] = ()
@@ -175,7 +175,7 @@ class RearrangedStep:
         self.strides = [stream.stride() for stream in streams]  # before it
 
     def undo(self, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The streams before it, in their strides of then."""
+        """The streams before it, in their original strides."""
         with torch.no_grad():
             before = [stream.detach() for stream in self.rearrangement.back(*streams)]
             return [

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that a branch has on itself and has not registered, such as a mask or the state of a recurrent cell.
+"""Tensors in a branch's attributes that are not registered, such as a mask or the state of a recurrent cell.
 
-Where its forward hangs others there, or writes to them, those of before the forward are back while it is run again:
-the values alone of those with a gradient, for the graph behind them may be that of all steps before. In
-a list or dictionary that stays, this is so of a branch that does not ask `is_recomputing`: who asks keeps something
-there for the second run.
+If a forward replaces or writes them, the recompute sees the values from before the forward; of tensors with a gradient
+only the values, since their graph may reach back through all earlier steps. Items of lists and dictionaries are
+restored only for branches that do not call `is_recomputing`: those that do store something there for the recompute.
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ from revkernels.autograd.state.rewinding import (
 )
 from revkernels.autograd.state.versions import version_behind, version_of
 
-#: What stands where a state is to come.
+#: Placeholders that a state later replaces.
 _BLANK = (type(None), type(MISSING), int, float)
 _HOLD = (tuple, list, dict)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _holds_items(module: nn.Module) -> bool:
-    """Whether an attribute of the module is a list or dictionary that is not empty."""
+    """Whether an attribute of the module is a non-empty list or dictionary."""
     table = module.__dict__
     return any(type(value) in (list, dict) and value for value in map(table.get, own_names(table)))
 
 
 class OwnState:
-    """Of one branch at one half-step, as the `Snapshot` that it is a part of.
+    """The unregistered state of one branch at one half-step; part of a `Snapshot`.
 
-    A branch whose ``revkernels_comes_back`` is True comes back, when it is run again, to what it has left on itself:
-    its attributes are not put back.
+    If the branch's ``revkernels_comes_back`` is True, its attributes are not restored: the recompute finds them as the
+    forward left them.
     """
 
     __slots__ = (
@@ -75,31 +74,32 @@ class OwnState:
 
     def __init__(self, branch: Any, modules: Sequence[nn.Module]) -> None:
         self.branch, self.modules = branch, modules
-        #: The modules whose lists and dictionaries are looked into. They must run in one thread at a time: what
-        #: another thread's run replaces there would look like this one's.
+        #: Modules whose lists and dictionaries are inspected. They must run in one thread at a time: a replacement
+        #: by another thread's run would look like this one's.
         self.holders = [module for module in modules if _holds_items(module)]
         self.comes_back = getattr(branch, "revkernels_comes_back", False) is True
-        #: Attributes that need no gradient, tensors or tuples or lists of such: where each hangs.
+        #: Attributes without a gradient, tensors or tuples or lists of tensors: the dict, the name, the value.
         self.hung: list[tuple[dict[str, Any], str, Any]] = []
-        #: The tensors among them, while the forward runs: with copies of those that it may write in place.
+        #: The tensors among them during the forward, with copies of those that it may write in place.
         self.loose: list[tuple[nn.Module, Slot, torch.Tensor | None]] = []
-        #: Attributes with a gradient, without their graphs: where each hangs, and which tensor it is, if it is one.
+        #: Attributes with a gradient, without their graphs: also a reference to the tensor, and its version.
         self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
-        #: What was None, a number or not there, and is a tensor since: where it hangs, its name, and what it was.
+        #: Attributes that were None, a number or missing and became tensors: the dict, the name, the old value.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
-        #: Items of lists and dictionaries before the forward, in their order: where each was, what, and whether the
-        #: forward has replaced it or taken it out.
+        #: Items of lists and dictionaries before the forward, in order: the container, the key, the value, and
+        #: whether the forward replaced or removed it.
         self.items: list[tuple[Any, Any, Any, bool]] = []
-        #: Those lists and dictionaries, while it runs, and what is in them before.
+        #: Those lists and dictionaries with copies from before the forward, while it runs.
         self.containers: list[tuple[Any, Any]] = []
-        #: What hangs where before the forward.
+        #: Attribute and buffer tables with copies from before the forward, while it runs.
         self.tables: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-        #: Where nothing was before it on layers that are not among the modules, and something is now.
+        #: Names that the forward added to layers outside ``modules``.
         self.gaps: list[tuple[nn.Module, dict[str, Any], str, Any]] = []
         self.asked = times_asked()
 
     def take(self, registered: int) -> list[tuple[str, torch.Tensor]]:
-        """Before the forward: note what the modules have. So many of them may run. Returns the tensors, by name."""
+        """Before the forward: record the modules' state. The first ``registered`` of them may run. Returns the tensors,
+        by name."""
         held: list[tuple[str, torch.Tensor]] = []
         for place, module in enumerate(self.modules):
             held += self._take(module, place < registered)
@@ -144,7 +144,7 @@ class OwnState:
                 self._note(value, depth - 1)
 
     def complete(self) -> list[tuple[nn.Module, Slot, torch.Tensor | None]]:
-        """After the forward: return what it has written in place, with the copy of before where there is one."""
+        """After the forward: return what it wrote in place, with copies from before where they exist."""
         changed, stays = [], set()
         for module, slot, value in self.loose:
             found = written_by(module)
@@ -157,7 +157,7 @@ class OwnState:
             for name in own_names(now):
                 was, value = before.get(name, MISSING), now[name]
                 if was is value and type(value) in (list, dict):
-                    stays.add((id(table), name))  # what is put back into it is among the `items`
+                    stays.add((id(table), name))  # its contents are restored through `items`
                 if was is value or not may_be_state(value):
                     continue
                 blank, state = type(was) in _BLANK, is_state(value)
@@ -171,7 +171,7 @@ class OwnState:
                 if asked:
                     self._tell(module, name)
         for container, before in () if asked else self.containers:
-            # What has been added since may be another thread's.
+            # Added items are ignored: another thread may have added them.
             for key, was in before.items() if type(before) is dict else enumerate(before):
                 value = item_of(container, key)
                 if value is was:
@@ -182,7 +182,7 @@ class OwnState:
                     self.items.append((container, key, without_graph(was), True))
                 elif type(was) in _BLANK and may_be_state(value):
                     self.items.append((container, key, was, True))
-        # Who asks may keep something for the second run; and what is added up in place is no state to come back to.
+        # A branch that asks may keep values for the recompute; values accumulated in place are not restored either.
         graphs = (one for one in self.graphs if (id(one[0]), one[1]) not in stays)
         unwritten = (one for one in graphs if one[3] is None or version_behind(one[3]) in (None, one[4]))
         self.graphs = [] if asked else list(unwritten)
@@ -192,7 +192,7 @@ class OwnState:
         return changed
 
     def restore(self, undo: Undo) -> None:
-        """Before the recompute: what hung there then hangs there again."""
+        """Before the recompute: restore the attributes and items from before the forward."""
         for table, name, value in self.hung:
             if table.get(name) is not value:
                 undo.append((table, name, table.get(name, MISSING)))
@@ -209,7 +209,7 @@ class OwnState:
                 hang(place, name, was)
 
     def _tell(self, module: nn.Module, name: str) -> None:
-        """It may want the forward's own value in the second run, or the one that the forward found: once a module."""
+        """Warn once per module: the recompute could need the forward's value, or the one from before it."""
         if module in _told:
             return
         _told.add(module)
