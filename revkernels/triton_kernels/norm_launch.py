@@ -191,7 +191,7 @@ class Prepared:
                 slope, level = self._row_moments(self.by_rows, dh, x, known, rstd)
             x_strides, dx_strides, base_strides, dh_strides = self.strides
             walk = self.applied
-            _run("norm_gradient", "gradient_kernel", walk)(
+            _run("norm_act_backward", "gradient_kernel", walk)(
                 dx, base, x, dh, *known, slope, level, self.group_size, code(elements), walk.sizes,
                 x_strides, dx_strides, base_strides, dh_strides, self.statistic,
                 KIND=self.kind, CONSTANT=bool(constant), ACTIVATION=self.activation, **walk.options,
@@ -203,7 +203,7 @@ class Prepared:
         wanted = dweight is not None or dbias is not None
         partial, size = self._scratch(2, walk.chunks * self.plane.channels) if wanted else (None, code(0))
         x_strides, dx_strides, base_strides, dh_strides = self.strides
-        _run("norm_gradient", "rows_gradient_kernel", walk)(
+        _run("norm_act_backward", "rows_gradient_kernel", walk)(
             dx, base, x, dh, *known, partial, size, walk.sizes,
             x_strides, dx_strides, base_strides, dh_strides, self.statistic,
             ACTIVATION=self.activation, **walk.options,
@@ -215,7 +215,7 @@ class Prepared:
         walk = self.summed
         partial, size = self._scratch(2, self.plane.samples * walk.chunks * self.plane.channels)
         x_strides, _, _, dh_strides = self.strides
-        _run("norm_gradient", "sums_kernel", walk)(
+        _run("norm_act_backward", "sums_kernel", walk)(
             partial, x, dh, *known, size, self.group_size, walk.sizes, x_strides, dh_strides, self.statistic,
             KIND=self.kind, ACTIVATION=self.activation, **walk.options,
         )  # fmt: skip
@@ -224,14 +224,14 @@ class Prepared:
     def _merge_sums(self, partial: Any, size: int, rows: int, dweight: Any, dbias: Any) -> None:
         channels = self.plane.channels
         merged = _MERGED["CHANNELS"]
-        _run("norm_gradient", "merge_sums_kernel", -(-channels // merged))(
+        _run("norm_act_backward", "merge_sums_kernel", -(-channels // merged))(
             dweight, dbias, partial, size, code(rows), code(channels),
             ROWS=_MERGED["CHUNKS"], CHANNELS=merged, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _group_moments(self, partial: Any, size: int, weight: Any, rstd: Any) -> tuple[Any, Any]:
         shape, moments = self.plane, self._scratch(2, rstd.numel())
-        _run("norm_gradient", "merge_moments_kernel", self._groups())(
+        _run("norm_act_backward", "merge_moments_kernel", self._groups())(
             moments[0], partial, weight, size, moments[1], code(self.summed.chunks), code(shape.channels),
             self.group_size, code(shape.rows * shape.positions * (self.group_size >> 2)),
             **_MERGED, enable_fp_fusion=False,
@@ -241,7 +241,7 @@ class Prepared:
     def _row_moments(self, walk: Walk, dh: Any, x: Any, known: Any, rstd: Any) -> tuple[Any, Any]:
         slope, level = rstd.new_empty(rstd.numel()), None if known[0] is None else rstd.new_empty(rstd.numel())
         x_strides, _, _, dh_strides = self.strides
-        _run("norm_gradient", "wide_rows_moments_kernel", walk)(
+        _run("norm_act_backward", "wide_rows_moments_kernel", walk)(
             slope, level, x, dh, *known, walk.sizes, x_strides, dh_strides, self.statistic,
             ACTIVATION=self.activation, **walk.options,
         )  # fmt: skip
