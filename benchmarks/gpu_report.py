@@ -170,10 +170,10 @@ def _benchmarks(out: Path) -> list[Stage]:
     imagenet = ["--network", "revnet104", "revvit_base", "--batch", "64", "--dtype", "bfloat16"]
     for subject, what, limit, more in (
         ("passes", "bfloat16", 30, [*tensors, "--matching", "past cache", "bfloat16"]),  # Triton compiles as it goes
-        ("network", "cifar, graphs", 60, [*cifar, "--graphs"]),
-        ("network", "imagenet, graphs", 90, [*imagenet, "--graphs"]),
-        ("network", "cifar", 60, cifar),
-        ("network", "imagenet", 60, imagenet),
+        ("network", "cifar, graphs", 70, [*cifar, "--graphs"]),
+        ("network", "imagenet, graphs", 110, [*imagenet, "--graphs"]),
+        ("network", "cifar", 70, cifar),
+        ("network", "imagenet", 80, imagenet),
         ("coupling", "", 45, []),
         ("passes", "float32", 45, [*tensors, "--matching", "past cache", "float32"]),
         ("block", "", 20, large),

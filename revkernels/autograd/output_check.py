@@ -104,9 +104,10 @@ def _key_of(branch: Any) -> Any:
         elif isinstance(branch, types.MethodType):
             branch = branch.__self__ if isinstance(branch.__self__, nn.Module) else branch.__func__
         elif isinstance(branch, types.FunctionType):
-            if "__wrapped__" not in branch.__dict__:
+            inner = branch.__dict__.get("__wrapped__")
+            if inner is None or inner is branch:
                 return branch.__code__
-            branch = branch.__dict__["__wrapped__"]
+            branch = inner
         else:
             return type(branch)
     return branch
