@@ -12,6 +12,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_WORKERS ?= 2
+# A process that dies, or hangs in compiled code (pyproject.toml), is replaced, twice at most.
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 REVK_CUDA ?= AUTO
 export REVK_CUDA
 
@@ -58,10 +60,10 @@ demo: $(BUILT)
 	$(BIN)/python -m revkernels demo $(DEMO_ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(TEST_ARGS)
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
 test-all: $(BUILT) $(PEERS)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
 # Other reversible libraries, for the tests that set ours beside them, and the packages whose models the integrations
 # change. PyTorch Geometric and transformers ask for the third line, which ends with networks for JAX. timm wants torchvision, whose build on PyPI is for
