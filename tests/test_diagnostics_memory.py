@@ -247,7 +247,7 @@ def test_frozen_and_stored_chains():
     stored = memory_report(images(2, activations="store"), torch.randn(2, 16, 8, 8))
     assert stored.chains[0].stored
     assert stored.chains[0].largest_frame is None
-    assert any("activations='reconstruct' would rebuild" in sentence for sentence in stored.advice)
+    assert any("activations='reconstruct' would reconstruct" in sentence for sentence in stored.advice)
 
 
 def test_a_stem_that_holds_most_is_named():

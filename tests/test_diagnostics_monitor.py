@@ -112,7 +112,7 @@ def test_a_stored_chain_has_no_drift():
 def test_a_large_drift_raises():
     net, x = images(24).bfloat16(), torch.randn(4, 16, 8, 8).bfloat16()
     with DriftMonitor(net, threshold=1e-3, on_drift="raise") as monitor:
-        with pytest.raises(rk.errors.ReconstructionError, match=r"rebuilt with a relative error of .* at step 0"):
+        with pytest.raises(rk.errors.ReconstructionError, match=r"reconstructed with a relative error of .* at step 0"):
             step(net, x)
         assert monitor.last.rms_error > 1e-3
     step(net, x)

@@ -240,8 +240,8 @@ class ReversibleChain:
         for k in reversed(range(len(names))):
             if int(forward.sums[k]) != int(backward.sums[k]):
                 raise ReconstructionError(
-                    f"{names[k]} did not return what it returned in the forward: {self._stream(k)} was rebuilt with "
-                    f"other bits. It must repeat its output bit for bit and not write to its input"
+                    f"{names[k]} did not return what it returned in the forward: {self._stream(k)} was reconstructed "
+                    f"with other bits. It must repeat its output bit for bit and not write to its input"
                 )
 
     def _stream(self, k: int) -> str:

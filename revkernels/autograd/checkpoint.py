@@ -89,8 +89,8 @@ class Checkpoint(Rebuilding):
             step.drawn = drawn(before, surroundings.states() + states_of(own), snapshot.own is None)
             if any(version_of(tensor) != version for tensor, version in self._given):
                 raise ReconstructionError(
-                    f"{self.name(0)} wrote to an input of its own in place, which it is to be run again from: make its "
-                    f"first operation out of place (such as ReLU(inplace=False))"
+                    f"{self.name(0)} wrote to an input of its own in place, which it is to be recomputed from: make "
+                    f"its first operation out of place (such as ReLU(inplace=False))"
                 )
             for _, output in tensors_in(result) if step.saved else ():
                 if leaf_comes_first(output, *(tensor for tensor, _ in self._given)):

@@ -367,7 +367,7 @@ class Rebuilding:
         """Unpack for a branch that calls autograd itself; the recompute's graph is used for nothing else."""
         if index >= len(self._frame):
             raise ReconstructionError(
-                "something is differentiated that a branch left behind when it was run again, whose tensors are gone: "
+                "something is differentiated that a branch left behind when it was recomputed, whose tensors are gone: "
                 "take what its forward has left, or return it beside the branch's output, as (f, aux)"
             )
         return self._frame[index][0]

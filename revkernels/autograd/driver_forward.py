@@ -291,9 +291,9 @@ class Reversal(Rebuilding):
         alike = both_tensors if self.keep and self._grid is None else same_memory
         if len(theirs) != len(self.streams) or not all(map(alike, theirs, self._shown)):
             raise ReconstructionError(
-                f"a hook of {whose} replaced the streams. They are rebuilt by running the branches backwards, which "
-                f"cannot undo a hook: put the change into a branch, or set activations='store' (where the hook is the "
-                f"cast of FSDP's mixed precision: cast_forward_inputs=False)"
+                f"a hook of {whose} replaced the streams. They are reconstructed by undoing the branches, and a "
+                f"hook cannot be undone: put the change into a branch, or set activations='store' (where the hook is "
+                f"the cast of FSDP's mixed precision: cast_forward_inputs=False)"
             )
         if self.recording:
             self._states = self._surroundings.states()  # a hook's random numbers are not the next branch's

@@ -138,8 +138,8 @@ class Grid:
                 f"{what}: the stream has reached {top:g}, which no grid of {self.storage} streams can hold"
             )
         raise ReconstructionError(
-            f"{what}: the stream has reached {top:g}; with k={self.k} it must stay below {self.limit:g} to be rebuilt "
-            f"bit for bit. {self.advice(exponent_for(self.storage, top, 1))}"
+            f"{what}: the stream has reached {top:g}; with k={self.k} it must stay below {self.limit:g} to be "
+            f"reconstructed bit for bit. {self.advice(exponent_for(self.storage, top, 1))}"
         )
 
     # ---- backward
@@ -185,10 +185,10 @@ class Grid:
 
     def _differs(self, k: int) -> None:
         raise ReconstructionError(
-            f"{self.name(k)}: the stream that it adds to was not rebuilt bit for bit, so the branch did not return "
-            f"the same twice, or what it reads was changed between forward and backward (through .data, NumPy or a "
-            f"plain attribute, which no version counts). Does it draw from a generator that torch does not know, run a "
-            f"nondeterministic kernel (torch.use_deterministic_algorithms), or count its calls?"
+            f"{self.name(k)}: the stream that it adds to was not reconstructed bit for bit, so the branch did not "
+            f"return the same twice, or what it reads was changed between forward and backward (through .data, NumPy "
+            f"or a plain attribute, which no version counts). Does it draw from a generator that torch does not know, "
+            f"run a nondeterministic kernel (torch.use_deterministic_algorithms), or count its calls?"
         )
 
 

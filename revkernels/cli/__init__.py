@@ -24,7 +24,7 @@ COMMANDS = {
     "info": "version, backends and why one is missing, compiled architectures",
     "check": "run every available backend against the NumPy oracle on this machine",
     "demo": "train a RevNet on real handwritten digits, stored and reversible",
-    "drift": "measure how far rebuilt activations and gradients are from the stored ones, by depth or in a training",
+    "drift": "measure how far reconstructed activations and gradients are from stored ones, by depth or in a training",
     "exact": "what the grid of an exact coupling costs a training on real digits, and the drift that it spares",
     "bench": "measure the kernels, a chain of blocks, or its memory",
 }

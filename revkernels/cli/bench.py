@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("coupling", "the kernels against the torch calls they replace", _coupling, 15),
         ("numpy", "the kernels on NumPy arrays against the expressions they replace; needs no torch", _numpy, 15),
         ("passes", "the fused norm kernels against the torch calls they replace", _passes, 15),
-        ("block", "a step of a chain of blocks, stored, checkpointed and rebuilt", _block, 7),
+        ("block", "a step of a chain of blocks, stored, checkpointed and reconstructed", _block, 7),
         ("network", "a training step of whole networks in every way there is", bench_network.network, 5),
         ("budget", "a training step of a network under growing memory budgets", bench_budget.budget, 7),
         ("peers", "a stage of reversible blocks run by other libraries", bench_network.peers, 7),
         ("memory", "peak activation bytes against depth", _memory, None),
         ("overhead", "what the driver itself costs a half-step", _overhead, 100),
-        ("jax", "a training step under JAX, stored, checkpointed and rebuilt", bench_jax.chain, 7),
+        ("jax", "a training step under JAX, stored, checkpointed and reconstructed", bench_jax.chain, 7),
     ):
         subject = subjects.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         subject.set_defaults(measure=measure, draw=None)

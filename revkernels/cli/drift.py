@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--digits",
         action="store_true",
-        help="the paper's figure: RevNet-38 learns handwritten digits, stored and rebuilt",
+        help="the paper's figure: RevNet-38 learns handwritten digits, stored and reconstructed",
     )
     parser.add_argument(
         "--blocks", type=positive, metavar="N", help=f"of the built-in chain (default {DEFAULTS['blocks']})"

@@ -306,7 +306,7 @@ def exact(path: Path, rows: Sequence[DriftRow], trained: Mapping[str, Sequence[T
     errors.set_xticks(sorted({row.depth for row in rows}))
     errors.xaxis.set_major_formatter(ScalarFormatter())
     errors.xaxis.set_minor_formatter(NullFormatter())
-    errors.set(title="Rebuilt input against the true one", ylabel="relative error (rms)")
+    errors.set(title="Reconstructed input against the true one", ylabel="relative error (rms)")
     errors.set_xlabel("depth of the chain, reversible blocks")
     for (name, runs), line in zip(trained.items(), (*_LINES, _DRIFTS[1]), strict=False):
         curves = list(zip(*([epoch.loss for epoch in one.epochs] for one in runs), strict=True))

@@ -145,7 +145,7 @@ class InvertibleModuleWrapper(nn.Module):
             raise TypeError(
                 f"fn is a {kind_of(self._fn, AdditiveCoupling)}; it must be an AdditiveCoupling of {__name__}, an "
                 f"nn.Sequential of them, or an InvertibleModuleWrapper of one of these (affine couplings and other "
-                f"invertible modules cannot be rebuilt here: disable=True runs them with stored activations)"
+                f"invertible modules cannot be reconstructed here: disable=True runs them with stored activations)"
             )
         return couplings
 

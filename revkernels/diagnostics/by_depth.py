@@ -85,7 +85,7 @@ class Drift:
     def table(self) -> Table:
         """The rows as a table for the command line."""
         table = Table(
-            f"Drift of rebuilt activations on {self.device}",
+            f"Drift of reconstructed activations on {self.device}",
             {
                 "chain": "chain",
                 "coupling": "coupling",
@@ -97,7 +97,7 @@ class Drift:
             },
             self.as_dicts(),
             [
-                f"errors: of the input rebuilt through the chain's {self.cut} blocks, relative to it",
+                f"errors: of the input reconstructed through the chain's {self.cut} blocks, relative to it",
                 "angle: of the parameter gradients, reconstructed to stored; same kernels, weights, input and seed",
             ],
         )

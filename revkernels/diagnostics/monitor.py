@@ -233,9 +233,9 @@ class DriftMonitor:
         if self.threshold is None or record.rms_error <= self.threshold:
             return
         words = (
-            f"the input of {record.chain or 'the chain'} was rebuilt with a relative error of {record.rms_error:.2g} "
-            f"(rms) at step {record.step}; the threshold is {self.threshold:.2g}. Keep the streams in a wider dtype, "
-            f"or the chain shorter, or its activations stored"
+            f"the input of {record.chain or 'the chain'} was reconstructed with a relative error of "
+            f"{record.rms_error:.2g} (rms) at step {record.step}; the threshold is {self.threshold:.2g}. Keep the "
+            f"streams in a wider dtype, or the chain shorter, or its activations stored"
         )
         if callable(self.on_drift):
             self.on_drift(record)

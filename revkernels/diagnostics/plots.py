@@ -43,7 +43,7 @@ def by_depth(path: Path, rows: Sequence[DriftRow], cut: str) -> None:
         label = precision if len({coupling for coupling, _ in lines}) == 1 else f"{coupling}: {precision}"
         _line(errors, [(row.depth, row.rms_error) for row in own], index, label)
         _line(angles, [(row.depth, row.angle_degrees) for row in own], index, label)
-    errors.set(title="Rebuilt input against the true one", ylabel="relative error (rms)")
+    errors.set(title="Reconstructed input against the true one", ylabel="relative error (rms)")
     angles.set(title="Gradient, reconstructed against stored", ylabel="angle, degrees")
     depths = sorted({row.depth for row in rows})
     for axes in (errors, angles):
@@ -72,7 +72,7 @@ def by_step(path: Path, history: Sequence[DriftRecord], angles: Sequence[AngleRe
         for index, chain in enumerate(chains):
             own = [(record.step, record.rms_error) for record in history if record.chain == chain]
             _line(axes[0], own, index, chain or "the chain", marked=len(own) <= 50)
-        axes[0].set(title="Rebuilt input against the true one", ylabel="relative error (rms)", xlabel="step")
+        axes[0].set(title="Reconstructed input against the true one", ylabel="relative error (rms)", xlabel="step")
         if len(chains) > 1:
             axes[0].legend(frameon=False, fontsize=9)
     if angles:

@@ -133,7 +133,7 @@ class MemoryReport:
             how = f"{holder}, made by {operator}" if holder else f"made by {operator}"
             sentences.append(
                 f"{rows[0].module}{more} {size(count)} outside saved tensors ({how}): no reversible library can "
-                f"rebuild those"
+                f"reconstruct those"
             )
         return sentences
 
@@ -149,7 +149,7 @@ class MemoryReport:
         if saved <= _MOST * self.held_bytes:
             return []
         who = f"{names[0]} stores" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more chains store"
-        return [f"{who} {size(saved)} of activations: activations='reconstruct' would rebuild them"]
+        return [f"{who} {size(saved)} of activations: activations='reconstruct' would reconstruct them"]
 
     def _elsewhere_advice(self) -> list[str]:
         groups = self.outside_chains()

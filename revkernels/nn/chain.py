@@ -182,9 +182,9 @@ def _warn_of_half_streams(owner: Any, first: HalfStep, dtype: torch.dtype) -> No
         pass
     or_exact = ", or set coupling='exact'" if whole else ""
     warnings.warn(
-        f"a chain that rebuilds its activations is given {dtype} streams under autocast, and rebuilds them to within "
-        f"the rounding of {dtype}: its gradients drift with depth. Hand it x.float() (its branches run in {dtype} all "
-        f"the same){or_exact}",
+        f"a chain that reconstructs its activations is given {dtype} streams under autocast, and reconstructs them to "
+        f"within the rounding of {dtype}: its gradients drift with depth. Hand it x.float() (its branches run in "
+        f"{dtype} all the same){or_exact}",
         UserWarning,
         stacklevel=6,
     )

@@ -79,10 +79,11 @@ class Plan:
 
         least, most = words(self.reconstructing), words(self.storing)
         lines = [
-            f"{self.budget!r}: a peak of {words(self.limit)}; {least} with everything rebuilt, {most} with all kept",
+            f"{self.budget!r}: a peak of {words(self.limit)}; {least} with everything reconstructed, "
+            f"{most} with all kept",
             f"peak  {words(self.predicted_peak)} predicted, {of(self.measured_peak, words)}",
             f"time  {milliseconds(self.predicted_seconds)} predicted, {of(self.measured_seconds, milliseconds)}; "
-            f"{milliseconds(self.reconstructing_seconds)} with everything rebuilt",
+            f"{milliseconds(self.reconstructing_seconds)} with everything reconstructed",
         ]
         return "\n".join([*lines, *self._table()])
 

@@ -57,7 +57,7 @@ def vit():
 NETWORKS = {
     "convolutions": (convs, IMAGES),
     "a chain that stores": (lambda: Own("store"), IMAGES),
-    "a chain that rebuilds": (lambda: Own("reconstruct"), IMAGES),
+    "a chain that reconstructs": (lambda: Own("reconstruct"), IMAGES),
     # Exact, for two plans are made of two measurements, and what is not kept is rebuilt to within rounding
     "a chain with a budget": (lambda: Own(rk.MemoryBudget(0.5), rk.Exact(k=14)), IMAGES),
     "ResNet": (resnet32, IMAGES),

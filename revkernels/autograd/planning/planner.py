@@ -79,7 +79,7 @@ class Made:
         if numbers is None:
             least = self.reconstructing + max(self.reconstructing // 64, _SPARE)
             raise ValueError(
-                f"{budget!r} cannot be kept to: with everything rebuilt the chains of this step take "
+                f"{budget!r} cannot be kept to: with everything reconstructed the chains of this step take "
                 f"{words(self.reconstructing)} at their peak, and not all that operators work with is seen: the "
                 f"least budget for inputs of this size is {least} bytes ({words(least)})"
             )

@@ -93,7 +93,7 @@ class Parts:
             if is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
                     f"{type(self.branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to"
-                    f" run it again: set activations='store', or give the module that it was made of"
+                    f" recompute it: set activations='store', or give the module that it was made of"
                 )
         stateful = [module for module in self.modules if module._buffers]
         self.reads_running = bool(stateful) and reads_running(self.branch, modules[: self.registered])

@@ -72,12 +72,12 @@ class Surroundings:
             if tensor._version != version:
                 return (
                     f"the side input {name} was changed in place between the forward and the backward (version "
-                    f"{version}, now {tensor._version}), so the branch cannot be run again as it was"
+                    f"{version}, now {tensor._version}), so the branch cannot be recomputed as it was"
                 )
             if memory and memory_of(tensor) not in (0, memory):  # 0: it has been given attributes since
                 return (
                     f"the side input {name} was given other memory between the forward and the backward (through "
-                    f".data), so the branch cannot be run again as it was"
+                    f".data), so the branch cannot be recomputed as it was"
                 )
         return None
 

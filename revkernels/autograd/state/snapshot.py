@@ -222,8 +222,8 @@ class Snapshot(Parts):
                     return self._written(tensor, name, version)
                 return (
                     f"{self._tensor_name(tensor, name)} was given other memory between the forward and the backward "
-                    f"(through .data, as .to(dtype) and vector_to_parameters do it), so the branch cannot be run again "
-                    f"as it was; do that after the backward"
+                    f"(through .data, as .to(dtype) and vector_to_parameters do it), so the branch cannot be "
+                    f"recomputed as it was; do that after the backward"
                 )
         for _, name, tensor, version in self.fixed:
             if version >= 0 and tensor._version != version:
@@ -233,7 +233,7 @@ class Snapshot(Parts):
             if version >= 0 and now is not None and now != version:
                 return (
                     f"the tensor {name}, which is no parameter or buffer, was changed in place between the forward and "
-                    f"the backward (version {version}, now {now}), so the branch cannot be run again as it was; write "
+                    f"the backward (version {version}, now {now}), so the branch cannot be recomputed as it was; write "
                     f"to it after the backward"
                 )
         return None
@@ -243,8 +243,8 @@ class Snapshot(Parts):
         if id(tensor) not in self.late:
             return (
                 f"{name} was changed in place between the forward and the backward (version {version}, now "
-                f"{tensor._version}), so the branch cannot be run again as it was; step the optimizer, or write to it, "
-                f"after the backward"
+                f"{tensor._version}), so the branch cannot be recomputed as it was; step the optimizer, or write to "
+                f"it, after the backward"
             )
         if isinstance(tensor, nn.Parameter):
             return (
@@ -323,8 +323,8 @@ class Snapshot(Parts):
         elif isinstance(now, nn.Parameter):
             raise ReconstructionError(
                 f"{self._tensor_name(now, name)} is a {type(now).__name__} now and was whole in the forward: the group "
-                f"that it is sharded in is not gathered while this branch is run again. Give the branch a group of its "
-                f"own: fully_shard(branch)"
+                f"that it is sharded in is not gathered while this branch is recomputed. Give the branch a group of "
+                f"its own: fully_shard(branch)"
             )
 
     def _tensor_name(self, tensor: torch.Tensor, name: str) -> str:

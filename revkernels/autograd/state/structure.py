@@ -154,7 +154,7 @@ def _take_away(module: nn.Module, names: Sequence[str], children: dict[str, Any]
     if "parametrizations" in children:
         raise ReconstructionError(
             f"the parametrization of {added[-1]} in a {type(module).__name__} was removed between the forward and the "
-            f"backward, so the branch cannot be run again as it was; do that after the backward"
+            f"backward, so the branch cannot be recomputed as it was; do that after the backward"
         )
     _hang_all(slots, {name: now for name, now in slots.items() if name not in added}, undo)
 
