@@ -236,5 +236,5 @@ def _overlaps_itself(array: Any) -> bool:
     for stride, size in sorted((abs(s), n) for s, n in zip(strides, array.shape, strict=True) if n > 1):
         if stride < reach:
             return True
-        reach = stride * size
+        reach += stride * (size - 1)
     return False

@@ -195,6 +195,16 @@ def test_interleaved_halves_do_not_overlap(backend):
     assert torch.equal(memory, torch.tensor([2.0, 1.0] * 3).expand(4, 6))
 
 
+def test_rows_that_lie_within_each_other(backend):
+    """Strides that no dense array has, and with which every element still has a place of its own; or has not."""
+    memory = torch.ones(6)
+    ops.couple_(memory.as_strided((2, 2), (2, 3)), ones(2, 2), backend=backend)
+    assert memory.tolist() == [2, 1, 2, 2, 1, 2]
+    with pytest.raises(ValueError, match=r"^x .*own memory"):
+        ops.couple_(memory.as_strided((2, 3), (2, 1)), ones(), backend=backend)
+    assert memory.tolist() == [2, 1, 2, 2, 1, 2]
+
+
 def test_expanded_tensor_cannot_be_written(backend):
     """Several elements in one place; reading such a tensor is fine."""
     x = torch.ones(1, 3).expand(2, 3)
