@@ -33,7 +33,7 @@ CHECKS_OPERANDS = False
 
 def missing(name: str = "eager") -> str | None:
     """Why this backend cannot run here, or None."""
-    return None if importlib.util.find_spec("torch") else "torch is not installed: pip install revkernels[torch]"
+    return None if importlib.util.find_spec("torch") else "torch is not installed: pip install 'revkernels[torch]'"
 
 
 def couple(out: Any, x: Any, f: Any, coupling: Coupling | None) -> None:

@@ -130,7 +130,7 @@ def test_bench_without_torch_names_the_extra():
     done = revk("bench", "coupling", "--rounds", "2", "--megabytes", "1", without=["torch"])
     assert done.returncode == 2
     assert "revkernels bench: it needs torch" in done.stderr
-    assert "pip install revkernels[torch]" in done.stderr
+    assert "pip install 'revkernels[torch]'" in done.stderr
 
 
 def test_bench_writes_what_it_shows_and_saves_lines(tmp_path):

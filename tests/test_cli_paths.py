@@ -136,7 +136,7 @@ def test_without_matplotlib_a_plot_is_refused_before_the_work(tmp_path, monkeypa
     monkeypatch.delitem(sys.modules, "revkernels.cli.plots", raising=False)
     monkeypatch.delattr("revkernels.cli.plots", raising=False)
     assert main(["bench", "peers", "--plot", str(tmp_path / "a.png")]) == 2
-    assert "pip install revkernels[demo]" in capsys.readouterr().err
+    assert "pip install 'revkernels[demo]'" in capsys.readouterr().err
 
 
 def a_table():

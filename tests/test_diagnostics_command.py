@@ -83,4 +83,4 @@ def test_without_matplotlib():
     code = "import sys; sys.modules['matplotlib'] = None; from revkernels.cli import main; sys.exit(main(['drift']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "matplotlib, which is not installed: pip install revkernels[demo]" in done.stderr
+    assert "matplotlib, which is not installed: pip install 'revkernels[demo]'" in done.stderr

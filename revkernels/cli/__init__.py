@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in _EXTRAS:
             raise
         extra = _EXTRAS[package]
-        return _refuse(chosen, f"it needs {package}, which is not installed: pip install revkernels[{extra}]")
+        return _refuse(chosen, f"it needs {package}, which is not installed: pip install 'revkernels[{extra}]'")
     except BackendError as error:
         return _refuse(chosen, str(error))
     except (MemoryError, RuntimeError) as error:

@@ -190,7 +190,7 @@ def left_out() -> list[str]:
     """Return what `calls` skips here, and why."""
     reasons = []
     if not _has("torch"):
-        reasons.append("torch tensors: torch is not installed (pip install revkernels[torch])")
+        reasons.append("torch tensors: torch is not installed (pip install 'revkernels[torch]')")
     if not _has("ml_dtypes"):
         reasons.append("NumPy bfloat16 arrays: ml_dtypes is not installed (pip install ml_dtypes)")
     return reasons

@@ -119,7 +119,7 @@ def show(table: Table, stream: TextIO | None = None) -> None:
     except ImportError:
         print(plain(table), file=stream)
         return
-    # markup=False: "pip install revkernels[torch]" is text here, not a style.
+    # markup=False: "pip install 'revkernels[torch]'" is text here, not a style.
     console = Console(file=stream, markup=False, highlight=False, width=None if stream.isatty() else _UNBOUNDED)
     widths = _widths(table, console.width)
     shown: Any = records(table)

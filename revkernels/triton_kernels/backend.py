@@ -45,7 +45,7 @@ _prepared: dict[Any, Prepared] = {}
 
 def missing(name: str = "triton") -> str | None:
     """Why this backend cannot run here, or None. Imports neither torch nor triton."""
-    for module, extra in (("torch", "revkernels[torch]"), ("triton", "'triton>=3.6'")):
+    for module, extra in (("torch", "'revkernels[torch]'"), ("triton", "'triton>=3.6'")):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed: pip install {extra}"
     version = _triton_version()
