@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from revkernels.nn.reversible import have_hooks
+from revkernels.nn.hooks import have_hooks
 
 Part = list[tuple[int, Any]]  # modules with their indices
 

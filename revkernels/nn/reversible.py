@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Proxy
-from torch.nn.modules import module as _torch_module
 
 from revkernels.autograd.driver_forward import Reversal
 from revkernels.autograd.half_step import HalfStep, grouped
@@ -19,12 +18,12 @@ from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, input_on_grid, inverse
 from revkernels.nn.exact import KeepsGrid
 from revkernels.nn.fusion import Explanation, explain
+from revkernels.nn.hooks import have_hooks
 from revkernels.nn.kernels_of import rebuilds
 from revkernels.nn.plan import Plan, plan_of
 from revkernels.nn.streams import check_options
 from revkernels.options import ActivationsOption, CouplingOption
 
-_KINDS_OF_HOOK = ("forward_pre", "forward", "backward_pre", "backward")
 _OPTIONS: dict[str, Any] = {"split_dim": 1, "activations": "reconstruct", "coupling": "float", "backend": None}
 _handed_over = threading.local()  # the Reversal passed to a block that is called through its hooks
 
@@ -186,6 +185,25 @@ class ReversibleSequential(KeepsGrid):
         for block in blocks:
             self.add_module(str(len(self)), block)
         return self
+
+    def insert(self, index: int, block: ReversibleBlock) -> ReversibleSequential:
+        """Add a block before the one at ``index``. Returns the chain."""
+        blocks = list(self)
+        at = slice(index, None).indices(len(blocks))[0]
+        self._check(block, at, blocks[0] if blocks else block)
+        self._renumber([*blocks[:at], block, *blocks[at:]])
+        return self
+
+    def __delitem__(self, index: int | slice) -> None:
+        """Remove one block, or those of a slice."""
+        blocks = list(self)
+        del blocks[index]
+        self._renumber(blocks)
+
+    def _renumber(self, blocks: list[ReversibleBlock]) -> None:
+        """Hold these blocks under the names "0", "1", ..., as an `nn.Sequential` would: `extend` counts on them."""
+        self._modules.clear()
+        self._modules.update((str(number), block) for number, block in enumerate(blocks))
 
     def __setitem__(self, index: int, block: ReversibleBlock) -> None:
         """Replace a block."""
@@ -373,18 +391,3 @@ def _half_step_name(owner: Any, blocks: Sequence[ReversibleBlock]) -> Callable[[
         return branch if owner is blocks[0] else f"block {number}, {branch}"
 
     return name
-
-
-def have_hooks(blocks: Sequence[nn.Module]) -> list[bool]:
-    """Which of the modules have hooks that a call would fire, their own or global ones."""
-    everywhere = any(getattr(_torch_module, f"_global_{kind}_hooks") for kind in _KINDS_OF_HOOK)
-    return [
-        bool(
-            everywhere
-            or block._forward_hooks
-            or block._forward_pre_hooks
-            or block._backward_hooks
-            or block._backward_pre_hooks
-        )
-        for block in blocks
-    ]

@@ -55,6 +55,31 @@ def test_chains_grow_and_blocks_are_replaced():
     assert len(chain) == 3
 
 
+def test_blocks_are_inserted_and_removed():
+    """As an `nn.Sequential` does it: names have no gap, in which a later append would replace a block."""
+    first, second, third, fourth = (block() for _ in range(4))
+    chain = ReversibleSequential(first, third)
+    before = chain(rows(dtype=torch.float32))
+    assert chain.insert(1, second) is chain and chain.insert(len(chain), fourth) is chain
+    assert list(chain) == [first, second, third, fourth] and list(chain._modules) == ["0", "1", "2", "3"]
+    before.sum().backward()  # the blocks that the forward had
+    assert first.F.weight.grad is not None and second.F.weight.grad is None
+    del chain[1]
+    assert list(chain) == [first, third, fourth] and "2.G.bias" in chain.state_dict()
+    assert list(chain.append(second)) == [first, third, fourth, second]
+    del chain[-2:]
+    chain.insert(-1, second).insert(0, fourth)
+    assert list(chain) == [fourth, first, second, third] and list(chain._modules) == ["0", "1", "2", "3"]
+    chain(rows(dtype=torch.float32)).sum().backward()
+    assert second.F.weight.grad is not None
+    assert_raises(TypeError, ["blocks[1]", "Linear"], lambda: chain.insert(1, nn.Linear(4, 4)))
+    assert_raises(ValueError, ["blocks[0]", "streams"], lambda: chain.insert(0, ReversibleBlock(*[nn.ReLU()] * 3)))
+    assert_raises(IndexError, [], lambda: chain.__delitem__(4))
+    assert list(chain) == [fourth, first, second, third]
+    del chain[:]
+    assert len(chain.insert(0, first)) == 1 and list(chain._modules) == ["0"]
+
+
 # ---- models
 
 
