@@ -290,3 +290,53 @@ def test_who_asks_and_replaces_nothing_is_told_nothing():
         for _ in range(2):
             net(torch.linspace(-1, 1, 40, dtype=WIDE).reshape(5, 8)).sum().backward()
     assert seen == [False, True] * 2
+
+
+class Grows(nn.Module):
+    """A table of positions as long as the longest input so far, whose length is a number next to it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.kind, self.length = nn.Linear(4, 4), kind, 0
+        self.register_buffer("table", torch.zeros(0, 1, dtype=WIDE), persistent=False) if kind == "buffer" else None
+        if kind == "attribute":
+            self.table = None
+
+    def forward(self, h):
+        if len(h) > self.length:
+            self.length, table = len(h), torch.arange(len(h), dtype=WIDE)[:, None].cos()
+            if self.kind == "buffer":
+                self.register_buffer("table", table, persistent=False)
+            else:
+                self.table = table
+        return self.linear(h).sin() * self.table[: len(h)]
+
+
+class SetByTheFirst(nn.Module):
+    """Scales by what the first batch had, as an ActNorm does; a flag says that it has been there."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.ready = nn.Linear(4, 4), False
+        scale = torch.ones(4, dtype=WIDE)
+        self.register_buffer("scale", scale) if kind == "buffer" else setattr(self, "scale", scale)
+
+    def forward(self, h):
+        if not self.ready:
+            self.scale.copy_(1 / h.detach().std(0))
+            self.ready = True
+        return (self.linear(h) * self.scale).sin()
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+@pytest.mark.parametrize("make", [Grows, SetByTheFirst])
+def test_numbers_and_flags_next_to_a_state(make, kind, options):
+    """Row 34: how long a table is, and whether it was set, come back with it."""
+    net, plain = twins([(make(kind).to(WIDE), nn.Linear(4, 4).to(WIDE)) for _ in range(2)], **options)
+    for length in (4, 7, 5, 9):
+        x, longer = rows(length, 8), rows(length + 3, 8)
+        for network in (net, plain):
+            (loss_of(network(x)) + loss_of(network(longer))).backward()
+        assert_all_close([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+    ours, theirs = net[0].F, getattr(plain, "0").F
+    assert vars(ours).get("length") == vars(theirs).get("length") and vars(ours).get("ready") in (None, True)

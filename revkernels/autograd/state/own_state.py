@@ -40,6 +40,8 @@ from revkernels.autograd.state.versions import version_behind, version_of
 #: Placeholders that a state later replaces.
 _BLANK = (type(None), type(MISSING), int, float)
 _HOLD = (tuple, list, dict)
+#: What may tell a forward how far its state has come, such as the length of a table.
+_ABOUT = (*_BLANK, bool, str, torch.Size, torch.dtype, torch.device)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -143,14 +145,17 @@ class OwnState:
             if type(value) in (list, dict):
                 self._note(value, depth - 1)
 
-    def complete(self) -> list[tuple[nn.Module, Slot, torch.Tensor | None]]:
-        """After the forward: return what it wrote in place, with copies from before where they exist."""
+    def complete(self, renewed: set[nn.Module]) -> list[tuple[nn.Module, Slot, torch.Tensor | None]]:
+        """After the forward: return what it wrote in place, with copies from before where they exist.
+
+        ``renewed``: the modules whose buffers it wrote. Those whose state it wrote or replaced are added."""
         changed, stays = [], set()
         for module, slot, value in self.loose:
             found = written_by(module)
             if version_of(slot[2]) != slot[3]:
                 found.add(f".{slot[1]}")
                 changed.append((module, slot, value))
+                renewed.add(module)
         asked = times_asked() != self.asked and not self.comes_back
         for module, table, before in self.tables:
             now = dict(table.items())  # a scripted module's is no dictionary
@@ -160,11 +165,20 @@ class OwnState:
                     stays.add((id(table), name))  # its contents are restored through `items`
                 if was is value or not may_be_state(value):
                     continue
+                if is_state(value):
+                    renewed.add(module)
                 blank, state = type(was) in _BLANK, is_state(value)
                 if blank and (state or (not asked and (table is module._buffers or may_read(module, name)))):
                     self.blank.append((table, name, was))
                 if asked and state and (blank or is_state(was)):
                     self._tell(module, name)
+            if module in renewed and table is module.__dict__ and not asked:
+                # With the state goes what says how far it has come: a table that has grown would be too short for the
+                # length next to it, and what the first batch set would not be set by it again.
+                for name in own_names(now):
+                    was, value = before.get(name, MISSING), now[name]
+                    if was is not value and type(was) in _ABOUT and type(value) in _ABOUT:
+                        self.blank.append((table, name, was))
         for module, table, name, was in self.gaps:
             if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
                 self.blank.append((table, name, was))

@@ -164,7 +164,8 @@ class Snapshot(Parts):
                 else:
                     self.constant.append(constant_of(slot))
             self.rewound = changed
-        for module, slot, before in () if self.own is None else self.own.complete():
+        own_writes = () if self.own is None else self.own.complete({module for module, _, _ in self.rewound})
+        for module, slot, before in own_writes:
             if before is None:
                 self.fixed.append(slot)
                 self.late.add(id(slot[2]))
