@@ -43,6 +43,8 @@ _HOLD = (tuple, list, dict)
 #: What may tell a forward how far its state has come, such as the length of a table.
 _ABOUT = (*_BLANK, bool, str, torch.Size, torch.dtype, torch.device)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: Modules whose forward has written or replaced state: not every call of them need do so.
+_stateful: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _holds_items(module: nn.Module) -> bool:
@@ -159,11 +161,16 @@ class OwnState:
         asked = times_asked() != self.asked and not self.comes_back
         for module, table, before in self.tables:
             now = dict(table.items())  # a scripted module's is no dictionary
+            numbers: list[tuple[dict[str, Any], str, Any]] = []
             for name in own_names(now):
                 was, value = before.get(name, MISSING), now[name]
                 if was is value and type(value) in (list, dict):
                     stays.add((id(table), name))  # its contents are restored through `items`
-                if was is value or not may_be_state(value):
+                if was is value:
+                    continue
+                if not may_be_state(value):
+                    if type(was) in _ABOUT and type(value) in _ABOUT:
+                        numbers.append((table, name, was))
                     continue
                 if is_state(value):
                     renewed.add(module)
@@ -172,18 +179,16 @@ class OwnState:
                     self.blank.append((table, name, was))
                 if asked and state and (blank or is_state(was)):
                     self._tell(module, name)
-            if module in renewed and table is module.__dict__ and not asked:
+            if numbers and not asked and (module in renewed or module in _stateful):
                 # With the state goes what says how far it has come: a table that has grown would be too short for the
                 # length next to it, and what the first batch set would not be set by it again.
-                for name in own_names(now):
-                    was, value = before.get(name, MISSING), now[name]
-                    if was is not value and type(was) in _ABOUT and type(value) in _ABOUT:
-                        self.blank.append((table, name, was))
+                self.blank += numbers
         for module, table, name, was in self.gaps:
             if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
                 self.blank.append((table, name, was))
                 if asked:
                     self._tell(module, name)
+        _stateful.update(renewed)
         for container, before in () if asked else self.containers:
             # Added items are ignored: another thread may have added them.
             for key, was in before.items() if type(before) is dict else enumerate(before):
