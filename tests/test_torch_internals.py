@@ -35,6 +35,7 @@ USED = {
     "torch.autograd.Variable._execution_engine.queue_callback": "the end of a backward",
     "torch.autograd._get_sequence_nr": "nodes made since a branch began",
     "torch.autograd.forward_ad._current_level": "forward-mode derivatives are refused",
+    "torch.autograd.graph._engine_run_backward.__code__": "whether a thread waits for the engine",
     "torch.nn.Module._call_impl": "whether modules are called as torch calls them",
     "torch.nn.modules.batchnorm._BatchNorm": "the kinds of batch norms",
     "torch.nn.modules.conv._ConvNd": "the kinds of convolutions",

@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["turn_of"]
 
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, _Lock] = weakref.WeakKeyDictionary()
 _EVERYBODY = contextlib.nullcontext()
+_LOOK = 0.01  # seconds between two looks at a lock's owner
+_graph_task = torch._C._current_graph_task_id
+_into_the_engine = torch.autograd.graph._engine_run_backward.__code__  # the last Python frame of whoever calls it
 
 
 def turn_of(modules: Sequence[nn.Module]) -> contextlib.AbstractContextManager[Any]:
@@ -25,24 +30,56 @@ def turn_of(modules: Sequence[nn.Module]) -> contextlib.AbstractContextManager[A
     return _Turn(modules) if modules else _EVERYBODY
 
 
+class _Lock(type(threading.RLock())):  # type: ignore[misc]
+    """A lock that a thread may acquire again, and that does not make torch's engine wait for itself.
+
+    A branch that differentiates while it runs has its turn, and waits for the engine, which may compute the gradient in
+    a thread of its own: on a device always, on the host beyond 60 backwards within each other. What is recomputed there
+    is part of the branch's run, and must not wait for the end of it.
+    """
+
+    __slots__ = ("owner",)  # the thread that acquired it last
+
+    def wait(self) -> bool:
+        """Acquire it. False if its owner waits for the engine, in one of whose threads this is called."""
+        if not _is_the_engines():
+            return bool(self.acquire())
+        while not self.acquire(timeout=_LOOK):
+            if _waits_for_the_engine(getattr(self, "owner", 0)):  # 0: it is about to set it
+                return False
+        return True
+
+
+def _is_the_engines() -> bool:
+    """Whether this thread runs a backward, and was started by torch's engine: Python knows its own threads."""
+    return _graph_task() != -1 and isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _waits_for_the_engine(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    return frame is not None and frame.f_code is _into_the_engine
+
+
 class _Turn(contextlib.AbstractContextManager[None]):
     __slots__ = ("locks",)
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         # In the same order in all threads, to avoid deadlocks.
-        self.locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
+        self.locks = [_locks.setdefault(module, _Lock()) for module in sorted(modules, key=id)]
 
     def __enter__(self) -> None:
-        count = 0
+        thread, acquired = threading.get_ident(), []
         try:
             for lock in self.locks:
-                lock.acquire()
-                count += 1
+                if lock.acquire(False) or lock.wait():
+                    acquired.append(lock)
+                    lock.owner = thread
         except BaseException:  # an interrupt while waiting
-            for lock in self.locks[:count]:
+            for lock in acquired:
                 lock.release()
             raise
 
     def __exit__(self, *_: object) -> None:
         for lock in self.locks:
-            lock.release()
+            if lock._is_owned():  # else its owner waits for this thread
+                lock.release()
