@@ -44,6 +44,7 @@ from revkernels.autograd.planning.offload import OffloadGroup
 from revkernels.autograd.planning.planner import Keeping
 from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.autograd.recomputing import is_recomputing, within_a_branch
+from revkernels.autograd.state.known_branch import turn_to_run
 from revkernels.autograd.state.rng_and_autocast import Surroundings, drawn, moved, states_of, tensors_in
 from revkernels.autograd.state.versions import version_of
 from revkernels.autograd.step_record import RearrangedStep, Rearrangement, RecordedStep, frames_compiled
@@ -104,8 +105,6 @@ class Reversal(Rebuilding):
             self._states = self._surroundings.states()
             self._hooks = self._saving()
 
-    # ---- forward
-
     @property
     def count(self) -> int:
         """The number of half-steps and rearrangements so far."""
@@ -119,7 +118,8 @@ class Reversal(Rebuilding):
     def advance(self, step: HalfStep, following: HalfStep | None = None) -> None:
         """Run the next half-step. ``following``: the half-step directly after it."""
         kernels, streams, grid = self.kernels, self.streams, self._grid
-        f = self._record(step) if self.recording else self._run(step, None)
+        with turn_to_run(None if self.recording else step.branch):
+            f = self._record(step) if self.recording else self._run(step, None)
         index = step.target
         target = streams[index]
         if type(f) is tuple:

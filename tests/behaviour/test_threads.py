@@ -249,14 +249,37 @@ def meeting(other, timeout=1.0):
     return thread, meet
 
 
-def test_statistics_of_a_forward_while_another_thread_recomputes(backend):
-    """A batch that comes by during a recompute counts."""
+@pytest.mark.parametrize("grad", [True, False])
+def test_statistics_of_a_forward_while_another_thread_recomputes(backend, grad):
+    """A batch that comes by during a recompute counts, also without gradients."""
     net, _ = twins([(Meets(), mlp())], backend=backend)
     loss, module = loss_of(net(rows(6, 8))), net[0].F
-    thread, module.meet = meeting(lambda: net(rows(6, 8)))
+
+    def count():
+        with torch.set_grad_enabled(grad):
+            net(rows(6, 8))
+
+    thread, module.meet = meeting(count)
     loss.backward()
     thread.join(30)
     assert module.norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_evaluation_while_another_thread_recomputes(backend, grad):
+    """It is in eval mode, though the recompute is in train mode, and uses the running statistics."""
+    net, _ = twins([(Meets(), mlp())], backend=backend)
+    loss, module, x, got = loss_of(net(rows(6, 8))), net[0].F, rows(6, 8), []
+    wanted = net.eval()(x).detach()
+
+    def evaluate():
+        with torch.set_grad_enabled(grad):
+            got.append(net(x).detach())
+
+    thread, module.meet = meeting(evaluate)
+    loss.backward()
+    thread.join(30)
+    assert_all_close(got, [wanted])
 
 
 def test_statistics_of_two_recomputes_that_overlap(backend):

@@ -22,7 +22,7 @@ from revkernels.autograd.state.reachable import own_names
 from revkernels.autograd.state.rewinding import MISSING
 from revkernels.autograd.state.structure import Structure, tree_of
 
-__all__ = ["KnownBranch", "Tree", "known_branch"]
+__all__ = ["KnownBranch", "Tree", "known_branch", "turn_to_run"]
 
 #: A branch's modules, itself first, and what is registered in them, in one list.
 Tree = tuple[list[nn.Module], list[Any]]
@@ -57,6 +57,13 @@ def known_branch(branch: nn.Module) -> tuple[KnownBranch, Tree] | None:
         return None
     _known[branch] = known
     return known, tree
+
+
+def turn_to_run(branch: Any) -> Any:
+    """The lock for a run of the branch that is not recorded: that of its last recorded run, whose recompute in another
+    thread hangs throw-away buffers into its modules, and sets the modes of its forward. None for None."""
+    known = _known.get(branch) if isinstance(branch, nn.Module) else None
+    return turn_of(()) if known is None else known.last_turn
 
 
 class KnownBranch:
@@ -95,6 +102,11 @@ class KnownBranch:
     def is_tree(self, branch: nn.Module, tree: Tree) -> bool:
         """Whether the branch still has this tree."""
         return native.is_module_tree(branch, self._rows, *tree) and unpatched(self._kinds)
+
+    @property
+    def last_turn(self) -> Any:
+        """The last result of `turn`."""
+        return self._turn[1]
 
     def turn(self, modules: Sequence[nn.Module]) -> Any:
         """The lock for these modules, the branch's current ones: they may have replaced the first ones, if alike."""
