@@ -79,7 +79,8 @@ def prepare() -> None:
             (first * 2 + second * 3).sum().backward()
         finally:
             del _learning.seen
-        if way == ownership.way_of_calling():
+        # Nothing was seen if the engine ran it in another thread, as it does from 60 backwards within each other on.
+        if seen and way == ownership.way_of_calling():
             _free[way] = tuple(map(min, zip(*seen, strict=True)))
 
 

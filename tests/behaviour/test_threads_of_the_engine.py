@@ -8,6 +8,7 @@ from torch import nn
 
 import revkernels as rk
 from behaviour.common import WIDE, assert_all_close, loss_of, mlp, rows, torch, twins
+from revkernels.autograd import accumulate, ownership
 
 
 class Reentrant(torch.autograd.Function):
@@ -73,3 +74,13 @@ def test_a_branch_that_differentiates_in_a_thread_of_the_engine(backend, when):
     assert not thread.is_alive(), "it waits for itself"
     assert_all_close(*outcomes)
     assert net[0].F.threads and thread.ident not in net[0].F.threads
+
+
+@pytest.mark.skipif(not ownership.COUNTABLE, reason="torch does not count references here")
+def test_counts_that_another_thread_of_the_engine_would_have_learnt(monkeypatch):
+    """The first chain of a process may be called inside a backward, in which torch moves the next one to a thread."""
+    for depth in range(57, 64):
+        monkeypatch.setattr(accumulate, "_free", {})
+        x = torch.ones((), requires_grad=True)
+        torch.autograd.grad(Reentrant.apply(x, accumulate.prepare, depth), x)
+        assert all(map(len, accumulate._free.values())), f"learnt from nothing, {depth} deep"
