@@ -83,9 +83,7 @@ class Reversal(Rebuilding):
         self._twin: tuple[int, torch.Tensor] | None = None  # a stream's index, and the second output of its node
         self._waiting: Waiting | None = None  # the last coupling, deferred to the next branch's norm: `_entry`
         self._entry: Entry | None = None
-        self.kernels = kernels
-        self.keep = keep
-        self.name = name
+        self.kernels, self.keep, self.name = kernels, keep, name
         self.aux: list[Any] = []
         self.recording = not keep and torch.is_grad_enabled()
         if torch.is_grad_enabled() and kernels is not eager:
@@ -118,8 +116,11 @@ class Reversal(Rebuilding):
     def advance(self, step: HalfStep, following: HalfStep | None = None) -> None:
         """Run the next half-step. ``following``: the half-step directly after it."""
         kernels, streams, grid = self.kernels, self.streams, self._grid
-        with turn_to_run(None if self.recording else step.branch):
-            f = self._record(step) if self.recording else self._run(step, None)
+        if self.recording:
+            f = self._record(step)
+        else:
+            with turn_to_run(step.branch):
+                f = self._run(step, None)
         index = step.target
         target = streams[index]
         if type(f) is tuple:

@@ -61,7 +61,7 @@ def known_branch(branch: nn.Module) -> tuple[KnownBranch, Tree] | None:
 
 def turn_to_run(branch: Any) -> Any:
     """The lock for a run of the branch that is not recorded: that of its last recorded run, whose recompute in another
-    thread hangs throw-away buffers into its modules, and sets the modes of its forward. None for None."""
+    thread hangs throw-away buffers into its modules, and sets the modes of its forward."""
     known = _known.get(branch) if isinstance(branch, nn.Module) else None
     return turn_of(()) if known is None else known.last_turn
 
