@@ -30,7 +30,7 @@ def kernels_of(owner: Any, streams: Sequence[torch.Tensor], half_steps: Sequence
     # Tensor subclasses, and tensors inside torch.func, have no memory for a kernel. A transform may be of the
     # parameters only, with plain streams.
     if torch._C._are_functorch_transforms_active():
-        _refuse(owner, "torch.func transforms", not is_store(owner.activations))
+        _refuse(owner, "torch.func transforms", rebuilds(owner))
         return eager
     if owner.backend is None and type(streams[0]) not in PLAIN:
         return eager
@@ -50,8 +50,8 @@ def _refuse(owner: Any, what: str, rebuilding: bool) -> None:
         raise ReconstructionError(f"{what} cannot look through an exact coupling: set coupling='float'")
     if rebuilding:
         raise ReconstructionError(
-            f"{what} cannot run a reversible backward: set activations='store' for them "
-            f"(torch.func.functional_call alone needs nothing)"
+            f"{what} cannot run a reversible backward: set activations='store' for them, or call them under "
+            f"torch.no_grad() (torch.func.functional_call alone needs nothing)"
         )
 
 

@@ -20,6 +20,7 @@ from behaviour.common import (
     images,
     loss_of,
     mlp,
+    norm_mlp,
     pairs_of,
     rows,
     step,
@@ -199,6 +200,28 @@ def test_torch_func_transforms(transform, options):
         for function in (lambda y: loss_of(net(y)), both):
             with pytest.raises(rk.ReconstructionError, match=r"torch\.func .*activations='store'"):
                 through(function, x)
+
+
+@pytest.mark.parametrize("randomness", ["error", "different"])
+def test_vmap_without_gradients(randomness, options):
+    """Row 26: an ensemble's predictions, and each sample's on its own, need no backward."""
+    nets = [twins(pairs_of(norm_mlp, 2), **options)[0].eval() for _ in range(3)]
+    values = torch.func.stack_module_state(nets)
+    x = rows(3, 5, 8, requires_grad=False)
+    with torch.no_grad():
+        got = torch.func.vmap(
+            lambda *state: torch.func.functional_call(nets[0], state, (x[0],)), randomness=randomness
+        )(*values)
+        assert_close(got, torch.stack([net(x[0]) for net in nets]))
+        assert_close(torch.func.vmap(nets[0], randomness=randomness)(x), torch.stack([nets[0](y) for y in x]))
+        # A gradient that no recompute has to give: inside, the chain is a constant.
+        found = torch.func.grad(lambda y: (y * constant(nets[0], y)).sum())(x[0])
+    assert_close(found, nets[0](x[0]).detach())
+
+
+def constant(net, x):
+    with torch.no_grad():
+        return net(x)
 
 
 def test_state_dict(kind, options):
