@@ -4,7 +4,7 @@
 import pytest
 from torch import nn
 
-from behaviour.common import assert_all_close, check_step, fresh, mlp, pairs_of, rows, step, torch, twins
+from behaviour.common import WIDE, assert_all_close, check_step, fresh, mlp, pairs_of, rows, step, torch, twins
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
@@ -36,6 +36,25 @@ def test_one_block_alone(kind, options):
         assert_all_close(got.outputs, chained.outputs, tolerance=1e-300)
     x = kind.x(requires_grad=False)
     assert_all_close([block.inverse(block(x))], [x], 1e-12)
+
+
+@pytest.mark.parametrize("activations", ["reconstruct", "store"])
+def test_hooks_of_a_block_called_alone_fire_once(activations):
+    block = ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3), activations=activations).double()
+    x = torch.randn(5, 6, dtype=WIDE, requires_grad=True)
+    block(x).square().sum().backward()
+    plain, x.grad, seen = x.grad, None, []
+    block.register_forward_pre_hook(lambda *_: seen.append("before"))
+    block.register_forward_hook(lambda *_: seen.append("after"))
+    block.register_full_backward_hook(lambda _, given, __: (seen.append("backward"), (given[0] * 2, *given[1:]))[1])
+    block(x).square().sum().backward()
+    assert seen == ["before", "after", "backward"]
+    torch.testing.assert_close(x.grad, 2 * plain)
+    twice = block.register_forward_pre_hook(lambda _, given: (given[0] * 2, *given[1:]))
+    with torch.no_grad():
+        doubled = block(x)
+        twice.remove()
+        torch.testing.assert_close(doubled, block(2 * x))
 
 
 def test_pair_in_pair_out(kind, options):

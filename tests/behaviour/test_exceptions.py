@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from behaviour.common import assert_all_close, assert_raises, check_step, loss_of, norm_mlp, rows, torch, twins
-from behaviour.test_failures import alive  # noqa: F401
+from behaviour.test_leaks import alive  # noqa: F401
 from revkernels.autograd import recomputing
 from revkernels.nn import is_recomputing
 

@@ -224,6 +224,17 @@ def constant(net, x):
         return net(x)
 
 
+def test_vmap_over_parameters_of_stored_chains():
+    """The input plain: an ensemble."""
+    chains = [
+        ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3)), activations="store") for _ in range(3)
+    ]
+    parameters, _ = torch.func.stack_module_state(chains)
+    x = torch.randn(5, 6)
+    got = torch.func.vmap(lambda p: torch.func.functional_call(chains[0], p, (x,)))(parameters)
+    torch.testing.assert_close(got, torch.stack([chain(x) for chain in chains]))
+
+
 def test_state_dict(kind, options):
     """Row 26: plain PyTorch's keys, no key twice, and a round trip through a file."""
     net, plain = kind.twins(3, **options)
