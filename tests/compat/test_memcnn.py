@@ -21,7 +21,18 @@ from behaviour.common import (
 from torch import nn
 
 import revkernels.compat as compat_package
-from compat.common import InAutocast, check_copies, check_gradients, check_signatures, couple, plain, uncouple
+from compat.common import InAutocast, check_copies, check_gradients, check_signatures, plain
+from compat.memcnn_networks import (
+    Inverted,
+    Scaling,
+    couplings,
+    couplings_in,
+    in_plain_torch,
+    inverse_in_plain_torch,
+    nested,
+    one,
+    stack,
+)
 from revkernels.compat import memcnn
 from revkernels.errors import ReconstructionError
 from revkernels.measure import peak_bytes
@@ -38,66 +49,6 @@ SIGNATURES = {
     "is_invertible_module": "(module_in, test_input_shape, test_input_dtype=torch.float32, atol=1e-06, random_seed=42)",
 }
 MAKES = pytest.mark.parametrize("make", [mlp, norm_mlp, dropout_mlp], ids=["mlp", "norm", "dropout"])
-
-
-def couplings(make, depth, **options):
-    return [memcnn.AdditiveCoupling(make(), make(), **options) for _ in range(depth)]
-
-
-def stack(make, depth, **options):
-    """A wrapper for each coupling: what MemCNN's users write."""
-    return nn.Sequential(*[memcnn.InvertibleModuleWrapper(coupling, **options) for coupling in couplings(make, depth)])
-
-
-def one(make, depth, **options):
-    """A wrapper for all."""
-    return memcnn.InvertibleModuleWrapper(nn.Sequential(*couplings(make, depth)), **options)
-
-
-def nested(make, depth):
-    inner = memcnn.InvertibleModuleWrapper(nn.Sequential(*couplings(make, depth - 1)))
-    return memcnn.InvertibleModuleWrapper(nn.Sequential(inner, *couplings(make, 1)))
-
-
-def couplings_in(network, kind=memcnn.AdditiveCoupling):
-    return [module for module in network.modules() if isinstance(module, kind)]
-
-
-def in_plain_torch(network, x, kind=memcnn.AdditiveCoupling):
-    for coupling in couplings_in(network, kind):
-        x = couple((coupling.Fm, coupling.Gm), x, coupling.split_dim)
-    return x
-
-
-def inverse_in_plain_torch(network, y):
-    for coupling in reversed(couplings_in(network)):
-        y = uncouple((coupling.Fm, coupling.Gm), y, coupling.split_dim)
-    return y
-
-
-class Inverted(nn.Module):
-    """Runs the other way round."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, y):
-        return self.network.inverse(y)
-
-
-class Scaling(nn.Module):
-    """Invertible, and no coupling."""
-
-    def __init__(self, factor=2.0):
-        super().__init__()
-        self.factor = nn.Parameter(torch.full((1,), factor, dtype=WIDE))
-
-    def forward(self, x):
-        return (x * self.factor,)
-
-    def inverse(self, y):
-        return (y / self.factor,)
 
 
 def test_the_package_imports_no_torch():
@@ -346,61 +297,3 @@ def test_deprecated_names_warn_and_work():
     check_step(coupling, plain(coupling, in_plain_torch), rows(5, 8))
     with pytest.warns(DeprecationWarning):
         assert memcnn.create_coupling(mlp(), None, "additive", 0, 1).implementation_bwd == 1
-
-
-# ---- is_invertible_module
-
-
-def test_is_invertible_module_says_what_is():
-    class Wrong(Scaling):
-        def inverse(self, y):
-            return (y * self.factor,)
-
-    class Folded(nn.Module):  # forward(inverse(y)) is y, inverse(forward(x)) is not x
-        def forward(self, x):
-            return (x - 0.5).abs()
-
-        def inverse(self, y):
-            return y + 0.5
-
-    class Jagged(nn.Module):  # inverse(forward(x)) is x within atol, forward(inverse(y)) is not y
-        def forward(self, x):
-            return torch.cat((x, x * 1.1e7 % 1), 1)
-
-        def inverse(self, y):
-            return y.chunk(2, 1)[0] + 5e-7
-
-    check = memcnn.is_invertible_module
-    assert check(couplings(mlp, 1)[0], (5, 8), test_input_dtype=WIDE, atol=1e-12)
-    assert check(stack(mlp, 2)[0], (5, 8), test_input_dtype=WIDE)
-    assert check(one(mlp, 3), ((5, 8),), test_input_dtype=WIDE)
-    assert check(one(norm_mlp, 1)._fn, (5, 8), test_input_dtype=WIDE)
-    assert check(Scaling(), (5, 8), test_input_dtype=WIDE)
-    assert not check(Wrong(), (5, 8), test_input_dtype=WIDE)
-    assert not check(mlp(), (5, 4), test_input_dtype=WIDE)
-    assert not check(memcnn.InvertibleModuleWrapper(mlp()), (5, 4), test_input_dtype=WIDE)
-    assert not check(Folded(), (5, 8), test_input_dtype=WIDE)
-    assert not check(Jagged(), (5, 8), test_input_dtype=WIDE)
-
-
-def test_is_invertible_module_leaves_everything_as_it_was():
-    """MemCNN reseeds the generator and counts the batches."""
-    net = one(norm_mlp, 2)
-    with unwritten(net):
-        assert memcnn.is_invertible_module(net, (5, 8), test_input_dtype=WIDE)
-
-
-def test_is_invertible_module_warns_of_shared_tensors():
-    class Same(nn.Module):
-        def forward(self, x):
-            return x
-
-        inverse = forward
-
-    with pytest.warns(UserWarning, match="forward share"), pytest.warns(UserWarning, match="inverse share"):
-        assert memcnn.is_invertible_module(Same(), (5, 8))
-
-
-@pytest.mark.parametrize("shape", ["string", (2.3, 1.4), None, True, ((1, 3), 12.4), ((1, 3), False)])
-def test_is_invertible_module_refuses_what_is_no_shape(shape):
-    assert_raises(ValueError, ["test_input_shape"], lambda: memcnn.is_invertible_module(Scaling(), shape))

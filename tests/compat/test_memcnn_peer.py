@@ -8,7 +8,8 @@ from behaviour.common import check_step, dropout_mlp, mlp, norm_mlp, relative_er
 from torch import nn
 
 from compat.common import InAutocast, check_against_peer, installed, own_tests, plain, spelled
-from compat.test_memcnn import SIGNATURES, couplings_in, in_plain_torch
+from compat.memcnn_networks import couplings_in, in_plain_torch
+from compat.test_memcnn import SIGNATURES
 from revkernels.compat import memcnn
 
 pytestmark = [
