@@ -7,12 +7,13 @@ import sys
 import pytest
 
 torch = pytest.importorskip("torch")
+from diagnostics_cases import images  # noqa: E402
 from one_thread import one_thread_here  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
 from revkernels.diagnostics import PRECISIONS, DriftMonitor, drift, relative_errors  # noqa: E402
 from revkernels.measure import angle  # noqa: E402
-from revkernels.models import BasicBranch, revnet38  # noqa: E402
+from revkernels.models import revnet38  # noqa: E402
 from revkernels.nn import PerBlock, ReversibleBlock, ReversibleSequential  # noqa: E402
 from revkernels.nn.streams import check_options  # noqa: E402
 
@@ -27,10 +28,6 @@ def mlp(size=8, dropout=0.0):
 
 def chain(blocks, dropout=0.0, **options):
     return ReversibleSequential(*(ReversibleBlock(mlp(8, dropout), mlp(8, dropout)) for _ in range(blocks)), **options)
-
-
-def images(blocks):
-    return ReversibleSequential(*(ReversibleBlock(BasicBranch(8, 8), BasicBranch(8, 8)) for _ in range(blocks)))
 
 
 def column(found, name, **which):

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`memory_report`: every byte held between forward and backward, whose it is and why; and nothing left behind."""
+"""`memory_report`: every byte held between forward and backward, whose it is and why."""
 
 import pytest
 
 torch = pytest.importorskip("torch")
+from diagnostics_cases import images, mlp  # noqa: E402
 from one_thread import one_thread_here  # noqa: E402, F401
 from torch import nn  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from revkernels.autograd.driver_forward import Reversal  # noqa: E402
-from revkernels.autograd.fused import fusion  # noqa: E402
 from revkernels.diagnostics import memory_report  # noqa: E402
-from revkernels.diagnostics.report import CHAIN, HELD, INPUT, OUTPUT, OUTSIDE, PARAMETERS, SAVED, UNSEEN  # noqa: E402
-from revkernels.diagnostics.watching import Watch  # noqa: E402
-from revkernels.measure import peak_bytes  # noqa: E402
-from revkernels.models import BasicBranch, revnet38  # noqa: E402
+from revkernels.diagnostics.report import HELD, INPUT, OUTPUT, OUTSIDE, PARAMETERS, SAVED, UNSEEN  # noqa: E402
+from revkernels.models import revnet38  # noqa: E402
 from revkernels.nn import ReversibleBlock, ReversibleSequential  # noqa: E402
 
 MIB = 2**20
@@ -63,17 +60,6 @@ class Checkpointed(nn.Module):
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
         return x
-
-
-def mlp(size, hidden=None):
-    return nn.Sequential(
-        nn.LayerNorm(size), nn.Linear(size, hidden or size), nn.ReLU(), nn.Linear(hidden or size, size)
-    )
-
-
-def images(blocks, **options):
-    made = (ReversibleBlock(BasicBranch(8, 8), BasicBranch(8, 8)) for _ in range(blocks))
-    return ReversibleSequential(*made, **options)
 
 
 def plain():
@@ -202,141 +188,6 @@ def test_a_module_that_caches_its_activation_is_named_and_loses_it_again():
     assert (row.operator, row.holder) == ("aten::addmm", "self.cache")
     assert not hasattr(net[0].F, "cache")
     assert net[0].F.calls == 0
-
-
-def test_a_reversible_chain_is_flat_in_depth():
-    x = torch.randn(8, 16, 12, 12)
-    reports = [memory_report(images(blocks), x) for blocks in (2, 8, 32)]
-    statistics = 2 * 8 * 4  # of one batch norm
-    for report, blocks in zip(reports, (2, 8, 32), strict=True):
-        growth = report.held_bytes - reports[0].held_bytes
-        assert growth == (blocks - 2) * 2 * 2 * statistics  # two branches a block, two norms a branch
-        assert report.total(SAVED) <= 2 * x.nbytes
-        assert report.chains[0].half_steps == 2 * blocks
-        assert report.chains[0].largest_frame_bytes == reports[0].chains[0].largest_frame_bytes
-    stored = [memory_report(images(blocks, activations="store"), x).held_bytes for blocks in (2, 8)]
-    assert stored[1] > 3.5 * stored[0]
-
-
-def test_outputs_kept_by_a_chain_inside_a_model():
-    net = nn.Sequential(nn.Conv2d(3, 16, 1), images(2), nn.Flatten(), nn.Linear(16 * 64, 5))
-    report = memory_report(net, torch.randn(4, 3, 8, 8))
-    y = 4 * 16 * 8 * 8 * 4
-    (kept,) = (row for row in report.rows if row.kind == CHAIN and row.holder == "its outputs")
-    assert (kept.module, kept.bytes) == ("1", y)
-    assert report.chains[0].chain == "1"
-    assert report.chains[0].kept_bytes == y
-    assert not report.chains[0].stored
-
-
-def test_the_largest_recompute_is_found():
-    wide = 100 * 16
-    net = ReversibleSequential(
-        ReversibleBlock(mlp(16), mlp(16)), ReversibleBlock(mlp(16), mlp(16, wide)), ReversibleBlock(mlp(16), mlp(16))
-    )
-    (chain,) = memory_report(net, torch.randn(32, 32)).chains
-    assert chain.largest_frame == "block 1, branch G (Sequential)"
-    hidden, normed, statistics = 32 * wide * 4, 32 * 16 * 4, 2 * 32 * 4
-    assert chain.largest_frame_bytes == hidden + normed + statistics
-
-
-def test_frozen_and_stored_chains():
-    net = images(2).requires_grad_(False)
-    report = memory_report(net, torch.randn(2, 16, 8, 8).requires_grad_())
-    assert not report.chains[0].stored
-    stored = memory_report(images(2, activations="store"), torch.randn(2, 16, 8, 8))
-    assert stored.chains[0].stored
-    assert stored.chains[0].largest_frame is None
-    assert any("activations='reconstruct' would reconstruct" in sentence for sentence in stored.advice)
-
-
-def test_a_stem_that_holds_most_is_named():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(4))
-            self.chain = images(2)
-
-        def forward(self, x):
-            return self.chain(self.stem(x))
-
-    report = memory_report(Model(), torch.randn(4, 3, 32, 32))
-    assert next(iter(report.by_module(1))) == "stem"
-    assert any(sentence.startswith("stem holds ") for sentence in report.advice)
-
-
-def test_what_is_outside_the_chains_of_a_network():
-    x = torch.randn(4, 3, 32, 32)
-    report = memory_report(revnet38(), x)
-    groups = report.outside_chains()
-    assert set(list(groups)[:4]) == {"stages.0.0", "stages.1.0", "stages.2.0", "stem"}
-    assert sum(groups.values()) > 0.5 * report.held_bytes
-    (sentence,) = (s for s in report.advice if "outside any reversible chain" in s)
-    assert "most of them here: stages.0.0 " in sentence
-    stored = memory_report(revnet38(activations="store"), x)
-    assert any(s.startswith("stages.0.1 and 2 more chains store ") for s in stored.advice)
-    assert stored.held_bytes > 2 * report.held_bytes
-
-
-@pytest.mark.parametrize("backend", [None, "eager"])
-def test_watching_does_not_change_what_runs(backend):
-    net, x = images(6, backend=backend), torch.randn(8, 16, 12, 12)
-
-    def step():
-        net(x).square().mean().backward()
-
-    watch = Watch(net)
-
-    def watched():
-        with watch.modules():
-            with watch, watch.saved_tensors():
-                loss = net(x).square().mean()
-            loss.backward()
-
-    step()
-    ordinary = peak_bytes(step)
-    assert peak_bytes(watched) == ordinary
-    for p in net.parameters():
-        p.grad = None
-    fresh = peak_bytes(step)
-    assert memory_report(net, x, loss=lambda y: y.square().mean()).peak_bytes == fresh
-
-
-def test_nothing_is_left_behind():
-    net = nn.Sequential(nn.Conv2d(3, 16, 1), images(2), nn.Dropout(0.5)).train()
-    net[1][0].F.eval()
-    for p in list(net.parameters())[::2]:
-        p.grad = torch.randn_like(p)
-    x = torch.randn(4, 3, 8, 8, requires_grad=True)
-    watched = (nn.Module.__call__, fusion.fused, Reversal._run, Reversal.finish, Reversal._rebuild)
-
-    def state():
-        return (
-            [(id(p.grad), None if p.grad is None else p.grad.clone()) for p in net.parameters()],
-            [(id(b), b._version, b.clone()) for b in net.buffers()],
-            [(p._version, p.clone()) for p in net.parameters()],
-            torch.get_rng_state(),
-            [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(vars(m))) for m in net.modules()],
-        )
-
-    before = state()
-    memory_report(net, x)
-    torch.testing.assert_close(state(), before, rtol=0, atol=0)
-    assert x.grad is None
-    assert (nn.Module.__call__, fusion.fused, Reversal._run, Reversal.finish, Reversal._rebuild) == watched
-
-
-def test_nothing_is_left_behind_by_a_network_that_fails():
-    class Fails(nn.Module):
-        def forward(self, x):
-            raise ArithmeticError("no")
-
-    net = nn.Sequential(nn.BatchNorm1d(4), Fails())
-    call, version = nn.Module.__call__, net[0].num_batches_tracked._version
-    with pytest.raises(ArithmeticError):
-        memory_report(net, torch.randn(3, 4))
-    assert nn.Module.__call__ is call
-    assert net[0].num_batches_tracked._version == version
 
 
 def test_arguments_and_a_loss_of_ones_own():

@@ -12,6 +12,7 @@ import weakref
 import pytest
 
 torch = pytest.importorskip("torch")
+from diagnostics_cases import images  # noqa: E402
 from one_thread import one_thread_here  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
@@ -19,7 +20,7 @@ import revkernels as rk  # noqa: E402
 from revkernels.autograd.driver_forward import Reversal  # noqa: E402
 from revkernels.diagnostics import AngleRecord, DriftMonitor, DriftRecord, plot_training, relative_errors  # noqa: E402
 from revkernels.measure import angle  # noqa: E402
-from revkernels.models import BasicBranch, revnet38  # noqa: E402
+from revkernels.models import revnet38  # noqa: E402
 from revkernels.nn import ReversibleBlock, ReversibleSequential  # noqa: E402
 
 
@@ -29,10 +30,6 @@ def branch(dropout=0.0):
 
 def chain(blocks=4, dropout=0.0, **options):
     return ReversibleSequential(*(ReversibleBlock(branch(dropout), branch(dropout)) for _ in range(blocks)), **options)
-
-
-def images(blocks):
-    return ReversibleSequential(*(ReversibleBlock(BasicBranch(8, 8), BasicBranch(8, 8)) for _ in range(blocks)))
 
 
 def step(net, x):
