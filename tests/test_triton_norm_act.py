@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """norm_act and its relatives in Triton, run by Triton's interpreter on CPU tensors, against the oracle.
 
-As in test_triton_interpreter.py all of it happens in a process of its own. The interpreter of Triton 3.9 cuts float32
-off to bfloat16 where every GPU rounds to nearest; here it is made to round, so that the oracle needs no second mode.
+As in test_triton_interpreter.py all of it happens in a process of its own.
 """
 
 import itertools
@@ -14,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.6")
 
 import interpreted  # noqa: E402
-import triton.language as tl  # noqa: E402
+from interpreted_norms import TILES, rounding  # noqa: E402, F401 (a fixture)
 from norm_cases import (  # noqa: E402
     EPSILON,
     KINDS,
@@ -32,31 +31,9 @@ from operands import as_float64, assert_same_bits, values_for  # noqa: E402
 
 from revkernels.norm import SUMS_COMPUTED, SUMS_GIVEN, SUMS_ONLY, Norm, Statistics  # noqa: E402
 from revkernels.triton_kernels import backend, norm_backend, norm_launch  # noqa: E402
-from revkernels.triton_kernels.norm_layout import plane  # noqa: E402
 
 DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float64", "float64"), ("float16", "float32"),
           ("float32", "bfloat16"), ("bfloat16", "float64")]  # fmt: skip
-TILES = {"as they are": {}, "many": {"_PROGRAMS": 2, "_ROW_TILE": 16, "_ROW_GRADIENT_TILE": 16}}
-
-
-def to_nearest(convert):
-    """The interpreter's conversion of floats, with float32 -> bfloat16 to nearest even."""
-
-    def converted(values, source, target, rounding):
-        if source != tl.float32 or target != tl.bfloat16:
-            return convert(values, source, target, rounding)
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-        near = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        return np.where(np.isnan(values), 0x7FC0, near).astype(np.uint16)
-
-    return converted
-
-
-@pytest.fixture(autouse=True)
-def rounding(monkeypatch):
-    from triton.runtime import interpreter
-
-    monkeypatch.setattr(interpreter, "_convert_float", to_nearest(interpreter._convert_float))
 
 
 @pytest.fixture(params=[pytest.param("as they are", marks=pytest.mark.slow), "many"])
@@ -355,44 +332,6 @@ class TestInterpreted:
             with pytest.raises(kind, match=message):
                 call()
         assert not any(array.any() for array in (x, f, h, mean, rstd, dweight, dbias, whole))
-
-
-class TestPlane:
-    """How memory is walked: no device, no interpreter."""
-
-    def test_units_divide_what_is_not_1(self):
-        """56 channels, or an image of 8 by 8 whose half is used, move as many bytes at a time as powers of two do."""
-        rows = plane("batch", 1, (10, 56), [(112, 1), (56, 1)])
-        assert (rows.unit, rows.channel_unit, rows.position_unit, rows.minors) == (8, 8, 1, ("channel", "channel"))
-        assert rows.strides == ((0, 0, 14, 0), (0, 0, 7, 0))
-        image = plane("batch", 1, (3, 5, 8, 8), [(640, 64, 8, 1)])
-        assert (image.rows, image.positions, image.minors, image.unit) == (3, 64, ("position",), 8)
-        assert plane("batch", 1, (3, 5, 7, 7), [(245, 49, 7, 1)]).unit == 1
-        assert plane("layer", 1, (3, 20), [(20, 1)]).unit == 4
-
-    def test_statistics_of_rows_are_walked_too(self):
-        """Channels last: rows lie one after another. In any other order they are counted as the array's own order has
-        them."""
-        image = plane("layer", 1, (2, 6, 5, 7), [(210, 1, 42, 6)])
-        assert (image.rows, image.positions, image.statistic) == (1, 70, (0, 1))
-        turned = plane("layer", 2, (4, 5, 6), [(6, 24, 1)])  # dimension 1 outermost in memory
-        assert (turned.rows, turned.positions, turned.statistic) == (5, 4, (1, 5))
-
-    def test_samples_of_a_group_norm_stay_apart(self):
-        tokens = plane("group", 2, (3, 5, 8), [(40, 8, 1)])
-        assert (tokens.samples, tokens.rows, tokens.positions, tokens.strides) == (3, 1, 5, ((5, 0, 1, 0),))
-        with pytest.raises(ValueError, match="do not merge"):
-            plane("group", 1, (3, 8, 4, 4), [(1000, 100, 10, 1)])
-
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("elements", [512, 1024, 2048])
-    @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (1000, 56), (4, 5000), (70000, 1)])
-    def test_tiles_are_powers_of_two_and_hold_what_they_may(self, kind, shape, elements):
-        for strides in ((shape[1], 1), (1, shape[0])):
-            over = plane(kind, 1, shape, [strides])
-            for tile, most in ((over.tile(elements), elements), (over.row_tile(elements, 8192), 8192)):
-                assert all(side & (side - 1) == 0 and side > 0 for side in tile)
-                assert tile[0] * tile[1] <= most
 
 
 @interpreted.both

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.6")
 
 import interpreted  # noqa: E402
+from interpreted_norms import TILES, rounding  # noqa: E402, F401 (a fixture)
 from norm_act_cases import FLOATS, WIDE, Operand, Oracle, cases, compute_dtype, same_bits  # noqa: E402
-from test_triton_norm_act import TILES, rounding  # noqa: E402, F401 (a fixture)
 
 from revkernels import Statistics, ops  # noqa: E402
 from revkernels.norm import SUMS_COMPUTED  # noqa: E402
