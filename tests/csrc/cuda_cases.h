@@ -6,8 +6,10 @@
 
 namespace cases {
 
+using oracle::kTypes;
 using oracle::Shape;
 using oracle::Strides;
+using oracle::where;
 
 struct Case {
   const char* name;
@@ -54,11 +56,5 @@ const Case kCases[] = {
     {"branch one a row", {4, 8, 16}, {128, 16, 1, 0}, {0, 0, 1, 0}},
     same_strides("odd strides of size 1", {1, 5, 1}, {7, 3, 11, 0}),
 };
-
-inline const char* const kTypes[] = {"float64", "float32", "bfloat16", "float16"};
-
-inline revk_where where(int device = 0, void* stream = nullptr) {
-  return {int32_t(sizeof(revk_where)), device, stream, 0};
-}
 
 }  // namespace cases

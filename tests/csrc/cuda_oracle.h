@@ -16,6 +16,12 @@
 
 namespace oracle {
 
+inline const char* const kTypes[] = {"float64", "float32", "bfloat16", "float16"};
+
+inline revk_where where(int device = 0, void* stream = nullptr) {
+  return {int32_t(sizeof(revk_where)), device, stream, 0};
+}
+
 inline int size_of(int dtype) { return dtype == REVK_FLOAT64 ? 8 : dtype == REVK_FLOAT32 ? 4 : 2; }
 inline bool is_wide(int a, int b) { return a == REVK_FLOAT64 || b == REVK_FLOAT64; }
 
