@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under a memory budget what operators allocate inside themselves counts: the columns of torch's convolution, say."""
 
+import gc
 import warnings
 
 import pytest
@@ -80,6 +81,34 @@ def test_a_budget_that_the_columns_exceed(compiled):
     amount = int(str(error).rpartition(" bytes")[0].rpartition(" ")[2])
     assert amount >= least
     assert peak_bytes(stepping("float64", rk.MemoryBudget(amount))[1]) <= amount
+
+
+class Collects(nn.Module):
+    """Python's garbage collector may run anywhere in a step, and frees what was left before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = branch()
+
+    def forward(self, x):
+        gc.collect()
+        return self.layers(x)
+
+
+def test_garbage_of_before_the_step_is_no_memory_that_it_gives_back(compiled, monkeypatch):
+    monkeypatch.setitem(CASES, "collects", (Collects, *CASES["float64"][1:]))
+    least, most = (peak_bytes(stepping("collects", way)[1]) for way in ("reconstruct", "store"))
+    net, step = stepping("collects", rk.MemoryBudget((least + most) // 2), warm=0)
+    gc.disable()
+    try:
+        garbage = [torch.zeros(most, dtype=torch.uint8)]
+        garbage.append(garbage)
+        del garbage
+        step()
+    finally:
+        gc.enable()
+    step()
+    assert peak_bytes(step) <= net.plan().predicted_peak <= net.plan().limit
 
 
 def test_a_profiler_of_the_users(compiled):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -22,6 +23,7 @@ class Level:
         self.device, self.clock = device, Stopwatch(device)
         self.cheap = device.type == "cuda"  # to read; glibc visits all memory that was freed and not reused
         overhead()  # a process's first mode makes torch import tens of megabytes
+        gc.collect()  # else garbage from before the step, collected in it, would count as memory that it gives back
         start = live_bytes(device)
         self.start = None if start is None else start - entered  # its input counts
         self._others = 0
