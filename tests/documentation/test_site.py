@@ -43,10 +43,16 @@ def build(source, out):
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
-def test_it_builds(tmp_path):
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The pages of the site, by name."""
+    out = tmp_path_factory.mktemp("site")
+    assert build(ROOT, out) == ""
+    return {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*.html")}
+
+
+def test_it_builds(html):
     """Strictly; pages from outside docs/ are there; no browser is sent to another host for a part of a page."""
-    assert build(ROOT, tmp_path) == ""
-    html = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
     assert {"index.html", "contributing.html", "changelog.html", "benchmarks-method.html"} <= html.keys()
     assert "network-h200-revnet104.png" in html["index.html"] and "MemCNN" in html["benchmarks.html"]
     assert "Algorithm 1" in html["reference/ops.html"]
@@ -55,6 +61,31 @@ def test_it_builds(tmp_path):
         assert not re.search(rf"<(script|img|iframe|source)\b[^>]*\bsrc{elsewhere}", text), name
         assert not re.search(rf"<link\b[^>]*\bhref{elsewhere}", text), name
         assert "<!-- include" not in text and "::: revkernels" not in text, name
+
+
+#: Pages of the reference, and the module that each describes.
+REFERENCE = {
+    "ops": "revkernels.ops",
+    "nn": "revkernels.nn",
+    "models": "revkernels.models",
+    "diagnostics": "revkernels.diagnostics",
+    "numpy": "revkernels.adapters.numpy",
+    "jax": "revkernels.adapters.jax",
+}
+#: Described on the page of another module, which their own page names.
+ELSEWHERE = {"ops": ["Coupling", "Norm", "Statistics"], "models": ["BasicBranch", "BottleneckBranch"]}
+
+
+@pytest.mark.parametrize("page", REFERENCE)
+def test_public_names_are_in_the_reference(page, html):
+    """Every public class and function, one that shares its name with a module too."""
+    module = pytest.importorskip(REFERENCE[page], exc_type=ImportError)
+    entries = set(re.findall(r'id="([\w.]+)"', html[f"reference/{page}.html"]))
+    public = [name for name in module.__all__ if callable(getattr(module, name))]
+    missing = [
+        name for name in public if not {f"{module.__name__}.{name}", f"{module.__name__}.{name}.{name}"} & entries
+    ]
+    assert sorted(missing) == ELSEWHERE.get(page, [])
 
 
 BREAKS = {
