@@ -27,6 +27,17 @@ def norm_act(
     The dimensions of x other than the channel dimension must merge in memory into one run before and one run after it:
     true for images, channels last or not, rows of tokens, and halves of such arrays. For a group norm the first is
     dimension 0.
+
+    Args:
+        x: float64, float32, bfloat16 or float16.
+        norm: kind, parameters, running statistics and activation: see `Norm`.
+        statistics: `Statistics` of an earlier call, in the compute type: float64 if x is float64, else float32.
+        dtype: of h; a torch.dtype for torch tensors, otherwise a NumPy dtype.
+        backend: as in `couple`.
+
+    Raises:
+        TypeError, ValueError, BackendError: before anything is written, for what `revkernels.ops` lists and for a norm
+            that does not fit x.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().norm_act(x, norm, statistics, dtype, backend)
@@ -59,7 +70,7 @@ def couple_norm_act(
     """Return (y, h, statistics) with y = x + f (eq. 6) and h = activation(norm(y)), computed from y as stored.
 
     y is as from `couple`, h and the statistics as from `norm_act` of y (in float64 if f is float64). Both are new
-    arrays. Differentiable in x, f, weight and bias.
+    arrays. Differentiable in x, f, weight and bias. Arguments and errors are those of these two.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple_norm_act(x, f, norm, statistics, dtype, backend)
@@ -94,7 +105,7 @@ def uncouple_norm_act_(
 
     Turns a coupling's output back into its input, and gives the branch that read this input the same normalised values.
     A batch norm needs the forward's statistics here: new ones would be those of values that were rounded once more, and
-    the running statistics would be updated twice.
+    the running statistics would be updated twice. Arguments and errors are those of `uncouple_` and `norm_act`.
     """
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple_norm_act_(y, f, norm, statistics, dtype, backend)
@@ -123,10 +134,15 @@ def norm_act_backward_(
     constant: bool = False,
     backend: str | None = None,
 ) -> tuple[Array, Any, Any]:
-    """dx <- dx + the gradient of dh at x, in place (Algorithm 1, lines 5 and 6). Returns (dx, dweight, dbias).
+    """dx <- dx + the gradient of dh at x, in place. Returns (dx, dweight, dbias).
 
-        dz      = dh * activation'(z)
-        dweight = sum of dz * xhat      dbias = sum of dz
+        dz      = dh * activation'(z)           z = xhat * weight + bias
+        dweight = sum of dz * xhat              dbias = sum of dz
+        g       = weight * dz                   m(.) the mean over the elements that share the statistics
+        dx     <- dx + rstd * (g - m(g) - xhat * m(g * xhat))
+
+    RMS norm drops m(g). (Gomez et al. 2017, Algorithm 1, lines 5 and 6.) dx, dh and x have one shape; dtypes, layouts
+    and errors are those of `norm_act`.
 
     The statistics are the forward's; the activation's mask is recomputed from them. dweight and dbias are of the
     compute type, float64 if x is float64, else float32.

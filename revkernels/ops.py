@@ -63,6 +63,15 @@ def couple(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str |
     y is a new array of x's shape and dtype, dense in x's memory order: channels last stays channels last, and half of a
     larger array becomes dense. Differentiable in x, f and the scales. An int16 stream carries no gradient: with one, a
     tensor that requires grad is rejected outside no_grad.
+
+    Args:
+        x, f: of one shape, float64, float32, bfloat16 or float16 in any mixture; x also int16, with a grid.
+        coupling: scales, a grid, a checksum and the like: see `Coupling`. None is the plain sum.
+        backend: "cpu", "cuda", "triton", "eager" or "reference"; None is that of `use_backend`, or the best on x's
+            device.
+
+    Raises:
+        TypeError, ValueError, BackendError: before anything is written, for what `revkernels.ops` lists.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple(x, f, coupling, backend)
@@ -70,14 +79,20 @@ def couple(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str |
 
 
 def uncouple(y: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """Return x = y - f, the inverse of `couple` (eq. 7): a new array, with layout and differentiability as there."""
+    """Return x = y - f, the inverse of `couple` (Gomez et al. 2017, eq. 7).
+
+    Layout of the result, differentiability, arguments and errors are those of `couple`.
+    """
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple(y, f, coupling, backend)
     return _out_of_place("uncouple", y, f, coupling, backend)
 
 
 def couple_(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """x <- x + f, in place (eq. 6). Returns x."""
+    """x <- x + f, in place (Gomez et al. 2017, eq. 6). Returns x.
+
+    Arguments and errors are those of `couple`; x must be writable and share no memory with f.
+    """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().couple_(x, f, coupling, backend)
     kernels = select(x, backend, "x")
@@ -91,7 +106,10 @@ def couple_(x: Array, f: Any, *, coupling: Coupling | None = None, backend: str 
 
 
 def uncouple_(y: Array, f: Any, *, coupling: Coupling | None = None, backend: str | None = None) -> Array:
-    """y <- y - f, in place (eq. 7): the output of a coupling becomes its input again. Returns y."""
+    """y <- y - f, in place (Gomez et al. 2017, eq. 7): a coupling's output becomes its input again. Returns y.
+
+    Arguments and errors are those of `couple`; y must be writable and share no memory with f.
+    """
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().uncouple_(y, f, coupling, backend)
     kernels = select(y, backend, "y")
@@ -107,11 +125,12 @@ def uncouple_(y: Array, f: Any, *, coupling: Coupling | None = None, backend: st
 def reverse_step_(
     y: Array, f: Any, dy: Gradient, df: Any, *, coupling: Coupling | None = None, backend: str | None = None
 ) -> tuple[Array, Gradient]:
-    """Reverse one half of a block and add its gradient, in one pass (Algorithm 1, lines 3 to 6).
+    """Reverse one half of a block and add its gradient, in one pass (Gomez et al. 2017, Algorithm 1, lines 3 to 6).
 
         y  <- y - f      dy <- dy + df
 
-    ``coupling`` acts on f only. y and dy must not overlap anything else. Returns (y, dy).
+    All four have one shape; dtypes, other arguments and errors are those of `couple`. ``coupling`` acts on f only. y
+    and dy must be writable and overlap nothing else. Returns (y, dy).
     """
     if tracking.compiling() and tracking.is_tensor(y):
         return _operators().reverse_step_(y, f, dy, df, coupling, backend)
@@ -127,9 +146,10 @@ def reverse_step_(
 
 
 def accumulate_(total: Array, part: Any, *, backend: str | None = None) -> Array:
-    """total <- total + part, in place: adds a second contribution to a gradient (Algorithm 1, lines 5 and 6).
+    """total <- total + part, in place: a second contribution to a gradient (Gomez et al. 2017, Algorithm 1, 5 and 6).
 
-    Both may be lists of arrays of equal length; a CUDA device then uses as few launches as possible. Returns total.
+    Both may be lists of arrays of equal length; a CUDA device then uses as few launches as possible. Shapes, dtypes,
+    backend and errors are those of `couple`, pair by pair. Returns total.
     """
     if tracking.compiling() and tracking.is_tensor(total):
         return _operators().accumulate_(total, part, backend)
