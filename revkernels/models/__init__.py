@@ -2,7 +2,10 @@
 """The networks of Gomez et al. 2017 (five RevNets, and the four ResNets they were compared with), and the reversible
 vision transformers of Mangalam et al. 2022.
 
-Every function takes ``num_classes`` and the keywords ``in_channels=3, activations, coupling, backend``.
+Every function takes ``num_classes`` and the keywords ``in_channels=3, activations, coupling, backend``; RevNets also
+``transitions``, Rev-ViTs ``image_size``, ``drop_path`` and others. See `RevNet`, `ResNet` and `RevViT`.
+
+Other sizes: ``RevNet(Plan("basic", units=(3, 3, 3), widths=(32, 64, 112), stem_width=32), num_classes=10)``.
 """
 
 from revkernels.models.layers import BasicBranch, BottleneckBranch, param_groups

@@ -110,21 +110,33 @@ class ResNet(nn.Module):
 
 
 def resnet32(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
-    """ResNet-32 for CIFAR: 5-5-5 basic units of widths 16-32-64; 464,154 parameters."""
+    """ResNet-32 for CIFAR: 5-5-5 basic units of widths 16-32-64; 464,154 parameters.
+
+    Keywords as in `ResNet`.
+    """
     return ResNet(Plan("basic", (5, 5, 5), (16, 32, 64), stem_width=16), num_classes, **options)
 
 
 def resnet110(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
-    """ResNet-110 for CIFAR: 18-18-18 basic units of widths 16-32-64; 1,727,962 parameters."""
+    """ResNet-110 for CIFAR: 18-18-18 basic units of widths 16-32-64; 1,727,962 parameters.
+
+    Keywords as in `ResNet`.
+    """
     return ResNet(Plan("basic", (18, 18, 18), (16, 32, 64), stem_width=16), num_classes, **options)
 
 
 def resnet164(num_classes: int = 10, **options: Unpack[ModelOptions]) -> ResNet:
-    """ResNet-164 for CIFAR: 18-18-18 bottleneck units of widths 64-128-256; 1,703,258 parameters."""
+    """ResNet-164 for CIFAR: 18-18-18 bottleneck units of widths 64-128-256; 1,703,258 parameters.
+
+    Keywords as in `ResNet`.
+    """
     return ResNet(Plan("bottleneck", (18, 18, 18), (64, 128, 256), stem_width=16), num_classes, **options)
 
 
 def resnet101(num_classes: int = 1000, **options: Unpack[ModelOptions]) -> ResNet:
-    """ResNet-101 for ImageNet: 3-4-23-3 bottleneck units, widths 256 to 2048; 44,541,480 parameters."""
+    """ResNet-101 for ImageNet: 3-4-23-3 bottleneck units, widths 256 to 2048; 44,541,480 parameters.
+
+    Keywords as in `ResNet`.
+    """
     widths = (256, 512, 1024, 2048)
     return ResNet(Plan("bottleneck", (3, 4, 23, 3), widths, stem_width=64, stem="imagenet"), num_classes, **options)

@@ -194,27 +194,42 @@ class RevNet(WithChains):
 
 
 def revnet38(num_classes: int = 10, **options: Unpack[RevNetOptions]) -> RevNet:
-    """RevNet-38 for CIFAR: 3-3-3 basic units of widths 32-64-112; 464,890 parameters."""
+    """RevNet-38 for CIFAR: 3-3-3 basic units of widths 32-64-112; 464,890 parameters.
+
+    Keywords as in `RevNet`.
+    """
     return RevNet(Plan("basic", (3, 3, 3), (32, 64, 112), stem_width=32), num_classes, **options)
 
 
 def revnet110(num_classes: int = 10, **options: Unpack[RevNetOptions]) -> RevNet:
-    """RevNet-110 for CIFAR: 9-9-9 basic units of widths 32-64-128; 1,729,194 parameters."""
+    """RevNet-110 for CIFAR: 9-9-9 basic units of widths 32-64-128; 1,729,194 parameters.
+
+    Keywords as in `RevNet`.
+    """
     return RevNet(Plan("basic", (9, 9, 9), (32, 64, 128), stem_width=32), num_classes, **options)
 
 
 def revnet164(num_classes: int = 10, **options: Unpack[RevNetOptions]) -> RevNet:
-    """RevNet-164 for CIFAR: 9-9-9 bottleneck units of widths 128-256-512; 1,748,778 parameters."""
+    """RevNet-164 for CIFAR: 9-9-9 bottleneck units of widths 128-256-512; 1,748,778 parameters.
+
+    Keywords as in `RevNet`.
+    """
     return RevNet(Plan("bottleneck", (9, 9, 9), (128, 256, 512), stem_width=32), num_classes, **options)
 
 
 def revnet56(num_classes: int = 1000, **options: Unpack[RevNetOptions]) -> RevNet:
-    """RevNet-56 for ImageNet: 2-2-3-2 bottleneck units of widths 512 to 3328; 27,553,128 parameters."""
+    """RevNet-56 for ImageNet: 2-2-3-2 bottleneck units of widths 512 to 3328; 27,553,128 parameters.
+
+    Keywords as in `RevNet`.
+    """
     return RevNet(_imagenet((2, 2, 3, 2)), num_classes, **options)
 
 
 def revnet104(num_classes: int = 1000, **options: Unpack[RevNetOptions]) -> RevNet:
-    """RevNet-104 for ImageNet: 2-2-11-2 bottleneck units, widths 512 to 3328; 45,428,072 parameters."""
+    """RevNet-104 for ImageNet: 2-2-11-2 bottleneck units, widths 512 to 3328; 45,428,072 parameters.
+
+    Keywords as in `RevNet`.
+    """
     return RevNet(_imagenet((2, 2, 11, 2)), num_classes, **options)
 
 

@@ -189,15 +189,24 @@ class RevViTOptions(ModelOptions, total=False):
 
 
 def revvit_small(num_classes: int = 1000, **options: Unpack[RevViTOptions]) -> RevViT:
-    """Rev-ViT-S/16 for 224 x 224: 12 blocks of width 384, 6 heads; 22,434,664 parameters. Authors' drop_path: 0.1."""
+    """Rev-ViT-S/16 for 224 x 224: 12 blocks of width 384, 6 heads; 22,434,664 parameters. Authors' drop_path: 0.1.
+
+    Keywords as in `RevViT`.
+    """
     return RevViT(384, 12, 6, num_classes, **options)
 
 
 def revvit_base(num_classes: int = 1000, **options: Unpack[RevViTOptions]) -> RevViT:
-    """Rev-ViT-B/16 for 224 x 224: 12 blocks of width 768, 12 heads; 87,335,656 parameters. Authors' drop_path: 0.2."""
+    """Rev-ViT-B/16 for 224 x 224: 12 blocks of width 768, 12 heads; 87,335,656 parameters. Authors' drop_path: 0.2.
+
+    Keywords as in `RevViT`.
+    """
     return RevViT(768, 12, 12, num_classes, **options)
 
 
 def revvit_large(num_classes: int = 1000, **options: Unpack[RevViTOptions]) -> RevViT:
-    """Rev-ViT-L/16 for 224 x 224: 24 blocks of width 1024, 16 heads; 305,350,632 parameters."""
+    """Rev-ViT-L/16 for 224 x 224: 24 blocks of width 1024, 16 heads; 305,350,632 parameters.
+
+    Keywords as in `RevViT`.
+    """
     return RevViT(1024, 24, 16, num_classes, **options)

@@ -1,5 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reversible networks as torch modules."""
+"""Reversible networks as torch modules.
+
+    ReversibleBlock, ReversibleSequential           two or more residual functions; a chain of such blocks
+    BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch, AttentionBranch
+                                                    ready residual functions
+    FusedSequential, NormAct                        norms and activations as one kernel, anywhere in a model
+    checkpoint, selective_checkpoint                for what lies between chains, or without any
+    PerBlock, is_recomputing                        an argument for each block; whether a branch runs again
+
+`revkernels.nn.chain` runs half-steps in any order, and `revkernels.nn.linked` joins modules that a network calls one by
+one to one chain.
+"""
 
 from revkernels.autograd.driver_forward import is_recomputing
 from revkernels.nn.arguments import PerBlock
