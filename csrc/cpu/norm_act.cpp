@@ -1,5 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Normalisation with activation on the host: runs the passes and the steps between them.
+//
+//                                   forward                   backward
+//     layer and RMS norm            rows                      gradient_rows
+//     batch and group norm          measure; apply            gradient_sums; gradient
+//     the same, statistics given    apply
+//
+// The passes are in norm_loops.h and norm_backward_loops.h, their arithmetic in ops/norm_act.h.
+// norm_plan.cpp cuts the work into strips and blocks.
 #include <omp.h>
 
 #include <algorithm>

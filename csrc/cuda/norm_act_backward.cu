@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // dx = base + the gradient of h = activation(norm(x)), and the gradients of the norm's parameters.
 //
-//     layer and RMS norm            one pass, which also sums for the parameters
-//     batch and group norm          sums per slice; sums; dx
+//     layer and RMS norm            norm_gradient_teams, which also sums for the parameters
+//     batch and group norm          norm_gradient_sums, per slice; norm_finish_sums; norm_gradient
+//
+// norm_act.cu says which files the kernels are in.
 #include <array>
 
 #include "core/backends.h"
