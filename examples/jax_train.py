@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a reversible residual network on handwritten digits with JAX, and print what it needs of memory.
 
-    pip install 'revkernels[jax]' scikit-learn
+    pip install '.[jax]' scikit-learn          # in a checkout
     python examples/jax_train.py --blocks 12 --epochs 30
 
 All blocks are one `reversible_scan`: activations are rebuilt from the outputs, so that a deeper network needs no more

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a deep reversible graph network of PyTorch Geometric, as it is and on the driver of revkernels.
 
-    pip install 'revkernels[torch]' torch_geometric
+    pip install '.[torch]' torch_geometric      # in a checkout
     python examples/revgnn.py
     python examples/revgnn.py --layers 112 --nodes 10000
 

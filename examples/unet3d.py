@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a partially reversible 3-D U-Net to segment volumes: with stored activations, rebuilt, and under a budget.
 
-    pip install 'revkernels[torch]'
+    pip install '.[torch]'                      # in a checkout
     python examples/unet3d.py
     python examples/unet3d.py --side 64 --blocks 4 --device cuda
 
