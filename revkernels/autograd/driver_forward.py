@@ -198,8 +198,8 @@ class Reversal(Rebuilding):
             f = self._call(step, h, normed)
         if version_of(watched) != version:
             raise ReconstructionError(
-                f"{self.name(self._count)} wrote to its input in place. It is a stream, needed again, or made of "
-                f"such: make the branch's first operation out of place (such as ReLU(inplace=False))"
+                f"{self.name(self._count)} wrote to its input in place, a stream that the backward needs: make the "
+                f"branch's first operation out of place (such as ReLU(inplace=False))"
             )
         if recorded is not None and frames_compiled() != compiled:
             recorded.note_nodes(f, h, began)

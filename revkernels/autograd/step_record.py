@@ -108,8 +108,8 @@ class RecordedStep:
             return (
                 f"{problem}. The branch did not do the same twice: does it count its calls, draw from Python's or "
                 f"NumPy's generators, or keep what it reads in an object of its own? Keep that in a buffer or a tensor "
-                f"attribute, and draw from torch's generators; or set activations='store'. (If it is rounding that "
-                f"went so far, revkernels.diagnostics.drift tells, and coupling='exact' prevents it)"
+                f"attribute, and draw from torch's generators; or set activations='store'. (If this is "
+                f"accumulated rounding, revkernels.diagnostics.drift shows it and coupling='exact' prevents it)"
             )
         if len(frame) != len(self.saved):
             problem = f"the recompute saved {len(frame)} tensors, the forward {len(self.saved)}"

@@ -180,7 +180,7 @@ def drift(
     """
     for what, value in (("depths", depths), ("couplings", couplings), ("precisions", precisions)):
         if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
-            raise TypeError(f"{what} is {value!r}; it must be a list, even of one")
+            raise TypeError(f"{what} is {value!r}; it must be a list or tuple of values")
     if depths is not None:
         depths = [as_int(depth) for depth in depths]
     names, chains = list(precisions or _supported(x)), chains_of(net)

@@ -43,7 +43,7 @@ class Plan:
         _check_name("stem", self.stem, ("cifar", "imagenet"))
         check_positive("stem_width", self.stem_width)
         if not self.units:
-            raise ValueError("units is empty; it must have one entry a stage")
+            raise ValueError("units is empty; it must have one entry per stage")
         if not self.strides:
             object.__setattr__(self, "strides", (1,) + (2,) * (len(self.units) - 1))
         for name, values in {"units": self.units, "widths": self.widths, "strides": self.strides}.items():

@@ -111,7 +111,7 @@ def forward(
         return untraced(forward, owner, x, groups, half_steps, name, through, linked)
     if is_recorded():
         if through is not None:
-            raise ReconstructionError("blocks have hooks, which a recorded graph would not have: take them off")
+            raise ReconstructionError("blocks have hooks, which a recorded graph would not have: remove them first")
         return _traced(owner, x, groups, half_steps, name)
     compiling = met_compiler()
     if compiling is not None and compiling.active():  # dynamo was active here and has given up

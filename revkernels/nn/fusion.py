@@ -56,7 +56,7 @@ class FusedSequential(nn.Sequential):
                 f"sequential is a {type(sequential).__name__}; it must be an nn.Sequential with that class's forward"
             )
         if has_hooks(sequential):
-            raise ValueError("sequential has hooks, which would stay behind: register them on what is made of it")
+            raise ValueError("sequential has hooks, which would be lost: register them on the result instead")
         made = FusedSequential()
         for name, layer in sequential._modules.items():  # one layer may appear twice
             made.add_module(name, layer)
@@ -124,7 +124,7 @@ class BranchFusion:
     def __str__(self) -> str:
         lines = [self.branch, f"  with the coupling: {self.entry}"]
         lines += [f"  fused: {layers}" for layers in self.fused]
-        lines += [f"  as it is: {reason}" for reason in self.unfused]
+        lines += [f"  not fused: {reason}" for reason in self.unfused]
         return "\n".join(lines)
 
 
@@ -159,7 +159,7 @@ def _entry(branch: Callable[..., Any]) -> str:
     if entry is not None:
         return _words(entry.fusable)
     if not isinstance(branch, nn.Sequential):
-        return f"nothing: {type(branch).__name__} is no nn.Sequential, so that its first layer is not known"
+        return f"nothing: {type(branch).__name__} is not an nn.Sequential, so its first layer is not known"
     if not is_sequential(branch):
         return f"nothing: {type(branch).__name__} has a forward of its own"
     if hooked(branch):
@@ -182,7 +182,7 @@ def _norms_in(module: nn.Module, place: str, ours: bool) -> Iterator[tuple[str, 
             yield here, fusable_at([one for _, one in layers], index)  # type: ignore[misc]
         elif isinstance(layer, _NORMS) or ("Norm" in type(layer).__name__ and not isinstance(layer, nn.Sequential)):
             if taken_apart:
-                yield here, f"{type(layer).__name__} is no norm that the kernels know"
+                yield here, f"{type(layer).__name__} is not a norm that the kernels support"
             else:
                 yield (
                     here,

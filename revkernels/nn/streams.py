@@ -56,7 +56,7 @@ def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[tor
         _check_stream(x, name)
         if x.is_nested:
             raise TypeError(
-                f"{name} is a nested tensor, which is not cut into streams: hand over a tuple of {groups}, one a stream"
+                f"{name} is a nested tensor, which is not cut into streams: pass a tuple of {groups}, one per stream"
             )
         if not -x.dim() <= split_dim < x.dim():
             raise ValueError(f"{name} has shape {tuple(x.shape)}; split_dim={split_dim} is not one of its dimensions")

@@ -180,8 +180,8 @@ LEFT_ALONE = {
     "hooks": (lambda: hooked(nn.BatchNorm2d(4)), "BatchNorm2d has hooks"),
     "a parametrisation": (lambda: parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None), "ParametrizedBatchNorm2d"),
     "a forward of its own": (lambda: own_forward(nn.BatchNorm2d(4)), "has a forward of its own"),
-    "a subclass": (lambda: Doubled(4), "Doubled is no norm"),
-    "another norm": (lambda: nn.InstanceNorm2d(4, affine=True), "InstanceNorm2d is no norm"),
+    "a subclass": (lambda: Doubled(4), "Doubled is not a norm"),
+    "another norm": (lambda: nn.InstanceNorm2d(4, affine=True), "InstanceNorm2d is not a norm"),
 }
 
 
@@ -240,10 +240,10 @@ def test_explain():
     assert first.branch == "block 0, F (BasicBranch)"
     assert first.entry == "BatchNorm2d + relu"
     assert first.fused == ("0: BatchNorm2d + relu", "3: BatchNorm2d + relu")
-    assert second.entry == "nothing: Conv2d is no norm that the kernels know"
+    assert second.entry == "nothing: Conv2d is not a norm that the kernels support"
     assert second.fused == ("1: GroupNorm + silu",)
     assert "plain callable" in third.entry
-    assert "no nn.Sequential" in fourth.entry
+    assert "not an nn.Sequential" in fourth.entry
     assert len(fourth.unfused) == 2
     net.backend = "eager"
     assert all("every layer as it is" in branch.entry for branch in net.explain())

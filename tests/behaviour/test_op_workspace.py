@@ -77,7 +77,7 @@ def test_a_budget_that_the_columns_exceed(compiled):
     """Refused in the second step, as any other; what the error names does."""
     least = peak_bytes(stepping("float64", "reconstruct")[1])
     step = stepping("float64", rk.MemoryBudget(round(0.95 * least)), warm=1)[1]
-    error = assert_raises(ValueError, ["least budget"], step)
+    error = assert_raises(ValueError, ["The least budget"], step)
     amount = int(str(error).rpartition(" bytes")[0].rpartition(" ")[2])
     assert amount >= least
     assert peak_bytes(stepping("float64", rk.MemoryBudget(amount))[1]) <= amount

@@ -72,7 +72,7 @@ def fusable_at(layers: Sequence[nn.Module], index: int) -> Fusable | str:
     """Return the norm (and activation) that begins at ``layers[index]``, or why it cannot be fused."""
     norm = layers[index]
     if type(norm) not in NORM_LAYERS:
-        return f"{type(norm).__name__} is no norm that the kernels know"
+        return f"{type(norm).__name__} is not a norm that the kernels support"
     reason = untouchable(norm)
     if reason is not None:
         return reason

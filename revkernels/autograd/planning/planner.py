@@ -79,9 +79,9 @@ class Made:
         if numbers is None:
             least = self.reconstructing + max(self.reconstructing // 64, _SPARE)
             raise ValueError(
-                f"{budget!r} cannot be kept to: with everything reconstructed the chains of this step take "
-                f"{words(self.reconstructing)} at their peak, and not all that operators work with is seen: the "
-                f"least budget for inputs of this size is {least} bytes ({words(least)})"
+                f"{budget!r} is too small: with everything reconstructed, the chains of this step peak at "
+                f"{words(self.reconstructing)}, and some of what operators work with is not seen. The least budget for "
+                f"inputs of this size is {least} bytes ({words(least)})"
             )
         left = iter(numbers)
         self.choices = [[menu[next(left)] for menu in of_call] for of_call in menus]
