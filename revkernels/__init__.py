@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused CPU, CUDA and Triton kernels for reversible residual networks (RevNet, Gomez et al., NeurIPS 2017).
 
-``import revkernels as rk`` needs NumPy alone. ``revkernels.nn`` and ``revkernels.models`` need torch.
+``import revkernels as rk`` needs NumPy alone; ``rk.ops`` has the kernels as functions on arrays. Import the rest by
+name:
+
+    revkernels.nn               reversible networks as torch modules
+    revkernels.models           RevNets, and a reversible vision transformer
+    revkernels.diagnostics      where the bytes of a training step are, what rounding does
+    revkernels.integrations     models of other packages, changed in place
+    revkernels.compat           other reversible libraries' classes, under their names
+    revkernels.adapters.numpy   chains on NumPy's and CuPy's arrays
+    revkernels.adapters.jax     the kernels and chains under JAX
 """
 
 from revkernels import ops
