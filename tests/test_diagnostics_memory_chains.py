@@ -82,7 +82,7 @@ def test_what_is_outside_the_chains_of_a_network():
     assert set(list(groups)[:4]) == {"stages.0.0", "stages.1.0", "stages.2.0", "stem"}
     assert sum(groups.values()) > 0.5 * report.held_bytes
     (sentence,) = (s for s in report.advice if "outside any reversible chain" in s)
-    assert "most of them here: stages.0.0 " in sentence
+    assert "most of them here: stages.0.0 (" in sentence
     stored = memory_report(revnet38(activations="store"), x)
     assert any(s.startswith("stages.0.1 and 2 more chains store ") for s in stored.advice)
     assert stored.held_bytes > 2 * report.held_bytes

@@ -159,7 +159,7 @@ class MemoryReport:
         held = "of the bytes held between forward and backward"
         if most[1] > _MOST * self.held_bytes:
             return [f"{most[0]} holds {self._percent(most[1])} {held}, outside any reversible chain"]
-        largest = ", ".join(f"{name} {size(count)}" for name, count in list(groups.items())[:_NAMED])
+        largest = ", ".join(f"{name} ({size(count)})" for name, count in list(groups.items())[:_NAMED])
         return [f"{self._percent(total)} {held} are outside any reversible chain, most of them here: {largest}"]
 
     def outside_chains(self) -> dict[str, int]:
