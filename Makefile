@@ -65,9 +65,10 @@ test: $(BUILT)
 test-all: $(BUILT) $(PEERS)
 	$(PYTEST) $(TEST_ARGS)
 
-# Other reversible libraries, for the tests that set ours beside them, and the packages whose models the integrations
-# change. PyTorch Geometric and transformers ask for the third line, which ends with networks for JAX. timm wants torchvision, whose build on PyPI is for
-# CUDA: it goes into a folder of its own, where only timm's tests look (tests/integrations/torchvision.py).
+# Other reversible libraries, for the tests that compare ours with them, and the packages whose models the integrations
+# change. The second command installs what PyTorch Geometric and transformers require, and networks for JAX. timm needs
+# torchvision, whose build on PyPI is for CUDA: it goes into a folder of its own, where only timm's tests look
+# (tests/integrations/torchvision.py).
 $(PEERS): $(TOOLS) tests/compat/peers.txt tests/integrations/packages.txt
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --no-deps \
 	    -r tests/compat/peers.txt -r tests/integrations/packages.txt
