@@ -25,8 +25,8 @@ COMMANDS = {
     "check": "run every available backend against the NumPy oracle on this machine",
     "demo": "train a RevNet on real handwritten digits, stored and reversible",
     "drift": "measure how far reconstructed activations and gradients are from stored ones, by depth or in a training",
-    "exact": "what the grid of an exact coupling costs a training on real digits, and the drift that it spares",
-    "bench": "measure the kernels, a chain of blocks, or its memory",
+    "exact": "train on real digits with float and with exact couplings, and measure the drift of both",
+    "bench": "benchmarks: kernels, training steps, memory, other libraries",
 }
 
 #: Options that print one absolute path, each from a function of `revkernels.native`.

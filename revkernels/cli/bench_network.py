@@ -25,11 +25,16 @@ class OptionError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
     """Add the options of one of the two subjects."""
     if subject == "network":
-        parser.add_argument("--network", nargs="+", default=["revnet38"], help="several (default: revnet38)")
+        parser.add_argument(
+            "--network",
+            nargs="+",
+            default=["revnet38"],
+            help="revnet38, revnet110, bottleneck, revnet104, revvit_small, revvit_base (default: revnet38)",
+        )
         parser.add_argument("--batch", type=positive, help="images (default: the network's; 100 of CIFAR's size)")
         parser.add_argument("--compile", action="store_true", help="contenders of torch.compile too; takes minutes")
         parser.add_argument(
-            "--equal-memory", action="store_true", help="also images a second where the stored step's memory is all"
+            "--equal-memory", action="store_true", help="also images a second in the memory of the stored step"
         )
     else:
         parser.add_argument("--batch", type=positive, default=32, help="images (default: 32)")
@@ -39,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16 is autocast (default: float32)"
     )
-    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs of the steps (cuda alone)")
+    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs of the steps (cuda only)")
     parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
     parser.add_argument("--keep-memory", action="store_true", help="freed memory stays in the process: no page faults")
-    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these beside the baseline (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="only these and the baseline (default: all)")
     parser.add_argument("--plot", metavar="FILE", type=picture, help="also draw time against peak memory, a PNG")
 
 

@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer epochs, steps and draws")
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the training digits (20; quick: 5)")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, order and shifts (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the training (default 0)")
     parser.add_argument(
-        "--out", type=_folder, default=".", metavar="DIR", help="where demo.png goes (default: here); made if need be"
+        "--out", type=_folder, default=".", metavar="DIR", help="folder of demo.png, created if missing (default: .)"
     )
     add_json_option(parser)
 

@@ -42,17 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the paper's figure: RevNet-38 learns handwritten digits, stored and reconstructed",
     )
     parser.add_argument(
-        "--blocks", type=positive, metavar="N", help=f"of the built-in chain (default {DEFAULTS['blocks']})"
+        "--blocks", type=positive, metavar="N", help=f"blocks of the built-in chain (default {DEFAULTS['blocks']})"
     )
     parser.add_argument("--batch", type=positive, metavar="N", help=f"images (default {DEFAULTS['batch']})")
     parser.add_argument(
         "--precision", action="append", choices=PRECISIONS, help="may be repeated (default: all but float64)"
     )
     parser.add_argument("--cut", choices=("last", "first"), help="which end of a chain is run (default last)")
-    parser.add_argument("--epochs", type=positive, metavar="N", help=f"of --digits (default {DEFAULTS['epochs']})")
+    parser.add_argument(
+        "--epochs", type=positive, metavar="N", help=f"epochs with --digits (default {DEFAULTS['epochs']})"
+    )
     parser.add_argument("--device", help="cpu or cuda (default cpu); --digits runs on the CPU")
-    parser.add_argument("--threads", type=threads, metavar="N", help="of torch, on the CPU")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and images (default 0)")
+    parser.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and images (default 0)")
     parser.add_argument(
         "--out", type=_picture, default="drift.png", metavar="FILE", help="the picture (default drift.png)"
     )

@@ -62,11 +62,23 @@ class Trained:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="of each training (default 10)")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="trainings each (default 3)")
-    parser.add_argument("--blocks", type=positive, default=64, metavar="N", help="of the chain (default 64)")
+    parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="epochs of each training (default 10)")
+    parser.add_argument(
+        "--seeds",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="seeds, a training of each kind for every one (default 3)",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="depth of the chain whose drift is measured (default 64)",
+    )
     parser.add_argument("--int16", action="store_true", help="also train on streams that are kept as int16")
-    parser.add_argument("--threads", type=threads, metavar="N", help="of torch")
+    parser.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
         "--out", type=picture, default="exact.png", metavar="FILE", help="the picture, a PNG (default exact.png)"
     )
