@@ -175,7 +175,7 @@ def test_block_and_memory_on_a_tiny_chain(tmp_path):
     assert 0 <= deep - shallow <= statistics
 
 
-@pytest.mark.parametrize("branch", ["scale", "conv", "mlp"])
+@pytest.mark.parametrize("branch", ["scale", "stateless", "conv", "mlp"])
 def test_overhead_of_the_driver(branch, tmp_path):
     """The goal is set for the first of them. Another library is in a row, or in a note that says why it is not."""
     pytest.importorskip("torch")

@@ -93,7 +93,7 @@ class RecordedStep:
     def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
         """Sample the outputs of a branch with code of its own, and the stream that f is added to. Chains inside another
         branch are skipped: that branch is compared as a whole, and how far their streams drifted is unknown."""
-        if self.snapshot.own is not None and not is_within_a_branch():
+        if self.snapshot.has_code() and not is_within_a_branch():
             self.sample = sample_of(self.half_step.branch, result, stream)
 
     def difference(self, frame: Frame, result: Any, given: Any, since: int) -> str | None:

@@ -19,7 +19,7 @@ from revkernels.bench.chains import plain_block
 from revkernels.bench.clocks import Clock
 from revkernels.bench.harness import Measurement, Trial, measure
 from revkernels.bench.peers import PEERS
-from revkernels.nn import ReversibleBlock, ReversibleSequential
+from revkernels.nn import ReversibleBlock, ReversibleSequential, stateless
 
 __all__ = ["BRANCHES", "HALF_STEPS", "goal", "run"]
 
@@ -39,6 +39,11 @@ class _Scale(nn.Module):
         return x * self.w
 
 
+@stateless
+class _Stateless(_Scale):
+    pass
+
+
 def _convolution() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
 
@@ -51,6 +56,7 @@ def _mlp() -> nn.Module:
 #: A kind of branch by name: its description, a function that makes it, and the shape of its two streams together.
 BRANCHES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "scale": ("x * w on 8 elements", _Scale, (1, 2 * _ELEMENTS)),
+    "stateless": ("x * w on 8 elements, declared stateless", _Stateless, (1, 2 * _ELEMENTS)),
     "conv": ("BN-ReLU-convolution on 2 x 4 x 2 x 2 elements", _convolution, (2, 8, 2, 2)),
     "mlp": ("LN-linear-GELU-dropout-linear on 2 x 8 elements", _mlp, (2, 2 * _ELEMENTS)),
 }

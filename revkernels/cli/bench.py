@@ -82,9 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "overhead":
             subject.add_argument(
                 "--branch",
-                choices=("scale", "conv", "mlp"),
+                choices=("scale", "stateless", "conv", "mlp"),
                 default="scale",
-                help="what a branch is: x * w, BN-ReLU-convolution or LN-linear-GELU-dropout-linear (default: scale)",
+                help="what a branch is: x * w in a class of its own, the same declared stateless, BN-ReLU-convolution, "
+                "or LN-linear-GELU-dropout-linear (default: scale)",
             )
         if name == "block":
             subject.add_argument("--depth", type=depth, default=18, help="branches, two a block (default: 18)")

@@ -7,12 +7,14 @@
     FusedSequential, NormAct                        norms and activations as one kernel, anywhere in a model
     checkpoint, selective_checkpoint                for what lies between chains, or without any
     PerBlock, is_recomputing                        an argument for each block; whether a branch runs again
+    stateless                                       declares that a class keeps no state, which saves searching for it
 
 `revkernels.nn.chain` runs half-steps in any order, and `revkernels.nn.linked` joins modules that a network calls one by
 one to one chain.
 """
 
 from revkernels.autograd.driver_forward import is_recomputing
+from revkernels.autograd.state.plain_layers import stateless
 from revkernels.nn.arguments import PerBlock
 from revkernels.nn.branches import AttentionBranch, BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch
 from revkernels.nn.checkpoint import checkpoint, selective_checkpoint
@@ -37,4 +39,5 @@ __all__ = [
     "checkpoint",
     "is_recomputing",
     "selective_checkpoint",
+    "stateless",
 ]

@@ -17,7 +17,7 @@ from torch import nn
 from revkernels import native
 from revkernels.autograd.fused.known_layers import has_hooks
 from revkernels.autograd.state.locks import turn_of
-from revkernels.autograd.state.plain_layers import has_options, is_plain, unpatched
+from revkernels.autograd.state.plain_layers import are_declared, has_options, is_plain, unpatched
 from revkernels.autograd.state.reachable import own_names
 from revkernels.autograd.state.rewinding import MISSING
 from revkernels.autograd.state.structure import Structure, tree_of
@@ -74,9 +74,10 @@ class KnownBranch:
             in them, that they have no hooks, and the options of those that have the class of a known layer.
         flags: whether each module is in training mode.
         stateful: the indices of the modules with buffers.
+        declared: whether some of the plain ones are of the user's classes.
     """
 
-    __slots__ = ("_kinds", "_names", "_rows", "_structure", "_turn", "flags", "others", "stateful")
+    __slots__ = ("_kinds", "_names", "_rows", "_structure", "_turn", "declared", "flags", "others", "stateful")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         plain = list(map(is_plain, modules))
@@ -84,6 +85,7 @@ class KnownBranch:
         self._rows = list(map(_row_of, modules, tables, plain))
         self._names = [tuple(table) if is_ else () for table, is_ in zip(tables, plain, strict=True)]
         self._kinds = {type(module) for module, is_ in zip(modules, plain, strict=True) if is_}
+        self.declared = are_declared(self._kinds)
         self._structure = Structure(modules).of([], [])
         self.others = [number for number, is_ in enumerate(plain) if not is_]
         self.flags = [table["training"] for table in tables]

@@ -115,6 +115,10 @@ class Parts:
             return [self.modules[number] for number in self.known.stateful]
         return [module for module in self.modules[: self.registered] if module._buffers]
 
+    def has_code(self) -> bool:
+        """Whether code runs in it that is neither torch's nor this package's."""
+        return self.own is not None or (self.known is not None and self.known.declared)
+
     def is_same(self) -> bool:
         """Whether it is a known branch whose modules and registered tensors have not changed."""
         return self.known is not None and self.known.is_tree(self.branch, self.tree)  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 """Plain layers: known to reach nothing but what they have registered.
 
 Searching what a branch holds and reads besides (`revkernels.autograd.state.reachable`) takes longer than a small layer
-runs. torch's own layers and this package's need no search, unless one of them has been given a tensor attribute, a
-function or a hook, or the methods through which their class is called have been replaced.
+runs. torch's own layers, this package's and those that a user declares `stateless` need no search, unless one of them
+has been given a tensor attribute, a function or a hook, or the methods through which their class is called have been
+replaced.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from revkernels.autograd.state.attributes import CONTAINERS
 from revkernels.autograd.state.reachable import FUNCTIONS, LISTS, WITH_FUNCTIONS, is_layers, own_names
 from revkernels.autograd.state.rewinding import is_state
 
-__all__ = ["Options", "has_options", "is_plain", "options_of", "plain", "unpatched"]
+__all__ = ["Options", "are_declared", "has_options", "is_plain", "options_of", "plain", "stateless", "unpatched"]
 
 Kind = TypeVar("Kind", bound=type)
 
 #: The plain classes, each with the methods that call its modules.
 _known: dict[type, tuple[Any, Any]] = {}
+#: Those of them that are the user's: `stateless`.
+_declared: set[Any] = set()
 _call_impl = nn.Module._call_impl
 
 
@@ -36,6 +39,51 @@ def plain(kind: Kind) -> Kind:
     themselves."""
     _known[kind] = kind.forward, kind.__call__  # type: ignore[attr-defined]
     return kind
+
+
+def stateless(kind: Kind) -> Kind:
+    """Class decorator: declares that modules of this class keep no state of their own, so that a chain need not search
+    for it in every half-step.
+
+        @stateless
+        class Branch(nn.Module):
+            def __init__(self, channels):
+                super().__init__()
+                self.norm, self.conv = NormAct(nn.BatchNorm2d(channels), nn.ReLU()), nn.Conv2d(channels, channels, 1)
+
+            def forward(self, x):
+                return self.conv(self.norm(x))
+
+    ``forward`` must compute its result from its arguments, the module's own parameters, buffers and submodules, and
+    numbers or strings in its attributes, and must set no attribute. It may draw from torch's default generators, and
+    write buffers by ordinary in-place operations. Everything that is registered is watched and rewound as ever:
+    parameters, buffers, modes, random numbers, hooks. So are modules inside whose class is neither declared nor torch's
+    own. The declaration holds for this class, not for those derived from it, and not for a module that has a tensor, a
+    list, a dictionary or a function for an attribute: that one is searched as before. The first three recomputes of a
+    branch are still compared with its forwards; what is wrong with a declaration and not found by these gives wrong
+    gradients.
+
+    Args:
+        kind: a class derived from `torch.nn.Module` with a ``forward``. It is kept for the life of the process.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: ``kind`` is something else, such as a module.
+    """
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        what = f"the class {kind.__name__}" if isinstance(kind, type) else f"an object of type {type(kind).__name__}"
+        raise TypeError(f"stateless is given {what}; it decorates a class derived from torch.nn.Module")
+    if kind.forward is nn.Module.forward:
+        raise TypeError(f"stateless is given {kind.__name__}, which has no forward to declare anything of")
+    _declared.add(kind)
+    return plain(kind)
+
+
+def are_declared(kinds: Iterable[type]) -> bool:
+    """Whether one of these classes is the user's, declared `stateless`."""
+    return not _declared.isdisjoint(kinds)
 
 
 def is_plain(module: nn.Module) -> bool:
