@@ -30,7 +30,7 @@ from behaviour.common import (
 )
 from behaviour.compiling import Masked, Within, compiled, counters, fresh_compiler, graphs, reasons  # noqa: F401
 from behaviour.test_costs import BLOCK, WIDTH, activation_bytes, slim_branch
-from revkernels import eager, native
+from revkernels import MemoryBudget, eager, native
 from revkernels.autograd import driver_backward, driver_forward, step_record
 from revkernels.autograd.planning import planner
 from revkernels.autograd.state import snapshot
@@ -38,7 +38,7 @@ from revkernels.errors import ReconstructionError
 from revkernels.models import revnet38
 from revkernels.models.plan import Plan
 from revkernels.models.revnet import RevNet
-from revkernels.nn import checkpoint
+from revkernels.nn import FusedSequential, checkpoint, selective_checkpoint
 
 # ---- branches compiled by hand
 
@@ -283,6 +283,25 @@ def test_parts_that_are_compiled_otherwise_when_they_come_again(how):
     torch._dynamo.reset()
     net(x)
     check_step(net, plain, x)
+
+
+@pytest.mark.parametrize("how", ["budget", "selective checkpoint"])
+def test_activations_in_compiled_code_are_not_noted(how):
+    """Row 25: a measured budget and `selective_checkpoint` look at activations, but not where the compiler decides what
+    is kept. The recompute runs the code of the forward, and there is one graph."""
+    budget = MemoryBudget("0%") if how == "budget" else "store"
+    net, plain = twins(pairs_of(lambda: FusedSequential(*gelu_mlp()), 2), activations=budget)
+    if how == "budget":
+        compiled(net, budget)
+    else:
+        whole = torch.compile(net.forward, backend="aot_eager", fullgraph=True)
+        net.forward = lambda x: selective_checkpoint(whole, x)
+    check_step(net, plain, rows(5, 8), steps=3)
+    assert graphs() == 1
+
+
+def gelu_mlp(width=4):
+    return nn.Sequential(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)).to(WIDE)
 
 
 class Leaks(nn.Module):

@@ -219,6 +219,7 @@ def run(
 
     ``kwargs`` go to the layers whose ``forward`` names them; those that no layer names, to layers that take any.
     """
+    # torch.compile fuses by itself, and decides what is kept: no norm is ours there, and no activation is noted.
     index, count, fuses = 0, len(layers), not torch.compiler.is_compiling()
     while index < count:
         layer = layers[index]
@@ -236,7 +237,7 @@ def run(
         mine = _taken(kwargs, layer, layers) if kwargs else None
         if mine:
             x = layer(x, **mine)
-        elif type(layer) in READ_THEIR_INPUT:
+        elif fuses and type(layer) in READ_THEIR_INPUT:
             x = _activated(layer, x)
         elif is_sequential(layer) and _apart(layer, _unhooked):
             x = run(list(layer._modules.values()), x)  # type: ignore[arg-type]
