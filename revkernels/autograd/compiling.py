@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.utils.checkpoint import checkpoint as by_torch
 
 #: What dynamo must neither trace nor compile, in a forward or in a backward.
 _OUTSIDE = (
@@ -55,6 +57,25 @@ def uncompiled(function: Callable[[], Any]) -> Any:
         return function()
     finally:
         set_eval_frame(before)
+
+
+@skip
+def checkpointed(ours: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`revkernels.nn.checkpoint`, which is ``ours``, as compiled code calls it.
+
+    Traced, this is torch's checkpoint (below), which the compiler knows. If the function breaks the graph, this runs:
+    torch's would then update running statistics twice. The compiler is off, as it will be in the recompute.
+    """
+    outer, _local.compiler = getattr(_local, "compiler", None), None
+    try:
+        return uncompiled(partial(ours, function, *args, **kwargs))
+    finally:
+        _local.compiler = outer
+
+
+@torch.compiler.substitute_in_graph(checkpointed)
+def _checkpointed(ours: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return by_torch(function, *args, use_reentrant=False, **kwargs)
 
 
 @skip

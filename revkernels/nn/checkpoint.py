@@ -30,7 +30,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     fused norms are recomputed with the forward's statistics, and a parameter, buffer or input that changed in between
     is an error. Random numbers and autocast are those of the forward. Without grad mode, and in torch.export,
     torch.jit.trace and make_fx, it is the plain call; while torch.compile traces, it is torch's own checkpoint, which
-    the compiler supports.
+    the compiler supports; a function that breaks the graph is run uncompiled.
 
     Args:
         function: a module, or any callable. It must do the same when called twice.
@@ -41,9 +41,9 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     _check(function)
     if torch.compiler.is_dynamo_compiling():
-        from torch.utils.checkpoint import checkpoint as by_torch
+        from revkernels.autograd.compiling import checkpointed
 
-        return by_torch(function, *args, use_reentrant=False, **kwargs)
+        return checkpointed(checkpoint, function, args, kwargs)
     if not torch.is_grad_enabled() or is_recorded():
         return function(*args, **kwargs)
     if torch._C._are_functorch_transforms_active():

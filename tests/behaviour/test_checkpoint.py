@@ -251,3 +251,27 @@ def test_traced_by_the_compiler():
     for found, expected in zip(step(lambda _, x: compiled(x), module, x)[0], step(plainly, twin, x)[0], strict=True):
         if found is not None:
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("where", ["alone", "in a branch"])
+def test_a_break_in_compiled_code(where):
+    """Row 29: where the compiler gives up on the call, each batch is counted once and the masks are the same."""
+    module, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.3)), images(requires_grad=True)
+    twin, z = copy.deepcopy(module), x.detach().clone().requires_grad_()
+
+    def breaks(x):
+        h = module(x)
+        torch._dynamo.graph_break()
+        return h.tanh()
+
+    def network(f):
+        chain = ReversibleSequential([ReversibleBlock(F=f, G=nn.Identity())], backend="eager")
+        return f if where == "alone" else lambda x: chain(torch.cat((x, x), 1))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network(lambda x: checkpoint(breaks, x)), backend="aot_eager")
+    found, state = step(lambda _, x: compiled(x), module, x)
+    expected, after = step(lambda _, z: network(lambda z: twin(z).tanh())(z), twin, z)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(state, after)
