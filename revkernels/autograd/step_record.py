@@ -143,7 +143,8 @@ class RecordedStep:
                 seen.add(node)
                 names.append(node.name())
                 queue += [before for before, _ in node.next_functions]
-        return [name for name in names if not name.endswith("AccumulateGrad")]  # of leaves, as what is given may be
+        # Not those of leaves, as what is given may be, nor casts: autocast may still have the forward's in its cache.
+        return [name for name in names if not name.endswith(("AccumulateGrad", "ToCopyBackward0"))]
 
 
 def frames_compiled() -> int:

@@ -71,10 +71,12 @@ def test_dropout(activations):
     check_compiled(pairs_of(lambda: dropout_mlp(p=0.3), 2), rows(5, 8), activations)
 
 
-def test_autocast(activations):
-    """The same bfloat16 products as uncompiled, and the same bits."""
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_autocast(backend, activations):
+    """The same bfloat16 products as uncompiled, and the same bits, also where autocast keeps casts from the forward to
+    the recompute, as in what is not compiled, or by the backend "eager"."""
     net, _ = twins([(mlp().float(), mlp().float()) for _ in range(2)], activations=activations)
-    network = compiled(copy.deepcopy(net), activations)
+    network = compiled(copy.deepcopy(net), activations, backend)
     x = rows(5, 8, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(step(network, x), step(net, x), tolerance=1e-6)
