@@ -155,6 +155,24 @@ def test_a_budget_that_cannot_be_kept(compiled):
         net(torch.randn(3, 64)).sum().backward()  # a smaller batch does with it
 
 
+def test_a_refused_step_is_let_go(compiled):
+    """The error, which later steps raise again, does not hold what the refused step had in memory."""
+    net = ReversibleSequential(ReversibleBlock(mlp(), mlp()), activations=rk.MemoryBudget(1000))
+
+    def step():
+        stem = rows(512, 8).tanh()
+        weakref.finalize(stem.untyped_storage(), freed.append, 1)
+        net(stem).sum().backward()
+
+    freed = []
+    step()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="least budget"):
+            step()
+    gc.collect()
+    assert len(freed) == 3
+
+
 def made_of(budget, seconds=(1.0, 3.0, 0.5)):
     """The plan for one and the same measurement."""
     sizes = [1000, 2000, 3000]

@@ -204,7 +204,7 @@ class Planner:
         place = len(order) - 1
         exact = self._plans.get(order)
         if isinstance(exact, ValueError):
-            raise exact.with_traceback(None)
+            raise ValueError(*exact.args)  # another one each time: its traceback holds the step's activations
         found = [made for known, made in self._plans.items() if isinstance(made, Made) and known[: place + 1] == order]
         return min(found, key=lambda made: made.kept[place], default=None)
 
@@ -260,7 +260,7 @@ class Planner:
             made.known = known
             self._plans[order] = self.latest = made
         except ValueError as error:
-            self._plans[order] = error
+            self._plans[order] = error.with_traceback(None)  # which holds the calls that were measured
 
     def _forget(self, kind: Hashable) -> None:
         """Measure such calls again."""
