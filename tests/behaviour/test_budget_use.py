@@ -3,6 +3,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 from torch import nn
@@ -106,6 +107,16 @@ def called_with_others(network, x):
     return [value.grad for value in values.values()]
 
 
+def called_with_computed(network, x):
+    """Which is measured anew; torch warns where the gradient of what is no leaf is read, and must have no reason to."""
+    network.activations = rk.MemoryBudget(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            values = {name: p * 1.25 for name, p in network.named_parameters()}
+            loss_of(torch.func.functional_call(network, values, (x,))).backward()
+
+
 def checkpointed(network, x):
     x = x.detach().clone().requires_grad_()
     with torch.random.fork_rng():
@@ -121,7 +132,7 @@ def outer_hooks(network, x):
 
 ACTIONS = [
     *(two_forwards, forwards_in_turn, backward_twice, second_order, some_gradients, accumulated, thrown_away),
-    *(inference_between, called_with_others, outer_hooks),
+    *(inference_between, called_with_others, called_with_computed, outer_hooks),
 ]
 
 

@@ -31,9 +31,11 @@ class Level:
         self._gradients = 0
 
     def watch(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Exclude the gradients that these parameters may receive."""
+        """Exclude the gradients that these parameters may receive: none if they are computed (by `functional_call`, or
+        views of FSDP's flat parameters), and torch warns where those are read."""
         for parameter in parameters:
-            self._parameters.setdefault(parameter, parameter.grad is not None)
+            if parameter.is_leaf:
+                self._parameters.setdefault(parameter, parameter.grad is not None)
 
     def recount(self) -> None:
         """Update the size of these gradients."""
