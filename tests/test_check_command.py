@@ -80,11 +80,39 @@ def test_a_call_leaves_the_other_half_alone_and_repeats():
     call = cases.Call("uncouple_", "numpy", "float32", "float32", "NCHW half")
     y, f = call.run("reference")
     again = call.run("reference")
-    assert cases.differences([y, f], again) == 0
+    assert cases.differences(call, [y, f], again) == 0
     untouched = cases.Call("accumulate_", "numpy", "float32", "float32", "NCHW half").run("reference")[0]
     channels = call.shape[1]
     assert np.array_equal(y[:, channels:], untouched[:, channels:], equal_nan=True)
     assert not np.array_equal(y[:, :channels], untouched[:, :channels], equal_nan=True)
+
+
+NORMS = [kernel for kernel in cases.KERNELS if "norm" in kernel]
+
+
+def test_norms_are_also_checked_on_what_they_compute():
+    """Statistics, and every activation behind them."""
+    made = [call for call in cases.calls() if call.computes]
+    for kernel in NORMS:
+        assert {call.norm for call in made if call.kernel == kernel} == set(norm.KINDS)
+    assert set(cases._ACTIVATIONS.values()) == set(norm.ACTIVATIONS) - {"none"}
+    call = cases.Call("norm_act", "numpy", "float32", "float32", "dense", norm="batch", computes=True)
+    x, h, mean, rstd, running_mean, running_var = call.run("reference")
+    assert np.allclose(mean, x.mean((0, 2, 3))) and np.allclose(rstd, (x.var((0, 2, 3)) + 1e-5) ** -0.5)
+    assert h.shape == x.shape and running_mean.shape == running_var.shape == mean.shape
+
+
+@pytest.mark.parametrize("kernel", NORMS)
+@pytest.mark.parametrize("stream", ["float64", "float32", "float16"])
+def test_a_result_may_be_off_by_rounding_and_no_more(kernel, stream):
+    """Each result: by one unit in its last place; not by a thousandth (in float16 one in fifty) of the largest."""
+    call = cases.Call(kernel, "numpy", stream, stream, "dense", cases._SMALL_EXACT, norm="batch", computes=True)
+    expected = call.run("reference")
+    for index, result in enumerate(expected):
+        for by, most in ((np.nextafter(result, np.inf) - result, 0), (np.abs(result).max() / 50, result.size)):
+            got = [*expected[:index], result + np.asarray(by, result.dtype), *expected[index + 1 :]]
+            found = cases.differences(call, got, expected)
+            assert found == 0 if most == 0 else found > result.size / 2, index
 
 
 def wrong(operand):
@@ -114,7 +142,7 @@ def test_check_finds_one_wrong_bit_in_any_operand(operand, monkeypatch):
     monkeypatch.setattr(backends.Backend, "load", lambda self: wrong(operand))
     monkeypatch.setattr(backends.Backend, "missing", lambda self: None)
     monkeypatch.setattr(backends, "_cache", {})
-    assert cases.differences(call.run("cpu"), expected) == 1
+    assert cases.differences(call, call.run("cpu"), expected) == 1
 
 
 def test_check_exits_1_on_a_mismatch(monkeypatch, capsys, tmp_path):

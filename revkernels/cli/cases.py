@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of `check`: kernels x element types x layouts, on NumPy arrays and torch tensors.
 
+Bits are compared where the contract fixes them. Where a backend chooses the order of a sum or an approximation, results
+are compared within rounding: statistics, the sums of a norm's backward, GELU and SiLU.
+
 Every operand is a view of its own buffer. After a call whole buffers are compared, so that a write outside the view, or
 to a read-only operand, is a mismatch too.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import sys
@@ -19,7 +23,7 @@ import numpy as np
 from revkernels import ops
 from revkernels.arrays import FLOATS, INT16, compute_dtype, dtype_name, kind_of
 from revkernels.coupling import Coupling
-from revkernels.norm import KINDS, Norm, NormKind, Statistics
+from revkernels.norm import KINDS, ActivationName, Norm, NormKind, Statistics
 
 __all__ = ["KERNELS", "Call", "calls", "differences", "left_out"]
 
@@ -45,6 +49,9 @@ _LARGE = (2, 6, 64, 65)  # 49,920 elements: too many for one thread
 _SMALL_EXACT, _LARGE_EXACT = (2, 8, 4, 8), (2, 8, 64, 64)
 _SPECIAL = (np.inf, -np.inf, np.nan, -0.0, 0.0, 1e-40, -3e-7, 65504.0)  # 1e-40, -3e-7: subnormal in bf16, in fp16
 _BITS = {8: "uint64", 4: "uint32", 2: "uint16"}
+#: Of calls that compute: each with one norm, so that the backends run all of them.
+_ACTIVATIONS: dict[NormKind, ActivationName] = {"batch": "gelu", "layer": "gelu_tanh", "rms": "silu", "group": "relu"}
+_ROUNDINGS = 64  # what a careful sum of some ten thousand terms may come to, in units of the largest
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,15 @@ class Call:
     shape: tuple[int, ...] = _SMALL
     options: bool = False  # scales, grid, checksum and amax at once
     norm: NormKind | Literal[""] = ""  # for a kernel that has one
+    computes: bool = False  # statistics, sums and smooth activations on any values: compared within rounding
 
     def __str__(self) -> str:
         dtypes = self.stream if self.stream == self.branch else f"{self.stream} with {self.branch}"
         shape = "x".join(map(str, self.shape))
         norm = f"{self.norm} norm, " if self.norm else ""
-        return f"{self.library}, {norm}{dtypes}, {self.layout} {shape}{', options' if self.options else ''}"
+        computes = ", statistics computed" if self.computes else ""
+        options = ", options" if self.options else ""
+        return f"{self.library}, {norm}{dtypes}, {self.layout} {shape}{options}{computes}"
 
     def run(self, backend: str, device: str = "cpu") -> list[np.ndarray]:
         """Make the call. Returns the values of everything it may have touched, one array per buffer."""
@@ -97,6 +107,8 @@ class Call:
         values = random.standard_normal(size) * 2.0 ** random.integers(-6, 7, size)
         if dtype == INT16:
             values = random.integers(-(2**15), 2**15, size).astype(np.float64)
+        elif self.computes:
+            values = 0.5 + random.standard_normal(size)
         elif self.kernel == "norm_act_backward_":
             values = random.integers(-3, 4, size) / 2
         elif not self.options:  # a checksum is undefined for NaN, whose bits differ between processors
@@ -120,8 +132,15 @@ class Call:
 
         groups = (2 if channels % 2 == 0 else channels) if self.norm == "group" else 1
         parameters = (made(channels, self.branch, -3), made(channels, self.branch, -3))
-        norm = Norm(self.norm or "batch", *parameters, activation="relu", groups=groups, channel_dim=1)
+        kind = self.norm or "batch"
+        activation: ActivationName = _ACTIVATIONS[kind] if self.computes else "relu"
+        norm = Norm(kind, *parameters, activation=activation, groups=groups, channel_dim=1)
         size = norm.statistics_shape(shape)
+        if self.computes and self.kernel in ("norm_act", "couple_norm_act"):
+            running = [made(channels, wide, -3), made(channels, wide, -3)] if kind == "batch" else [None, None]
+            norm = replace(norm, running_mean=running[0], running_var=running[1])
+            *new, found = getattr(ops, self.kernel)(*views, norm, backend=backend)
+            return [array for array in (*new, *found, *running) if array is not None]
         statistics = Statistics(None if self.norm == "rms" else made(size, wide, -3), made(size, wide, -2, scale=True))
         if self.kernel == "norm_act_backward_":
             dx, dh, x = views
@@ -181,9 +200,13 @@ def _norm_calls(kernel: str, library: str, stream: str, dtypes: list[str]) -> It
         if kind in ("batch", "layer"):  # the two ways to walk memory
             yield replace(same, layout="NCHW half", shape=large)
             yield replace(same, layout="channels-last half", shape=large)
+        yield replace(same, computes=True)
+        yield replace(same, layout="NCHW half", shape=large, computes=True)
+        yield replace(same, layout="channels-last half", shape=large, computes=True)
     for branch in dtypes:
         if branch != stream:
             yield replace(same, branch=branch, norm="batch")
+            yield replace(same, branch=branch, norm="batch", computes=True)
 
 
 def left_out() -> list[str]:
@@ -196,9 +219,23 @@ def left_out() -> list[str]:
     return reasons
 
 
-def differences(got: list[np.ndarray], expected: list[np.ndarray]) -> int:
-    """Count the elements whose bits differ; two NaN are equal."""
-    return sum(int(np.count_nonzero(~_same(a, b))) for a, b in zip(got, expected, strict=True))
+def differences(call: Call, got: list[np.ndarray], expected: list[np.ndarray]) -> int:
+    """Count the elements that differ: in any bit, where two NaN are equal; or by more than rounding, in a call that
+    computes statistics or sums."""
+    same = functools.partial(_close, call) if call.computes else _same
+    return sum(int(np.count_nonzero(~same(a, b))) for a, b in zip(got, expected, strict=True))
+
+
+def _close(call: Call, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whether the elements differ by no more than `_ROUNDINGS` of the compute type and one of the narrowest. A sum's
+    are those of its terms, of which the largest has the size of the largest element elsewhere, about 10."""
+    narrow = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
+    added = call.branch if "f" in KERNELS[call.kernel] else call.stream
+    wide = min(narrow["float32"], narrow[call.stream], narrow[added])
+    last = max(narrow[call.stream], narrow[call.branch])
+    terms = np.prod(call.shape) / call.shape[1] if b.ndim == 1 else 1  # of a channel
+    size = max(10.0, float(np.abs(b).max(initial=0)))
+    return np.abs(a.astype(np.float64) - b) <= _ROUNDINGS * wide * (size + 10 * terms) + 2 * last * np.abs(b)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
