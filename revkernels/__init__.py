@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused CPU, CUDA and Triton kernels for reversible residual networks (RevNet, Gomez et al., NeurIPS 2017).
 
-``import revkernels as rk`` needs NumPy alone; ``rk.ops`` has the kernels as functions on arrays. Import the rest by
-name:
+``import revkernels as rk`` needs NumPy alone; ``rk.ops`` has the kernels as functions on arrays. The rest is imported
+when it is first used, by name or as ``rk.nn``:
 
     revkernels.nn               reversible networks as torch modules
     revkernels.models           RevNets, and a reversible vision transformer
@@ -12,6 +12,9 @@ name:
     revkernels.adapters.numpy   chains on NumPy's and CuPy's arrays
     revkernels.adapters.jax     the kernels and chains under JAX
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from revkernels import ops
 from revkernels._version import __version__
@@ -39,3 +42,18 @@ __all__ = [
     "set_num_threads",
     "use_backend",
 ]
+
+_LATER = ("adapters", "compat", "diagnostics", "integrations", "models", "nn")
+
+if TYPE_CHECKING:
+    from revkernels import adapters, compat, diagnostics, integrations, models, nn  # noqa: F401
+else:  # of __getattr__ a type checker would believe that it has any name
+
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return importlib.import_module(f"revkernels.{name}")
+        raise AttributeError(f"module 'revkernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_LATER]

@@ -239,6 +239,8 @@ def test_bad_arguments():
     x = torch.randn(4, 8)
     with pytest.raises(TypeError, match=r"net is a function; it must be an nn\.Module"):
         memory_report(lambda x: x, x)
+    with pytest.raises(TypeError, match="loss is a int; it must be a function"):
+        memory_report(nn.Linear(8, 8), x, loss=3)
     with pytest.raises(ValueError, match=r"the loss is a tensor of shape \(4, 8\)"):
         memory_report(nn.Linear(8, 8), x, loss=lambda y: y)
     with pytest.raises(ValueError, match="the loss is a float"):

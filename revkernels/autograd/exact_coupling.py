@@ -231,20 +231,20 @@ def half_type_of(branch: Any) -> torch.dtype | None:
     return next((p.dtype for p in branch.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
 
 
-def check_streams(streams: Sequence[torch.Tensor]) -> None:
+def check_streams(streams: Sequence[torch.Tensor], name: str = "x") -> None:
     """TypeError for a dtype that the grid cannot hold, and for tensors without values of their own."""
     if streams[0].is_meta:
         raise TypeError(
-            "x is on meta: an exact coupling looks at its streams' values, of which there are none there; set "
-            "coupling='float'"
+            f"{name} is on meta: an exact coupling looks at its streams' values, of which there are none there; set "
+            f"coupling='float'"
         )
     if is_traceable_wrapper_subclass(streams[0]):
         raise TypeError(
-            f"x is a {type(streams[0]).__name__}, whose values are in other tensors: an exact coupling needs a tensor "
-            f"with memory of its own; set coupling='float'"
+            f"{name} is a {type(streams[0]).__name__}, whose values are in other tensors: an exact coupling needs a "
+            f"tensor with memory of its own; set coupling='float'"
         )
     if streams[0].dtype == torch.float64:
         raise TypeError(
-            "x is torch.float64; an exact coupling keeps float32 streams (bfloat16 and float16 are widened): hand it "
-            "x.float(), or set coupling='float'"
+            f"{name} is torch.float64; an exact coupling keeps float32 streams (bfloat16 and float16 are widened): "
+            f"hand it {name}.float(), or set coupling='float'"
         )

@@ -16,7 +16,7 @@ from torch import nn
 from revkernels.cli.output import Table, plain
 from revkernels.diagnostics.chains import chains_of
 from revkernels.diagnostics.errors import relative_errors
-from revkernels.diagnostics.untouched import default_loss, detached, tensors_in, untouched
+from revkernels.diagnostics.untouched import detached, loss_from, tensors_in, untouched
 from revkernels.errors import ReconstructionError
 from revkernels.integers import as_int
 from revkernels.measure import angle
@@ -181,6 +181,7 @@ def drift(
     for what, value in (("depths", depths), ("couplings", couplings), ("precisions", precisions)):
         if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise TypeError(f"{what} is {value!r}; it must be a list or tuple of values")
+    loss = loss_from(loss)
     if depths is not None:
         depths = [as_int(depth) for depth in depths]
     names, chains = list(precisions or _supported(x)), chains_of(net)
@@ -208,7 +209,7 @@ def drift(
     for name, coupling, precision, depth in cuts:
         if on_step is not None:
             on_step(f"{name or 'chain'}, {coupling}, {precision}, {depth} blocks", len(cuts))
-        rows.append(_row(name, *calls[name], coupling, precision, depth, cut, loss or default_loss))
+        rows.append(_row(name, *calls[name], coupling, precision, depth, cut, loss))
     device = next((t.device for t in tensors_in(x)), torch.device("cpu"))
     return Drift(tuple(rows), cut, str(device))
 

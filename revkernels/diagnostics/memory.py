@@ -31,8 +31,8 @@ from revkernels.diagnostics.report import (
 )
 from revkernels.diagnostics.untouched import (
     check_shapes,
-    default_loss,
     detached,
+    loss_from,
     outside_autocast,
     tensors_in,
     untouched,
@@ -76,16 +76,16 @@ def memory_report(
         A `MemoryReport`; ``print`` shows a table, the chains and advice.
 
     Raises:
-        TypeError: ``net`` is not a module.
+        TypeError: ``net`` is not a module, or ``loss`` not callable.
         ValueError: the loss is not a scalar that requires grad, a lazy parameter has no shape yet, or the device is
             neither the CPU nor CUDA.
         RuntimeError: a torch profiler is running already.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net is a {type(net).__name__}; it must be an nn.Module")
+    loss = loss_from(loss)
     check_shapes(net)
     device = _device(net, (x, args, kwargs))
-    loss = default_loss if loss is None else loss
     torch.clear_autocast_cache()
     first = 0 if device.type == "cpu" else 1  # on a GPU libraries allocate their workspaces once
     if any(isinstance(getattr(module, "activations", None), MemoryBudget) for module in net.modules()):

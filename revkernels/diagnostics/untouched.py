@@ -132,6 +132,17 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
+def loss_from(given: Any) -> Any:
+    """The function ``given`` that makes a scalar of an output; `default_loss` for None.
+
+    Raises:
+        TypeError: it is not callable.
+    """
+    if given is not None and not callable(given):
+        raise TypeError(f"loss is a {type(given).__name__}; it must be a function that makes a scalar of the output")
+    return default_loss if given is None else given
+
+
 def default_loss(outputs: Any) -> torch.Tensor:
     """The sum over the floating-point outputs of their mean square: a scalar.
 

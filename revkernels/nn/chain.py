@@ -251,6 +251,8 @@ def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], nam
     if not half_steps:
         return y
     kernels, k = kernels_of(owner, streams), known_exponent(owner)
+    if k is not None:
+        check_streams(streams, "y")
     streams = [dense(s) for s in streams]
     if k is not None:
         streams = _on_grid(owner, streams, k, kernels)

@@ -16,19 +16,17 @@ from revkernels.autograd.driver_forward import Reversal
 from revkernels.autograd.half_step import HalfStep, grouped
 from revkernels.nn.arguments import route
 from revkernels.nn.chain import advance, forward, input_on_grid, inverse
-from revkernels.nn.exact import KeepsGrid
 from revkernels.nn.fusion import Explanation, explain
 from revkernels.nn.hooks import have_hooks
 from revkernels.nn.kernels_of import rebuilds
 from revkernels.nn.plan import Plan, plan_of
-from revkernels.nn.streams import check_options
+from revkernels.nn.with_options import OPTIONS, WithOptions, check_block
 from revkernels.options import ActivationsOption, CouplingOption
 
-_OPTIONS: dict[str, Any] = {"split_dim": 1, "activations": "reconstruct", "coupling": "float", "backend": None}
 _handed_over = threading.local()  # the Reversal passed to a block that is called through its hooks
 
 
-class ReversibleBlock(KeepsGrid):
+class ReversibleBlock(WithOptions):
     """y1 = x1 + F(x2); y2 = x2 + G(y1)   (Gomez et al. 2017, eq. 6).
 
     With more branches it couples as many streams: y1 = x1 + F(x2 + x3 + ...); y2 = x2 + G(y1); y3 = x3 + H(y2) ... (Li
@@ -70,7 +68,7 @@ class ReversibleBlock(KeepsGrid):
         coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(split_dim, activations, coupling, backend)
         names = ("F", "G", *(f"branch{index}" for index in range(2, 2 + len(more))))
         for name, branch in zip(names, (F, G, *more), strict=True):
             if not callable(branch):
@@ -79,14 +77,9 @@ class ReversibleBlock(KeepsGrid):
                 raise TypeError(
                     f"{name} is the class {branch.__name__}; it must be an instance: {branch.__name__}(...)"
                 )
-        check_options(split_dim, activations, coupling, backend)
         self.branch_names = names
         for name, branch in zip(names, (F, G, *more), strict=True):
             setattr(self, name, branch)
-        self.split_dim = split_dim
-        self.activations = activations
-        self.coupling = coupling
-        self.backend = backend
 
     #: A call whose input is exactly a linked module's output continues its chain: see `revkernels.nn.linked`.
     linked = False
@@ -124,11 +117,11 @@ class ReversibleBlock(KeepsGrid):
 
     def extra_repr(self) -> str:
         """The options that are not defaults; inside a chain a block's options are not used."""
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name])
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value != OPTIONS[name])
 
 
-class ReversibleSequential(KeepsGrid):
+class ReversibleSequential(WithOptions):
     """A chain of reversible blocks, whose activation memory does not grow with its depth.
 
         net = ReversibleSequential(ReversibleBlock(F, G), ReversibleBlock(F, G), ...)
@@ -160,14 +153,9 @@ class ReversibleSequential(KeepsGrid):
         coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(split_dim, activations, coupling, backend)
         if len(blocks) == 1 and isinstance(blocks[0], Iterable) and not isinstance(blocks[0], ReversibleSequential):
             blocks = tuple(blocks[0])
-        check_options(split_dim, activations, coupling, backend)
-        self.split_dim = split_dim
-        self.activations = activations
-        self.coupling = coupling
-        self.backend = backend
         self.extend(blocks)
 
     linked = False  # as in `ReversibleBlock`
@@ -230,13 +218,7 @@ class ReversibleSequential(KeepsGrid):
                 f"blocks[{index}] couples {len(block.branches)} streams, blocks[0] couples "
                 f"{len(first.branches)}: all blocks of a chain must have as many branches"
             )
-        for name, default in _OPTIONS.items():
-            own, whole = getattr(block, name), getattr(self, name)
-            if own != default and own != whole:
-                raise ValueError(
-                    f"blocks[{index}] has {name}={own!r}, the chain {name}={whole!r}: in a chain the chain's options "
-                    f"hold. Give {name}={own!r} to the ReversibleSequential"
-                )
+        check_block(self, block, index)
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -248,7 +230,7 @@ class ReversibleSequential(KeepsGrid):
         """Return one block, or a chain of the same blocks with the same options for a slice."""
         if not isinstance(index, slice):
             return list(self)[index]
-        options = {name: getattr(self, name) for name in _OPTIONS}
+        options = {name: getattr(self, name) for name in OPTIONS}
         return ReversibleSequential(list(self)[index], **options)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -294,7 +276,7 @@ class ReversibleSequential(KeepsGrid):
         return plan_of(self, self.activations, x, args, kwargs)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in OPTIONS)
 
 
 def _run(owner: Any, named: Mapping[str, Any], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

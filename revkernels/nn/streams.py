@@ -39,14 +39,24 @@ def check_coupling(coupling: Any) -> None:
         )
 
 
-def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any) -> None:
+def check_option(name: str, value: Any) -> None:
     """Raise TypeError or ValueError (BackendError for the backend) for an unknown option."""
-    if isinstance(split_dim, bool) or not isinstance(split_dim, int):
-        raise TypeError(f"split_dim is a {type(split_dim).__name__}; it must be an int")
-    is_store(activations)
-    check_coupling(coupling)
-    if backend is not None:
-        backends.require(backend)
+    if name == "split_dim" and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"split_dim is a {type(value).__name__}; it must be an int")
+    if name == "activations":
+        is_store(value)
+    elif name == "coupling":
+        check_coupling(value)
+    elif name == "backend" and value is not None:
+        backends.require(value)
+
+
+def check_options(split_dim: Any, activations: Any, coupling: Any, backend: Any) -> None:
+    """`check_option` of each."""
+    check_option("split_dim", split_dim)
+    check_option("activations", activations)
+    check_option("coupling", coupling)
+    check_option("backend", backend)
 
 
 def streams_of(x: Any, split_dim: int, groups: int, name: str) -> tuple[list[torch.Tensor], bool]:

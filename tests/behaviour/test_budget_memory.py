@@ -146,6 +146,7 @@ def test_a_budget_that_cannot_be_kept(compiled):
         error = assert_raises(ValueError, ["MemoryBudget(1000)", "The least budget"], step)
         assert_raises(ValueError, ["The least budget"], step)
         assert_raises(ValueError, ["The least budget"], lambda net=net: net.plan(x))
+        assert "write" not in str(error)
         least = int(str(error).rpartition(" bytes")[0].rpartition(" ")[2])
         net = network(least)
         step = step_of(net, x)
@@ -153,6 +154,13 @@ def test_a_budget_that_cannot_be_kept(compiled):
             step()
         assert peak_bytes(step) <= least
         net(torch.randn(3, 64)).sum().backward()  # a smaller batch does with it
+
+
+def test_one_byte_is_hardly_meant():
+    """1 is bytes, 1.0 a share, and all of it."""
+    step = step_of(ReversibleSequential(ReversibleBlock(mlp(), mlp()), activations=rk.MemoryBudget(1)), rows())
+    step()
+    assert_raises(ValueError, ["MemoryBudget(1)", "for a share write 1.0: an int is bytes"], step)
 
 
 def test_a_refused_step_is_let_go(compiled):

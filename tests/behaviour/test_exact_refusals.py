@@ -254,6 +254,8 @@ def test_bad_streams(backend):
     net = ReversibleSequential(ReversibleBlock(linear(), linear()), coupling="exact", backend=backend)
     assert_raises(TypeError, ["torch.float64", "x.float()"], lambda: net(rows(3, 8)))
     assert_raises(TypeError, ["torch.float64"], lambda: net.to_grid(rows(3, 8)))
+    net.eval()(rows(3, 8, dtype=torch.float32))  # chooses the grid
+    assert_raises(TypeError, ["y is torch.float64", "y.float()"], lambda: net.inverse(rows(3, 8)))
     assert_raises(TypeError, ["torch.int64"], lambda: net(torch.ones(3, 8, dtype=torch.int64)))
     x = rows(3, 8, dtype=torch.float32, requires_grad=False)
     assert_raises(rk.ReconstructionError, ["coupling='float'"], lambda: torch.func.vmap(net)(x[None]))

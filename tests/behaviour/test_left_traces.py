@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from behaviour.common import WIDE, assert_all_close, check_step, rows, step, torch, twins
-from revkernels.autograd.state.bytecode import reads_running, writes_silently
+from revkernels.autograd.state import bytecode
+from revkernels.autograd.state.bytecode import may_read, reads_running, writes_silently
 from revkernels.errors import ReconstructionError
 from revkernels.nn import NormAct, checkpoint
 
@@ -365,3 +366,16 @@ def test_a_backward_in_inference_mode(options):
             loss.backward()
         found.append([x.grad, *(p.grad for p in network.parameters())])
     assert_all_close(*found)
+
+
+class Keeps(nn.Module):
+    def forward(self, x):
+        self.features = x.tanh()
+        return self.features
+
+
+def test_of_another_python_nothing_is_known(monkeypatch):
+    """Instructions of later versions may have other names: then every attribute counts as read."""
+    assert not may_read(Keeps(), "features")
+    monkeypatch.setattr(bytecode, "_KNOWN", False)
+    assert may_read(Keeps(), "features")

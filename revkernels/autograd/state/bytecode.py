@@ -15,6 +15,7 @@ from __future__ import annotations
 import dis
 import functools
 import re
+import sys
 import types
 import weakref
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,9 @@ _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "DELETE_ATTR")
 _READ, _STATES = re.compile(".*r"), re.compile("r|m.*r.*[wm]")
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 
+#: Versions of Python whose instructions these names are; of others nothing is known, and every attribute may be read.
+_KNOWN = sys.version_info < (3, 14)
+
 _read_by: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 _of_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 _of_function: weakref.WeakKeyDictionary[types.FunctionType, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -62,6 +66,8 @@ def writes_silently(module: nn.Module) -> bool:
 def may_read(module: nn.Module, name: str) -> bool:
     """Whether the module's code may read the value that a previous call left in this attribute: not if its forward
     writes it first, and no other code of its class, or called by it, reads it."""
+    if not _KNOWN:
+        return True
     kind = type(module)
     found = _read_by.get(kind)
     if found is None:

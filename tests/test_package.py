@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``import revkernels as rk`` gives: what NumPy suffices for at once, the rest when it is used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import revkernels as rk
+
+CODE = """
+import sys
+import revkernels as rk
+assert "torch" not in sys.modules
+assert {"nn", "models", "diagnostics", "adapters", "ops", "Norm"} <= set(dir(rk)), dir(rk)
+rk.adapters
+assert "torch" not in sys.modules
+rk.nn.ReversibleSequential
+"""
+
+
+def test_the_rest_is_imported_when_it_is_used():
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_name_is_none():
+    with pytest.raises(AttributeError, match="module 'revkernels' has no attribute 'network'"):
+        _ = rk.network
