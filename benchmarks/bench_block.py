@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of a chain of blocks, stored, checkpointed and rebuilt.
+"""A training step of a chain of blocks, stored, checkpointed and reconstructed.
 
 The measuring code is ``revkernels/bench/block.py``.
 ``python -m benchmarks.bench_block --save`` is ``revkernels bench block --save``.

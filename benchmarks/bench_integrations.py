@@ -4,8 +4,8 @@
     python -m benchmarks.bench_integrations
     python -m benchmarks.bench_integrations --packages pyg freia --depths 4 16 64 --repeat 5
 
-Variants: the changed network with stored activations, with its activations rebuilt, and, where the package has a driver
-of its own that saves memory, the network as it was. A package that cannot be imported is a line that says so. Peak:
+Variants: the changed network with stored and with reconstructed activations, and, where the package has a driver of its
+own that saves memory, the network as it was. A package that cannot be imported is a line that says so. Peak:
 bytes allocated during a step above those before it (`revkernels.measure.peak_bytes`), the gradients being there
 already. Time: the fastest of ``--repeat`` steps; variants take turns.
 """

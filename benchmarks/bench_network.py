@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of whole networks: stored, compiled, checkpointed, rebuilt, and in other libraries.
+"""A training step of whole networks: stored, compiled, checkpointed, reconstructed, and in other libraries.
 
 The measuring code is ``revkernels/bench/network.py``.
 ``python -m benchmarks.bench_network --save`` is ``revkernels bench network --save``.

@@ -4,8 +4,8 @@
     pip install '.[jax]' scikit-learn          # in a checkout
     python examples/jax_train.py --blocks 12 --epochs 30
 
-All blocks are one `reversible_scan`: activations are rebuilt from the outputs, so that a deeper network needs no more
-memory for them, and takes no longer to compile.
+All blocks are one `reversible_scan`: activations are reconstructed from the outputs, so that a deeper network needs no
+more memory for them, and takes no longer to compile.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a partially reversible 3-D U-Net to segment volumes: with stored activations, rebuilt, and under a budget.
+"""Train a partially reversible 3-D U-Net to segment volumes: stored, reconstructed, and under a memory budget.
 
     pip install '.[torch]'                      # in a checkout
     python examples/unet3d.py

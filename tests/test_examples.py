@@ -10,14 +10,24 @@ pytest.importorskip("torch")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = ["--side", "16", "--channels", "8", "16", "--volumes", "6", "--epochs", "2"]
+SHORT = ["--steps", "8", "--width", "32", "--heads", "2", "--context", "64", "--batch", "4"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def unet3d():
-    spec = importlib.util.spec_from_file_location("unet3d", EXAMPLES / "unet3d.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("unet3d")
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return load("language_model")
 
 
 def test_a_partially_reversible_unet_for_volumes(unet3d, capsys):
@@ -44,3 +54,29 @@ def test_what_the_unet_cannot_do_is_said(options, said, unet3d, capsys):
     with pytest.raises(SystemExit):
         unet3d.main(options)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", [[], ["--autocast"]], ids=["float32", "autocast"])
+def test_a_language_model_on_real_text(precision, language_model, capsys):
+    """It learns, the same in every way though dropout is on, in memory that does not grow with depth."""
+    shallow, deep = (language_model.main([*SHORT, *precision, "--blocks", blocks]) for blocks in ("2", "6"))
+    stored, reconstructed = deep["stored"], deep["reconstructed"]
+    assert stored.losses[-1] < stored.losses[0] - 0.5
+    for name, found in deep.items():
+        assert found.losses == pytest.approx(stored.losses, rel=2e-2 if precision else 2e-3), name
+        assert found.unseen == pytest.approx(stored.unseen, rel=2e-2 if precision else 2e-3), name
+    assert stored.peak > 2 * shallow["stored"].peak
+    assert reconstructed.peak < 1.1 * shallow["reconstructed"].peak
+    assert "reconstructed, exact" in capsys.readouterr().out
+
+
+def test_a_language_model_on_files_of_ones_own(language_model, tmp_path, capsys):
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"the cat sat on the mat. " * 200)
+    options = [*SHORT, "--blocks", "1", "--ways", "reconstructed", "--sample", "12"]
+    language_model.main([*options, "--text", str(book)])
+    assert "def " in capsys.readouterr().out
+    book.write_bytes(b"too short")
+    with pytest.raises(SystemExit):
+        language_model.main([*options, "--text", str(book)])
+    assert "give more" in capsys.readouterr().err

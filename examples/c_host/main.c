@@ -6,9 +6,9 @@
  *     block      y1 = x1 + F(x2),  y2 = x2 + G(y1)           (Gomez et al. 2017, eq. 6)
  *     loss       sum of t * h,  h = silu(layer_norm(y))      t: any numbers, here fixed ones
  *
- * Nothing is kept of the forward but its output y: the backward rebuilds every input from it
+ * Nothing is kept of the forward but its output y: the backward reconstructs every input from it
  * (Algorithm 1). The couplings round R onto a grid of 2^-48, and the input lies on it: then sums in
- * float64 are exact as long as they stay below 2^(53-48), and the rebuilt input is the input, bit
+ * float64 are exact as long as they stay below 2^(53-48), and what is reconstructed is the input, bit
  * for bit. The gradient, over two batches, is held against central differences. Exit status 0 if
  * everything holds, else 1. */
 #include <math.h>
