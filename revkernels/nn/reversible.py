@@ -68,7 +68,7 @@ class ReversibleBlock(WithOptions):
         coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
-        super().__init__(split_dim, activations, coupling, backend)
+        super().__init__()
         names = ("F", "G", *(f"branch{index}" for index in range(2, 2 + len(more))))
         for name, branch in zip(names, (F, G, *more), strict=True):
             if not callable(branch):
@@ -80,6 +80,7 @@ class ReversibleBlock(WithOptions):
         self.branch_names = names
         for name, branch in zip(names, (F, G, *more), strict=True):
             setattr(self, name, branch)
+        self._set_options(split_dim, activations, coupling, backend)  # now, for the grid is where the branches are
 
     #: A call whose input is exactly a linked module's output continues its chain: see `revkernels.nn.linked`.
     linked = False
@@ -153,9 +154,10 @@ class ReversibleSequential(WithOptions):
         coupling: CouplingOption = "float",
         backend: str | None = None,
     ) -> None:
-        super().__init__(split_dim, activations, coupling, backend)
+        super().__init__()
         if len(blocks) == 1 and isinstance(blocks[0], Iterable) and not isinstance(blocks[0], ReversibleSequential):
             blocks = tuple(blocks[0])
+        self._set_options(split_dim, activations, coupling, backend)
         self.extend(blocks)
 
     linked = False  # as in `ReversibleBlock`

@@ -14,12 +14,12 @@ OPTIONS: dict[str, Any] = {"split_dim": 1, "activations": "reconstruct", "coupli
 
 
 class WithOptions(KeepsGrid):
-    """A module with these options: `revkernels.nn.ReversibleBlock` has their meaning."""
+    """A module with these options. What they mean: `revkernels.nn.ReversibleBlock`."""
 
-    def __init__(
+    def _set_options(
         self, split_dim: int, activations: ActivationsOption, coupling: CouplingOption, backend: str | None
     ) -> None:
-        super().__init__()
+        """Set all of them."""
         self.split_dim = split_dim
         self.activations = activations
         self.coupling = coupling

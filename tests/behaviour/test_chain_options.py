@@ -101,6 +101,11 @@ def test_options_of_a_model_may_be_set_later(make):
 # ---- the exponent of an exact coupling where nobody has written it, or somebody averaged it
 
 
+def test_the_grid_of_a_block_is_where_its_branches_are():
+    branch = nn.Linear(4, 4, device="meta")
+    assert ReversibleBlock(branch, nn.Tanh(), coupling="exact").grid.is_meta
+
+
 def test_on_meta_first():
     with torch.device("meta"):
         model = revnet38(coupling="exact")
