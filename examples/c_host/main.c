@@ -8,9 +8,9 @@
  *
  * Nothing is kept of the forward but its output y: the backward reconstructs every input from it
  * (Algorithm 1). The couplings round R onto a grid of 2^-48, and the input lies on it: then sums in
- * float64 are exact as long as they stay below 2^(53-48), and what is reconstructed is the input, bit
- * for bit. The gradient, over two batches, is held against central differences. Exit status 0 if
- * everything holds, else 1. */
+ * float64 are exact as long as they stay below 2^(53-48), and what is reconstructed is the input,
+ * bit for bit. The gradient, over two batches, is held against central differences. Exit status 0
+ * if everything holds, else 1. */
 #include <math.h>
 #include <revkernels/revkernels.h>
 #include <stdio.h>

@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 import revkernels as rk
-from behaviour.common import assert_raises, mlp, torch
+from behaviour.common import assert_raises, mlp, rows, torch
 from revkernels.measure import peak_bytes
 from revkernels.nn import ReversibleBlock, ReversibleSequential
 from revkernels.nn.chain import HalfStep, run
@@ -255,3 +255,11 @@ def test_errors_of_a_plan(compiled):
         assert_raises(TypeError, ["x is a", "a tensor in it"], lambda x=x: net.plan(x))
     net.requires_grad_(False)
     assert_raises(ValueError, ["nothing in the network requires grad"], lambda: net.plan(torch.randn(2, 128)))
+
+
+def test_one_byte_is_hardly_meant():
+    """1 is bytes, 1.0 a share, and all of it."""
+    net = ReversibleSequential(ReversibleBlock(mlp(), mlp()), activations=rk.MemoryBudget(1))
+    net(rows()).sum().backward()
+    parts = ["MemoryBudget(1)", "for a share write 1.0: an int is bytes"]
+    assert_raises(ValueError, parts, lambda: net(rows()).sum().backward())

@@ -156,13 +156,6 @@ def test_a_budget_that_cannot_be_kept(compiled):
         net(torch.randn(3, 64)).sum().backward()  # a smaller batch does with it
 
 
-def test_one_byte_is_hardly_meant():
-    """1 is bytes, 1.0 a share, and all of it."""
-    step = step_of(ReversibleSequential(ReversibleBlock(mlp(), mlp()), activations=rk.MemoryBudget(1)), rows())
-    step()
-    assert_raises(ValueError, ["MemoryBudget(1)", "for a share write 1.0: an int is bytes"], step)
-
-
 def test_a_refused_step_is_let_go(compiled):
     """The error, which later steps raise again, does not hold what the refused step had in memory."""
     net = ReversibleSequential(ReversibleBlock(mlp(), mlp()), activations=rk.MemoryBudget(1000))
