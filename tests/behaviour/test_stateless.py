@@ -107,6 +107,15 @@ def test_a_wrong_declaration_is_found_at_first(backend):
     assert_raises(rk.ReconstructionError, ["did not do the same twice"], y.sum().backward)
 
 
-@pytest.mark.parametrize("given", [nn.Tanh(), 3, torch.relu, int, nn.Module, type("Empty", (nn.Module,), {})], ids=repr)
+UNFIT = {
+    "a module": nn.Tanh(),
+    "a number": 3,
+    "a function": torch.relu,
+    "another class": int,
+    "no forward": type("Empty", (nn.Module,), {}),
+}
+
+
+@pytest.mark.parametrize("given", UNFIT)
 def test_what_cannot_be_declared(given):
-    assert_raises(TypeError, ["stateless"], lambda: stateless(given))
+    assert_raises(TypeError, ["stateless"], lambda: stateless(UNFIT[given]))
