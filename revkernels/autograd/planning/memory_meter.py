@@ -17,13 +17,19 @@ _FEW = 1024  # bytes that a tensor takes besides its data
 
 
 class Level:
-    """The bytes allocated now above the level when the step began, without gradients of parameters."""
+    """The bytes allocated now above the level when the step began, without gradients of parameters.
 
-    def __init__(self, device: torch.device, entered: int) -> None:
+    Args:
+        entered: bytes of the step's input.
+        measured: the step's peaks will be read.
+    """
+
+    def __init__(self, device: torch.device, entered: int, measured: bool) -> None:
         self.device, self.clock = device, Stopwatch(device)
         self.cheap = device.type == "cuda"  # to read; glibc visits all memory that was freed and not reused
         overhead()  # a process's first mode makes torch import tens of megabytes
-        gc.collect()  # else garbage from before the step, collected in it, would count as memory that it gives back
+        if measured:  # else garbage from before the step, collected in it, would count as memory that it gives back
+            gc.collect()
         start = live_bytes(device)
         self.start = None if start is None else start - entered  # its input counts
         self._others = 0

@@ -173,7 +173,7 @@ class Planner:
                 self._over, self._kept = False, True
                 # Time cannot be measured while a CUDA graph is captured: follow a plan, or recompute everything.
                 self._captured = streams[0].is_cuda and torch.cuda.is_current_stream_capturing()
-                self._level = Level(streams[0].device, entered)
+                self._level = Level(streams[0].device, entered, measured=kind not in self._costs)
                 if self.looks is not None:
                     self.looks(entered)
                 self._watch = self._level.clock
