@@ -78,7 +78,7 @@ class Made:
         numbers = allot(stops, self.turn, self.limit)
         if numbers is None:
             least = self.reconstructing + max(self.reconstructing // 64, _SPARE)
-            share = f" (for a share write {budget.bytes}.0: an int is bytes)" if budget.bytes == 1 else ""
+            share = " (for a share write 1.0: an int is bytes)" if budget.bytes == 1 else ""
             raise ValueError(
                 f"{budget!r} is too small: with everything reconstructed, the chains of this step peak at "
                 f"{words(self.reconstructing)}, and some of what operators work with is not seen. The least budget for "
