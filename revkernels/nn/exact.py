@@ -16,7 +16,6 @@ from revkernels.autograd.recomputing import recomputes
 from revkernels.autograd.state.rewinding import will_write
 from revkernels.errors import ReconstructionError
 from revkernels.exact import EXPONENTS, Exact, exponent_for
-from revkernels.nn.streams import check_coupling
 from revkernels.options import CouplingOption
 
 BUFFER = "grid"  # the name of the buffer, int64: the fields of `Choice`, and `_MARK`
@@ -66,7 +65,6 @@ class KeepsGrid(nn.Module):
 
     @coupling.setter
     def coupling(self, value: CouplingOption) -> None:
-        check_coupling(value)
         self._coupling = value
         if value == "exact" or isinstance(value, Exact):
             self.make_grid()
