@@ -14,14 +14,19 @@ check_cxx_compiler_flag(-falign-loops=64 REVK_ALIGNS_LOOPS)
 if(REVK_ALIGNS_LOOPS)
   list(APPEND loop_flags -falign-loops=64)
 endif()
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  list(APPEND loop_flags -Wno-pass-failed)  # `omp simd` asks; some loops are of vectors already
+endif()
 set_source_files_properties(csrc/cpu/isa_baseline.cpp PROPERTIES COMPILE_OPTIONS "${loop_flags}")
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   target_sources(revkernels PRIVATE csrc/cpu/isa_avx2.cpp csrc/cpu/isa_avx512.cpp)
   target_compile_definitions(revkernels PRIVATE REVK_X86_ISAS)
   set(avx2_flags ${loop_flags} -mavx2 -mf16c -mfma)
-  set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
-      -Wno-maybe-uninitialized -Wno-uninitialized)  # GCC 12 warns of its own intrinsics
+  set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    list(APPEND avx512_flags -Wno-maybe-uninitialized -Wno-uninitialized)  # GCC 12 warns of its own intrinsics
+  endif()
   set_source_files_properties(csrc/cpu/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "${avx2_flags}")
   set_source_files_properties(csrc/cpu/isa_avx512.cpp PROPERTIES COMPILE_OPTIONS "${avx512_flags}")
 endif()

@@ -15,18 +15,20 @@
 namespace revk {
 
 // The size of a struct's first version: the end of its last field. These never change.
+// `inline`, for clang gives an explicit specialisation external linkage.
 template <class Struct>
-constexpr size_t kFirstSize = 0;
+inline constexpr size_t kFirstSize = 0;
 template <>
-constexpr size_t kFirstSize<revk_view> = offsetof(revk_view, inner_stride) + sizeof(int64_t);
+inline constexpr size_t kFirstSize<revk_view> = offsetof(revk_view, inner_stride) + sizeof(int64_t);
 template <>
-constexpr size_t kFirstSize<revk_where> = offsetof(revk_where, threads) + sizeof(int32_t);
+inline constexpr size_t kFirstSize<revk_where> = offsetof(revk_where, threads) + sizeof(int32_t);
 template <>
-constexpr size_t kFirstSize<revk_coupling> = offsetof(revk_coupling, amax) + sizeof(float*);
+inline constexpr size_t kFirstSize<revk_coupling> = offsetof(revk_coupling, amax) + sizeof(float*);
 template <>
-constexpr size_t kFirstSize<revk_norm> = offsetof(revk_norm, workspace_bytes) + sizeof(int64_t);
+inline constexpr size_t kFirstSize<revk_norm> =
+    offsetof(revk_norm, workspace_bytes) + sizeof(int64_t);
 template <>
-constexpr size_t kFirstSize<revk_norm_gradient> =
+inline constexpr size_t kFirstSize<revk_norm_gradient> =
     offsetof(revk_norm_gradient, reserved) + sizeof(int32_t);
 
 // A larger struct_size is garbage, and nothing beyond it is read.

@@ -47,9 +47,9 @@ struct Extras {
 // Minimum resident blocks per multiprocessor for __launch_bounds__. By default ptxas stops at about
 // 64 registers per thread and spills the extras on sm_100; with two blocks it may use 128.
 template <class AnyExtras>
-constexpr int kBlocksAtOnce = 2;
+inline constexpr int kBlocksAtOnce = 2;
 template <>
-constexpr int kBlocksAtOnce<Plain> = 0;  // no bound
+inline constexpr int kBlocksAtOnce<Plain> = 0;  // no bound
 
 // A thread's state during its walk: begin() at the first element of an item, then branch() and
 // result() once per element.
