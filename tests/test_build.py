@@ -97,7 +97,7 @@ def test_old_setuptools_are_named():
 
 
 SMALL = """
-cmake_minimum_required(VERSION 3.18...4.0)
+cmake_minimum_required(VERSION 3.20...4.0)
 project(small LANGUAGES CXX)
 add_library(small SHARED a.cpp b.cpp)
 install(TARGETS small LIBRARY DESTINATION .)
