@@ -130,8 +130,8 @@ def test_structs_and_enums_are_the_headers(tmp_path):
 
 
 def test_functions_are_the_headers():
-    c_types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "const char*": ctypes.c_char_p}
-    c_types["revk_status"] = ctypes.c_int32
+    numbers = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
+    c_types = numbers | {"revk_status": ctypes.c_int32, "const char*": ctypes.c_char_p}
     c_types |= {f"const {name}*": ctypes.POINTER(kind) for name, kind in structs.STRUCTS.items()}
     declared = {}
     for result, name, arguments in DECLARED:

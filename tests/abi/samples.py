@@ -8,6 +8,8 @@ from abi.cases import Case
 SIZES = (2, 3, 4)
 _STRIDES = (12, 4, 1)
 _SLOT = 256  # bytes between arrays in the arena
+#: Arguments that are no structs.
+_NUMBERS = {("revk_accumulate", "count"): 2}
 
 
 def sample(entry, dtype="float32"):
@@ -38,8 +40,11 @@ def sample(entry, dtype="float32"):
             call[name] = struct(name, dweight=next(slots), dbias=next(slots))
         elif name == "where":
             call[name] = struct(name, device=-1, threads=1)
+        else:
+            assert (entry, name) in _NUMBERS, f"no {name} for {entry}: add it to _NUMBERS of tests/abi/samples.py"
+            call[name] = _NUMBERS[entry, name]
     if entry == "revk_accumulate":
-        call.update(totals=[one(), one()], parts=[one(), one()], count=2)
+        call.update(totals=[one(), one()], parts=[one(), one()])
     return call
 
 
