@@ -19,7 +19,10 @@ import pytest
 from revkernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("coupling", "coupling_int16", "accumulate", "norm_act", "norm_act_backward")
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+# Pointwise kernels in packets: how many there are of each (pairs of types, times signs, times with options or without),
+# and how many pairs of operands one goes over.
+PACKETS = {"couple_packets": (16 * 2 * 2, 1), "reverse_packets": (16 * 2, 2), "accumulate_shares": (16, 1)}
 # Kernels of the norms: how many there are of each. Those that go element by element have variants for packets of the
 # types of training, which are float32 or a half type for the stream, and that or a half type for the branch; and for
 # single elements, float64 and other pairs. The teams' have those for each number of packets that a thread keeps.
@@ -122,13 +125,10 @@ def kernels(request):
 
 
 def test_every_kernel_is_compiled(kernels):
-    """Both signs and the reversal step for 16 pairs of types, lists for 16, strided ones for two compute types; beside
-    an int16 stream four types of branch."""
+    """Strided ones are for two compute types; beside an int16 stream there are four types of branch."""
     count = Counter(kernel.template()[0] for kernel in kernels)
     assert count == {
-        "couple_packets": 2 * 2 * 16,
-        "reverse_packets": 2 * 16,
-        "accumulate_shares": 16,
+        **{name: number for name, (number, _) in PACKETS.items()},
         "couple_strided": 2 * 2 * 2,
         "reverse_strided": 2 * 2,
         "couple_int16_packets": 4,
@@ -174,18 +174,18 @@ def test_packets_move_in_16_byte_accesses(kernels):
     checked = 0
     for kernel in kernels:
         stem, arguments = kernel.template()
-        if stem not in ("couple_packets", "reverse_packets", "accumulate_shares"):
+        if stem not in PACKETS:
             continue
         stream, branch = [SIZES[name] for name in arguments if name in SIZES][:2]
         packet = 16 // min(stream, branch)
-        operands = 2 if stem == "reverse_packets" else 1
-        expected = operands * packet * (stream + branch) // 16, operands * packet * stream // 16
+        pairs = PACKETS[stem][1]
+        expected = pairs * packet * (stream + branch) // 16, pairs * packet * stream // 16
         counted = tuple(kernel.wide_accesses(access) for access in ("LDG", "STG"))
         copies = counted[0] // expected[0]  # of the body: ptxas may clone it
         assert copies >= 1, f"{kernel.name}: {counted}, needs {expected}"
         assert counted == (copies * expected[0], copies * expected[1]), f"{kernel.name}: {counted}, needs {expected}"
         checked += 1
-    assert checked == 2 * 2 * 16 + 2 * 16 + 16
+    assert checked == sum(number for number, _ in PACKETS.values())
 
 
 def test_int16_streams_move_in_16_byte_accesses(kernels):
@@ -256,7 +256,14 @@ def test_nothing_is_contracted(kernels):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("part", SOURCES)
 def test_nvcc_has_no_warning(part, tmp_path):
-    flags = ["-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", "-arch=sm_90"]
+    flags = [
+        "-std=c++17",
+        "--fmad=false",
+        '-DREVK_CUDA_ARCHS="90"',
+        f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'csrc' / 'include'}",
+        "-arch=sm_90",
+    ]
     source = ROOT / "csrc" / "cuda" / f"{part}.cu"
     done = subprocess.run(["nvcc", *flags, "-cubin", source, "-o", tmp_path / "code"], capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr.lower(), done.stderr[-4000:]

@@ -16,9 +16,8 @@ import pytest
 from cuda_faults import FAULTS, NORM_FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("coupling", "coupling_int16", "accumulate", "norm_act", "norm_act_backward", "device")
-NORM_TESTS = ("norm_act", "norm_act_backward", "norm_act_special")
-TESTS = ("coupling", "coupling_int16", "accumulate", *NORM_TESTS, "launch")
+KERNELS = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+TESTS = sorted(path.stem.removeprefix("cuda_") for path in (ROOT / "tests" / "csrc").glob("cuda_*_test.cpp"))
 SANITIZERS = "-fsanitize=address,undefined"
 FEW = "-fsanitize=address,alignment"  # two thirds of the time to compile
 COMMON = [
@@ -48,7 +47,7 @@ def compile_part(part, csrc, folder, sanitizers):
 
 def build_all(csrc, folder, sanitizers):
     """Compile everything; return {part: object file}."""
-    parts = [*KERNELS, *(f"{name}_test" for name in TESTS), "test_main"]
+    parts = [*KERNELS, *TESTS, "test_main"]
     with ThreadPoolExecutor(2) as pool:
         made = pool.map(lambda part: compile_part(part, csrc, folder, sanitizers), parts)
         return dict(zip(parts, made, strict=True))
