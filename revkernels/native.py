@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled kernels: C++ and OpenMP for "cpu", CUDA C++ for "cuda".
 
-`couple`, `uncouple`, `reverse_step`, `accumulate`, `norm_act`, `couple_norm_act`, `uncouple_norm_act` and
-`norm_act_backward` are the extension's functions without a Python wrapper: on small arrays a Python frame costs as much
-as the kernel. They take torch tensors and NumPy arrays of any rank, check everything before they write, and call the C
-library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread count. Torch is
-used if it is already imported, and never imported from here.
+The kernels (`backends.KERNELS`) are the extension's functions without a Python wrapper: on small arrays a Python frame
+costs as much as the kernel. They take torch tensors and NumPy arrays of any rank, check everything before they write,
+and call the C library (``revkernels/include/revkernels/revkernels.h``) with the tensor's CUDA stream or torch's thread
+count. Torch is used if it is already imported, and never imported from here.
 
 `module_tree` and `is_module_tree` are not kernels: with them `autograd.state.known_branch` tests whether a torch
 module's layers are unchanged.
@@ -17,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from revkernels.backends import KERNELS
 from revkernels.errors import BackendError
 
 __all__ = [
@@ -71,8 +71,7 @@ except ImportError as error:  # the package stays usable: other backends run, an
     def _refuse(*_args: Any, **_kwargs: Any) -> None:
         raise RuntimeError(str(_broken))
 
-    couple = uncouple = reverse_step = accumulate = _refuse
-    norm_act = couple_norm_act = uncouple_norm_act = norm_act_backward = _refuse
+    globals().update(dict.fromkeys(KERNELS, _refuse))
 
     def module_tree(branch: Any, rows: Any) -> Any:
         return None
