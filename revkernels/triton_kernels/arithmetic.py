@@ -21,6 +21,12 @@ def widen(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def double(bits):
+    """A float64 argument from `launch.float_bits`: a float that a kernel is called with would become a float32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def narrow(value, dtype: tl.constexpr):
     """Round once, to nearest even.
 

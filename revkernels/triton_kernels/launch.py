@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -167,6 +168,11 @@ def _couple_kernel() -> Any:
     from revkernels.triton_kernels.coupling import couple_kernel
 
     return couple_kernel
+
+
+def float_bits(number: float) -> int:
+    """A float as an argument of a kernel, which gets it back with `arithmetic.double`."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 def _scale_strides(coupling: Coupling | None, dims: int) -> list[tuple[int, ...] | None]:

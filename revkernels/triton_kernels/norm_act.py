@@ -11,10 +11,9 @@ operand (MINORS); the compiler lays threads along the adjacent dimension.
 import triton
 import triton.language as tl
 
-from revkernels.triton_kernels.arithmetic import narrow
+from revkernels.triton_kernels.arithmetic import double, narrow
 from revkernels.triton_kernels.norm_arithmetic import (
     activate,
-    double,
     inverse_root,
     load_or,
     locate,

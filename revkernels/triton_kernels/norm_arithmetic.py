@@ -171,12 +171,6 @@ def number(code):
 
 
 @triton.jit
-def double(bits):
-    """A float64 from its bits: a float argument of a kernel would become a float32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def place(strides, sample, row, position, channel, MINORS: tl.constexpr, OPERAND: tl.constexpr, UNIT: tl.constexpr):
     """The 64-bit offsets of an operand's elements. ``strides`` are those of sample, row, position and channel in units
     of UNIT, except that of MINORS[OPERAND] ("position", "channel" or "none"), which is 1.

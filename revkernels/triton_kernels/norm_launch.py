@@ -13,7 +13,6 @@ parameters once and writes fewer partial results.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -127,7 +126,7 @@ class Prepared:
         )
         _run("norm_act", "merge_statistics_kernel", self._groups())(
             mean, rstd, norm.running_mean, norm.running_var, partial, size, code(walk.chunks), code(shape.channels),
-            self.group_size, _bits(norm.eps), _bits(norm.momentum),
+            self.group_size, launch.float_bits(norm.eps), launch.float_bits(norm.momentum),
             GROUPED=self.kind == "group", **_MERGED, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -135,7 +134,7 @@ class Prepared:
         self, walk: Walk, out: Any, x: Any, f: Any, subtract: bool, norm: Norm, mean: Any, rstd: Any
     ) -> None:
         _run("norm_act", "wide_rows_kernel", walk)(
-            out, x, f, mean, rstd, _bits(norm.eps), walk.sizes, *self.strides[:3], self.statistic,
+            out, x, f, mean, rstd, launch.float_bits(norm.eps), walk.sizes, *self.strides[:3], self.statistic,
             SUBTRACT=subtract, **walk.options,
         )  # fmt: skip
 
@@ -144,7 +143,7 @@ class Prepared:
     ) -> None:
         x_strides, out_strides, f_strides, h_strides = self.strides
         _run("norm_act", "rows_kernel", walk)(
-            h, out, x, f, mean, rstd, norm.weight, norm.bias, _bits(norm.eps), walk.sizes,
+            h, out, x, f, mean, rstd, norm.weight, norm.bias, launch.float_bits(norm.eps), walk.sizes,
             h_strides, x_strides, out_strides, f_strides, self.statistic,
             ACTIVATION=self.activation, SUBTRACT=subtract, **walk.options,
         )  # fmt: skip
@@ -339,10 +338,6 @@ def _walk(
         options=common
         | {"POSITIONS": positions, "CHANNELS": channels, "num_warps": max(1, threads // launch.warp_width())},
     )
-
-
-def _bits(value: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 def _run(module: str, name: str, walk: Walk | int) -> Any:
