@@ -39,14 +39,16 @@ BAD = {
 }
 
 
-def check_refused(operation, names, case, backend, instead=()):
-    """The message names the argument as the function does, what it got and what it needs; nothing is written."""
+def check_refused(operation, names, case, backend, instead=(), **options):
+    """The message names the argument as the function does, what it got and what it needs; nothing is written.
+
+    ``options``: what the operation takes beside its operands."""
     error, parts, call = BAD[case]
     x, f = torch.full((2, 3), 5.0), ones()
     kept = x.clone()
 
     def given(**changed):
-        return getattr(ops, operation)(changed.get("x", x), changed.get("f", f), backend=backend)
+        return getattr(ops, operation)(changed.get("x", x), changed.get("f", f), backend=backend, **options)
 
     with pytest.raises(error) as raised:
         call(given)

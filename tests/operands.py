@@ -142,11 +142,12 @@ def oracle(operation, values, dtypes, **options):
     return [function(*values[:2], *dtypes[:2], **options)]
 
 
-def check(operation, library, layouts, dtypes, backend):
+def check(operation, library, layouts, dtypes, backend, **options):
+    """Call the operation on random operands, and compare with the oracle, which takes the same ``options``."""
     given = operands(library, layouts, dtypes)
-    expected = oracle(operation, [o.values for o in given], dtypes)
+    expected = oracle(operation, [o.values for o in given], dtypes, **options)
     read = given[1::2] if operation.endswith("_") else given
-    results = run(operation, [o.array for o in given], backend)
+    results = run(operation, [o.array for o in given], backend, **options)
     for number, (result, right) in enumerate(zip(results, expected, strict=True)):
         assert str(result.dtype).removeprefix("torch.") == dtypes[2 * number]
         assert_same_bits(as_float64(result), right, f"{operation} {dtypes} result {number}")

@@ -49,7 +49,8 @@ def test_check_without_torch_runs_on_numpy_and_says_what_it_left_out():
 def test_check_covers_every_kernel():
     """couple and couple_ are one kernel, uncouple and uncouple_ another: either row stands for both."""
     functions = {name.removesuffix("_") for name in ops.__all__ if name.islower()}
-    assert {name.removesuffix("_") for name in cases.KERNELS} == functions
+    rows = {name.removesuffix("_") for name in cases.KERNELS}
+    assert rows == functions, f"KERNELS of revkernels/cli/cases.py, rows too few or too many: {rows ^ functions}"
 
 
 def test_check_covers_dtypes_layouts_and_libraries():
