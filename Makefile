@@ -12,8 +12,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_WORKERS ?= 2
-# A process that dies, or hangs in compiled code (pyproject.toml), is replaced, twice at most.
-PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
+# An extension that does not load would have its tests skipped: that is an error here. A process that dies, or hangs in
+# compiled code (pyproject.toml), is replaced, twice at most.
+LOADS = $(BIN)/python -c 'import sys; from revkernels import native; sys.exit(native.missing())'
+PYTEST = $(LOADS) && \
+    $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 REVK_CUDA ?= AUTO
 export REVK_CUDA
 

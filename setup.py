@@ -56,13 +56,13 @@ def run(command: list[str], what: str) -> None:
 
 
 def reason(lines: list[str]) -> str:
-    """What CMake or the compiler complained about: CMake's last error block, or the compiler's first error."""
+    """What CMake, the compiler or the linker complained about: CMake's last error block, or the others' first error."""
     starts = [i for i, line in enumerate(lines) if line.startswith("CMake Error")]
     if starts:
         block = [line.strip() for line in lines[starts[-1] + 1 :]]
         ends = [i for i, line in enumerate(block) if line.startswith(("Call Stack", "-- Configuring incomplete"))]
         return " ".join(word for word in block[: ends[0] if ends else None] if word)
-    errors = [line for line in lines if "error" in line.lower()]
+    errors = [line for line in lines if "error" in line.lower() or "undefined reference" in line]
     return "".join(errors[:3]) or "".join(lines[-5:])
 
 

@@ -160,3 +160,14 @@ def test_an_editable_build_forgets_what_it_found(editable, tmp_path, monkeypatch
     (tmp_path / "build" / "editable" / "cmake" / "compilers.json").write_text("{")  # interrupted while it was written
     assert editable() == ["a", "b"]
     assert editable() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the linker's words are those of Linux")
+def test_a_file_that_is_not_in_the_list_fails_the_build(editable, tmp_path):
+    """With the function that it would have defined as the last words."""
+    without = SMALL.replace(" b.cpp", "") + "target_link_options(small PRIVATE -Wl,--no-undefined)\n"
+    assert "-Wl,--no-undefined" in (ROOT / "CMakeLists.txt").read_text()
+    (tmp_path / "CMakeLists.txt").write_text(without)
+    (tmp_path / "a.cpp").write_text("int b();\nint a() { return b(); }\n")
+    with pytest.raises(Exception, match=r"The build failed\.\s+.*undefined reference to `b\(\)'"):
+        editable()
