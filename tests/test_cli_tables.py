@@ -66,3 +66,10 @@ def test_a_word_that_is_too_long_is_broken(monkeypatch):
 
 def test_a_table_without_rows(monkeypatch):
     assert "n" in on_terminal(output.Table("empty", {"n": "n"}), 60, monkeypatch)
+
+
+def test_a_table_without_headings_has_no_head(monkeypatch):
+    table = output.Table("host", {"name": "", "value": ""}, [{"name": "python", "value": "3.11"}])
+    lines = [line.strip() for line in on_terminal(table, 80, monkeypatch).splitlines()]
+    assert lines == ["host", "┌────────┬──────┐", "│ python │ 3.11 │", "└────────┴──────┘"]
+    assert output.plain(table).splitlines() == ["", "host", "python  3.11"]

@@ -124,7 +124,7 @@ def show(table: Table, stream: TextIO | None = None) -> None:
     widths = _widths(table, console.width)
     shown: Any = records(table)
     if widths is not None:
-        shown = RichTable(title=table.title, title_justify="left")
+        shown = RichTable(title=table.title, title_justify="left", show_header=any(table.columns.values()))
         for heading, numeric, width in zip(table.columns.values(), table.numeric(), widths, strict=True):
             shown.add_column(heading, justify="right" if numeric else "left", width=width, overflow="fold")
         for row in table.cells():
@@ -173,7 +173,8 @@ def plain(table: Table) -> str:
         for line in lines
     ]
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join(["", table.title, aligned[0], rule, *aligned[1:], *table.notes])
+    head = [aligned[0], rule] if aligned[0] else []
+    return "\n".join(["", table.title, *head, *aligned[1:], *table.notes])
 
 
 def display(value: Any) -> str:
