@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 from torch.nn import functional
 
-from behaviour.common import assert_all_close, step, torch, twins
+from behaviour.common import WIDE, assert_all_close, check_step, images, pairs_of, step, torch, twins
 
 
 class FakeQuantised(nn.Module):
@@ -62,3 +62,25 @@ def test_fake_quantisation(quantise, late, options):
         ours, theirs = step(net, x), step(plain, x)
         torch.testing.assert_close(ours.buffers, theirs.buffers)
         assert_all_close(list(ours.parameters.values()), list(theirs.parameters.values()), 1e-5)
+
+
+class Rounds(nn.Module):
+    """Fake quantisation in double precision."""
+
+    def forward(self, weight):
+        return weight + ((weight * 16).round() / 16 - weight).detach()
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["one pass", "two passes"])
+def test_convolution_with_batch_norm(slow, options):
+    """torch's layer scales its weights by the running variance before its norm writes that."""
+    layers = pytest.importorskip("torch.ao.nn.intrinsic.qat")
+    config = pytest.importorskip("torch.ao.quantization").QConfig(activation=nn.Identity, weight=Rounds)
+
+    def branch():
+        layer = layers.ConvBn2d(4, 4, 3, padding=1, momentum=0.5, qconfig=config).to(WIDE)
+        layer._enable_slow_path_for_better_numerical_stability = slow
+        return layer
+
+    net, plain = twins(pairs_of(branch, 2), **options)
+    check_step(net, plain, images(), steps=3)

@@ -183,6 +183,9 @@ def _is_full(cell: Any) -> bool:
 
 
 def _is_torchs(module: Any) -> bool:
-    """Whether it is torch's own code or this package's, which read statistics only to normalise with them."""
-    first = str(module).partition(".")[0]
-    return first in ("torch", "revkernels", "builtins", "numpy", "functools", "typing")
+    """Whether it is torch's own code or this package's, which read statistics only to normalise with them, except for
+    the layers of quantisation-aware training, which scale their weights by them first."""
+    name = str(module)
+    first = name.partition(".")[0]
+    ours = first in ("torch", "revkernels", "builtins", "numpy", "functools", "typing")
+    return ours and not name.startswith("torch.ao.")
