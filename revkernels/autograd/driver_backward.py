@@ -6,6 +6,7 @@ The forward is in `revkernels.autograd.driver_forward`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
@@ -26,7 +27,7 @@ from revkernels.autograd.planning.planner import Keeping, Replaying
 from revkernels.autograd.planning.rematerialize import AtHand, Outputs, SavedView
 from revkernels.autograd.recomputing import recomputes, set_recomputing
 from revkernels.autograd.state.attributes import attributes_of, put_attributes_back
-from revkernels.autograd.state.rewinding import put_back
+from revkernels.autograd.state.rewinding import Undo, put_back
 from revkernels.autograd.state.rng_and_autocast import Surroundings, refuses_a_race, strayed
 from revkernels.autograd.state.versions import version_of
 from revkernels.autograd.step_record import Frame, RearrangedStep, RecordedStep
@@ -88,8 +89,7 @@ class Rebuilding:
                 return self._unpack(token)
         if type(token) is not int:
             return self._unpack_kept(token)  # type: ignore[arg-type]
-        k, index = token >> INDEX_BITS, token & INDEX_MASK
-        task = graph_task()
+        k, index, task = token >> INDEX_BITS, token & INDEX_MASK, graph_task()
         if self._hooks is not None and self._kept is None:  # the forward is not over
             if k == len(self._steps) - 1 and index < len(self._open):
                 return self._open[index]
@@ -230,8 +230,7 @@ class Rebuilding:
 
     def _let_go(self, task: int) -> None:
         """Drop the first branch's saved tensors once the last one was unpacked, before the whole backward is over: of
-        many chains in one graph, only the active one holds a branch's tensors. If asked for again, start over.
-        """
+        many chains in one graph, only the active one holds a branch's tensors. If asked for again, start over."""
         if self._lock.acquire(blocking=False):  # if another thread uses it, leave it
             try:
                 if self._task == task and not self._unread:
@@ -291,16 +290,23 @@ class Rebuilding:
         """Recompute branch k under the forward's conditions; its saved tensors go to the frame. Returns its output."""
         step, higher_order = self._steps[k], torch.is_grad_enabled()
         with step.snapshot.turn:
-            problem = step.snapshot.problem() or self._surroundings.problem()
-            if problem is not None:
+            if (problem := step.snapshot.problem() or self._surroundings.problem()) is not None:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
-            outer, surroundings, undo = recomputes(), None, None
+            outer, surroundings, undo = recomputes(), contextlib.ExitStack(), Undo()
             is_same = step.snapshot.is_same()
             attributes = attributes_of(step.snapshot.looked_at(is_same))
+
+            def put_all_back() -> None:
+                set_recomputing(outer)
+                set_grad_enabled(higher_order)
+                put_back(undo)
+                put_attributes_back(attributes)
+                surroundings.close()
+
             try:  # any of these may run out of memory
                 set_recomputing(True)
-                surroundings = self._surroundings.restore(step.drawn)
-                undo = step.snapshot.restore(is_same)
+                self._surroundings.restore(step.drawn, surroundings)
+                step.snapshot.restore(undo, is_same)
                 set_grad_enabled(True)
                 with self._hooks:
                     f = self._again(step, h)
@@ -310,14 +316,12 @@ class Rebuilding:
                 if step.drawn and strayed(step.drawn):
                     with refuses_a_race(self.name(k), step.snapshot.hooks.lazy):
                         self._again(step, h)
-            finally:  # thread-wide flags first: an interrupt may cut this short
-                set_recomputing(outer)
-                set_grad_enabled(higher_order)
-                if undo:
-                    put_back(undo)
-                put_attributes_back(attributes)
-                if surroundings is not None:
-                    surroundings.close()
+            finally:
+                try:
+                    put_all_back()
+                except BaseException:  # an interrupt has cut it short
+                    put_all_back()
+                    raise
         if (problem := step.difference(self._frame, f, h, began)) is not None:
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         return f

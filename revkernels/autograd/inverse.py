@@ -14,7 +14,7 @@ from revkernels.autograd.exact_coupling import half_type_of
 from revkernels.autograd.fused import fusion
 from revkernels.autograd.fused.norm_context import Within
 from revkernels.autograd.half_step import HalfStep, check_aux, check_branch_output, resolved
-from revkernels.autograd.state.rewinding import put_back
+from revkernels.autograd.state.rewinding import Undo, put_back
 from revkernels.autograd.state.snapshot import Snapshot
 from revkernels.coupling import Coupling
 
@@ -46,8 +46,9 @@ def invert(
         snapshot = Snapshot(step.branch)
         with snapshot.turn:
             snapshot.take()
-            undo = snapshot.restore()
+            undo: Undo = []
             try:
+                snapshot.restore(undo)
                 with Within(kernels, None):
                     f = fusion.call_branch(step, h, kernels)
             finally:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.state.rewinding import put_back
+from revkernels.autograd.state.rewinding import Undo, put_back
 from revkernels.autograd.state.snapshot import Snapshot
 from revkernels.compat import UnsupportedError
 from revkernels.compat._chains import kind_of
@@ -217,8 +217,9 @@ def is_invertible_module(
     snapshot = Snapshot(module)
     with snapshot.turn:
         snapshot.take()
-        undo = snapshot.restore()
+        undo: Undo = []
         try:
+            snapshot.restore(undo)
             with torch.no_grad(), torch.random.fork_rng():
                 torch.manual_seed(random_seed)
                 x = tuple(torch.rand(shape, dtype=test_input_dtype).to(device) for shape in shapes)

@@ -226,7 +226,7 @@ def generator_not_restored(plant):
 
 @found_by(row_6)
 def generator_left_where_the_recompute_put_it(plant):
-    def restore(self, drawn):
+    def restore(self, drawn, stack):
         for generator, state, _ in drawn:
             if state is not None:
                 generator.set_state(state)
@@ -341,9 +341,9 @@ def parameters_of_today(plant):
     """The recompute uses what hangs at the module now, not what the forward used."""
     restore = snapshot.Snapshot.restore
 
-    def forgetful(self, is_same):
+    def forgetful(self, undo, is_same):
         self.constant = self.fixed = []
-        return restore(self, is_same)
+        restore(self, undo, is_same)
 
     plant.setattr(snapshot.Snapshot, "restore", forgetful)
 
@@ -351,8 +351,8 @@ def parameters_of_today(plant):
 @found_by(row_28)
 def inverse_counts_the_batch(plant):
     class Nothing(snapshot.Snapshot):
-        def restore(self):
-            return []
+        def restore(self, undo):
+            pass
 
     plant.setattr(inverse, "Snapshot", Nothing)
 

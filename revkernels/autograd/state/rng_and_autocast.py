@@ -81,8 +81,8 @@ class Surroundings:
                 )
         return None
 
-    def restore(self, drawn: Drawn) -> ExitStack | None:
-        """Restore everything except the side inputs; closing the result returns to the current state."""
+    def restore(self, drawn: Drawn, stack: ExitStack) -> None:
+        """Restore everything except the side inputs; closing ``stack`` returns to the current state."""
         other = [
             state
             for state in self.autocast
@@ -95,21 +95,17 @@ class Surroundings:
             if found != after:  # else the generator is already in the state to restore
                 elsewhere.append((generator, _tensor_of(after) if state is None else state, now))
         default = torch.get_default_dtype()
-        if not other and not elsewhere and default == self.default_dtype:
-            return None
-        with ExitStack() as stack:  # undone at once if memory runs out in between
-            if default != self.default_dtype:
-                stack.callback(torch.set_default_dtype, default)
-                torch.set_default_dtype(self.default_dtype)
-            if other:  # torch caches a weight's cast by the weight, whatever the dtype
-                torch.clear_autocast_cache()
-                stack.callback(torch.clear_autocast_cache)
-            for kind, enabled, dtype, cache in other:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-            for generator, state, now in elsewhere:
-                stack.callback(generator.set_state, now)
-                generator.set_state(state)
-            return stack.pop_all()
+        if default != self.default_dtype:
+            stack.callback(torch.set_default_dtype, default)
+            torch.set_default_dtype(self.default_dtype)
+        if other:  # torch caches a weight's cast by the weight, whatever the dtype
+            torch.clear_autocast_cache()
+            stack.callback(torch.clear_autocast_cache)
+        for kind, enabled, dtype, cache in other:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        for generator, state, now in elsewhere:
+            stack.callback(generator.set_state, now)
+            generator.set_state(state)
 
 
 class RefusesToDraw(TorchDispatchMode):

@@ -29,7 +29,6 @@ from revkernels.autograd.state.rewinding import (
     inner,
     is_registered,
     known_to_write,
-    put_back,
     written_by,
 )
 from revkernels.autograd.state.structure import Hooks, Structure
@@ -257,20 +256,15 @@ class Snapshot(Parts):
             f"lost for this step; from the next one on it is rewound"
         )
 
-    def restore(self, is_same: bool = False) -> Undo:
-        """Restore the forward's modes and tensors, with throw-away buffers to write to. Returns how to undo it.
+    def restore(self, undo: Undo, is_same: bool = False) -> None:
+        """Restore the forward's modes and tensors, with throw-away buffers to write to. ``undo`` gets how to undo it,
+        step by step, so that it says so too if memory runs out or an interrupt comes in between.
 
         ``is_same``: the result of `is_same` just before.
         """
-        undo: Undo = []
-        try:
-            if not is_same:
-                self._restore_modules(undo)
-            self._restore(undo)
-        except BaseException:  # a copy may run out of memory
-            put_back(undo)
-            raise
-        return undo
+        if not is_same:
+            self._restore_modules(undo)
+        self._restore(undo)
 
     def misplaced(self) -> str | None:
         """After the recompute: what it put in a parameter's place and the forward did not, or None."""
