@@ -313,7 +313,7 @@ class Rebuilding:
                 began = self._began
                 if (problem := step.snapshot.misplaced()) is not None:
                     raise ReconstructionError(f"{self.name(k)}: {problem}")
-                if step.drawn and strayed(step.drawn):
+                if step.drawn and strayed(step.drawn) and step.saved_alike(self._frame):
                     with refuses_a_race(self.name(k), step.snapshot.hooks.lazy):
                         self._again(step, h)
             finally:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares what a branch's first recomputes return with what its forwards returned.
 
-Python counters, numbers from Python's or NumPy's generators and caches in plain objects are not rewound, so a recompute
-may return other values and gradients would silently be wrong. For the first three recomputes of a branch with code of
-its own, 256 elements of its outputs are kept and compared. The check is coarse, because a reconstructed stream differs
-by rounding. Exact couplings skip it: their checksums find any difference at any time.
+Python counters, caches in plain objects and generators out of sight are not rewound, so a recompute may return other
+values and gradients would silently be wrong. For the first three recomputes of a branch with code of its own, 256
+elements of its outputs are kept and compared. The check is coarse, because a reconstructed stream differs by rounding.
+Exact couplings skip it: their checksums find any difference at any time.
 """
 
 from __future__ import annotations

@@ -26,13 +26,23 @@ class Counts(nn.Module):
 
 
 class DrawsFromPython(Counts):
+    """With a generator that is out of sight."""
+
+    def __init__(self):
+        super().__init__()
+        self.aside = types.SimpleNamespace(generator=random.Random(0))
+
     def forward(self, x):
-        return self.layer(x) * random.random()
+        return self.layer(x) * self.aside.generator.random()
 
 
 class DrawsFromNumPy(Counts):
+    def __init__(self):
+        super().__init__()
+        self.aside = types.SimpleNamespace(generator=np.random.default_rng(0))
+
     def forward(self, x):
-        return self.layer(x) * torch.from_numpy(np.random.rand(*x.shape) < 0.5)
+        return self.layer(x) * torch.from_numpy(self.aside.generator.random(x.shape) < 0.5)
 
 
 class KeepsAside(Counts):

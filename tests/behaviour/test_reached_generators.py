@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 6 for generators that a branch holds, closes over or is given, and for branches that seed or fork torch's own."""
+"""Row 6 for generators that a branch holds, closes over or is given, for branches that seed or fork torch's own, and
+for Python's and NumPy's."""
 
 import copy
 import dataclasses
+import random
 
+import numpy
 import pytest
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from behaviour.common import WIDE, rows, torch
+from revkernels import ReconstructionError
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
+from revkernels.nn.chain import HalfStep, run
 
 
 class Draws(nn.Module):
@@ -149,3 +154,94 @@ class Unhashable:
 def test_a_branch_without_a_hash():
     test_a_branch_that_seeds(False)
     ReversibleSequential(ReversibleBlock(Unhashable(nn.Linear(4, 4).to(WIDE)), nn.Tanh()))(rows()).sum().backward()
+
+
+somebody_s, nobody_s = random.Random(), random.SystemRandom()
+shuffled = numpy.random.permutation
+
+
+def drawn_elsewhere():
+    return random.gauss(1, 0.5)
+
+
+OTHERS = {
+    "Python": lambda own: random.random(),
+    "Python, in a function": lambda own: drawn_elsewhere(),
+    "NumPy, next to one without a state": lambda own: numpy.random.rand() + 0 * nobody_s.random(),
+    "NumPy, imported by name": lambda own: shuffled(5)[0],
+    "a Random": lambda own: own[0].random(),
+    "a Generator": lambda own: own[1].random(),
+    "a RandomState": lambda own: own[2].rand(),
+}
+
+
+class DrawsElsewhere(nn.Module):
+    """Stochastic depth as it is often written, and a scale."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.weight, self.own = nn.Parameter(torch.eye(4, dtype=WIDE)), own
+
+    def forward(self, h):
+        return (h @ self.weight).tanh() * self.draw(self.own) if self.draw(self.own) < 0.8 else h * 0
+
+
+def drawing(way, held):
+    """One whose class has the function that draws, or which holds it."""
+    own = random.Random(0), numpy.random.default_rng(0), numpy.random.RandomState(0), nobody_s
+    branch = type("Drawing", (DrawsElsewhere,), {} if held else {"draw": staticmethod(OTHERS[way])})(own)
+    if held:
+        branch.draw = OTHERS[way]
+    return branch
+
+
+@pytest.mark.parametrize("way", OTHERS)
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_generators_of_python_and_numpy(way, held, checkpointed):
+    """Run after run, also with draws of the caller in between, and they are left where plain torch leaves them."""
+    x, found = rows(), []
+    for rebuilt in (False, True):
+        random.seed(0)
+        numpy.random.seed(0)
+        branches = [drawing(way, held) for _ in range(6)]
+        blocks = [ReversibleBlock(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
+        net = ReversibleSequential(blocks, activations="reconstruct" if rebuilt and not checkpointed else "store")
+        x.grad = None
+        for _ in range(5):  # longer than what a branch returns is compared
+            y = checkpoint(net, x) if rebuilt and checkpointed else net(x)
+            between = OTHERS[way](branches[0].own)
+            y.sin().sum().backward()
+        last = torch.tensor([between, OTHERS[way](branches[0].own)])
+        found.append([x.grad, *(branch.weight.grad for branch in branches), last])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_generators_that_a_function_names():
+    """The branch is no module."""
+    x, found = rows(), []
+    for activations in ("store", "reconstruct"):
+        random.seed(0)
+        somebody_s.seed(0)
+        x.grad = None
+        steps = [HalfStep(lambda h: h.sin() * random.random() * somebody_s.random(), k, (1 - k,)) for k in (0, 1)]
+        run(steps * 3, x, activations=activations).sin().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+class SecondTimeWithout(nn.Module):
+    """Not the same twice, which shows in what it draws."""
+
+    calls = 0
+
+    def forward(self, h):
+        self.calls += 1
+        return nn.functional.dropout(h, 0.5).sin() if self.calls % 2 else h.sin()
+
+
+def test_another_number_of_draws_is_not_laid_at_another_thread_s_door():
+    y = ReversibleSequential(ReversibleBlock(SecondTimeWithout(), nn.Tanh()))(rows())
+    with pytest.raises(ReconstructionError, match="did not do the same twice"):
+        y.sum().backward()

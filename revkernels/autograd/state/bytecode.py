@@ -23,9 +23,10 @@ from typing import Any
 
 from torch import nn
 
+from revkernels.autograd.state.other_generators import NUMPYS, PYTHONS, OtherGenerator, shared_by
 from revkernels.autograd.state.reachable import named
 
-__all__ = ["may_read", "reads_running", "writes_silently"]
+__all__ = ["draws_elsewhere", "may_read", "reads_running", "writes_silently"]
 
 _RUNNING = frozenset(
     ("running_mean", "running_var", "num_batches_tracked", "_buffers", "buffers", "named_buffers", "get_buffer")
@@ -37,6 +38,8 @@ _SILENT = frozenset(
 #: holds, so all of them are treated as if they named it.
 _TORCHS_SILENT = "torch.ao.quantization."
 _MANY = 256  # functions to search for one class
+#: What stands among the names of code that draws from these. No name has a space.
+_SHARED = {"Python's generator": PYTHONS, "NumPy's generator": NUMPYS}
 
 _BY_NAME = frozenset(("getattr", "__dict__", "vars"))  # these can read any attribute
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "DELETE_ATTR")
@@ -56,6 +59,12 @@ _of_function: weakref.WeakKeyDictionary[types.FunctionType, frozenset[str]] = we
 def reads_running(branch: Any, modules: Sequence[nn.Module]) -> bool:
     """Whether code in the branch may read running statistics, its own or those of a norm inside it."""
     return any(not _RUNNING.isdisjoint(names) for names in _in(branch, modules))
+
+
+def draws_elsewhere(branch: Any, modules: Sequence[nn.Module]) -> list[OtherGenerator]:
+    """Which of the generators of Python's and NumPy's own functions code in the branch may draw from."""
+    found = list(_in(branch, modules))
+    return [generator for mark, generator in _SHARED.items() if any(mark in names for names in found)]
 
 
 def writes_silently(module: nn.Module) -> bool:
@@ -138,8 +147,15 @@ def _names_of(function: Any) -> frozenset[str]:
 
 
 def _follow(waiting: list[Any]) -> frozenset[str]:
-    """The names in the code of these, and of functions that they name, close over or consist of."""
-    return frozenset().union(*(named(function).all for function in _reached(waiting)))
+    """The names in the code of these, and of functions that they name, close over or consist of; and the marks of
+    `_SHARED`."""
+    found: set[str] = set()
+    for function in _reached(waiting):
+        names = named(function)
+        found |= names.all
+        used = {shared_by(function.__globals__.get(name), names.all) for name in names.globals}
+        found.update(mark for mark, generator in _SHARED.items() if generator in used)
+    return frozenset(found)
 
 
 def _reached(waiting: list[Any]) -> Iterator[types.FunctionType]:

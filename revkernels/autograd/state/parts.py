@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from revkernels.autograd.state.bytecode import reads_running
+from revkernels.autograd.state.bytecode import draws_elsewhere, reads_running
 from revkernels.autograd.state.known_branch import KnownBranch, Tree, known_branch
 from revkernels.autograd.state.locks import turn_of
 from revkernels.autograd.state.own_state import OwnState
@@ -34,7 +34,7 @@ class Parts:
         tree: of a known branch, its modules and what is registered in them.
         kinds: of a known branch, the classes of its modules that are not plain layers.
         own: the state in its modules' attributes; None if all are plain layers, which have none.
-        generators: random generators that it reaches.
+        generators: random generators that it reaches, Python's and NumPy's included.
         held: tensors that it reaches or has as attributes, other than parameters and buffers, by name.
         reads_running: whether its code may read running statistics, which are then rewound like other buffers.
         turn: the lock to hold while it runs.
@@ -48,7 +48,7 @@ class Parts:
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
         self.branch = branch
         self.held: list[tuple[str, torch.Tensor]] = []
-        self.generators: list[torch.Generator] = []
+        self.generators: list[Any] = []
         self.known: KnownBranch | None = None
         self.tree: Tree | None = None
         self.kinds: Sequence[type] = NONE
@@ -96,7 +96,10 @@ class Parts:
                     f" recompute it: set activations='store', or give the module that it was made of"
                 )
         stateful = [module for module in self.modules if module._buffers]
-        self.reads_running = bool(stateful) and reads_running(self.branch, modules[: self.registered])
+        code = modules[: self.registered]
+        self.reads_running = bool(stateful) and reads_running(self.branch, code)
+        if others := draws_elsewhere(self.branch, code):
+            self.generators = [*dict.fromkeys((*self.generators, *others))]
         if self.own.holders:
             stateful = list({*stateful, *self.own.holders})
         if self.known is None or self.own.holders:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from revkernels.autograd.state.other_generators import KINDS, OtherGenerator, as_torchs, shared_by
+
 __all__ = ["FUNCTIONS", "LISTS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "is_layers", "named", "own_names"]
 
 _DEPTH = 3  # nesting depth of containers to search: one may hold itself
@@ -36,13 +38,13 @@ class Reached:
     Attributes:
         modules: with all that they contain, and hold in turn.
         tensors: each with a name.
-        generators: random generators.
+        generators: random generators, those of other kinds with the methods of torch's.
     """
 
     def __init__(self, within: Sequence[nn.Module] = ()) -> None:
         self.modules: dict[nn.Module, None] = {}
         self._tensors: dict[int, tuple[str, torch.Tensor]] = {}
-        self._generators: dict[int, torch.Generator] = {}
+        self._generators: dict[int, Any] = {}
         self._within, self._branch = frozenset(within), within[0] if within else None  # known already
         self._seen: set[int] = set()
         self._waiting: list[Any] = []
@@ -53,7 +55,7 @@ class Reached:
         return list(self._tensors.values())
 
     @property
-    def generators(self) -> list[torch.Generator]:
+    def generators(self) -> list[Any]:
         return list(self._generators.values())
 
     def look(self, name: str, held: Any, objects: bool = False, depth: int = _DEPTH) -> bool:
@@ -66,8 +68,10 @@ class Reached:
             self.take(held)
         elif issubclass(kind, torch.Tensor):
             self._tensors.setdefault(id(held), (name, held))
-        elif issubclass(kind, torch.Generator):
+        elif issubclass(kind, torch.Generator | OtherGenerator):
             self._generators.setdefault(id(held), held)
+        elif kind in KINDS:
+            self._generators.setdefault(id(held), as_torchs(held))
         elif issubclass(kind, FUNCTIONS) or (callable(held) and not issubclass(kind, _UNSEEN)):
             if id(held) not in self._seen and not _is_torchs(held):
                 self._seen.add(id(held))
@@ -115,7 +119,7 @@ class Reached:
         if not torchs and names is not None:
             for name in names.globals:
                 value = kind.forward.__globals__.get(name)
-                if issubclass(type(value), nn.Module | torch.Generator):
+                if issubclass(type(value), nn.Module | torch.Generator) or type(value) in KINDS:
                     self.look(name, value)
         for name in own_names(own):
             value = own.get(name)
@@ -224,10 +228,14 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
             continue
     yield from (("a default", value) for value in function.__defaults__ or ())
     yield from (function.__kwdefaults__ or {}).items()
-    for name in named(function).globals:
+    names = named(function)
+    for name in names.globals:
         value = function.__globals__.get(name)
-        if issubclass(type(value), nn.Module | torch.Tensor | torch.Generator) or (
-            isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
+        yield name, shared_by(value, names.all)
+        if (
+            issubclass(type(value), nn.Module | torch.Tensor | torch.Generator)
+            or type(value) in KINDS
+            or (isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__)
         ):
             yield name, value
 

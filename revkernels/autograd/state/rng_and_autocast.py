@@ -17,11 +17,12 @@ from revkernels.autograd.state.rewinding import NONE
 from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 
-#: Generators, their states, and the states' bytes for comparing (three times faster than torch.equal).
-States = list[tuple[torch.Generator, torch.Tensor, bytes]]
+#: Generators, torch's or with the methods of torch's, their states, and the states' bytes for comparing (three times
+#: faster than torch.equal).
+States = list[tuple[Any, torch.Tensor, bytes]]
 #: Generators that a branch drew from, with their states before it and a hash of those after; and generators that it
 #: left unchanged, or may have moved and restored, with only the bytes of their states.
-Drawn = list[tuple[torch.Generator, torch.Tensor | None, int | bytes]]
+Drawn = list[tuple[Any, torch.Tensor | None, int | bytes]]
 
 
 _IN_A_CAPTURE = (
@@ -34,7 +35,7 @@ class Surroundings:
     """Recorded for one call of a chain, in the forward; restored for each recompute.
 
     Covers torch's default generators of the CPU and of the streams' device, and those that the branch reaches or is
-    given. Python's and NumPy's generators are not covered (nor are they by ``torch.utils.checkpoint``).
+    given. Of Python's and NumPy's generators those are covered that a branch reaches or that its code names.
     """
 
     def __init__(self, device: torch.device, side_inputs: dict[str, Any]) -> None:
@@ -143,12 +144,12 @@ def _readable(generator: torch.Generator) -> bool:
     return True
 
 
-def states_of(generators: Sequence[torch.Generator]) -> States:
+def states_of(generators: Sequence[Any]) -> States:
     """Copies of the generators' states: 5 KB for a CPU generator, 16 bytes for a CUDA one."""
     return [(generator, *_state_of(generator)) for generator in generators]
 
 
-def _state_of(generator: torch.Generator) -> tuple[torch.Tensor, bytes]:
+def _state_of(generator: Any) -> tuple[torch.Tensor, bytes]:
     if torch._C._len_torch_dispatch_stack():  # FakeTensorMode, say, allows no tensor with memory
         with _disable_current_modes():
             state = generator.get_state()
@@ -176,10 +177,10 @@ _recent = threading.local()
 
 def _shared(state: bytes) -> bytes:
     """The bytes, or this thread's equal copy from an earlier half-step: one copy for many that draw nothing."""
-    last: bytes = getattr(_recent, "state", b"")
-    if last != state:
-        _recent.state = last = state
-    return last
+    recent: list[bytes] = getattr(_recent, "states", [])  # a branch may reach several generators
+    if state not in recent:
+        _recent.states = recent = [state, *recent[:3]]
+    return recent[recent.index(state)]
 
 
 def _tensor_of(state: Any) -> torch.Tensor:
