@@ -297,3 +297,35 @@ def test_what_another_thread_puts_in_stays():
     finally:
         sys.setswitchinterval(before)
     assert not problems
+
+
+class OfDomains(nn.Module):
+    """Domain-specific batch normalization: the caller says before each forward which one it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms, self.linear = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm1d(4)]), nn.Linear(4, 4)
+        self.domain, self.bounded, self.calls = 0, True, 0
+
+    def forward(self, h):
+        self.calls += 1
+        h = self.linear(self.norms[self.domain](h))
+        return h.tanh() if self.bounded else h
+
+
+def test_numbers_and_flags_that_the_caller_changes(options):
+    """Row 33: two forwards, each with its own, before one backward; and the caller finds what it set."""
+    nets = twins([(OfDomains().to(WIDE), OfDomains().to(WIDE)) for _ in range(2)], **options)
+    x, found = rows(12, 8), []
+    for net in nets:
+        parts, x.grad = [module for module in net.modules() if isinstance(module, OfDomains)], None
+        for _ in range(5):  # longer than what a branch returns is compared
+            loss = 0.0
+            for domain in (0, 1):
+                for part in parts:
+                    part.domain, part.bounded = domain, domain == 0
+                loss = loss + loss_of(net(x[domain::2]))
+            loss.backward()
+        assert all((part.domain, part.bounded) == (1, False) for part in parts)
+        found.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert_all_close(*found)

@@ -19,7 +19,7 @@ from torch import nn
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
 from revkernels.autograd.state.bytecode import may_read
-from revkernels.autograd.state.reachable import own_names
+from revkernels.autograd.state.reachable import own_names, written_by_torch
 from revkernels.autograd.state.rewinding import (
     FEW,
     FLAT,
@@ -43,6 +43,8 @@ _HOLD = (tuple, list, dict)
 #: What may tell a forward how far its state has come, such as the length of a table.
 _ABOUT = (*_BLANK, bool, str, torch.Size, torch.dtype, torch.device)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: For a module, the numbers, flags and strings that its last forward found: one copy for many half-steps.
+_settings: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 #: Modules whose forward has written or replaced state: not every call of them need do so.
 _stateful: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -61,6 +63,7 @@ class OwnState:
     """
 
     __slots__ = (
+        "about",
         "asked",
         "blank",
         "branch",
@@ -90,6 +93,9 @@ class OwnState:
         self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
         #: Attributes that were None, a number or missing and became tensors: the dict, the name, the old value.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
+        #: Numbers, flags and strings that the forward does not change, such as a domain: the dict, and the
+        #: values by name.
+        self.about: list[tuple[dict[str, Any], dict[str, Any]]] = []
         #: Items of lists and dictionaries before the forward, in order: the container, the key, the value, and
         #: whether the forward replaced or removed it.
         self.items: list[tuple[Any, Any, Any, bool]] = []
@@ -162,11 +168,14 @@ class OwnState:
         for module, table, before in self.tables:
             now = dict(table.items())  # a scripted module's is no dictionary
             numbers: list[tuple[dict[str, Any], str, Any]] = []
+            about: dict[str, Any] = {}
             for name in own_names(now):
                 was, value = before.get(name, MISSING), now[name]
                 if was is value and type(value) in (list, dict):
                     stays.add((id(table), name))  # its contents are restored through `items`
                 if was is value:
+                    if type(value) in _ABOUT and table is module.__dict__:
+                        about[name] = value
                     continue
                 if not may_be_state(value):
                     if type(was) in _ABOUT and type(value) in _ABOUT:
@@ -183,6 +192,10 @@ class OwnState:
                 # With the state goes what says how far it has come: a table that has grown would be too short for the
                 # length next to it, and what the first batch set would not be set by it again.
                 self.blank += numbers
+            if about and not asked and not written_by_torch(getattr(type(module), "forward", None)):
+                if _settings.get(module) != about:
+                    _settings[module] = about
+                self.about.append((table, _settings[module]))
         for module, table, name, was in self.gaps:
             if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
                 self.blank.append((table, name, was))
@@ -208,6 +221,7 @@ class OwnState:
         self.loose = self.tables = self.containers = self.gaps = NONE
         self.holders, self.hung = self.holders or NONE, self.hung or NONE
         self.blank, self.items, self.graphs = self.blank or NONE, self.items or NONE, self.graphs or NONE
+        self.about = self.about or NONE
         return changed
 
     def restore(self, undo: Undo) -> None:
@@ -221,6 +235,12 @@ class OwnState:
             if ref is None or ref() is not now:
                 undo.append((table, name, now))
                 table[name] = value
+        for table, about in self.about:
+            for name, value in about.items():
+                now = table.get(name, MISSING)
+                if now is not value and type(now) in _ABOUT:
+                    undo.append((table, name, now))
+                    table[name] = value
         for place, name, was, written in (*((*one, True) for one in self.blank), *self.items):
             now = item_of(place, name)
             if written or now is not was:

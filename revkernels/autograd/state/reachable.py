@@ -196,9 +196,14 @@ def _is_torchs(function: Any) -> bool:
 
 
 def is_layers(forward: Any) -> bool:
-    """Whether a forward belongs to one of torch's own layers. Uses its globals: a wrapper copies __module__."""
+    """Whether a forward belongs to one of torch's own layers."""
+    return written_by_torch(forward, "torch.nn.modules.")
+
+
+def written_by_torch(forward: Any, where: str = "torch.") -> bool:
+    """Whether a forward is torch's own. Uses its globals: a wrapper copies __module__."""
     written_in: str = getattr(forward, "__globals__", {}).get("__name__", "")
-    return written_in.startswith("torch.nn.modules.")
+    return written_in.startswith(where)
 
 
 def _attributes(item: Any) -> dict[str, Any]:
