@@ -97,7 +97,7 @@ def call(compiler: Any, branch: Any, h: Any, args: tuple[Any, ...], kwargs: Mapp
     """Return ``branch(h, *args, **kwargs)``, compiled by ``compiler``, or not compiled if it is None."""
     before = set_eval_frame(None)
     try:
-        frame = _call if compiler is None else _frame_of(branch)
+        frame = _call if compiler is None else _frame_of(branch, h)
         set_eval_frame(compiler)
         return frame(branch, h, args, kwargs)
     finally:
@@ -112,20 +112,23 @@ _frames: dict[Any, FunctionType] = {}
 _frame_by_branch: weakref.WeakKeyDictionary[Any, FunctionType] = weakref.WeakKeyDictionary()
 
 
-def _frame_of(branch: Any) -> Callable[..., Any]:
-    """`_call` for the branches of one structure, which share a compilation, however many there are.
+def _frame_of(branch: Any, h: Any) -> Callable[..., Any]:
+    """`_call` for the branches of one structure that first met an input of one shape. They share a compilation, however
+    many they are.
 
-    Not one function for all branches, because dynamo compiles a function only a few times before it gives up on it.
+    Not one function for all branches, because dynamo compiles a function only a few times before it gives up on it; and
+    because what it compiles for a second shape also fits the first, and would take its place in the recompute.
     """
     try:
         return _frame_by_branch[branch]
     except (KeyError, TypeError):
         pass
-    structure = _structure(branch)
-    frame = _frames.get(structure)
+    key = _structure(branch), None if h.is_nested else h.shape
+    frame = _frames.get(key)
     if frame is None:
-        code: CodeType = _call.__code__.replace(co_name=f"call_{type(branch).__name__}")
-        frame = _frames[structure] = FunctionType(code, globals())
+        # Sizes that dynamo has seen change in code of the same name, file and line are variables from then on.
+        code: CodeType = _call.__code__.replace(co_name=f"call_{type(branch).__name__}_{len(_frames)}")
+        frame = _frames[key] = FunctionType(code, globals())
     with suppress(TypeError):  # if it cannot be cached, look it up each time
         _frame_by_branch[branch] = frame
     return frame
@@ -134,11 +137,18 @@ def _frame_of(branch: Any) -> Callable[..., Any]:
 def _structure(branch: Any) -> Any:
     if not isinstance(branch, nn.Module):
         return getattr(branch, "__code__", type(branch))
-    return tuple((type(module), *map(_shape, module.parameters(False))) for module in branch.modules())
+    modules = branch.modules()
+    return tuple((type(module), *map(_shape, module.parameters(False)), *_floats(module)) for module in modules)
 
 
 def _shape(parameter: Any) -> torch.Size | None:
     return None if isinstance(parameter, UninitializedTensorMixin) else parameter.shape
+
+
+def _floats(module: nn.Module) -> list[float]:
+    """Its attributes that are floats. Of two values the compiler makes an input (as of two shapes, above); or, of a
+    rate of dropout, code for each."""
+    return [value for value in vars(module).values() if type(value) is float]
 
 
 for _name in _OUTSIDE:

@@ -30,7 +30,7 @@ from revkernels.autograd.state.attributes import attributes_of, put_attributes_b
 from revkernels.autograd.state.rewinding import Undo, put_back
 from revkernels.autograd.state.rng_and_autocast import Surroundings, refuses_a_race, strayed
 from revkernels.autograd.state.versions import version_of
-from revkernels.autograd.step_record import Frame, RearrangedStep, RecordedStep
+from revkernels.autograd.step_record import Frame, RearrangedStep, RecordedStep, frames_compiled
 from revkernels.errors import ReconstructionError
 
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
@@ -55,6 +55,7 @@ class Rebuilding:
     def __init__(self, grid: Grid | None, keeping: Keeping | None) -> None:
         self._grid, self._keeping = grid, keeping
         self._steps: list[RecordedStep] = []
+        self._compiled = frames_compiled()
         self._saved: list[torch.Size] = []  # shapes, of the current half-step
         self._dtypes: list[torch.dtype] = []
         self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that calls autograd itself
@@ -322,7 +323,7 @@ class Rebuilding:
                 except BaseException:  # an interrupt has cut it short
                     put_all_back()
                     raise
-        if (problem := step.difference(self._frame, f, h, began)) is not None:
+        if (problem := step.difference(self._frame, f, h, began, self._compiled)) is not None:
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         return f
 

@@ -96,9 +96,9 @@ class RecordedStep:
         if self.snapshot.has_code() and not is_within_a_branch():
             self.sample = sample_of(self.half_step.branch, result, stream)
 
-    def difference(self, frame: Frame, result: Any, given: Any, since: int) -> str | None:
+    def difference(self, frame: Frame, result: Any, given: Any, since: int, compiled: int) -> str | None:
         """Describe how the recompute, which returned ``result`` for ``given``, differs from the forward; None if it
-        does not."""
+        does not. ``compiled``: `frames_compiled` before the forward."""
         problem = None
         if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given, since)):
             if self.sample is not None:
@@ -124,11 +124,12 @@ class RecordedStep:
                 f"shape {tuple(shape)} in the forward"
             )
         problem += ". The branch did not do the same twice: "
-        if self.nodes is None:
+        if frames_compiled() == compiled:
             return f"{problem}does it depend on something that changed in between, or count its calls?"
         return (
-            f"{problem}torch.compile was at work in its forward, and may compile a part otherwise, or not at all, when "
-            f"it comes again. Call the network once before its first step, with gradients, and drop the result"
+            f"{problem}torch.compile was at work since the forward began, and may compile a part otherwise, or not at "
+            f"all, when it comes again. Call the network before its first step, with gradients and once with inputs of "
+            f"every shape, and drop the results"
         )
 
     def _nodes_behind(self, result: Any, given: Any, since: int) -> list[str]:

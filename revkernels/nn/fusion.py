@@ -163,7 +163,7 @@ def _entry(branch: Callable[..., Any]) -> str:
     if not is_sequential(branch):
         return f"nothing: {type(branch).__name__} has a forward of its own"
     if hooked(branch):
-        return "nothing: the branch has hooks, and has to be called as a module"
+        return "nothing: the branch has hooks or is compiled, and has to be called as a module"
     layers = list(branch)
     reason = fusable_at(layers, 0) if layers else "it has no layers"
     return f"nothing: {reason}"
