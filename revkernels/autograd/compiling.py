@@ -23,6 +23,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as by_torch
 
 #: What dynamo must neither trace nor compile, in a forward or in a backward.
@@ -97,7 +98,7 @@ def call(compiler: Any, branch: Any, h: Any, args: tuple[Any, ...], kwargs: Mapp
     """Return ``branch(h, *args, **kwargs)``, compiled by ``compiler``, or not compiled if it is None."""
     before = set_eval_frame(None)
     try:
-        frame = _call if compiler is None else _frame_of(branch, h)
+        frame = _call if compiler is None else _frame_of(branch, (h, args, kwargs))
         set_eval_frame(compiler)
         return frame(branch, h, args, kwargs)
     finally:
@@ -112,18 +113,21 @@ _frames: dict[Any, FunctionType] = {}
 _frame_by_branch: weakref.WeakKeyDictionary[Any, FunctionType] = weakref.WeakKeyDictionary()
 
 
-def _frame_of(branch: Any, h: Any) -> Callable[..., Any]:
-    """`_call` for the branches of one structure that first met an input of one shape. They share a compilation, however
-    many they are.
+def _frame_of(branch: Any, given: Any) -> Callable[..., Any]:
+    """`_call` for the branches of one structure that were first given tensors of the same shapes. They share a
+    compilation, however many they are.
 
     Not one function for all branches, because dynamo compiles a function only a few times before it gives up on it; and
-    because what it compiles for a second shape also fits the first, and would take its place in the recompute.
+    because what it compiles for a second shape, or a second float, also fits the first, and would take its place in the
+    recompute.
     """
     try:
         return _frame_by_branch[branch]
     except (KeyError, TypeError):
         pass
-    key = _structure(branch), None if h.is_nested else h.shape
+    key = _structure(branch)
+    if isinstance(branch, nn.Module):  # functions may be made anew in every call, and would be compiled for every shape
+        key += tuple(map(_kind, tree_leaves(given)))
     frame = _frames.get(key)
     if frame is None:
         # Sizes that dynamo has seen change in code of the same name, file and line are variables from then on.
@@ -138,17 +142,20 @@ def _structure(branch: Any) -> Any:
     if not isinstance(branch, nn.Module):
         return getattr(branch, "__code__", type(branch))
     modules = branch.modules()
-    return tuple((type(module), *map(_shape, module.parameters(False)), *_floats(module)) for module in modules)
-
-
-def _shape(parameter: Any) -> torch.Size | None:
-    return None if isinstance(parameter, UninitializedTensorMixin) else parameter.shape
+    return tuple((type(module), *map(_kind, module.parameters(False)), *_floats(module)) for module in modules)
 
 
 def _floats(module: nn.Module) -> list[float]:
     """Its attributes that are floats. Of two values the compiler makes an input (as of two shapes, above); or, of a
     rate of dropout, code for each."""
     return [value for value in vars(module).values() if type(value) is float]
+
+
+def _kind(value: Any) -> torch.Size | float | None:
+    """A tensor's shape, or a float."""
+    if isinstance(value, torch.Tensor) and not isinstance(value, UninitializedTensorMixin) and not value.is_nested:
+        return value.shape
+    return value if type(value) is float else None
 
 
 for _name in _OUTSIDE:

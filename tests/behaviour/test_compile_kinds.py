@@ -8,11 +8,24 @@ first too, and would be found in its place in the recompute.
 import pytest
 from torch import nn
 
-from behaviour.common import WIDE, assert_same, check_step, mlp, pairs_of, rows, step, torch, twins
+from behaviour.common import (
+    WIDE,
+    assert_close,
+    assert_same,
+    check_step,
+    loss_of,
+    mlp,
+    pairs_of,
+    rows,
+    step,
+    torch,
+    twins,
+)
 from behaviour.compiling import compiled, fresh_compiler, graphs  # noqa: F401
 from revkernels.errors import ReconstructionError
-from revkernels.nn import FusedSequential
+from revkernels.nn import FusedSequential, PerBlock
 from revkernels.nn.branches import AttentionBranch, DropPath
+from revkernels.nn.chain import HalfStep, run
 
 #: The partitioner that "inductor" has: it chooses by size what is saved.
 BACKEND = "aot_eager_decomp_partition"
@@ -23,8 +36,10 @@ class Scaled(nn.Module):
         super().__init__()
         self.body, self.scale = mlp(), scale
 
-    def forward(self, x):
-        return self.body(x) * self.scale
+    keywords = ("factor",)
+
+    def forward(self, x, factor=1.0):
+        return self.body(x) * self.scale * factor
 
 
 def attentions():
@@ -37,6 +52,11 @@ def test_a_number_of_its_own_in_every_block(backend):
     """Row 25: the first step is right as well, which was refused."""
     net, plain = twins([(Scaled(0.1 * k), Scaled(0.1 * k + 0.05)) for k in range(1, 4)])
     check_step(compiled(net, "reconstruct", backend), plain, rows(5, 8), steps=2)
+
+
+def test_an_argument_of_its_own_in_every_block():
+    net, plain = twins([(Scaled(0.5), Scaled(0.5)) for _ in range(3)])
+    check_step(compiled(net, "reconstruct"), plain, rows(5, 8), steps=2, factor=PerBlock([0.3, 0.5, 0.7]))
 
 
 def test_more_rates_than_dynamo_compiles_a_function_for():
@@ -73,6 +93,22 @@ def test_chains_on_streams_of_several_shapes():
     check_step(compiled(net, "reconstruct", backend), plain, rows(3, 6, 8), steps=2)
     assert graphs() == 3  # and of the indexing between them
     assert symbols == []
+
+
+def test_functions_made_anew_in_every_call():
+    """They are told apart by their code alone: not every shape and number has code of its own."""
+    layers = mlp(), mlp()
+
+    def call(x, factor):
+        steps = [HalfStep(lambda h, f=f: f(h) * factor, k, (1 - k,)) for k, f in enumerate(layers)]
+        return run(steps, x)
+
+    network = torch.compile(call, backend="aot_eager")
+    for size in range(5, 11):
+        x = rows(size, 8)
+        got, expected = (torch.autograd.grad(loss_of(f(x, 0.1 * size)), x)[0] for f in (network, call))
+        assert_close(got, expected)
+    assert graphs() <= 3  # for the first, for any, and of what surrounds the chain
 
 
 def test_two_shapes_in_the_first_step():
