@@ -81,7 +81,7 @@ class Checkpoint(Rebuilding):
                 compiled, since = frames_compiled(), torch.autograd._get_sequence_nr()
                 with hooks, surroundings.guard, within_a_branch(), Within(self.kernels, step.tape(False)):
                     result = self._function(*args, **kwargs)
-                if frames_compiled() != compiled:
+                if frames_compiled() != compiled or step.may_run_scripts():
                     step.note_nodes(result, [tensor for tensor, _ in self._given], since)
                 snapshot.complete(step.counted())
                 step.over()

@@ -201,7 +201,7 @@ class Reversal(Rebuilding):
                 f"{self.name(self._count)} wrote to its input in place, a stream that the backward needs: make the "
                 f"branch's first operation out of place (such as ReLU(inplace=False))"
             )
-        if recorded is not None and frames_compiled() != compiled:
+        if recorded is not None and (frames_compiled() != compiled or recorded.may_run_scripts()):
             recorded.note_nodes(f, h, began)
         if recorded is not None:
             for output in [tensor for _, tensor in tensors_in(f)] if type(f) is tuple else (f,):

@@ -86,13 +86,18 @@ def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> O
 
     ``stream``: the stream that f is added to. Half-precision streams are not compared: they drift too far.
     """
-    key = _key_of(branch)
-    if key is None or _compared.get(key, 0) >= TIMES:
+    if not is_new(branch):
         return None
     outputs = _readable(result, stream is not None)
     if not outputs or (stream is not None and not (has_memory(stream) and stream.dtype in _TOLERANCE)):
         return None
-    return OutputSample(key, outputs, stream)
+    return OutputSample(_key_of(branch), outputs, stream)
+
+
+def is_new(branch: Any) -> bool:
+    """Whether fewer of its recomputes were compared than are to be."""
+    key = _key_of(branch)
+    return key is not None and _compared.get(key, 0) < TIMES
 
 
 def _key_of(branch: Any) -> Any:

@@ -13,11 +13,12 @@ from torch import nn
 from revkernels.autograd.fused.coupled_norm import Entry
 from revkernels.autograd.fused.norm_context import Noted, Tape
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.output_check import OutputSample, sample_of
+from revkernels.autograd.output_check import OutputSample, is_new, sample_of
 from revkernels.autograd.planning.kept_ops import KeptOp
 from revkernels.autograd.planning.offload import OffloadedTensor, OffloadGroup
 from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.autograd.recomputing import is_within_a_branch
+from revkernels.autograd.state.parts import is_scripted
 from revkernels.autograd.state.rewinding import NONE
 from revkernels.autograd.state.rng_and_autocast import Drawn, tensors_in
 from revkernels.autograd.state.snapshot import Snapshot
@@ -36,7 +37,7 @@ class RecordedStep:
         before: the target stream before the half-step, if the half-step is not recomputed; released once used.
         offloaded: its tensors in host memory; None if there are none.
         outputs: during the forward, outputs that can be rematerialized; None if not needed.
-        nodes: the names of its graph's nodes if torch.compile was active during the forward, else None.
+        nodes: the names of its graph's nodes if torch.compile was, or torch.jit may have been, active in the forward.
         sample: of its outputs, for `output_check`; else None.
         saved, dtypes: shapes and dtypes of its saved tensors. Two lists, because a list of pairs would add thousands of
             objects for the garbage collector to visit.
@@ -85,10 +86,18 @@ class RecordedStep:
         return [t.shape for t, _ in frame] == self.saved and [t.dtype for t, _ in frame] == self.dtypes
 
     def note_nodes(self, result: Any, given: Any, since: int) -> None:
-        """Record the graph's nodes after torch.compile was active. The recompute may be compiled differently, or not,
-        and save tensors of the same shapes in another order, which only the nodes reveal. ``since``: autograd's
-        sequence number when the branch began."""
+        """Record the graph's nodes after torch.compile was active, or torch.jit may have been. The recompute may be
+        compiled differently, or not, and save tensors of the same shapes in another order, which only the nodes reveal.
+        ``since``: autograd's sequence number when the branch began."""
         self.nodes = self._nodes_behind(result, given, since)
+
+    def may_run_scripts(self) -> bool:
+        """Whether the branch may run TorchScript, whose first call makes another graph than later ones: it holds a
+        scripted module, or has code of its own, is new, and something is scripted."""
+        branch, snapshot = self.half_step.branch, self.snapshot
+        if not snapshot.has_code():
+            return False
+        return any(map(is_scripted, snapshot.modules)) or (is_new(branch) and bool(_scripts().get_functions()))
 
     def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
         """Sample the outputs of a branch with code of its own, and the stream that f is added to. Chains inside another
@@ -100,7 +109,10 @@ class RecordedStep:
         """Describe how the recompute, which returned ``result`` for ``given``, differs from the forward; None if it
         does not. ``compiled``: `frames_compiled` before the forward."""
         problem = None
-        if self.saved_alike(frame) and (self.nodes is None or self.nodes == self._nodes_behind(result, given, since)):
+        nodes = None if self.nodes is None else self._nodes_behind(result, given, since)
+        other = nodes != self.nodes
+        by_scripts = other and any("torch::jit" in name for name in (*self.nodes, *nodes))  # type: ignore[misc]
+        if self.saved_alike(frame) and not (other and (by_scripts or frames_compiled() != compiled)):
             if self.sample is not None:
                 problem = self.sample.difference(result, given)
             if problem is None:
@@ -124,6 +136,11 @@ class RecordedStep:
                 f"shape {tuple(shape)} in the forward"
             )
         problem += ". The branch did not do the same twice: "
+        if by_scripts:
+            return (
+                f"{problem}torch.jit runs the first call of what it has scripted otherwise than later ones. Call the "
+                f"network once before its first step, with gradients, and drop the result"
+            )
         if frames_compiled() == compiled:
             return f"{problem}does it depend on something that changed in between, or count its calls?"
         return (
@@ -146,6 +163,10 @@ class RecordedStep:
                 queue += [before for before, _ in node.next_functions]
         # Not those of leaves, as what is given may be, nor casts: autocast may still have the forward's in its cache.
         return [name for name in names if not name.endswith(("AccumulateGrad", "ToCopyBackward0"))]
+
+
+def _scripts() -> Any:
+    return torch.jit._state._python_cu
 
 
 def frames_compiled() -> int:
