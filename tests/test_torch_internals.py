@@ -44,11 +44,13 @@ USED = {
     "torch.nn.modules.module._global_backward_pre_hooks": "hooks on all modules",
     "torch.nn.modules.module._global_forward_hooks": "hooks on all modules",
     "torch.nn.modules.module._global_forward_pre_hooks": "hooks on all modules",
+    "torch.jit._state._python_cu": "whether anything is scripted",
     "torch.ops.aten._to_copy.default": "memory budgets: casts",
     "torch.utils._python_dispatch.TorchDispatchMode": "memory budgets, refusing to draw, diagnostics",
     "torch.utils._python_dispatch._disable_current_modes": "work that no mode of the caller's may see",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": "exact couplings refuse such tensors",
     "torch.utils._pytree.tree_flatten": "arguments of nn.checkpoint",
+    "torch.utils._pytree.tree_leaves": "torch.compile: the shapes that a branch is given",
     "torch.utils._pytree.tree_unflatten": "arguments of nn.checkpoint",
 }
 OPTIONAL = {

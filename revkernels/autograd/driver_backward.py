@@ -6,7 +6,6 @@ The forward is in `revkernels.autograd.driver_forward`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import threading
@@ -64,11 +63,9 @@ class Rebuilding:
         self._prefetcher = Prefetcher()
         self._outputs: Outputs | None = None  # of the half-step being measured
         self._made = AtHand()  # outputs that this backward has recomputed
-        # Strides of the outputs, and of the reconstructed streams. They are restored: other strides give other bits.
-        self._strides: list[tuple[int, ...]] = []
-        self._strides_now: list[tuple[int, ...]] = []
-        self._lock = threading.RLock()
-        self._task, self._cursor = -1, 0
+        self._strides: list[tuple[int, ...]] = []  # of the outputs; restored, for other strides give other bits
+        self._strides_now: list[tuple[int, ...]] = []  # of the reconstructed streams
+        self._lock, self._task, self._cursor = threading.RLock(), -1, 0
         self._hooks: Any = None
         self._kept: Any = None  # a tensor whose grad_fn holds the outputs
         self._frame: Frame = []
@@ -293,8 +290,9 @@ class Rebuilding:
         with step.snapshot.turn:
             if (problem := step.snapshot.problem() or self._surroundings.problem()) is not None:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
-            outer, surroundings, undo = recomputes(), contextlib.ExitStack(), Undo()
-            is_same = step.snapshot.is_same()
+            surroundings: list[Callable[[], Any]] = []
+            undo: Undo = []
+            outer, is_same = recomputes(), step.snapshot.is_same()
             attributes = attributes_of(step.snapshot.looked_at(is_same))
 
             def put_all_back() -> None:
@@ -302,7 +300,8 @@ class Rebuilding:
                 set_grad_enabled(higher_order)
                 put_back(undo)
                 put_attributes_back(attributes)
-                surroundings.close()
+                while surroundings:
+                    surroundings.pop()()
 
             try:  # any of these may run out of memory
                 set_recomputing(True)

@@ -18,7 +18,6 @@ from revkernels.autograd.planning.kept_ops import KeptOp
 from revkernels.autograd.planning.offload import OffloadedTensor, OffloadGroup
 from revkernels.autograd.planning.rematerialize import Outputs
 from revkernels.autograd.recomputing import is_within_a_branch
-from revkernels.autograd.state.parts import is_scripted
 from revkernels.autograd.state.rewinding import NONE
 from revkernels.autograd.state.rng_and_autocast import Drawn, tensors_in
 from revkernels.autograd.state.snapshot import Snapshot
@@ -97,7 +96,7 @@ class RecordedStep:
         branch, snapshot = self.half_step.branch, self.snapshot
         if not snapshot.has_code():
             return False
-        return any(map(is_scripted, snapshot.modules)) or (is_new(branch) and bool(_scripts().get_functions()))
+        return snapshot.scripted or (is_new(branch) and bool(_scripts().get_functions()))
 
     def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
         """Sample the outputs of a branch with code of its own, and the stream that f is added to. Chains inside another

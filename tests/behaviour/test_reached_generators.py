@@ -4,6 +4,7 @@ for Python's and NumPy's."""
 
 import copy
 import dataclasses
+import functools
 import random
 
 import numpy
@@ -218,15 +219,33 @@ def test_generators_of_python_and_numpy(way, held, checkpointed):
         torch.testing.assert_close(got, expected)
 
 
-def test_generators_that_a_function_names():
-    """The branch is no module."""
+class Drawer:
+    def depth(self):
+        return random.random()
+
+    def __call__(self, h):
+        return h.sin() * self.depth()
+
+
+CALLABLES = {
+    "function": lambda: lambda h: h.sin() * random.random() * somebody_s.random(),
+    "object": Drawer,
+    "method": lambda: Drawer().__call__,
+    "partial": lambda: functools.partial(Drawer.__call__, Drawer()),
+}
+
+
+@pytest.mark.parametrize("kind", CALLABLES)
+def test_generators_that_a_function_names(kind):
+    """The branch is no module, and made anew in every call."""
     x, found = rows(), []
     for activations in ("store", "reconstruct"):
         random.seed(0)
         somebody_s.seed(0)
         x.grad = None
-        steps = [HalfStep(lambda h: h.sin() * random.random() * somebody_s.random(), k, (1 - k,)) for k in (0, 1)]
-        run(steps * 3, x, activations=activations).sin().sum().backward()
+        for _ in range(5):  # longer than what a branch returns is compared
+            steps = [HalfStep(CALLABLES[kind](), k, (1 - k,)) for k in (0, 1)]
+            run(steps * 3, x, activations=activations).sin().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(*found)
 

@@ -63,8 +63,8 @@ def reads_running(branch: Any, modules: Sequence[nn.Module]) -> bool:
 
 def draws_elsewhere(branch: Any, modules: Sequence[nn.Module]) -> list[OtherGenerator]:
     """Which of the generators of Python's and NumPy's own functions code in the branch may draw from."""
-    found = list(_in(branch, modules))
-    return [generator for mark, generator in _SHARED.items() if any(mark in names for names in found)]
+    found = frozenset().union(*(names for names in _in(branch, modules) if not _SHARED.keys().isdisjoint(names)))
+    return [generator for mark, generator in _SHARED.items() if mark in found] if found else []
 
 
 def writes_silently(module: nn.Module) -> bool:
@@ -113,14 +113,30 @@ def _accesses(code: types.CodeType, whole: bool = True) -> Iterator[tuple[str, s
 
 def _in(branch: Any, modules: Sequence[nn.Module]) -> Iterator[frozenset[str]]:
     if not isinstance(branch, nn.Module):
-        yield _names_of(branch)
+        yield from _names_behind(branch)
     for module in modules:
         yield _names_of_class(type(module))
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in list(hooks.values()) if hooks else ():
-                yield _names_of(hook)
+                yield from _names_behind(hook)
         if "forward" in module.__dict__:
-            yield _names_of(module.__dict__["forward"])
+            yield from _names_behind(module.__dict__["forward"])
+
+
+def _names_behind(function: Any) -> Iterator[frozenset[str]]:
+    """The names in the code of a callable other than a module. Partials and methods may be made anew in every call, but
+    what they consist of is known."""
+    if isinstance(function, types.FunctionType):
+        yield _names_of(function)
+    elif isinstance(function, types.MethodType):  # it may call others of its class
+        yield from _names_behind(function.__func__)
+        yield _names_of_class(type(function.__self__))
+    elif isinstance(function, functools.partial):
+        for part in (function.func, *function.args, *function.keywords.values()):
+            if callable(part):
+                yield from _names_behind(part)
+    elif not isinstance(function, nn.Module):
+        yield _names_of_class(type(function))
 
 
 def _names_of_class(kind: type) -> frozenset[str]:
@@ -137,9 +153,7 @@ def _held_by(kind: type) -> list[Any]:
     return [value for base in kind.__mro__ if not _is_torchs(base.__module__) for value in vars(base).values()]
 
 
-def _names_of(function: Any) -> frozenset[str]:
-    if not isinstance(function, types.FunctionType):
-        return _follow([function])
+def _names_of(function: types.FunctionType) -> frozenset[str]:
     found = _of_function.get(function)
     if found is None:
         found = _of_function[function] = _follow([function])

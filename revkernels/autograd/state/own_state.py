@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from revkernels.autograd.state.versions import version_behind, version_of
 _BLANK = (type(None), type(MISSING), int, float)
 _HOLD = (tuple, list, dict)
 #: What may tell a forward how far its state has come, such as the length of a table.
-_ABOUT = (*_BLANK, bool, str, torch.Size, torch.dtype, torch.device)
+_ABOUT = frozenset((*_BLANK, bool, str, torch.Size, torch.dtype, torch.device))
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: For a module, the numbers, flags and strings that its last forward found: one copy for many half-steps.
 _settings: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -192,10 +193,8 @@ class OwnState:
                 # With the state goes what says how far it has come: a table that has grown would be too short for the
                 # length next to it, and what the first batch set would not be set by it again.
                 self.blank += numbers
-            if about and not asked and not written_by_torch(getattr(type(module), "forward", None)):
-                if _settings.get(module) != about:
-                    _settings[module] = about
-                self.about.append((table, _settings[module]))
+            if about and not asked:
+                self._note_settings(module, table, about)
         for module, table, name, was in self.gaps:
             if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
                 self.blank.append((table, name, was))
@@ -223,6 +222,14 @@ class OwnState:
         self.blank, self.items, self.graphs = self.blank or NONE, self.items or NONE, self.graphs or NONE
         self.about = self.about or NONE
         return changed
+
+    def _note_settings(self, module: nn.Module, table: dict[str, Any], found: dict[str, Any]) -> None:
+        known = _settings.get(module)
+        if known is None or known.keys() != found.keys() or not all(map(is_, known.values(), found.values())):
+            if written_by_torch(getattr(type(module), "forward", None)):
+                return
+            known = _settings[module] = found
+        self.about.append((table, known))
 
     def restore(self, undo: Undo) -> None:
         """Before the recompute: restore the attributes and items from before the forward."""

@@ -37,12 +37,13 @@ class Parts:
         generators: random generators that it reaches, Python's and NumPy's included.
         held: tensors that it reaches or has as attributes, other than parameters and buffers, by name.
         reads_running: whether its code may read running statistics, which are then rewound like other buffers.
+        scripted: whether some of its modules were created by torch.jit.
         turn: the lock to hold while it runs.
     """
 
     __slots__ = (
         *("branch", "generators", "held", "kinds", "known", "modules", "own", "reads_running", "registered"),
-        *("tree", "turn"),
+        *("scripted", "tree", "turn"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -73,7 +74,7 @@ class Parts:
         if not isinstance(branch, nn.Module):
             self.registered = len(self.modules)
         self.own: OwnState | None = None
-        self.reads_running = False
+        self.reads_running = self.scripted = False
         self.turn: Any = None if self.known is None else self.known.turn(self.modules)
         if self.known is None or code:
             self._look_into(self.modules if self.known is None else code)
@@ -90,7 +91,10 @@ class Parts:
         """Record the state of these modules."""
         self.own = OwnState(self.branch, modules)
         for module in modules:
-            if is_scripted(module) and next(iter(module._buffers.items()), None) is not None:
+            if not is_scripted(module):
+                continue
+            self.scripted = True
+            if next(iter(module._buffers.items()), None) is not None:
                 raise ReconstructionError(
                     f"{type(self.branch).__name__} holds a {type(module).__name__}, whose buffers cannot be put back to"
                     f" recompute it: set activations='store', or give the module that it was made of"

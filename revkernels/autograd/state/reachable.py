@@ -236,7 +236,8 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
     names = named(function)
     for name in names.globals:
         value = function.__globals__.get(name)
-        yield name, shared_by(value, names.all)
+        if (shared := shared_by(value, names.all)) is not None:
+            yield name, shared
         if (
             issubclass(type(value), nn.Module | torch.Tensor | torch.Generator)
             or type(value) in KINDS

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,8 +82,8 @@ class Surroundings:
                 )
         return None
 
-    def restore(self, drawn: Drawn, stack: ExitStack) -> None:
-        """Restore everything except the side inputs; closing ``stack`` returns to the current state."""
+    def restore(self, drawn: Drawn, undo: list[Callable[[], Any]]) -> None:
+        """Restore everything except the side inputs; calling what ``undo`` gets, the last first, undoes that."""
         other = [
             state
             for state in self.autocast
@@ -97,15 +97,17 @@ class Surroundings:
                 elsewhere.append((generator, _tensor_of(after) if state is None else state, now))
         default = torch.get_default_dtype()
         if default != self.default_dtype:
-            stack.callback(torch.set_default_dtype, default)
+            undo.append(partial(torch.set_default_dtype, default))
             torch.set_default_dtype(self.default_dtype)
         if other:  # torch caches a weight's cast by the weight, whatever the dtype
             torch.clear_autocast_cache()
-            stack.callback(torch.clear_autocast_cache)
+            undo.append(torch.clear_autocast_cache)
         for kind, enabled, dtype, cache in other:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            then = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
+            then.__enter__()
+            undo.append(partial(then.__exit__, None, None, None))
         for generator, state, now in elsewhere:
-            stack.callback(generator.set_state, now)
+            undo.append(partial(generator.set_state, now))
             generator.set_state(state)
 
 
