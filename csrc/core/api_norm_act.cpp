@@ -44,6 +44,11 @@ int32_t in_range(const char* owner, const char* name, int32_t value, int32_t mos
                   std::to_string(most) + " is needed");
   return value;
 }
+void not_negative(const char* owner, const char* name, int64_t value) {
+  if (value < 0)
+    throw invalid(std::string(owner) + ": " + name + " is " + std::to_string(value) +
+                  ", 0 or more is needed");
+}
 
 const char* const kKindNames[] = {"a batch norm", "a layer norm", "an RMS norm", "a group norm"};
 
@@ -132,8 +137,8 @@ struct CheckedNorm {
       rstd.sizes[0] = x.sizes[0], rstd.sizes[1] = value.groups;
       rstd.strides[0] = value.groups;
     } else {
-      if (value.statistics_outer_stride < 0 || value.statistics_inner_stride < 0)
-        throw invalid("norm: a statistics stride is negative; 0 or more is needed");
+      not_negative("norm", "statistics_outer_stride", value.statistics_outer_stride);
+      not_negative("norm", "statistics_inner_stride", value.statistics_inner_stride);
       rstd.rank = 2;
       rstd.sizes[0] = x.sizes[0], rstd.sizes[1] = x.sizes[2];
       value.statistics_outer_stride = rstd.strides[0] =

@@ -108,7 +108,7 @@ void test_norm_refusals() {
   bad = a.norm, bad.kind = REVK_LAYER_NORM, bad.statistics_outer_stride = 0;
   CHECK(a.refuses(bad, "several indices of"));
   bad.statistics_outer_stride = -1;
-  CHECK(a.refuses(bad, "statistics stride is negative"));
+  CHECK(a.refuses(bad, "norm: statistics_outer_stride is -1, 0 or more is needed"));
   const revk_view x = Arrays::view(a.x), h = Arrays::view(a.h), f = Arrays::view(a.f);
   CHECK(revk_norm_act(&x, &x, &a.norm, &a.where) == REVK_INVALID_ARGUMENT &&
         says("h: is written and overlaps x"));
