@@ -165,11 +165,18 @@ def drawn_elsewhere():
     return random.gauss(1, 0.5)
 
 
+def imports():
+    import numpy as np
+
+    return np.random.rand()
+
+
 OTHERS = {
     "Python": lambda own: random.random(),
     "Python, in a function": lambda own: drawn_elsewhere(),
     "NumPy, next to one without a state": lambda own: numpy.random.rand() + 0 * nobody_s.random(),
     "NumPy, imported by name": lambda own: shuffled(5)[0],
+    "NumPy, imported by a function": lambda own: imports(),
     "a Random": lambda own: own[0].random(),
     "a Generator": lambda own: own[1].random(),
     "a RandomState": lambda own: own[2].rand(),

@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from revkernels.autograd.state.other_generators import NUMPYS, PYTHONS, OtherGenerator, shared_by
-from revkernels.autograd.state.reachable import named
+from revkernels.autograd.state.other_generators import NUMPYS, PYTHONS, OtherGenerator
+from revkernels.autograd.state.reachable import drawn_from, named
 
 __all__ = ["draws_elsewhere", "may_read", "reads_running", "writes_silently"]
 
@@ -165,10 +165,9 @@ def _follow(waiting: list[Any]) -> frozenset[str]:
     `_SHARED`."""
     found: set[str] = set()
     for function in _reached(waiting):
-        names = named(function)
-        found |= names.all
-        used = {shared_by(function.__globals__.get(name), names.all) for name in names.globals}
-        found.update(mark for mark, generator in _SHARED.items() if generator in used)
+        found |= named(function).all
+        drawn = drawn_from(function)
+        found.update(mark for mark, generator in _SHARED.items() if generator in drawn)
     return frozenset(found)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import dis
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,19 @@ from torch import nn
 
 from revkernels.autograd.state.other_generators import KINDS, OtherGenerator, as_torchs, shared_by
 
-__all__ = ["FUNCTIONS", "LISTS", "WITH_FUNCTIONS", "Reached", "behind", "beside", "is_layers", "named", "own_names"]
+__all__ = [
+    "FUNCTIONS",
+    "LISTS",
+    "WITH_FUNCTIONS",
+    "Reached",
+    "behind",
+    "beside",
+    "drawn_from",
+    "is_layers",
+    "named",
+    "own_names",
+    "written_by_torch",
+]
 
 _DEPTH = 3  # nesting depth of containers to search: one may hold itself
 _MANY = 1024  # items to search per branch, which is done in every forward; longer containers are data
@@ -233,11 +246,9 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
             continue
     yield from (("a default", value) for value in function.__defaults__ or ())
     yield from (function.__kwdefaults__ or {}).items()
-    names = named(function)
-    for name in names.globals:
+    yield from (("a generator", shared) for shared in drawn_from(function))
+    for name in named(function).globals:
         value = function.__globals__.get(name)
-        if (shared := shared_by(value, names.all)) is not None:
-            yield name, shared
         if (
             issubclass(type(value), nn.Module | torch.Tensor | torch.Generator)
             or type(value) in KINDS
@@ -246,15 +257,24 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def drawn_from(function: types.FunctionType) -> set[OtherGenerator]:
+    """Which of the generators behind the functions of ``random`` and ``numpy.random`` its code may draw from."""
+    names, here = named(function), function.__globals__
+    values = (*map(here.get, names.globals), *map(sys.modules.get, names.imported))
+    return {shared for value in values if (shared := shared_by(value, names.all)) is not None}
+
+
 class _Names:
-    """The names in a function's code and in functions nested in it, and which of them are globals."""
+    """The names in a function's code and in functions nested in it; which of them are globals, and which modules it
+    imports."""
 
     def __init__(self, codes: Sequence[types.CodeType]) -> None:
         self.all = frozenset(name for code in codes for name in code.co_names)
-        loads = (step for code in codes for step in dis.get_instructions(code))
+        steps = [step for code in codes for step in dis.get_instructions(code)]
         self.globals = tuple(
-            dict.fromkeys(step.argval for step in loads if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+            dict.fromkeys(step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
         )
+        self.imported = tuple({step.argval for step in steps if step.opname == "IMPORT_NAME"})
 
 
 _forwards: weakref.WeakKeyDictionary[types.FunctionType, tuple[bool, _Names]] = weakref.WeakKeyDictionary()
