@@ -60,9 +60,13 @@ _NARROWING = frozenset(
 )
 
 
+#: A tuple: dynamo of torch 2.6 knows no unions.
+_PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
 def narrows(layer: nn.Module) -> bool:
     """Whether autocast makes the layer's input narrow: the output before it is then written narrow, without a cast."""
-    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+    if isinstance(layer, _PRODUCTS):
         # A custom forward may keep its input wide; hooks must see the same input as in torch.
         return type(layer).forward in _NARROWING and "forward" not in layer.__dict__ and not hooked(layer)
     return getattr(layer, "narrows_input", False)
