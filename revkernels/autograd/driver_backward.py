@@ -301,7 +301,8 @@ class Rebuilding:
                 put_back(undo)
                 put_attributes_back(attributes)
                 while surroundings:
-                    surroundings.pop()()
+                    surroundings[-1]()
+                    surroundings.pop()  # only now: it may have been interrupted
 
             try:  # any of these may run out of memory
                 set_recomputing(True)

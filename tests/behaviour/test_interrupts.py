@@ -3,6 +3,7 @@
 
 import contextlib
 import itertools
+import random
 import sys
 
 from torch import nn
@@ -13,12 +14,12 @@ from revkernels.nn import is_recomputing
 
 @contextlib.contextmanager
 def interrupted(at):
-    """Ctrl-C as the ``at``-th call of a function of this package begins, where Python looks for signals. Yields a list
-    that is empty until then."""
+    """Ctrl-C as the ``at``-th call of a function of this package or of torch's begins, where Python looks for signals.
+    Yields a list that is empty until then."""
     count, came, before = itertools.count(), [], sys.gettrace()
 
     def look(frame, *_):
-        if "revkernels" in frame.f_globals.get("__name__", "") and next(count) == at:
+        if frame.f_globals.get("__name__", "").startswith(("revkernels", "torch")) and next(count) == at:
             sys.settrace(before)
             came.append(frame.f_code.co_name)
             raise KeyboardInterrupt
@@ -32,23 +33,29 @@ def interrupted(at):
         sys.settrace(before)
 
 
+class Draws(nn.Module):
+    def forward(self, h):
+        return h + 0 * random.random()
+
+
 def test_an_interrupt_anywhere(backend):
     """Between any two calls of this package, those that tidy up after a recompute included."""
 
     def branch():
         normed = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-        return nn.Sequential(nn.BatchNorm1d(4), normed, nn.Dropout(0.1)).double()
+        return nn.Sequential(nn.BatchNorm1d(4), normed, nn.Dropout(0.1), Draws()).double()
 
     net, plain = twins([(branch(), branch())], backend=backend)
     for at in itertools.count():
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(net(rows(6, 8)))
-        buffers = list(net.buffers())
+        buffers, numbers = list(net.buffers()), random.getstate()
         with interrupted(at) as came:
             loss.backward()
         assert not is_recomputing(), came
         assert torch.is_grad_enabled(), came
         assert not torch.is_autocast_enabled("cpu"), came
+        assert random.getstate() == numbers, came
         assert all(now is before for now, before in zip(net.buffers(), buffers, strict=True)), came
         if not came:
             break
