@@ -314,8 +314,8 @@ class Rebuilding:
                 began = self._began
                 if (problem := step.snapshot.misplaced()) is not None:
                     raise ReconstructionError(f"{self.name(k)}: {problem}")
-                if step.drawn and strayed(step.drawn) and step.saved_alike(self._frame):
-                    with refuses_a_race(self.name(k), step.snapshot.hooks.lazy):
+                if step.drawn and (astray := strayed(step.drawn)) and step.saved_alike(self._frame):
+                    with refuses_a_race(self.name(k), step.snapshot.hooks.lazy, astray):
                         self._again(step, h)
             finally:
                 try:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row 32: several threads, each with a model, a step or a backward of its own, or sharing one."""
 
+import contextlib
+import random
 import sys
 import threading
 import time
@@ -357,3 +359,29 @@ def test_masks_while_another_thread_draws(backend):
         assert "generator" in str(error)
     else:
         assert torch.equal(*module.masks)
+
+
+class DrawsFromPython(nn.Module):
+    """Another thread draws one number in its first call and two in its second; it has a dropout, with torch's
+    generator."""
+
+    def __init__(self, draws):
+        super().__init__()
+        self.inner, self.draws, self.calls = dropout_mlp(), draws, 0
+
+    def forward(self, x):
+        self.calls += 1
+        thread = threading.Thread(target=random.randbytes, args=(4 * (self.calls % 3),))
+        thread.start()
+        thread.join()
+        return self.inner(x) * (1 + 1e-5 * random.random() if self.draws else 1)
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_python_s_numbers_while_another_thread_draws(backend, draws):
+    """Refused where the branch draws as well, however little it makes; and only there."""
+    net, _ = twins([(mlp(), DrawsFromPython(draws))], backend=backend)
+    loss = loss_of(net(rows()))
+    problem = r"Python's or NumPy's generators, and while .* another thread"
+    with pytest.raises(rk.ReconstructionError, match=problem) if draws else contextlib.nullcontext():
+        loss.backward()

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from revkernels.autograd.ownership import memory_of
+from revkernels.autograd.state.other_generators import OtherGenerator
 from revkernels.autograd.state.rewinding import NONE
 from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
@@ -195,28 +196,37 @@ def moved(drawn: Drawn) -> bool:
     return any(before is not None for _, before, _ in drawn)
 
 
-def refuses_a_race(name: str, lazy: bool) -> RefusesToDraw:
-    """Mode to recompute a branch once more whose generators have `strayed`: valid if the branch draws nothing itself.
+@contextlib.contextmanager
+def refuses_a_race(name: str, lazy: bool, astray: Sequence[Any]) -> Iterator[None]:
+    """To recompute a branch once more whose generators ``astray`` have `strayed`: valid if it draws nothing from them.
     ``lazy``: it had lazy modules, whose parameters were drawn in the forward and are not drawn again."""
-    if lazy:
-        return RefusesToDraw(
+    others = states_of([generator for generator in astray if isinstance(generator, OtherGenerator)])
+    of_torch = len(others) < len(astray)
+    if lazy and of_torch:
+        why = (
             f"in the forward {name} also drew the parameters of its lazy modules, so that the numbers cannot be the "
             f"same again. Call the network once before its first step, under torch.no_grad()"
         )
-    return RefusesToDraw(
-        f"while {name} ran, in the forward or now, another thread drew from the same generator: the numbers cannot be "
-        f"the same again. Give that thread a torch.Generator of its own"
-    )
+    else:
+        why = (
+            f"while {name} ran, in the forward or now, another thread drew from the same generator: the numbers cannot "
+            f"be the same again. Give that thread a generator of its own"
+        )
+    with RefusesToDraw(why) if of_torch else contextlib.nullcontext():
+        yield
+    if any(_state_of(generator)[1] != before for generator, _, before in others):
+        raise ReconstructionError(f"{name} draws random numbers from Python's or NumPy's generators, and {why}")
 
 
-def strayed(drawn: Drawn) -> bool:
-    """After the recompute: whether a generator that was drawn from is not in the state that the forward left."""
+def strayed(drawn: Drawn) -> list[Any]:
+    """After the recompute: the generators that were drawn from and are not in the state that the forward left."""
+    found = []
     for generator, before, after in drawn:
         if before is not None and hash(now := _state_of(generator)[1]) != after:
             with _disable_current_modes():
                 if now != before.numpy().tobytes():
-                    return True
-    return False
+                    found.append(generator)
+    return found
 
 
 def _autocast_state(kind: str) -> tuple[bool, torch.dtype, bool]:
