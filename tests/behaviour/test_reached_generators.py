@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import random
+import weakref
 
 import numpy
 import pytest
@@ -180,6 +181,7 @@ OTHERS = {
     "a Random": lambda own: own[0].random(),
     "a Generator": lambda own: own[1].random(),
     "a RandomState": lambda own: own[2].rand(),
+    "a RandomState of another kind": lambda own: own[4].rand(),
 }
 
 
@@ -197,12 +199,14 @@ class DrawsElsewhere(nn.Module):
 def drawing(way, held):
     """One whose class has the function that draws, or which holds it."""
     own = random.Random(0), numpy.random.default_rng(0), numpy.random.RandomState(0), nobody_s
+    own += (numpy.random.RandomState(numpy.random.PCG64(0)),)
     branch = type("Drawing", (DrawsElsewhere,), {} if held else {"draw": staticmethod(OTHERS[way])})(own)
     if held:
         branch.draw = OTHERS[way]
     return branch
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("way", OTHERS)
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -255,6 +259,30 @@ def test_generators_that_a_function_names(kind):
             run(steps * 3, x, activations=activations).sin().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(*found)
+
+
+class Settings(dict):
+    """With attributes, as it is often written: one that is missing raises no AttributeError."""
+
+    __getattr__ = dict.__getitem__
+
+
+settings, gone = Settings(by=0.5), weakref.proxy(Drawer())
+
+
+def names_both(h):
+    return h * settings.by if h is not gone else h
+
+
+class NamesBoth(nn.Module):
+    def forward(self, h):
+        return h * settings.by if h is not gone else h
+
+
+@pytest.mark.parametrize("branch", [names_both, NamesBoth()], ids=["function", "module"])
+def test_globals_that_know_no_attribute(branch):
+    """Looking for generators asks them for none."""
+    ReversibleSequential(ReversibleBlock(branch, nn.Tanh()))(rows()).sum().backward()
 
 
 class SecondTimeWithout(nn.Module):

@@ -196,10 +196,11 @@ def _reached(waiting: list[Any]) -> Iterator[types.FunctionType]:
 def _named_by(names: frozenset[str], table: dict[str, Any]) -> Iterator[Any]:
     """Functions of these names among the globals, and in modules among the globals."""
     for name in names:
-        value = table.get(name)
-        if isinstance(value, types.FunctionType | functools.partial):
+        value: Any = table.get(name)
+        kind = type(value)  # not __class__, which a proxy may raise anything for
+        if issubclass(kind, types.FunctionType | functools.partial):
             yield value
-        elif isinstance(value, types.ModuleType) and not _is_torchs(value.__name__):
+        elif issubclass(kind, types.ModuleType) and not _is_torchs(value.__name__):
             inside = (getattr(value, other, None) for other in names)
             yield from (found for found in inside if isinstance(found, types.FunctionType))
 

@@ -43,7 +43,8 @@ def as_torchs(generator: Any) -> OtherGenerator:
         )
     if type(generator) is numpy.random.RandomState:
         return OtherGenerator(
-            lambda: pickle.dumps(generator.get_state()), lambda state: generator.set_state(pickle.loads(state))
+            lambda: pickle.dumps(generator.get_state(legacy=False)),
+            lambda state: generator.set_state(pickle.loads(state)),
         )
     bits = generator.bit_generator
     return OtherGenerator(lambda: pickle.dumps(bits.state), lambda state: setattr(bits, "state", pickle.loads(state)))
@@ -53,13 +54,14 @@ def as_torchs(generator: Any) -> OtherGenerator:
 _pythons, _numpys = random.random.__self__, numpy.random.rand.__self__  # type: ignore[attr-defined]
 PYTHONS, NUMPYS = as_torchs(_pythons), as_torchs(_numpys)
 _BEHIND = {id(_pythons): PYTHONS, id(_numpys): NUMPYS}
+_METHODS = (types.MethodType, types.BuiltinMethodType)
 
 
 def shared_by(value: Any, names: frozenset[str]) -> OtherGenerator | None:
     """The one of these two that code draws from which has ``value`` for a global and names ``names``: it is one of the
     two modules, NumPy, of which the code names ``random``, or a function of one of the two."""
-    if isinstance(value, types.ModuleType):
+    if issubclass(type(value), types.ModuleType):  # not isinstance: a proxy may raise anything when asked for its class
         if value is random:
             return PYTHONS
         return NUMPYS if value is numpy.random or (value is numpy and "random" in names) else None
-    return _BEHIND.get(id(getattr(value, "__self__", None)))
+    return _BEHIND.get(id(value.__self__)) if issubclass(type(value), _METHODS) else None

@@ -248,11 +248,11 @@ def _held_by(function: Any) -> Iterator[tuple[str, Any]]:
     yield from (function.__kwdefaults__ or {}).items()
     yield from (("a generator", shared) for shared in drawn_from(function))
     for name in named(function).globals:
-        value = function.__globals__.get(name)
+        value: Any = function.__globals__.get(name)
         if (
             issubclass(type(value), nn.Module | torch.Tensor | torch.Generator)
             or type(value) in KINDS
-            or (isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__)
+            or (issubclass(type(value), types.FunctionType) and value.__globals__ is function.__globals__)
         ):
             yield name, value
 
