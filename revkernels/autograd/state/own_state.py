@@ -20,7 +20,7 @@ from torch import nn
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
 from revkernels.autograd.state.bytecode import may_read
-from revkernels.autograd.state.reachable import own_names, written_by_torch
+from revkernels.autograd.state.reachable import is_layers, own_names, written_by_torch
 from revkernels.autograd.state.rewinding import (
     FEW,
     FLAT,
@@ -121,8 +121,8 @@ class OwnState:
         names = own_names(table)
         if registered:
             self.tables.append((module, module._buffers, dict(module._buffers)))
-            if not self.comes_back:
-                self.tables.append((module, table, {name: table.get(name) for name in names}))
+        if not self.comes_back:
+            self.tables.append((module, table, {name: table.get(name) for name in names}))
         written = known_to_write(module)
         for name in names:
             value: Any = table.get(name)
@@ -226,7 +226,8 @@ class OwnState:
     def _note_settings(self, module: nn.Module, table: dict[str, Any], found: dict[str, Any]) -> None:
         known = _settings.get(module)
         if known is None or known.keys() != found.keys() or not all(map(is_, known.values(), found.values())):
-            if written_by_torch(getattr(type(module), "forward", None)):
+            forward = getattr(type(module), "forward", None)
+            if written_by_torch(forward) and not is_layers(forward):  # such as FSDP's
                 return
             known = _settings[module] = found
         self.about.append((table, known))
