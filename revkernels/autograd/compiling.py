@@ -10,11 +10,12 @@ Import it only where ``torch._dynamo`` has been imported, which is slow.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -69,7 +70,7 @@ def checkpointed(ours: Callable[..., Any], function: Any, args: tuple[Any, ...],
     """
     outer, _local.compiler = getattr(_local, "compiler", None), None
     try:
-        return uncompiled(partial(ours, function, *args, **kwargs))
+        return uncompiled(functools.partial(ours, function, *args, **kwargs))
     finally:
         _local.compiler = outer
 
@@ -109,8 +110,15 @@ def _call(branch: Any, h: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return branch(h, *args, **kwargs)  # our own frame, since dynamo skips those of torch.nn.Sequential
 
 
-_frames: dict[Any, FunctionType] = {}
 _frame_by_branch: weakref.WeakKeyDictionary[Any, FunctionType] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+
+
+@functools.lru_cache(256)  # not all: a search over rates of dropout would keep the code of every network that it tried
+def _frame(_key: Any, name: str) -> FunctionType:
+    # Sizes that dynamo has seen change in code of the same name, file and line are variables from then on.
+    code: CodeType = _call.__code__.replace(co_name=f"call_{name}_{next(_numbers)}")
+    return FunctionType(code, globals())
 
 
 def _frame_of(branch: Any, given: Any) -> Callable[..., Any]:
@@ -128,11 +136,7 @@ def _frame_of(branch: Any, given: Any) -> Callable[..., Any]:
     key = _structure(branch)
     if isinstance(branch, nn.Module):  # functions may be made anew in every call, and would be compiled for every shape
         key += tuple(map(_kind, tree_leaves(given)))
-    frame = _frames.get(key)
-    if frame is None:
-        # Sizes that dynamo has seen change in code of the same name, file and line are variables from then on.
-        code: CodeType = _call.__code__.replace(co_name=f"call_{type(branch).__name__}_{len(_frames)}")
-        frame = _frames[key] = FunctionType(code, globals())
+    frame = _frame(key, type(branch).__name__)
     with suppress(TypeError):  # if it cannot be cached, look it up each time
         _frame_by_branch[branch] = frame
     return frame

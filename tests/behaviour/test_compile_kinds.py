@@ -5,6 +5,9 @@ dynamo compiles the first of them for its number and shape alone, and the second
 first too, and would be found in its place in the recompute.
 """
 
+import gc
+import weakref
+
 import pytest
 from torch import nn
 
@@ -22,6 +25,7 @@ from behaviour.common import (
     twins,
 )
 from behaviour.compiling import compiled, fresh_compiler, graphs  # noqa: F401
+from revkernels.autograd import compiling
 from revkernels.errors import ReconstructionError
 from revkernels.nn import FusedSequential, PerBlock
 from revkernels.nn.branches import AttentionBranch, DropPath
@@ -68,6 +72,16 @@ def test_more_rates_than_dynamo_compiles_a_function_for():
         block.F[1].p, block.G[1].p = 0.05 * k + 0.01, 0.05 * k + 0.03
     check_step(compiled(net, "reconstruct"), plain, rows(5, 8), steps=2)
     assert graphs() == 10
+
+
+def test_code_is_not_kept_of_all_networks_that_ever_were():
+    """As of a search over rates: of the latest alone, and of those that are still there."""
+    first = Scaled(0.0)
+    frames = [weakref.ref(compiling._frame_of(first, ()))]
+    frames += [weakref.ref(compiling._frame_of(Scaled(0.001 * k), ())) for k in range(1, 400)]
+    gc.collect()
+    assert sum(frame() is not None for frame in frames) <= 257
+    assert compiling._frame_of(first, ()) is frames[0]()
 
 
 class Pyramid(nn.Module):
