@@ -121,12 +121,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def hooked(branch: nn.Module) -> bool:
     """Whether calling the branch as a module would fire hooks, or run what its ``compile()`` has made."""
-    return has_hooks(branch) or has_global_hooks() or _is_compiled(branch)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    # torch compiles no bare nn.Sequential in place.
-    return module._compiled_call_impl is not None and type(module).forward is not nn.Sequential.forward
+    return has_hooks(branch) or has_global_hooks() or branch._compiled_call_impl is not None
 
 
 def has_global_hooks() -> bool:
