@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations
 
 from behaviour.common import WIDE, rows, torch
 from revkernels import ReconstructionError
+from revkernels.autograd.state.other_generators import PYTHONS
+from revkernels.autograd.state.snapshot import Snapshot
 from revkernels.nn import ReversibleBlock, ReversibleSequential, checkpoint
 from revkernels.nn.chain import HalfStep, run
 
@@ -228,6 +230,23 @@ def test_generators_of_python_and_numpy(way, held, checkpointed):
         found.append([x.grad, *(branch.weight.grad for branch in branches), last])
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class DrawsBefore(nn.Module):
+    """And in a function that it makes, if it is to."""
+
+    def __init__(self, later):
+        super().__init__()
+        self.weight = nn.Parameter(torch.from_numpy(numpy.random.rand(4, 4)) * random.random())
+        self.scale = (lambda: random.random()) if later else (lambda: 0.5)
+
+    def forward(self, h):
+        return (h @ self.weight).tanh() * self.scale()
+
+
+def test_who_draws_before_the_forward_alone_pays_nothing():
+    assert Snapshot(DrawsBefore(False)).generators == []
+    assert Snapshot(DrawsBefore(True)).generators == [PYTHONS]
 
 
 class Drawer:

@@ -166,8 +166,11 @@ def _follow(waiting: list[Any]) -> frozenset[str]:
     found: set[str] = set()
     for function in _reached(waiting):
         found |= named(function).all
-        drawn = drawn_from(function)
-        found.update(mark for mark, generator in _SHARED.items() if generator in drawn)
+        # Reading a generator's state in every half-step takes as long as a small layer. What draws as a module is made
+        # needs none of it; a function that is made there is found where it is held.
+        if function.__name__ != "__init__":
+            drawn = drawn_from(function)
+            found.update(mark for mark, generator in _SHARED.items() if generator in drawn)
     return frozenset(found)
 
 
