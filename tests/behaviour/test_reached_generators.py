@@ -232,6 +232,37 @@ def test_generators_of_python_and_numpy(way, held, checkpointed):
         torch.testing.assert_close(got, expected)
 
 
+class HasOne(nn.Module):
+    def forward(self, h):
+        drawn = torch.rand((), generator=self.own) if isinstance(self.own, torch.Generator) else self.own.random()
+        return (h * float(drawn)).sin()
+
+
+@pytest.mark.parametrize("kind", ["torch", "Python", "NumPy"])
+def test_a_generator_that_is_replaced_before_the_backward(kind):
+    """The recompute draws from the forward's, and the new one is left as it is."""
+    make = {
+        "torch": lambda seed: torch.Generator().manual_seed(seed),
+        "Python": random.Random,
+        "NumPy": numpy.random.default_rng,
+    }[kind]
+    x, found = rows(), []
+    for activations in ("store", "reconstruct"):
+        net = ReversibleSequential(ReversibleBlock(HasOne(), HasOne()), activations=activations)
+        branches = [net[0].F, net[0].G]
+        for seed, branch in enumerate(branches):
+            branch.own = make(seed)
+        x.grad = None
+        for seed in range(5):  # longer than what a branch returns is compared
+            loss = net(x).sin().sum()
+            for branch in branches:
+                branch.own = make(7 + seed)
+            loss.backward()
+        found.append([x.grad, *(branch(torch.ones(4)).detach() for branch in branches)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 class DrawsBefore(nn.Module):
     """And in a function that it makes, if it is to."""
 

@@ -20,6 +20,7 @@ from torch import nn
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.recomputing import times_asked
 from revkernels.autograd.state.bytecode import may_read
+from revkernels.autograd.state.other_generators import KINDS
 from revkernels.autograd.state.reachable import is_layers, own_names, written_by_torch
 from revkernels.autograd.state.rewinding import (
     FEW,
@@ -41,10 +42,10 @@ from revkernels.autograd.state.versions import version_behind, version_of
 #: Placeholders that a state later replaces.
 _BLANK = (type(None), type(MISSING), int, float)
 _HOLD = (tuple, list, dict)
-#: What may tell a forward how far its state has come, such as the length of a table.
-_ABOUT = frozenset((*_BLANK, bool, str, torch.Size, torch.dtype, torch.device))
+#: What may tell a forward how far its state has come, such as the length of a table; and what it draws from.
+_ABOUT = frozenset((*_BLANK, bool, str, torch.Size, torch.dtype, torch.device, torch.Generator, *KINDS))
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-#: For a module, the numbers, flags and strings that its last forward found: one copy for many half-steps.
+#: For a module, the numbers, flags, strings and generators that its last forward found: one copy for many half-steps.
 _settings: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 #: Modules whose forward has written or replaced state: not every call of them need do so.
 _stateful: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -94,8 +95,8 @@ class OwnState:
         self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
         #: Attributes that were None, a number or missing and became tensors: the dict, the name, the old value.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
-        #: Numbers, flags and strings that the forward does not change, such as a domain: the dict, and the
-        #: values by name.
+        #: Numbers, flags, strings and generators that the forward does not change, such as a domain: the dict, and
+        #: the values by name.
         self.about: list[tuple[dict[str, Any], dict[str, Any]]] = []
         #: Items of lists and dictionaries before the forward, in order: the container, the key, the value, and
         #: whether the forward replaced or removed it.
