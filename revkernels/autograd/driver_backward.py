@@ -60,9 +60,8 @@ class Rebuilding:
         self._open: list[torch.Tensor] = []  # its saved tensors, for a branch that calls autograd itself
         self._whole = False  # the current half-step keeps its saved tensors
         self._mode: Any = None  # a dispatch mode for the next branch
-        self._prefetcher = Prefetcher()
         self._outputs: Outputs | None = None  # of the half-step being measured
-        self._made = AtHand()  # outputs that this backward has recomputed
+        self._prefetcher, self._made = Prefetcher(), AtHand()  # the outputs that this backward has recomputed
         self._strides: list[tuple[int, ...]] = []  # of the outputs; restored, for other strides give other bits
         self._strides_now: list[tuple[int, ...]] = []  # of the reconstructed streams
         self._lock, self._task, self._cursor = threading.RLock(), -1, 0
