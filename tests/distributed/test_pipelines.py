@@ -84,4 +84,6 @@ def pipeline(schedule, options):
 
 @pytest.mark.parametrize("case", cases)
 def test_pipelines(case, passes):
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.13" and "gpipe" not in case:
+        pytest.skip("the processes of torch 2.6's 1F1B wait for each other's messages over gloo")
     passes(case)
