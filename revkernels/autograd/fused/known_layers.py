@@ -60,6 +60,8 @@ _NARROWING = frozenset(
 )
 
 
+#: Older ones compile nothing of a bare nn.Sequential in place: its layers are run one by one then, some of them fused.
+_COMPILES_SEQUENTIAL = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"
 #: A tuple: dynamo of torch 2.6 knows no unions.
 _PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -121,7 +123,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 def hooked(branch: nn.Module) -> bool:
     """Whether calling the branch as a module would fire hooks, or run what its ``compile()`` has made."""
-    return has_hooks(branch) or has_global_hooks() or branch._compiled_call_impl is not None
+    return has_hooks(branch) or has_global_hooks() or _is_compiled(branch)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if module._compiled_call_impl is None:
+        return False
+    return _COMPILES_SEQUENTIAL or type(module).forward is not nn.Sequential.forward
 
 
 def has_global_hooks() -> bool:
