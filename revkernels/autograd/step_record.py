@@ -117,10 +117,10 @@ class RecordedStep:
             if problem is None:
                 return None
             return (
-                f"{problem}. The branch did not do the same twice: does it count its calls, draw from Python's or "
-                f"NumPy's generators, or keep what it reads in an object of its own? Keep that in a buffer or a tensor "
-                f"attribute, and draw from torch's generators; or set activations='store'. (If this is "
-                f"accumulated rounding, revkernels.diagnostics.drift shows it and coupling='exact' prevents it)"
+                f"{problem}. The branch did not do the same twice: does it count its calls, draw from a generator that "
+                f"no attribute holds, or keep what it reads in an object of its own? Keep that in a buffer or a tensor "
+                f"attribute, and generators in attributes; or set activations='store'. (If this is accumulated "
+                f"rounding, revkernels.diagnostics.drift shows it and coupling='exact' prevents it)"
             )
         if len(frame) != len(self.saved):
             problem = f"the recompute saved {len(frame)} tensors, the forward {len(self.saved)}"
