@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revkernels.autograd.exact_coupling import Grid
 from revkernels.autograd.fused.coupled_norm import Ready
+from revkernels.autograd.fused.norm_context import ambient
 from revkernels.autograd.half_step import resolved
 from revkernels.autograd.kept_tensors import KeptTensor
 from revkernels.autograd.ownership import has_memory, memory_is_free
@@ -291,12 +292,13 @@ class Rebuilding:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
             surroundings: list[Callable[[], Any]] = []
             undo: Undo = []
-            outer, is_same = recomputes(), step.snapshot.is_same()
+            outer, around, is_same = recomputes(), (ambient.kernels, ambient.tape), step.snapshot.is_same()
             attributes = attributes_of(step.snapshot.looked_at(is_same))
 
             def put_all_back() -> None:
                 set_recomputing(outer)
                 set_grad_enabled(higher_order)
+                ambient.kernels, ambient.tape = around
                 put_back(undo)
                 put_attributes_back(attributes)
                 while surroundings:

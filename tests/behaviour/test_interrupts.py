@@ -9,6 +9,8 @@ import sys
 from torch import nn
 
 from behaviour.common import check_step, loss_of, rows, torch, twins
+from revkernels.autograd.fused.norm_context import ambient
+from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.nn import is_recomputing
 
 
@@ -56,6 +58,9 @@ def test_an_interrupt_anywhere(backend):
         assert torch.is_grad_enabled(), came
         assert not torch.is_autocast_enabled("cpu"), came
         assert random.getstate() == numbers, came
+        assert (ambient.kernels, ambient.tape) == (None, None), came
+        assert not is_within_a_branch(), came
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None, came
         assert all(now is before for now, before in zip(net.buffers(), buffers, strict=True)), came
         if not came:
             break
