@@ -86,18 +86,19 @@ def sample_of(branch: Any, result: Any, stream: torch.Tensor | None = None) -> O
 
     ``stream``: the stream that f is added to. Half-precision streams are not compared: they drift too far.
     """
-    if not is_new(branch):
+    key = key_if_new(branch)
+    if key is None:
         return None
     outputs = _readable(result, stream is not None)
     if not outputs or (stream is not None and not (has_memory(stream) and stream.dtype in _TOLERANCE)):
         return None
-    return OutputSample(_key_of(branch), outputs, stream)
+    return OutputSample(key, outputs, stream)
 
 
-def is_new(branch: Any) -> bool:
-    """Whether fewer of its recomputes were compared than are to be."""
+def key_if_new(branch: Any) -> Any:
+    """What the branch is counted by, if fewer of its recomputes were compared than are to be; else None."""
     key = _key_of(branch)
-    return key is not None and _compared.get(key, 0) < TIMES
+    return key if key is not None and _compared.get(key, 0) < TIMES else None
 
 
 def _key_of(branch: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from revkernels.autograd.fused.coupled_norm import Entry
 from revkernels.autograd.fused.norm_context import Noted, Tape
 from revkernels.autograd.half_step import HalfStep
-from revkernels.autograd.output_check import OutputSample, is_new, sample_of
+from revkernels.autograd.output_check import OutputSample, key_if_new, sample_of
 from revkernels.autograd.planning.kept_ops import KeptOp
 from revkernels.autograd.planning.offload import OffloadedTensor, OffloadGroup
 from revkernels.autograd.planning.rematerialize import Outputs
@@ -96,7 +96,7 @@ class RecordedStep:
         branch, snapshot = self.half_step.branch, self.snapshot
         if not snapshot.has_code():
             return False
-        return snapshot.scripted or (is_new(branch) and bool(_scripts().get_functions()))
+        return snapshot.scripted or (key_if_new(branch) is not None and bool(_scripts().get_functions()))
 
     def note_result(self, result: Any, stream: torch.Tensor | None = None) -> None:
         """Sample the outputs of a branch with code of its own, and the stream that f is added to. Chains inside another

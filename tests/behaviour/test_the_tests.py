@@ -226,7 +226,7 @@ def generator_not_restored(plant):
 
 @found_by(row_6)
 def generator_left_where_the_recompute_put_it(plant):
-    def restore(self, drawn, stack):
+    def restore(self, drawn, undo):
         for generator, state, _ in drawn:
             if state is not None:
                 generator.set_state(state)

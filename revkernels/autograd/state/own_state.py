@@ -226,7 +226,7 @@ class OwnState:
 
     def _note_settings(self, module: nn.Module, table: dict[str, Any], found: dict[str, Any]) -> None:
         known = _settings.get(module)
-        if known is None or known.keys() != found.keys() or not all(map(is_, known.values(), found.values())):
+        if known is None or [*known] != [*found] or not all(map(is_, known.values(), found.values())):
             forward = getattr(type(module), "forward", None)
             if written_by_torch(forward) and not is_layers(forward):  # such as FSDP's
                 return

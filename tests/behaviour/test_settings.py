@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 33: numbers and flags in attributes that the caller changes between forwards: each recompute finds its own."""
+
+import pytest
+from torch import nn
+
+from behaviour.common import WIDE, assert_all_close, loss_of, rows, twins
+
+
+class OfDomains(nn.Module):
+    """Domain-specific batch normalization: the caller says before each forward which one it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms, self.linear = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm1d(4)]), nn.Linear(4, 4)
+        self.domain, self.bounded, self.calls = 0, True, 0
+
+    def forward(self, h):
+        self.calls += 1
+        h = self.linear(self.norms[self.domain](h))
+        return h.tanh() if self.bounded else h
+
+
+def test_numbers_and_flags_that_the_caller_changes(options):
+    """Row 33: two forwards, each with its own, before one backward; and the caller finds what it set."""
+    nets = twins([(OfDomains().to(WIDE), OfDomains().to(WIDE)) for _ in range(2)], **options)
+    x, found = rows(12, 8), []
+    for net in nets:
+        parts, x.grad = [module for module in net.modules() if isinstance(module, OfDomains)], None
+        for _ in range(5):  # longer than what a branch returns is compared
+            loss = 0.0
+            for domain in (0, 1):
+                for part in parts:
+                    part.domain, part.bounded = domain, domain == 0
+                loss = loss + loss_of(net(x[domain::2]))
+            loss.backward()
+        assert all((part.domain, part.bounded) == (1, False) for part in parts)
+        found.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert_all_close(*found)
+
+
+class Weighs(nn.Module):
+    a = b = 0
+
+    def forward(self, h):
+        return (h * self.a).sin() * self.b
+
+
+def test_numbers_that_are_set_anew_in_another_order(options):
+    """Row 33: the same values, each in the other's place."""
+    nets = twins([(Weighs(), nn.Identity()) for _ in range(2)], **options)
+    x, found = rows(12, 8), []
+    for net in nets:
+        parts, x.grad = [module for module in net.modules() if isinstance(module, Weighs)], None
+        for _ in range(5):  # longer than what a branch returns is compared
+            loss = 0.0
+            for names in ("ab", "ba"):
+                for part in parts:
+                    vars(part).pop("a", None), vars(part).pop("b", None)
+                    for name, value in zip(names, (1, 2), strict=True):
+                        setattr(part, name, value)
+                loss = loss + loss_of(net(x))
+            loss.backward()
+        found.append([x.grad])
+    assert_all_close(*found)
+
+
+class Slope(nn.LeakyReLU):
+    """With torch's forward, in a class of its own."""
+
+
+class Adds(nn.Module):
+    """It begins with nothing, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.calls = None, 0
+
+    def forward(self, h):
+        last, self.calls = self.last, self.calls + 1
+        self.last = h.detach()
+        return h.tanh() * self.calls if last is None else (h + last).tanh() * self.calls
+
+
+class Holds(nn.Module):
+    """It runs a module that it has not registered."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.linear, self.held = nn.Linear(4, 4), [held]
+
+    def forward(self, h):
+        return self.held[0](self.linear(h)).sin()
+
+
+@pytest.mark.parametrize("kind", [Slope, Adds])
+@pytest.mark.parametrize("held", [False, True])
+def test_numbers_and_states_of_modules_that_are_held(kind, held, options):
+    """Row 33: also where the forward is torch's."""
+    nets = twins([(Holds(kind()).to(WIDE), Holds(kind()).to(WIDE)) for _ in range(2)], **options)
+    x, found = rows(12, 8), []
+    for net in nets:
+        x.grad = None
+        parts = [module for module in net.modules() if isinstance(module, Holds)]
+        if not held:
+            for part in parts:
+                part.registered = part.held[0]
+        for _ in range(5):  # longer than what a branch returns is compared
+            loss = 0.0
+            for part in parts:
+                vars(part.held[0]).update(last=None, calls=0)
+            for slope in (0.2, 0.3):
+                for part in parts:
+                    part.held[0].negative_slope = slope
+                loss = loss + loss_of(net(x))
+            loss.backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    assert_all_close(*found)
