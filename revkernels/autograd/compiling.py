@@ -29,11 +29,11 @@ from torch.utils.checkpoint import checkpoint as by_torch
 
 #: What dynamo must neither trace nor compile, in a forward or in a backward.
 _OUTSIDE = (
-    *(f"revkernels.autograd.{name}" for name in ("accumulate", "coupling", "inverse", "norm_act", "ownership")),
-    *(f"revkernels.autograd.{name}" for name in ("driver_backward", "driver_forward", "recomputing", "step_record")),
-    *(f"revkernels.autograd.{name}" for name in ("early_recompute", "exact_coupling", "exact_coupling_int16")),
-    *(f"revkernels.autograd.{name}" for name in ("fused.coupled_norm", "output_check", "planning", "state")),
-    "revkernels.eager",
+    *(f"revkernels.autograd.{name}" for name in ("accumulate", "as_in_forward", "coupling", "driver_backward")),
+    *(f"revkernels.autograd.{name}" for name in ("driver_forward", "early_recompute", "exact_coupling")),
+    *(f"revkernels.autograd.{name}" for name in ("exact_coupling_int16", "fused.coupled_norm", "inverse", "norm_act")),
+    *(f"revkernels.autograd.{name}" for name in ("output_check", "ownership", "planning", "recomputing", "state")),
+    *("revkernels.autograd.step_record", "revkernels.eager"),
 )
 
 _local = threading.local()  # .compiler: the active compiler where `untraced` was called

@@ -16,18 +16,15 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from revkernels.autograd.as_in_forward import run_as_in_forward
 from revkernels.autograd.exact_coupling import Grid
 from revkernels.autograd.fused.coupled_norm import Ready
-from revkernels.autograd.fused.norm_context import ambient
 from revkernels.autograd.half_step import resolved
 from revkernels.autograd.kept_tensors import KeptTensor
 from revkernels.autograd.ownership import has_memory, memory_is_free
 from revkernels.autograd.planning.offload import OffloadedTensor, Prefetcher
 from revkernels.autograd.planning.planner import Keeping, Replaying
 from revkernels.autograd.planning.rematerialize import AtHand, Outputs, SavedView
-from revkernels.autograd.recomputing import recomputes, set_recomputing
-from revkernels.autograd.state.attributes import attributes_of, put_attributes_back
-from revkernels.autograd.state.rewinding import Undo, put_back
 from revkernels.autograd.state.rng_and_autocast import Surroundings, refuses_a_race, strayed
 from revkernels.autograd.state.versions import version_of
 from revkernels.autograd.step_record import Frame, RearrangedStep, RecordedStep, frames_compiled
@@ -36,8 +33,7 @@ from revkernels.errors import ReconstructionError
 INDEX_BITS = 24  # a token is (half-step << 24) | index of the saved tensor
 _local = threading.local()
 INDEX_MASK = (1 << INDEX_BITS) - 1
-#: The C functions below torch.set_grad_enabled and others, called directly: every half-step or saved tensor calls them.
-set_grad_enabled = torch._C._set_grad_enabled
+#: The C functions below torch's own, called directly: every saved tensor calls them.
 graph_task, in_inference_mode = torch._C._current_graph_task_id, torch.is_inference_mode_enabled
 
 
@@ -62,10 +58,13 @@ class Rebuilding:
         self._whole = False  # the current half-step keeps its saved tensors
         self._mode: Any = None  # a dispatch mode for the next branch
         self._outputs: Outputs | None = None  # of the half-step being measured
-        self._prefetcher, self._made = Prefetcher(), AtHand()  # the outputs that this backward has recomputed
+        self._prefetcher = Prefetcher()
+        self._made = AtHand()  # the outputs that this backward has recomputed
         self._strides: list[tuple[int, ...]] = []  # of the outputs; restored, for other strides give other bits
         self._strides_now: list[tuple[int, ...]] = []  # of the reconstructed streams
-        self._lock, self._task, self._cursor = threading.RLock(), -1, 0
+        self._lock = threading.RLock()
+        self._task = -1  # autograd's number of the backward that runs, if one does
+        self._cursor = 0  # the half-steps that it has not undone yet
         self._hooks: Any = None
         self._kept: Any = None  # a tensor whose grad_fn holds the outputs
         self._frame: Frame = []
@@ -286,47 +285,28 @@ class Rebuilding:
 
     def _run_again(self, k: int, h: Any) -> Any:
         """Recompute branch k under the forward's conditions; its saved tensors go to the frame. Returns its output."""
-        step, higher_order = self._steps[k], torch.is_grad_enabled()
+        step, surroundings = self._steps[k], self._surroundings
         with step.snapshot.turn:
-            if (problem := step.snapshot.problem() or self._surroundings.problem()) is not None:
+            if (problem := step.snapshot.problem() or surroundings.problem()) is not None:
                 raise ReconstructionError(f"{self.name(k)}: {problem}")
-            surroundings: list[Callable[[], Any]] = []
-            undo: Undo = []
-            outer, around, is_same = recomputes(), (ambient.kernels, ambient.tape), step.snapshot.is_same()
-            attributes = attributes_of(step.snapshot.looked_at(is_same))
-
-            def put_all_back() -> None:
-                set_recomputing(outer)
-                set_grad_enabled(higher_order)
-                ambient.kernels, ambient.tape = around
-                put_back(undo)
-                put_attributes_back(attributes)
-                while surroundings:
-                    surroundings[-1]()
-                    surroundings.pop()  # only now: it may have been interrupted
-
-            try:  # any of these may run out of memory
-                set_recomputing(True)
-                self._surroundings.restore(step.drawn, surroundings)
-                step.snapshot.restore(undo, is_same)
-                set_grad_enabled(True)
-                with self._hooks:
-                    f = self._again(step, h)
-                began = self._began
-                if (problem := step.snapshot.misplaced()) is not None:
-                    raise ReconstructionError(f"{self.name(k)}: {problem}")
-                if step.drawn and (astray := strayed(step.drawn)) and step.saved_alike(self._frame):
-                    with refuses_a_race(self.name(k), step.snapshot.hooks.lazy, astray):
-                        self._again(step, h)
-            finally:
-                try:
-                    put_all_back()
-                except BaseException:  # an interrupt has cut it short
-                    put_all_back()
-                    raise
+            run = functools.partial(self._run_once_more, k, h)
+            f, began = run_as_in_forward(step.snapshot, surroundings, step.drawn, run, torch.is_grad_enabled())
         if (problem := step.difference(self._frame, f, h, began, self._compiled)) is not None:
             raise ReconstructionError(f"{self.name(k)}: {problem}")
         return f
+
+    def _run_once_more(self, k: int, h: Any) -> tuple[Any, int]:
+        """Its output, and autograd's sequence number when the branch began."""
+        step = self._steps[k]
+        with self._hooks:
+            f = self._again(step, h)
+        began = self._began
+        if (problem := step.snapshot.misplaced()) is not None:
+            raise ReconstructionError(f"{self.name(k)}: {problem}")
+        if step.drawn and (astray := strayed(step.drawn)) and step.saved_alike(self._frame):
+            with refuses_a_race(self.name(k), step.snapshot.hooks.lazy, astray):
+                self._again(step, h)
+        return f, began
 
     def _uncouple(self, k: int, index: int, target: torch.Tensor, f: torch.Tensor) -> None:
         """Reconstruct the target's value before half-step k, which added f, from its value ``target`` after it."""

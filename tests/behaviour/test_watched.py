@@ -145,17 +145,41 @@ def test_what_a_forward_counts_for_itself_is_let_be():
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_requires_grad_that_changes_is_refused(wanted):
-    """The recompute's graph would have other gradients than the forward's."""
-    layer = nn.Sequential(nn.Linear(3, 3))
-    net = ReversibleSequential(ReversibleBlock(layer, nn.Linear(3, 3)))
-    for run in (net, lambda x: checkpoint(layer, x[:, :3])):
+@pytest.mark.parametrize("chained", [True, False], ids=["a chain", "a checkpoint"])
+def test_requires_grad_that_changes_is_the_forwards_in_the_recompute(wanted, chained):
+    """As where adapters are switched, or a critic is frozen for the generator's loss, before the backward."""
+    layer = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Tanh()).to(WIDE)
+    stored = copy.deepcopy(layer)
+    x = torch.randn(5, 6, dtype=WIDE)
+
+    def step(layer, chain, run):
         layer.requires_grad_(wanted)
-        y = run(torch.randn(5, 6, requires_grad=True))
+        a = x.clone().requires_grad_()
+        y = ReversibleSequential(ReversibleBlock(layer, layer), activations=chain)(a) if chained else run(layer, a)
         layer.requires_grad_(not wanted)
-        words = "required grad" if wanted else "did not require grad"
-        with pytest.raises(rk.ReconstructionError, match=f"parameter 0.weight {words} in the forward"):
-            y.sum().backward()
+        y.square().sum().backward()
+        assert all(p.requires_grad is not wanted for p in layer.parameters())
+        return [a.grad, *(p.grad for p in layer.parameters())]
+
+    found = step(layer, "reconstruct", lambda layer, a: checkpoint(layer, a[:, :3]))
+    for ours, theirs in zip(found, step(stored, "store", lambda layer, a: layer(a[:, :3])), strict=True):
+        assert (ours is None) is (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_requires_grad_of_a_side_input_that_changes_is_refused(wanted):
+    class Scaled(nn.Module):
+        def forward(self, x, scale):
+            return x * scale
+
+    scale = torch.ones(3, dtype=WIDE, requires_grad=wanted)
+    net = ReversibleSequential(ReversibleBlock(Scaled(), Scaled()))
+    y = net(torch.randn(5, 6, dtype=WIDE, requires_grad=True), scale=scale)
+    scale.requires_grad_(not wanted)
+    with pytest.raises(rk.ReconstructionError, match="did not do the same twice"):
+        y.sum().backward()
 
 
 def test_an_argument_given_twice_is_one_again():

@@ -48,12 +48,15 @@ def item_of(slots: Any, name: Any) -> Any:
 
 
 def hang(slots: Any, name: Any, tensor: Any) -> None:
-    """Set or remove an item; a list gets no gap before it. For a module, ``tensor`` is the new class."""
+    """Set or remove an item; a list gets no gap before it. For a module, ``tensor`` is the new class; for a tensor,
+    whether it requires grad."""
     if type(slots) is list:
         if name <= len(slots):
             slots[name : name + 1] = () if tensor is MISSING else (tensor,)
     elif isinstance(slots, nn.Module):
         slots.__class__ = tensor
+    elif isinstance(slots, torch.Tensor):
+        slots.requires_grad = tensor
     elif tensor is MISSING:
         slots.pop(name, None)
     else:

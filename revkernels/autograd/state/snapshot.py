@@ -209,14 +209,9 @@ class Snapshot(Parts):
 
     def problem(self) -> str | None:
         """Return what the branch reads that has changed since the forward, or None."""
-        for _, name, tensor, version, wanted, memory in self.constant:
+        for _, name, tensor, version, _, memory in self.constant:
             if version >= 0 and tensor._version != version:
                 return self._written(tensor, name, version)
-            if tensor.requires_grad is not wanted:
-                return (
-                    f"{self._tensor_name(tensor, name)} {'required' if wanted else 'did not require'} grad in the "
-                    f"forward and {'does not' if wanted else 'does'} now; change requires_grad after the backward"
-                )
             if is_elsewhere(tensor, memory):
                 if id(tensor) in self.late:
                     return self._written(tensor, name, version)
@@ -284,9 +279,12 @@ class Snapshot(Parts):
 
     def _restore(self, undo: Undo) -> None:
         before = len(undo)
-        for slots, name, tensor, _, _, _ in self.constant:
+        for slots, name, tensor, _, wanted, _ in self.constant:
             if slots.get(name) is not tensor:
                 self._hang(slots, name, tensor, undo)
+            if tensor.requires_grad is not wanted:  # its graph would have other nodes than the forward's
+                undo.append((tensor, "requires_grad", not wanted))
+                tensor.requires_grad = wanted
         for slots, name, tensor, _ in self.fixed:
             if slots.get(name) is not tensor:
                 self._hang(slots, name, tensor, undo)
