@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -18,8 +18,11 @@ from revkernels.errors import ReconstructionError
 
 __all__ = ["checkpoint", "selective_checkpoint"]
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+
+def checkpoint(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
     """Return ``function(*args, **kwargs)``, and run it again in the backward instead of keeping what it saves.
 
     For the parts of a network that are not reversible: its stem, the transitions between stages. From the forward to
@@ -53,7 +56,9 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return Checkpoint(function, args, kwargs).run(*args, **kwargs)
 
 
-def selective_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def selective_checkpoint(
+    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
     """Return ``function(*args, **kwargs)``, and keep what its backward needs except outputs of norms and activations.
 
     The output h of a fused norm and activation, which the following layer saves, is recomputed in the backward, in one

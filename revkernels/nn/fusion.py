@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -82,7 +82,13 @@ class FusedSequential(nn.Sequential):
 
     forward.passes_keywords = True  # type: ignore[attr-defined]
 
-    def __getitem__(self, index: int | slice) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> FusedSequential: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
         """A layer; for a slice a `FusedSequential` of these layers under their names, whatever subclass this is."""
         if not isinstance(index, slice):
             return super().__getitem__(index)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from revkernels.nn.fusion import Explanation, explain
 from revkernels.nn.hooks import have_hooks
 from revkernels.nn.kernels_of import rebuilds
 from revkernels.nn.plan import Plan, plan_of
+from revkernels.nn.streams import Streams
 from revkernels.nn.with_options import OPTIONS, WithOptions, check_block
 from revkernels.options import ActivationsOption, CouplingOption
 
@@ -100,11 +101,11 @@ class ReversibleBlock(WithOptions):
         advance(reversal, half_steps, shown=True)
         return reversal.show()
 
-    def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
+    def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams:
         """x2 = y2 - G(y1); x1 = y1 - F(x2)   (eq. 7). See `ReversibleSequential.inverse`."""
         return _run_inverse(self, [self], y, args, kwargs)
 
-    def to_grid(self, x: Any) -> Any:
+    def to_grid(self, x: Streams) -> Streams:
         """See `ReversibleSequential.to_grid`."""
         return input_on_grid(self, x, len(self.branch_names))
 
@@ -226,9 +227,15 @@ class ReversibleSequential(WithOptions):
         return len(self._modules)
 
     def __iter__(self) -> Iterator[ReversibleBlock]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return iter(cast(Iterable[ReversibleBlock], self._modules.values()))
 
-    def __getitem__(self, index: int | slice) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> ReversibleBlock: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ReversibleSequential: ...
+
+    def __getitem__(self, index: int | slice) -> ReversibleBlock | ReversibleSequential:
         """Return one block, or a chain of the same blocks with the same options for a slice."""
         if not isinstance(index, slice):
             return list(self)[index]
@@ -239,7 +246,7 @@ class ReversibleSequential(WithOptions):
         """Map x (split along ``split_dim``) or (x1, x2, ...) to y or (y1, y2, ...), or to (y, [aux, ...])."""
         return _run(self, self._modules, x, args, kwargs)
 
-    def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
+    def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams:
         """Return the x that this chain maps to ``y``, up to rounding: x2 = y2 - G(y1); x1 = y1 - F(x2) for each block.
 
         With an exact coupling it is ``to_grid(x)``, bit for bit, for a y that the chain computed with its present
@@ -250,7 +257,7 @@ class ReversibleSequential(WithOptions):
         """
         return _run_inverse(self, list(self), y, args, kwargs)
 
-    def to_grid(self, x: Any) -> Any:
+    def to_grid(self, x: Streams) -> Streams:
         """Return x (or the pair) as the chain sees it: with an exact coupling rounded to its grid, in float32.
 
             rint(x * 2^k) * 2^-k

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -14,6 +14,9 @@ from revkernels.autograd.state.rng_and_autocast import autocast_dtype
 from revkernels.budget import MemoryBudget
 from revkernels.exact import Exact
 from revkernels.options import Activations
+
+#: What a chain takes and returns: one tensor, or a tuple of streams.
+Streams = TypeVar("Streams", torch.Tensor, tuple[torch.Tensor, ...])
 
 ACTIVATIONS = get_args(Activations)
 COUPLINGS = ("float", "exact")
