@@ -22,8 +22,9 @@ from revkernels.autograd.fused.coupled_norm import Ready
 from revkernels.autograd.half_step import resolved
 from revkernels.autograd.kept_tensors import KeptTensor
 from revkernels.autograd.ownership import has_memory, memory_is_free
+from revkernels.autograd.planning.kept_ops import Replaying
 from revkernels.autograd.planning.offload import OffloadedTensor, Prefetcher
-from revkernels.autograd.planning.planner import Keeping, Replaying
+from revkernels.autograd.planning.planner import Keeping
 from revkernels.autograd.planning.rematerialize import AtHand, Outputs, SavedView
 from revkernels.autograd.state.rng_and_autocast import Surroundings, refuses_a_race, strayed
 from revkernels.autograd.state.versions import version_of

@@ -43,7 +43,7 @@ from revkernels.autograd.planning.kept_ops import Noting
 from revkernels.autograd.planning.offload import OffloadGroup
 from revkernels.autograd.planning.planner import Keeping
 from revkernels.autograd.planning.rematerialize import Outputs
-from revkernels.autograd.recomputing import is_recomputing, within_a_branch
+from revkernels.autograd.recomputing import within_a_branch
 from revkernels.autograd.state.known_branch import turn_to_run
 from revkernels.autograd.state.rng_and_autocast import Surroundings, drawn, moved, states_of, tensors_in
 from revkernels.autograd.state.versions import version_of
@@ -51,7 +51,7 @@ from revkernels.autograd.step_record import RearrangedStep, Rearrangement, Recor
 from revkernels.errors import ReconstructionError
 from revkernels.tracking import met_compiler
 
-__all__ = ["Reversal", "is_recomputing"]
+__all__ = ["Reversal"]
 
 
 class Reversal(Rebuilding):

@@ -13,7 +13,7 @@
 one to one chain.
 """
 
-from revkernels.autograd.driver_forward import is_recomputing
+from revkernels.autograd.recomputing import is_recomputing
 from revkernels.autograd.state.plain_layers import stateless
 from revkernels.nn.arguments import PerBlock
 from revkernels.nn.branches import AttentionBranch, BasicBranch, BottleneckBranch, ConvNeXtBranch, MLPBranch

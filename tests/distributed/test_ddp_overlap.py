@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.cases import ACTIVATIONS, BACKENDS, Cases
 from distributed.networks import models, on_shard
-from revkernels.autograd.driver_forward import is_recomputing
+from revkernels.autograd.recomputing import is_recomputing
 
 cases = Cases()
 DEPTH = 4

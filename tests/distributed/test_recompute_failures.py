@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.cases import BACKENDS, Cases
 from distributed.networks import PLACES, check_training, models, on_joined, on_shard, shard
-from revkernels.autograd.driver_forward import is_recomputing
+from revkernels.autograd.recomputing import is_recomputing
 from revkernels.errors import ReconstructionError
 
 cases = Cases()

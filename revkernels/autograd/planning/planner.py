@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from revkernels.autograd.planning.costs import CallCost, Choice, Meter, StepCost
-from revkernels.autograd.planning.kept_ops import Looking, Noting, Replaying, Stopwatch
+from revkernels.autograd.planning.costs import CallCost, Choice, Meter
+from revkernels.autograd.planning.kept_ops import Looking, Noting, Stopwatch
 from revkernels.autograd.planning.knapsack import Stop, allot
 from revkernels.autograd.planning.live_bytes import bytes_of
 from revkernels.autograd.planning.memory_meter import Level
@@ -364,4 +364,4 @@ class Keeping:
             torch.autograd.Variable._execution_engine.queue_callback(over)
 
 
-__all__ = ["Keeping", "Made", "Planner", "Replaying", "StepCost", "planner_of"]
+__all__ = ["Keeping", "Made", "Planner", "planner_of"]
