@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to keep under a bound on memory: the choice that saves most time, found exactly.
+"""What to keep under a bound on memory: the choice that saves most time, by dynamic programming.
 
 Half-steps run forward one after another, and backward in reverse. What half-step k keeps is alive from its forward to
 its backward: while the backward is at half-step p, that is what 0 .. p - 1 have kept, and what p works with:
 
     used(p) = kept(0) + ... + kept(p - 1)      used(p) + working(p) <= limit for every p, and used(n) at the turn
 
-This is a knapsack with nested bounds. Bytes are counted in units (rounded up). Dynamic programming visits the
-half-steps from first to last and stores, for every amount used, the most time saved; it finds the best of all plans.
-The unit does not depend on the limit, so that a larger limit never saves less.
+This is a knapsack with nested bounds. Dynamic programming visits the half-steps from first to last and stores, for
+every amount used, the most time saved. Bytes are counted in units, and each half-step's are rounded up: the plan found
+is the best of all where the unit is a byte, and otherwise at least as good as the best that leaves a unit or two for
+each half-step unused. The unit does not depend on the limit, so that a larger limit never saves less.
 """
 
 from __future__ import annotations
