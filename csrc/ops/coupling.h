@@ -67,7 +67,8 @@ REVK_HD A scaled(A f, A channel_scale, A sample_scale) {
   return (channel_scale * sample_scale) * f;
 }
 
-// One element's term of the checksum. Swapping two elements or changing one changes the sum.
+// One element's term of the checksum, a sum modulo 2^64. Changing one element changes the sum: the
+// factor is odd. So does swapping two that differ, of at most 32 bits and less than 2^31 apart.
 REVK_HD uint64_t checksum_term(uint64_t bits, uint64_t index) { return bits * (2 * index + 1); }
 
 }  // namespace revk::ops
