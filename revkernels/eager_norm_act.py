@@ -50,7 +50,7 @@ def norm_act_backward(
     count: int,
     constant: bool,
 ) -> None:
-    """dx <- base + the gradient of dh at x; dweight and dbias are written, or read if the sums are given"""
+    """dx <- base + the gradient of x, dh that of h; dweight and dbias are written, or read if the sums are given"""
     over, wide = _axes(x, norm), rstd.dtype
     scale = over.statistic(rstd)
     xhat = over.split(x.to(wide))

@@ -134,23 +134,36 @@ def norm_act_backward_(
     constant: bool = False,
     backend: str | None = None,
 ) -> tuple[Array, Any, Any]:
-    """dx <- dx + the gradient of dh at x, in place. Returns (dx, dweight, dbias).
+    """The backward of `norm_act`, added into dx in place. Returns (dx, dweight, dbias).
 
-        dz      = dh * activation'(z)           z = xhat * weight + bias
-        dweight = sum of dz * xhat              dbias = sum of dz
+        z       = xhat * weight + bias          xhat = (x - mean) * rstd, as in the forward
+        dz      = dh * activation'(z)
+        dweight = sum of dz * xhat              dbias = sum of dz, per channel
         g       = weight * dz                   m(.) the mean over the elements that share the statistics
         dx     <- dx + rstd * (g - m(g) - xhat * m(g * xhat))
 
-    RMS norm drops m(g). (Gomez et al. 2017, Algorithm 1, lines 5 and 6.) dx, dh and x have one shape; dtypes, layouts
-    and errors are those of `norm_act`.
+    RMS norm drops m(g). Adding to dx is the sum of two gradients in Algorithm 1, lines 5 and 6 (Gomez et al. 2017).
 
-    The statistics are the forward's; the activation's mask is recomputed from them. dweight and dbias are of the
-    compute type, float64 if x is float64, else float32.
+    Args:
+        dx: the gradient added to, writable, of x's shape; None computes the sums alone, of a batch norm.
+        dh: the gradient of h, of x's shape.
+        x: the forward's input, after the coupling if there was one.
+        norm: as in the forward.
+        statistics: of the forward.
+        sums: (dweight, dbias), read instead of computed, of a batch norm. One whose batch is distributed over processes
+            takes two calls: first with ``dx=None``; then, after sums and element counts have been added up over the
+            processes, with these.
+        count: with ``sums``, the number of elements per channel in them; 0 is that of x.
+        constant: a batch norm's statistics do not depend on x, as in evaluation: dx <- dx + rstd * g.
+        backend: as in `couple`.
 
-    A batch norm whose batch is distributed over processes takes two calls: first with ``dx=None`` for the sums only;
-    then, after the sums and the element counts have been added up over the processes, with ``sums=(dweight, dbias)``
-    and ``count``, the number of elements per channel in these sums. ``constant=True``: a batch norm's statistics do not
-    depend on x, as in evaluation.
+    Returns:
+        dx, dweight and dbias; both of these are ``[channels]``, of the compute type: float64 if x is float64, else
+        float32. With ``sums`` they are those given.
+
+    Raises:
+        TypeError, ValueError, BackendError: before anything is written, for what `norm_act` lists, and where
+            ``dx=None``, ``sums`` or ``constant`` is given with a norm other than a batch norm.
     """
     if tracking.compiling() and tracking.is_tensor(x):
         return _operators().norm_act_backward_(dx, dh, x, norm, statistics, sums, count, constant, backend)

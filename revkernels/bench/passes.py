@@ -208,7 +208,7 @@ def uncouple_norm_act_(setup: PassSetup, text: str) -> Trial:
 
 @SUITE.benchmark(cases=_CASES)
 def norm_act_backward_(setup: PassSetup, text: str) -> Trial:
-    """dx <- dx + the gradient of dh at x; the parameters' gradients."""
+    """dx <- dx + the gradient of x, dh that of h; the parameters' gradients."""
     case = _CASES[text]
     norm = setup.norm(case, running=False)
 

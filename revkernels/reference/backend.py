@@ -93,7 +93,7 @@ def norm_act_backward(
     count: int,
     constant: bool,
 ) -> None:
-    """dx <- base + the gradient of dh at x; dweight and dbias are written, or read if the sums are given"""
+    """dx <- base + the gradient of x, dh that of h; dweight and dbias are written, or read if the sums are given"""
     total, *found = normalise_backward(
         None if base is None else _values(base),
         _values(dh),

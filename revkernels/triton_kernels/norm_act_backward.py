@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""norm_act_backward: dx = base + the gradient of dh at x, dweight = sum of dz xhat, dbias = sum of dz.
+"""norm_act_backward: dx = base + the gradient of x, dh that of h, dweight = sum of dz xhat, dbias = sum of dz.
 
 The walk is that of norm_act.py. Beyond an array's end dh is 0 and adds nothing to any sum.
 """

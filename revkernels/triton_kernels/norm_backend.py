@@ -49,7 +49,7 @@ def norm_act_backward(
     count: int,
     constant: bool,
 ) -> None:
-    """dx <- base + the gradient of dh at x; dweight and dbias are written, or read if the sums are given"""
+    """dx <- base + the gradient of x, dh that of h; dweight and dbias are written, or read if the sums are given"""
     written = {} if dx is None else {"dx": dx}
     read = {"x": x} if dh is dx and norm.kind == "batch" else {"x": x, "dh": dh}
     if base is not None and base is not dx:

@@ -222,7 +222,7 @@ REVK_API revk_status revk_uncouple_norm_act(const revk_view* h, const revk_view*
                                             const revk_view* y, const revk_view* f,
                                             const revk_norm* norm, const revk_where* where);
 
-/* dx = base + the gradient that dh has at x; `norm` with the statistics of the forward, given.
+/* dx = base + the gradient of x, dh that of h; `norm` with the forward's statistics, given.
  * base NULL is 0; base may be dx itself: the gradient is then accumulated (Algorithm 1, lines 5 and
  * 6). So may dh, of a batch norm. With m(.) the mean over the elements that share the statistics,
  * and g = weight * dz,

@@ -68,7 +68,7 @@ def norm_act_backward(
     constant: bool,
     dtype: Any,
 ) -> tuple[Array, Array, Array]:
-    """(dx, dweight, dbias): dx is base (whose memory it reuses) plus the gradient of dh at x, of ``dtype``."""
+    """(dx, dweight, dbias): dx is base (whose memory it reuses) plus the gradient of x, dh that of h, of ``dtype``."""
     sums = jax.ShapeDtypeStruct((x.shape[options.axis],), rstd.dtype)
     inputs = [array for array in (base, dh, x, weight, bias, mean, rstd) if array is not None]
     dx, dweight, dbias = call(

@@ -59,13 +59,20 @@ def uncouple_norm_act_(
 def norm_act_backward_(
     dx: Any, dh: Any, x: Any, norm: Norm, statistics: Statistics, *, constant: bool = False, backend: str | None = None
 ) -> tuple[Array, Array, Array]:
-    """Return (dx + the gradient of dh at x, dweight, dbias), in dx's memory if that is free.
+    """Return (dx plus the gradient of x, dweight, dbias), the first in dx's memory if that is free.
 
-        dz      = dh * activation'(z)
-        dweight = sum of dz * xhat      dbias = sum of dz
+        dz      = dh * activation'(z)           z = xhat * weight + bias
+        dweight = sum of dz * xhat              dbias = sum of dz, per channel
+        g       = weight * dz                   m(.) the mean over the elements that share the statistics
+        dx      = dx + rstd * (g - m(g) - xhat * m(g * xhat))       an RMS norm drops m(g)
 
-    The statistics are the forward's. dweight and dbias are of the compute type, float64 if x is float64, else float32.
-    ``constant=True``: a batch norm's statistics do not depend on x, as in evaluation.
+    dx, dh and x have one shape. The statistics are the forward's. dweight and dbias are ``[channels]``, of the compute
+    type, float64 if x is float64, else float32. ``constant=True``: a batch norm's statistics do not depend on x, as in
+    evaluation, and dx = dx + rstd * g.
+
+    Raises:
+        TypeError, ValueError: while tracing, for what `revkernels.adapters.jax.ops` lists, a norm or statistics that do
+            not fit x, and ``constant`` for another norm than a batch norm.
     """
     kernels = check_backend(backend)
     named = arrays_of(x=x, dh=dh, dx=dx)
