@@ -12,7 +12,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class PerBlock:
-    """An argument that differs from block to block: ``net(x, mask=PerBlock([mask_0, mask_1, ...]))``."""
+    """An argument that differs from block to block: ``net(x, mask=PerBlock([mask_0, mask_1, ...]))``.
+
+    Args:
+        values: one of any kind for each block of the chain; another number of them is a ValueError in the call.
+    """
 
     def __init__(self, values: Sequence[Any]) -> None:
         self.values = tuple(values)

@@ -239,7 +239,15 @@ NORM_LAYERS[LayerNorm2d] = ("layer", 1)
 
 @plain
 class LayerScale(nn.Module):
-    """f * gamma, with one learned factor per channel, dimension 1 (Touvron et al. 2021, CaiT, section 2)."""
+    """f * gamma, with one learned factor per channel, dimension 1 (Touvron et al. 2021, CaiT, section 2).
+
+    Args:
+        channels: the size of dimension 1.
+        start: initial value of every factor.
+
+    Raises:
+        TypeError, ValueError: ``channels`` is not an int of at least 1.
+    """
 
     def __init__(self, channels: int, start: float = 1e-6) -> None:
         super().__init__()
@@ -259,6 +267,9 @@ class DropPath(nn.Module):
 
     Args:
         p: probability of 0, 0 <= p < 1; the same for every sample, independent.
+
+    Raises:
+        TypeError, ValueError: ``p`` is not such a number.
     """
 
     def __init__(self, p: float) -> None:

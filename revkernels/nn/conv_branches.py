@@ -33,10 +33,14 @@ def norm_relu(channels: int) -> Iterator[nn.Module]:
 
 @plain
 class BasicBranch(FusedSequential):
-    """Basic residual function: BN-ReLU-conv3x3(stride) - BN-ReLU-conv3x3 (paper, figure 1).
+    """Basic residual function: BN-ReLU-conv3x3(stride) - BN-ReLU-conv3x3 (Gomez et al. 2017, figure 1).
 
-    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). ``preactivate=False`` omits the
-    first BN-ReLU, for the first branch of a network, whose input is already activated.
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). The convolutions have no bias.
+
+    Args:
+        in_channels, out_channels: of the input and of both convolutions' outputs; in a reversible block they are equal.
+        stride: of the first convolution; in a reversible block 1.
+        preactivate: False omits the first BN-ReLU, for the first branch of a network, whose input is already activated.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
@@ -54,9 +58,10 @@ class BasicBranch(FusedSequential):
 
 @plain
 class BottleneckBranch(FusedSequential):
-    """Bottleneck residual function: BN-ReLU-conv1x1(stride) - BN-ReLU-conv3x3 - BN-ReLU-conv1x1 (figure 1).
+    """Bottleneck residual function: BN-ReLU-conv1x1(stride) - BN-ReLU-conv3x3 - BN-ReLU-conv1x1 (the same figure).
 
-    The inner width is a quarter of the output width. Shapes and ``preactivate`` as in BasicBranch.
+    The inner width is a quarter of ``out_channels``, rounded down. Shapes and arguments as in `BasicBranch`; the stride
+    is the first convolution's.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, preactivate: bool = True) -> None:
