@@ -40,7 +40,7 @@ def empty_like(name: str, x: Any, dtype: Any = None) -> Any:
         with x.device:  # not the current device
             return sys.modules["cupy"].empty_like(x, dtype)
     if hasattr(x, "__array_namespace__"):
-        return _writable(name, x, x.__array_namespace__().empty_like(x, dtype=dtype))
+        return _writable(name, x.__array_namespace__().empty_like(x, dtype=dtype))
     look = _on_host(name, x)
     order = memory_order(look)
     memory = np.empty([look.shape[d] for d in order], _numpy_dtype(name, look.dtype if dtype is None else dtype))
@@ -61,12 +61,12 @@ def empty(shape: tuple[int, ...], name: str, like: Any, dtype: str) -> Any:
             return cupy.empty(shape, dtype)
     if hasattr(like, "__array_namespace__"):
         library = like.__array_namespace__()
-        return _writable(name, like, library.empty(shape, dtype=getattr(library, dtype), device=like.device))
+        return _writable(name, library.empty(shape, dtype=getattr(library, dtype), device=like.device))
     _on_host(name, like)
     return np.empty(shape, _numpy_dtype(name, dtype))
 
 
-def _writable(name: str, x: Any, new: Any) -> Any:
+def _writable(name: str, new: Any) -> Any:
     look = seen(name, new)
     if isinstance(look, Seen) and look.frozen is not None:
         raise TypeError(

@@ -139,7 +139,7 @@ def _watched(
                 return _forward(net, loss, *given)
 
         (y, total), held = _held_after(forward, device)
-        rows = [*_resident(net, given), *_between(watch, net, given, y, total, held, device)]
+        rows = [*_resident(net, given), *_between(watch, net, given, y, total, held)]
         kept = [_bytes_at(chain.outputs, watch) for chain in watch.chains]
         _backward(total)
     rows += _rows(GRADIENTS, ((name, p.grad) for name, p in net.named_parameters() if p.grad is not None), watch.root)
@@ -211,9 +211,7 @@ def _bytes_elsewhere(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _between(
-    watch: Watch, net: nn.Module, given: Any, y: Any, total: torch.Tensor, held: int, device: torch.device
-) -> list[MemoryRow]:
+def _between(watch: Watch, net: nn.Module, given: Any, y: Any, total: torch.Tensor, held: int) -> list[MemoryRow]:
     """What the forward left behind."""
     present = {address(t) for t in tensors_in(given) if has_memory(t)}
     outputs = {address(t) for t in tensors_in((y, total)) if has_memory(t)}
