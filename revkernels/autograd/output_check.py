@@ -2,9 +2,9 @@
 """Compares what a branch's first recomputes return with what its forwards returned.
 
 Python counters, caches in plain objects and generators out of sight are not rewound, so a recompute may return other
-values and gradients would silently be wrong. For the first three recomputes of a branch with code of its own, 256
+values and gradients would silently be wrong. For the first three recomputes of a branch with code of its own, some 256
 elements of its outputs are kept and compared. The check is coarse, because a reconstructed stream differs by rounding.
-Exact couplings skip it: their checksums find any difference at any time.
+Exact couplings skip it: their checksums find whatever changes a stream, at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from revkernels.autograd.state.rng_and_autocast import autocast_dtype, tensors_i
 
 TIMES = 3  # recomputes compared per branch
 _LITTLE = 0.1  # of a comparison: outputs near zero, as of a zero-initialized layer, prove little
-_ELEMENTS = 256
+_ELEMENTS = 256  # about as many: the step between them is odd
 #: Allowed distance relative to the forward's norm; rounding may flip discrete decisions inside a branch.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.1}
 _HALF = 0.25
