@@ -28,8 +28,10 @@ class Grid:
     Args:
         k: the grid's exponent.
         storage: of the streams, see `revkernels.Exact`.
-        streams: how many there are. couplings: how many half-steps will follow.
-        kernels: the backend. device: of the streams.
+        streams: how many there are.
+        couplings: how many half-steps will follow.
+        kernels: the backend.
+        device: of the streams.
         rebuilds: whether a backward will reconstruct the streams.
         name: turns a half-step's number into words.
         advice: says what to do about streams beyond the range, given the k that they need.

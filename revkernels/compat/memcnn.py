@@ -106,8 +106,8 @@ class InvertibleModuleWrapper(nn.Module):
         disable: run ``fn(x)`` unchanged, with stored activations.
         preserve_rng_state: accepted, not needed: random numbers are always the same in the backward.
 
-    Raises (in the call):
-        TypeError: fn is not built of additive couplings and ``disable`` is False.
+    Raises:
+        TypeError: in the call, fn is not built of additive couplings and ``disable`` is False.
     """
 
     def __init__(

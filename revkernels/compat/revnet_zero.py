@@ -141,8 +141,8 @@ class RevTransformer(nn.Module):
         n_layers: the number of blocks.
         max_seq_len: the number of position embeddings.
 
-    Raises (in the call):
-        ValueError: token_ids=True without a vocabulary; a sequence longer than max_seq_len.
+    Raises:
+        ValueError: in the call, token_ids=True without a vocabulary; a sequence longer than max_seq_len.
     """
 
     def __init__(

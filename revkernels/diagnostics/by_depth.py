@@ -175,8 +175,8 @@ def drift(
         on_step: called before each measurement with a description of it and the number of measurements.
 
     Raises:
-        TypeError: ``net`` is not a module, or an option is not a list. ValueError: it has no reversible chain, or an
-            option does not exist.
+        TypeError: ``net`` is not a module, or an option is not a list.
+        ValueError: it has no reversible chain, or an option does not exist.
     """
     for what, value in (("depths", depths), ("couplings", couplings), ("precisions", precisions)):
         if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):

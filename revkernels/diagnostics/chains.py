@@ -16,7 +16,8 @@ def chains_of(net: Any) -> dict[str, ReversibleSequential | ReversibleBlock]:
     """Maps dotted names ("" for ``net`` itself) to chains; chains inside a chain are not listed.
 
     Raises:
-        TypeError: ``net`` is not a module. ValueError: it has no chain.
+        TypeError: ``net`` is not a module.
+        ValueError: it has no chain.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net is a {type(net).__name__}; it must be an nn.Module")

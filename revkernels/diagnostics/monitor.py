@@ -75,10 +75,12 @@ class DriftMonitor:
         angle_every: `compare` works on its calls 0, angle_every, ...; None: never.
 
     Attributes:
-        history: `DriftRecord`s, in the order of the backwards. angles: `AngleRecord`s.
+        history: `DriftRecord`s, in the order of the backwards.
+        angles: `AngleRecord`s.
 
     Raises:
-        TypeError: ``net`` is not a module. ValueError: it has no reversible chain, or another argument does not fit.
+        TypeError: ``net`` is not a module.
+        ValueError: it has no reversible chain, or another argument does not fit.
     """
 
     def __init__(
@@ -152,7 +154,8 @@ class DriftMonitor:
         """Draw the errors, one line per chain, and the angles if there are any, against the steps.
 
         Raises:
-            ImportError: matplotlib is missing. ValueError: there are no records yet.
+            ImportError: matplotlib is missing.
+            ValueError: there are no records yet.
         """
         from revkernels.diagnostics.plots import by_step
 

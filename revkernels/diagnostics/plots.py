@@ -107,7 +107,8 @@ def plot_training(
         unit: of the horizontal axis.
 
     Raises:
-        ImportError: matplotlib is missing. ValueError: the runs have different curves, or there is nothing to draw.
+        ImportError: matplotlib is missing.
+        ValueError: the runs have different curves, or there is nothing to draw.
     """
     if set(stored) != set(reconstructed):
         raise ValueError(

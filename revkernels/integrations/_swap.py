@@ -125,7 +125,8 @@ def replace(
         options: see `check`.
 
     Raises:
-        TypeError: model is not an nn.Module. ValueError: an option does not exist; nothing was found.
+        TypeError: model is not an nn.Module.
+        ValueError: an option does not exist; nothing was found.
     """
     check(model, **options)
     modules, left, ways = {}, {}, []

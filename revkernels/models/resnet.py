@@ -63,7 +63,8 @@ class ResNet(nn.Module):
 
     Raises:
         ValueError: ``activations="reconstruct"`` or a memory budget (y = x + F(x) cannot be solved for x without
-            iterating), or an invalid size, kind or name. TypeError: a size that is not an integer.
+            iterating), or an invalid size, kind or name.
+        TypeError: a size that is not an integer.
     """
 
     def __init__(

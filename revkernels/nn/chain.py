@@ -66,8 +66,9 @@ def run(half_steps: Sequence[HalfStep], x: Any, groups: int = 2, name: Name | No
         y, or (y, [aux, ...]) if a branch returns (f, aux).
 
     Raises:
-        TypeError: x or a half-step does not have the form above. ValueError: an option or a stream's number does not
-        exist, a half-step's target is among its sources. ReconstructionError: see `ReversibleSequential`.
+        TypeError: x or a half-step does not have the form above.
+        ValueError: an option or a stream's number does not exist, a half-step's target is among its sources.
+        ReconstructionError: see `ReversibleSequential`.
     """
     owner = Options(**options)
     check_options(*owner)

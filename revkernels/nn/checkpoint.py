@@ -39,8 +39,10 @@ def checkpoint(function: Callable[Arguments, Result], *args: Arguments.args, **k
         function: a module, or any callable. It must do the same when called twice.
         *args, **kwargs: of the call. Tensors in them, also in nested lists, tuples and dicts, are the kept inputs.
 
-    Raises (in the backward):
-        ReconstructionError: an input, a parameter or a buffer has changed, or the function did not do the same twice.
+    Raises:
+        TypeError: ``function`` is not callable.
+        ReconstructionError: in the backward, an input, a parameter or a buffer has changed, or the function did not do
+            the same twice.
     """
     _check(function)
     if torch.compiler.is_dynamo_compiling():
@@ -80,8 +82,9 @@ def selective_checkpoint(
         function: a module, or any callable.
         *args, **kwargs: of the call.
 
-    Raises (in the backward):
-        ReconstructionError: a kept tensor was changed in place.
+    Raises:
+        TypeError: ``function`` is not callable.
+        ReconstructionError: in the backward, a kept tensor was changed in place.
     """
     _check(function)
     if (

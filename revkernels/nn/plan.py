@@ -45,7 +45,8 @@ class Plan:
     bounds. ``str()`` is a table.
 
     Attributes:
-        budget: the budget. limit: the peak that it allows.
+        budget: the budget.
+        limit: the peak that it allows.
         steps: the half-steps, in the order of the forward.
         predicted_peak, predicted_seconds: the plan's prediction.
         measured_peak: of a step that ``plan(x)`` took; None for ``plan()``, and if no allocator reports it.

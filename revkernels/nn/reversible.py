@@ -56,7 +56,8 @@ class ReversibleBlock(WithOptions):
 
     Raises:
         TypeError: a branch is not callable.
-        ValueError: an option is unknown; BackendError (a ValueError): the backend cannot run here.
+        ValueError: an option is unknown.
+        BackendError: (a ValueError) the backend cannot run here.
     """
 
     def __init__(
@@ -141,10 +142,14 @@ class ReversibleSequential(WithOptions):
         *blocks: `ReversibleBlock`s, or one iterable of them. No blocks are the identity.
         split_dim, activations, coupling, backend: see `ReversibleBlock`.
 
-    Raises (in the call):
-        TypeError: x is neither a floating-point tensor nor a pair of them; a keyword that no branch takes.
-        ValueError: a size that cannot be split into the streams, unequal streams, a branch that changes the shape.
-        ReconstructionError: something that a backward needs was changed, or a branch does not do the same twice.
+    Raises:
+        TypeError: a block is no `ReversibleBlock`; in the call, x is neither a floating-point tensor nor a pair of
+            them, or no branch takes a keyword.
+        ValueError: an option is unknown, or blocks do not fit each other; in the call, a size cannot be split into the
+            streams, streams are unequal, or a branch changes the shape.
+        BackendError: (a ValueError) the backend cannot run here.
+        ReconstructionError: in the call or its backward, something that the backward needs was changed, or a branch
+            does not do the same twice.
     """
 
     def __init__(

@@ -32,17 +32,21 @@ class StepCost:
     Attributes:
         branch: its name.
         ops: of the branch, in order.
-        rebuild: seconds of the recompute, couplings included. backward: of the branch's backward after it.
+        rebuild: seconds of the recompute, couplings included.
+        backward: seconds of the branch's backward after it.
         own: bytes of its saved tensors, except streams and parameters.
-        source: bytes of the stream it reads, if that is saved. target: of the stream it adds to.
+        source: bytes of the stream it reads, if that is saved.
+        target: bytes of the stream it adds to.
         parameter: bytes of the parameters of its largest layer, whose gradients exist before they are accumulated.
         live: most bytes allocated at the readings in its backward, above the level at the start of the call; None if
-            not available. forward: the same for its forward.
+            not available.
+        forward: as ``live``, of its forward.
         covers: the stream it reads is saved, and is the one that the next half-step adds to.
-        made_again: bytes of ``own`` that are outputs of norms and activations, which can be recomputed. making: seconds
-            that this takes.
+        made_again: bytes of ``own`` that are outputs of norms and activations, which can be recomputed.
+        making: seconds that recomputing these takes.
         inside: most bytes allocated inside one of its operators, or a node of its backward, counted like ``live``; None
-            if not available. scratch: the part of these on top of the level before.
+            if not available.
+        scratch: the part of ``inside`` on top of the level before.
         talks: its recompute communicates with other processes.
     """
 

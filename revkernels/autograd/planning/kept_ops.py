@@ -36,7 +36,8 @@ class OpCost:
         print: fingerprint of it and all counted before it.
         name: of the operator.
         seconds: its run time.
-        bytes: of its outputs. passing: that its backward may allocate besides its inputs.
+        bytes: of its outputs.
+        passing: bytes that its backward may allocate besides its inputs.
         keepable: whether its outputs may be kept.
     """
 

@@ -46,8 +46,10 @@ class Made:
     """A plan for one kind of step.
 
     Attributes:
-        calls: the costs of the calls of chains, in order. known: whether all of them were measured.
-        choices: for every call, what its half-steps keep. kept: the bytes of that, by call.
+        calls: the costs of the calls of chains, in order.
+        known: whether all calls were measured.
+        choices: for every call, what its half-steps keep.
+        kept: the bytes of ``choices``, by call.
         limit, reconstructing, storing: bytes at the peak: allowed, keeping nothing, keeping everything.
         peak, saved: the plan's expected bytes at the peak, and the seconds that it saves.
         first: seconds of a step that recomputes everything, from the measured one.
