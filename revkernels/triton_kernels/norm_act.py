@@ -15,6 +15,7 @@ from revkernels.triton_kernels.arithmetic import double, narrow
 from revkernels.triton_kernels.norm_arithmetic import (
     activate,
     inverse_root,
+    load_bias,
     load_or,
     locate,
     normalise,
@@ -166,7 +167,7 @@ def apply_kernel(
     )
     group_size = number(group_size)
     weight = load_or(weight_ptr, channel, channel < channels, 1.0, WIDE)
-    bias = load_or(bias_ptr, channel, channel < channels, -0.0, WIDE)
+    bias = load_bias(bias_ptr, channel, channel < channels, WIDE)
     for _ in range(count):
         position = positions_of(tile, POSITIONS)
         inside = (position < positions) & (channel < channels)
@@ -192,7 +193,7 @@ def rows_kernel(
         sizes, C_UNIT, B_UNIT, POSITIONS, CHANNELS
     )
     weight = load_or(weight_ptr, channel, channel < channels, 1.0, WIDE)
-    bias = load_or(bias_ptr, channel, channel < channels, -0.0, WIDE)
+    bias = load_bias(bias_ptr, channel, channel < channels, WIDE)
     n = channels.to(WIDE)
     eps = double(eps_bits).to(WIDE)
     for _ in range(count):

@@ -11,6 +11,7 @@ import triton.language as tl
 from revkernels.triton_kernels.arithmetic import narrow, widen
 from revkernels.triton_kernels.norm_arithmetic import (
     activate_backward,
+    load_bias,
     load_or,
     locate,
     normalise,
@@ -62,7 +63,7 @@ def sums_kernel(
     )
     group_size = number(group_size)
     weight = load_or(weight_ptr, channel, channel < channels, 1.0, WIDE)
-    bias = load_or(bias_ptr, channel, channel < channels, -0.0, WIDE)
+    bias = load_bias(bias_ptr, channel, channel < channels, WIDE)
     dweight = tl.zeros((POSITIONS, CHANNELS), WIDE)
     dbias = tl.zeros((POSITIONS, CHANNELS), WIDE)
     for _ in range(count):
@@ -147,7 +148,7 @@ def gradient_kernel(
     )
     group_size = number(group_size)
     weight = load_or(weight_ptr, channel, channel < channels, 1.0, WIDE)
-    bias = load_or(bias_ptr, channel, channel < channels, -0.0, WIDE)
+    bias = load_bias(bias_ptr, channel, channel < channels, WIDE)
     n = number(elements).to(WIDE)
     for _ in range(count):
         position = positions_of(tile, POSITIONS)
@@ -188,7 +189,7 @@ def rows_gradient_kernel(
         sizes, C_UNIT, B_UNIT, POSITIONS, CHANNELS
     )
     weight = load_or(weight_ptr, channel, channel < channels, 1.0, WIDE)
-    bias = load_or(bias_ptr, channel, channel < channels, -0.0, WIDE)
+    bias = load_bias(bias_ptr, channel, channel < channels, WIDE)
     n = channels.to(WIDE)
     dweight = tl.zeros((POSITIONS, CHANNELS), WIDE)
     dbias = tl.zeros((POSITIONS, CHANNELS), WIDE)
@@ -240,7 +241,7 @@ def wide_rows_moments_kernel(
         channel = begin + tl.arange(0, CHANNELS)[None, :]
         inside = (position < positions) & (channel < channels)
         weight = load_or(weight_ptr, channel, channel < channels, 1.0, WIDE)
-        bias = load_or(bias_ptr, channel, channel < channels, -0.0, WIDE)
+        bias = load_bias(bias_ptr, channel, channel < channels, WIDE)
         dz, xhat, _ = read_gradient(
             x_ptr, dh_ptr, mean_ptr, rstd_ptr, x_strides, dh_strides, at, position < positions,
             sample, row, position, channel, inside, weight, bias, ACTIVATION, WIDE, MINORS, UNIT,

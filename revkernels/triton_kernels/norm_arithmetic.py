@@ -198,6 +198,15 @@ def load_or(ptr, at, inside, OTHERWISE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def load_bias(ptr, at, inside, WIDE: tl.constexpr):
+    """The loaded biases, widened; -0 if there is none: as a product, because Triton 3.7 takes the number -0.0 for 0."""
+    if ptr is None:
+        return tl.full((1, 1), -1.0, WIDE) * 0.0
+    else:
+        return load_or(ptr, at, inside, 0.0, WIDE)
+
+
+@triton.jit
 def read_stream(
     out_ptr, x_ptr, f_ptr, out_strides, x_strides, f_strides, sample, row, position, channel, inside,
     SUBTRACT: tl.constexpr, WIDE: tl.constexpr, MINORS: tl.constexpr, UNIT: tl.constexpr,
