@@ -39,6 +39,48 @@ def test_numbers_and_flags_that_the_caller_changes(options):
     assert_all_close(*found)
 
 
+class Adapted(nn.Module):
+    """Adapters beside a layer, as peft has them: names of the active ones in a list, their scales in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.adapters = nn.Linear(4, 4), nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+        self.active, self.scales, self.bounds = ["a"], {"a": 1.0, "b": 2.0, "calls": 0}, (-1, 1)
+        self.steps = {"of": {"warm": 1}, "why": [None]}
+
+    def forward(self, h):
+        self.scales["calls"] += 1
+        out = self.linear(h)
+        for name in self.active:
+            out = out + self.adapters[name](h) * self.scales[name] * self.steps["of"].get("warm", 3)
+        return out.clamp(*self.bounds)
+
+
+def test_settings_in_lists_and_dictionaries(options):
+    """Row 33: replaced, changed, added and removed; the caller finds what it set."""
+    nets = twins([(Adapted().to(WIDE), Adapted().to(WIDE)) for _ in range(2)], **options)
+    x, found = rows(12, 8), []
+    for net in nets:
+        parts, x.grad = [module for module in net.modules() if isinstance(module, Adapted)], None
+        for _ in range(5):  # longer than what a branch returns is compared
+            loss = 0.0
+            for step in range(3):
+                for part in parts:
+                    part.active, part.bounds = (["b"], ["a"], ["a", "b"])[step], (-1 - step, 1)
+                    part.scales["b"] = 2.0 + step
+                    part.steps["of"] = {"warm": step} if step else {}
+                loss = loss + loss_of(net(x))
+            for part in parts:
+                part.active.pop()
+                del part.scales["b"], part.steps["of"]["warm"]
+            loss.backward()
+            for part in parts:
+                assert (part.active, part.bounds, part.steps) == (["a"], (-3, 1), {"of": {}, "why": [None]})
+                assert [*part.scales] == ["a", "calls"]
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    assert_all_close(*found)
+
+
 class Weighs(nn.Module):
     a = b = 0
 

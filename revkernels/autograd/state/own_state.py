@@ -45,8 +45,10 @@ _HOLD = (tuple, list, dict)
 #: What may tell a forward how far its state has come, such as the length of a table; and what it draws from.
 _ABOUT = frozenset((*_BLANK, bool, str, torch.Size, torch.dtype, torch.device, torch.Generator, *KINDS))
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-#: For a module, the numbers, flags, strings and generators that its last forward found: one copy for many half-steps.
-_settings: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+#: A module's attributes by name, and the items of its lists and dictionaries: the container, and the items by key.
+Settings = tuple[dict[str, Any], list[tuple[Any, dict[Any, Any]]]]
+#: For a module, the settings that its last forward found: one copy for many half-steps.
+_settings: weakref.WeakKeyDictionary[nn.Module, Settings] = weakref.WeakKeyDictionary()
 #: Modules whose forward has written or replaced state: not every call of them need do so.
 _stateful: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -55,6 +57,29 @@ def _holds_items(module: nn.Module) -> bool:
     """Whether an attribute of the module is a non-empty list or dictionary."""
     table = module.__dict__
     return any(type(value) in (list, dict) and value for value in map(table.get, own_names(table)))
+
+
+def _is_setting(value: Any, depth: int = 3) -> bool:
+    """Whether it is a number, a flag, a string or a generator, or a short tuple, list or dictionary of these, such as
+    the names of the active adapters and the scale of each."""
+    if type(value) not in _HOLD:
+        return type(value) in _ABOUT
+    if not 0 < len(value) <= FEW or not depth:
+        return False
+    return all(_is_setting(item, depth - 1) for item in (value.values() if type(value) is dict else value))
+
+
+def _unchanged_settings(container: Any, before: Any) -> dict[Any, Any]:
+    """The settings of a list or dictionary of nothing else that a forward has not changed: of a list, all or none."""
+    if not _is_setting(before):
+        return {}
+    if type(before) is dict:
+        return {key: was for key, was in before.items() if container.get(key, MISSING) is was}
+    return dict(enumerate(before)) if len(container) == len(before) and all(map(is_, container, before)) else {}
+
+
+def _alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return [*one] == [*other] and all(map(is_, one.values(), other.values()))
 
 
 class OwnState:
@@ -95,14 +120,14 @@ class OwnState:
         self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
         #: Attributes that were None, a number or missing and became tensors: the dict, the name, the old value.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
-        #: Numbers, flags, strings and generators that the forward does not change, such as a domain: the dict, and
-        #: the values by name.
-        self.about: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        #: Numbers, flags, strings and generators that the forward does not change, such as a domain, and lists and
+        #: dictionaries of these: the dict, and the module's settings.
+        self.about: list[tuple[dict[str, Any], Settings]] = []
         #: Items of lists and dictionaries before the forward, in order: the container, the key, the value, and
         #: whether the forward replaced or removed it.
         self.items: list[tuple[Any, Any, Any, bool]] = []
-        #: Those lists and dictionaries with copies from before the forward, while it runs.
-        self.containers: list[tuple[Any, Any]] = []
+        #: Those lists and dictionaries with their modules and copies from before the forward, while it runs.
+        self.containers: list[tuple[nn.Module, Any, Any]] = []
         #: Attribute and buffer tables with copies from before the forward, while it runs.
         self.tables: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         #: Names that the forward added to layers outside ``modules``.
@@ -143,17 +168,17 @@ class OwnState:
                 elif registered and may_be_state(value) and may_read(module, name):
                     self.graphs.append((table, name, without_graph(value), None, 0))
                 if registered and type(value) in (list, dict) and module in self.holders:
-                    self._note(value)
+                    self._note(module, value)
         return held
 
-    def _note(self, container: Any, depth: int = 3) -> None:
+    def _note(self, module: nn.Module, container: Any, depth: int = 3) -> None:
         if len(container) > FEW or not depth:
             return
         before = container.copy()
-        self.containers.append((container, before))
+        self.containers.append((module, container, before))
         for value in before.values() if type(before) is dict else before:
             if type(value) in (list, dict):
-                self._note(value, depth - 1)
+                self._note(module, value, depth - 1)
 
     def complete(self, renewed: set[nn.Module]) -> list[tuple[nn.Module, Slot, torch.Tensor | None]]:
         """After the forward: return what it wrote in place, with copies from before where they exist.
@@ -167,6 +192,12 @@ class OwnState:
                 changed.append((module, slot, value))
                 renewed.add(module)
         asked = times_asked() != self.asked and not self.comes_back
+        if asked:
+            self.containers = []
+        unchanged: dict[nn.Module, list[tuple[Any, dict[Any, Any]]]] = {}
+        for module, container, copy in self.containers:
+            if settings := _unchanged_settings(container, copy):
+                unchanged.setdefault(module, []).append((container, settings))
         for module, table, before in self.tables:
             now = dict(table.items())  # a scripted module's is no dictionary
             numbers: list[tuple[dict[str, Any], str, Any]] = []
@@ -176,7 +207,7 @@ class OwnState:
                 if was is value and type(value) in (list, dict):
                     stays.add((id(table), name))  # its contents are restored through `items`
                 if was is value:
-                    if type(value) in _ABOUT and table is module.__dict__:
+                    if table is module.__dict__ and (type(value) in _ABOUT or _is_setting(value)):
                         about[name] = value
                     continue
                 if not may_be_state(value):
@@ -194,15 +225,16 @@ class OwnState:
                 # With the state goes what says how far it has come: a table that has grown would be too short for the
                 # length next to it, and what the first batch set would not be set by it again.
                 self.blank += numbers
-            if about and not asked:
-                self._note_settings(module, table, about)
+            held = unchanged.get(module, NONE) if table is module.__dict__ else NONE
+            if (about or held) and not asked:
+                self._note_settings(module, table, (about, held))
         for module, table, name, was in self.gaps:
             if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
                 self.blank.append((table, name, was))
                 if asked:
                     self._tell(module, name)
         _stateful.update(renewed)
-        for container, before in () if asked else self.containers:
+        for _, container, before in self.containers:
             # Added items are ignored: another thread may have added them.
             for key, was in before.items() if type(before) is dict else enumerate(before):
                 value = item_of(container, key)
@@ -224,9 +256,14 @@ class OwnState:
         self.about = self.about or NONE
         return changed
 
-    def _note_settings(self, module: nn.Module, table: dict[str, Any], found: dict[str, Any]) -> None:
+    def _note_settings(self, module: nn.Module, table: dict[str, Any], found: Settings) -> None:
         known = _settings.get(module)
-        if known is None or [*known] != [*found] or not all(map(is_, known.values(), found.values())):
+        if (
+            known is None
+            or not _alike(known[0], found[0])
+            or len(known[1]) != len(found[1])
+            or not all(a is b and _alike(c, d) for (a, c), (b, d) in zip(known[1], found[1], strict=True))
+        ):
             forward = getattr(type(module), "forward", None)
             if written_by_torch(forward) and not is_layers(forward):  # such as FSDP's
                 return
@@ -244,12 +281,17 @@ class OwnState:
             if ref is None or ref() is not now:
                 undo.append((table, name, now))
                 table[name] = value
-        for table, about in self.about:
+        for table, (about, containers) in self.about:
             for name, value in about.items():
                 now = table.get(name, MISSING)
-                if now is not value and type(now) in _ABOUT:
+                if now is not value and (type(now) in _ABOUT or type(now) in _HOLD):
                     undo.append((table, name, now))
                     table[name] = value
+            for container, items in containers:
+                for key, value in items.items():
+                    if (now := item_of(container, key)) is not value:
+                        undo.append((container, key, now))
+                        hang(container, key, value)
         for place, name, was, written in (*((*one, True) for one in self.blank), *self.items):
             now = item_of(place, name)
             if written or now is not was:
