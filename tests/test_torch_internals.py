@@ -45,6 +45,8 @@ USED = {
     "torch.nn.modules.module._global_forward_hooks": "hooks on all modules",
     "torch.nn.modules.module._global_forward_pre_hooks": "hooks on all modules",
     "torch.jit._state._python_cu": "whether anything is scripted",
+    "torch.nn.utils.parametrize._cache": "parametrized weights inside parametrize.cached()",
+    "torch.nn.utils.parametrize._cache_enabled": "whether parametrized weights are cached",
     "torch.ops.aten._to_copy.default": "memory budgets: casts",
     "torch.utils._python_dispatch.TorchDispatchMode": "memory budgets, refusing to draw, diagnostics",
     "torch.utils._python_dispatch._disable_current_modes": "work that no mode of the caller's may see",

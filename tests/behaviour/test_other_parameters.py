@@ -138,6 +138,32 @@ def test_a_parametrization_that_was_taken_off(backend):
     net(rows(5, 8)).sum().backward()
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["a backward outside", "a backward inside"])
+@pytest.mark.parametrize("make", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_weights_that_are_computed_once_for_many_uses(make, within, options):
+    """Row 26: inside ``parametrize.cached()``, with blocks that are used twice and such that are not."""
+
+    def branch():
+        return nn.Sequential(nn.Tanh(), make(nn.Linear(4, 4))).to(WIDE)
+
+    a, b, c = ((branch(), branch()) for _ in range(3))
+    nets = twins([a, b, a, (b[1], b[0]), c], **options)
+    x, found = rows(5, 8), []
+    for net in nets:
+        x.grad = None
+        for _ in range(2):
+            with parametrize.cached():
+                y = net(x)
+                if within:
+                    loss_of(y).backward()
+                    assert parametrize._cache_enabled == 1 and parametrize._cache
+            if not within:
+                loss_of(y).backward()
+            assert not parametrize._cache_enabled and not parametrize._cache
+        found.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert_all_close(*found)
+
+
 @pytest.mark.parametrize("where", ["bias", "shift"])
 def test_run_again_without_what_there_was_none_of(where, options):
     """A parameter, or a buffer, that was None in the forward and is something now: the sum saves nothing more."""

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.state.bytecode import writes_silently
+from revkernels.autograd.state.parametrized import Cached, cached_weights, hang_cached_weights
 from revkernels.autograd.state.parts import Parts, is_scripted
 from revkernels.autograd.state.rewinding import (
     MISSING,
@@ -66,8 +67,8 @@ class Snapshot(Parts):
     """
 
     __slots__ = (
-        *("absent", "constant", "fixed", "flags", "hooks", "late", "others", "placed", "rewound", "statistics"),
-        *("since", "structure"),
+        *("absent", "cached", "constant", "fixed", "flags", "hooks", "late", "others", "placed", "rewound"),
+        *("since", "statistics", "structure"),
     )
 
     def __init__(self, branch: Any, given: Sequence[Any] = ()) -> None:
@@ -75,6 +76,7 @@ class Snapshot(Parts):
         #: Parameters and buffers that the branch does not write.
         self.constant: list[Constant] = []
         self.absent: list[tuple[dict[str, Any], str]] = []  # parameters and buffers that are None, such as a bias
+        self.cached: Cached | None = None  # parametrized weights that its forward found computed
         self.fixed: list[Slot] = []  # attributes that it wrote in place, without a copy
         self.late: set[int] = set()  # ids of fixed and constant tensors found to be written
         #: Tensor attributes of modules that are not parameters or buffers, with their versions. Weak references.
@@ -90,6 +92,7 @@ class Snapshot(Parts):
         known = self.known
         self.flags = [module.training for module in self.modules] if known is None else known.flags
         self.hooks = _NO_HOOKS if known is not None else Hooks(self.modules)
+        self.cached = cached_weights(self.modules)
         for place, module in enumerate(self.modules):
             parameters = module._parameters
             if parameters:
@@ -278,6 +281,7 @@ class Snapshot(Parts):
             structure.hang(self.modules, undo)
 
     def _restore(self, undo: Undo) -> None:
+        hang_cached_weights(self.cached, undo)
         before = len(undo)
         for slots, name, tensor, _, wanted, _ in self.constant:
             if slots.get(name) is not tensor:
