@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers that a branch's forward writes, and generators of its own: rewound for the recompute, and moved once."""
+"""Buffers that a branch's forward writes, generators of its own, and weights that it is given: those of the forward."""
 
 import copy
 
@@ -128,6 +128,37 @@ STATEFUL = {
     "spectral norm": lambda width: parametrizations.spectral_norm(nn.Linear(width, width)),
     "old spectral norm": lambda width: nn.utils.spectral_norm(nn.Linear(width, width)),
 }
+
+
+class Given(nn.Module):
+    """Its weight is computed elsewhere, as by a hypernetwork, and given to it before each forward."""
+
+    weight = None
+
+    def forward(self, h):
+        return (h @ self.weight).tanh()
+
+
+@pytest.mark.parametrize("dropped", ["set to None", "deleted", "replaced", "kept"])
+def test_a_weight_with_a_graph_that_the_caller_drops(dropped, options):
+    """Row 33: between forward and backward, so that the branch's record of it is all that is left."""
+    nets = twins([(Given(), Given()) for _ in range(2)], **options)
+    x, maker, found = rows(5, 8), nn.Linear(3, 16).to(WIDE), []
+    for net in nets:
+        parts, x.grad = [module for module in net.modules() if isinstance(module, Given)], None
+        maker.zero_grad()
+        for seed in range(2):
+            for number, part in enumerate(parts):
+                part.weight = maker(torch.full((3,), number + seed, dtype=WIDE)).view(4, 4)
+            y = net(x)
+            for part in parts if dropped != "kept" else ():
+                del part.weight
+                if dropped != "deleted":
+                    part.weight = None if dropped == "set to None" else torch.ones(4, 4, dtype=WIDE)
+            loss_of(y).backward()
+            assert all((part.weight is None) is (dropped in ("set to None", "deleted")) for part in parts)
+        found.append([x.grad, *(p.grad for p in maker.parameters())])
+    assert_all_close(*found)
 
 
 @pytest.mark.parametrize("first", ["train", "eval"])

@@ -278,7 +278,7 @@ class OwnState:
                 table[name] = value
         for table, name, value, ref, _ in self.graphs:
             now = table.get(name, MISSING)
-            if ref is None or ref() is not now:
+            if ref is None or now is None or ref() is not now:  # a dead reference is None too
                 undo.append((table, name, now))
                 table[name] = value
         for table, (about, containers) in self.about:
