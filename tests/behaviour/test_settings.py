@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row 33: numbers and flags in attributes that the caller changes between forwards: each recompute finds its own."""
 
+import enum
+
+import numpy
 import pytest
 from torch import nn
 
@@ -13,6 +16,8 @@ class OfDomains(nn.Module):
     def __init__(self):
         super().__init__()
         self.norms, self.linear = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm1d(4)]), nn.Linear(4, 4)
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
         self.domain, self.bounded, self.calls = 0, True, 0
 
     def forward(self, h):
@@ -21,7 +26,15 @@ class OfDomains(nn.Module):
         return h.tanh() if self.bounded else h
 
 
-def test_numbers_and_flags_that_the_caller_changes(options):
+class Domain(enum.Enum):
+    FIRST, SECOND = 0, 1
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("domains", [(0, 1), numpy.arange(2), tuple(Domain)], ids=["int", "numpy", "enum"])
+def test_numbers_and_flags_that_the_caller_changes(domains, options):
     """Row 33: two forwards, each with its own, before one backward; and the caller finds what it set."""
     nets = twins([(OfDomains().to(WIDE), OfDomains().to(WIDE)) for _ in range(2)], **options)
     x, found = rows(12, 8), []
@@ -29,12 +42,12 @@ def test_numbers_and_flags_that_the_caller_changes(options):
         parts, x.grad = [module for module in net.modules() if isinstance(module, OfDomains)], None
         for _ in range(5):  # longer than what a branch returns is compared
             loss = 0.0
-            for domain in (0, 1):
+            for number, domain in enumerate(domains):
                 for part in parts:
-                    part.domain, part.bounded = domain, domain == 0
-                loss = loss + loss_of(net(x[domain::2]))
+                    part.domain, part.bounded = domain, number == 0
+                loss = loss + loss_of(net(x[number::2]))
             loss.backward()
-        assert all((part.domain, part.bounded) == (1, False) for part in parts)
+        assert all(part.domain == domain and not part.bounded for part in parts)
         found.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
     assert_all_close(*found)
 

@@ -8,12 +8,14 @@ restored only for branches that do not call `is_recomputing`: those that do stor
 
 from __future__ import annotations
 
+import enum
 import warnings
 import weakref
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -43,7 +45,12 @@ from revkernels.autograd.state.versions import version_behind, version_of
 _BLANK = (type(None), type(MISSING), int, float)
 _HOLD = (tuple, list, dict)
 #: What may tell a forward how far its state has come, such as the length of a table; and what it draws from.
-_ABOUT = frozenset((*_BLANK, bool, str, torch.Size, torch.dtype, torch.device, torch.Generator, *KINDS))
+_ABOUT = frozenset(
+    (
+        *(*_BLANK, bool, complex, str, torch.Size, torch.dtype, torch.device, torch.Generator, *KINDS),
+        *(kind for kind in numpy.ScalarType if issubclass(kind, numpy.number | numpy.bool_)),
+    )
+)
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: A module's attributes by name, and the items of its lists and dictionaries: the container, and the items by key.
 Settings = tuple[dict[str, Any], list[tuple[Any, dict[Any, Any]]]]
@@ -60,13 +67,14 @@ def _holds_items(module: nn.Module) -> bool:
 
 
 def _is_setting(value: Any, depth: int = 3) -> bool:
-    """Whether it is a number, a flag, a string or a generator, or a short tuple, list or dictionary of these, such as
-    the names of the active adapters and the scale of each."""
-    if type(value) not in _HOLD:
-        return type(value) in _ABOUT
+    """Whether it is a number, a flag, a string, an enum's member or a generator, or a short tuple, list or dictionary
+    of these, such as the names of the active adapters and the scale of each."""
+    kind = type(value)
+    if kind not in _HOLD:
+        return kind in _ABOUT or issubclass(kind, enum.Enum)
     if not 0 < len(value) <= FEW or not depth:
         return False
-    return all(_is_setting(item, depth - 1) for item in (value.values() if type(value) is dict else value))
+    return all(_is_setting(item, depth - 1) for item in (value.values() if kind is dict else value))
 
 
 def _unchanged_settings(container: Any, before: Any) -> dict[Any, Any]:
@@ -120,8 +128,8 @@ class OwnState:
         self.graphs: list[tuple[dict[str, Any], str, Any, weakref.ref[torch.Tensor] | None, int]] = []
         #: Attributes that were None, a number or missing and became tensors: the dict, the name, the old value.
         self.blank: list[tuple[dict[str, Any], str, Any]] = []
-        #: Numbers, flags, strings and generators that the forward does not change, such as a domain, and lists and
-        #: dictionaries of these: the dict, and the module's settings.
+        #: Numbers, flags, strings, members of enums and generators that the forward does not change, such as a domain,
+        #: and lists and dictionaries of these: the dict, and the module's settings.
         self.about: list[tuple[dict[str, Any], Settings]] = []
         #: Items of lists and dictionaries before the forward, in order: the container, the key, the value, and
         #: whether the forward replaced or removed it.
@@ -284,7 +292,7 @@ class OwnState:
         for table, (about, containers) in self.about:
             for name, value in about.items():
                 now = table.get(name, MISSING)
-                if now is not value and (type(now) in _ABOUT or type(now) in _HOLD):
+                if now is not value and (type(now) in _HOLD or _is_setting(now)):
                     undo.append((table, name, now))
                     table[name] = value
             for container, items in containers:
