@@ -74,7 +74,7 @@ class KeepsGrid(nn.Module):
         exact = exact_of(self._coupling)
         if exact is not None and exact.k is None and BUFFER not in self._buffers:
             device = next((parameter.device for parameter in self.parameters()), None)
-            self.register_buffer(BUFFER, torch.tensor((*Choice(), _MARK), dtype=torch.int64, device=device))
+            self.register_buffer(BUFFER, _as_tensor(Choice(), device))
         if BUFFER in self._buffers:
             will_write(self, BUFFER)
 
@@ -82,7 +82,7 @@ class KeepsGrid(nn.Module):
         """Forget the chosen exponent, as after ``to_empty``. (Layers have parameters of their own.)"""
         if BUFFER in self._buffers:
             with torch.no_grad():
-                self._buffers[BUFFER].copy_(torch.tensor((*Choice(), _MARK)))  # type: ignore[union-attr]
+                self._buffers[BUFFER].copy_(_as_tensor(Choice()))  # type: ignore[union-attr]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         key = prefix + BUFFER
@@ -186,12 +186,17 @@ class Exponents:
     def _write(self, choice: Choice) -> None:
         buffer = self.owner._buffers[BUFFER]
         with torch.no_grad():
-            buffer.copy_(torch.tensor((*choice, _MARK), dtype=torch.int64))
+            buffer.copy_(_as_tensor(choice))
 
     def _valid(self, values: list[int]) -> Choice:
         choice, allowed = Choice(*values[:-1]), EXPONENTS[self.exact.storage]
         whole = choice.k in allowed and choice.coming in allowed and 0 <= choice.batches <= _BATCHES
         return choice if values[-1] == _MARK and whole else Choice()
+
+
+def _as_tensor(choice: Choice, device: torch.device | str | None = "cpu") -> torch.Tensor:
+    """What the buffer holds; on the host, wherever new tensors go otherwise: on "meta" it would have no values."""
+    return torch.tensor((*choice, _MARK), dtype=torch.int64, device=device)
 
 
 def grid_for(

@@ -122,6 +122,18 @@ def test_on_meta_first():
         model(x).sum().backward()
 
 
+def test_within_another_default_device():
+    """The exponent is written where the chain is, not where new tensors go."""
+    net, x = revnet38(coupling="exact"), torch.randn(4, 3, 8, 8)
+    with torch.device("meta"):
+        net(x).sum().backward()
+        chains = list(net.chains())
+        assert all(0 < chain.grid[0] < 30 for chain in chains)
+        chains[0].reset_parameters()
+    assert chains[0].grid[0] != chains[1].grid[0]
+    net(x).sum().backward()
+
+
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_a_moving_average_of_the_state(steps_before):
     """Over all of a state dict, as some do: then the exponent is chosen anew."""
