@@ -94,7 +94,8 @@ class Surroundings:
         elsewhere = []
         for generator, state, after in drawn:
             now, found = _state_of(generator)
-            if found != after:  # else the generator is already in the state to restore
+            # Else it is in the state to restore. A hash (with a state) is not compared: python -bb takes offence.
+            if state is not None or found != after:
                 elsewhere.append((generator, _tensor_of(after) if state is None else state, now))
         default = torch.get_default_dtype()
         if default != self.default_dtype:
