@@ -23,6 +23,7 @@ from revkernels.autograd.half_step import HalfStep
 from revkernels.autograd.kept_tensors import Kept
 from revkernels.autograd.recomputing import within_a_branch
 from revkernels.autograd.state.rng_and_autocast import Surroundings, drawn, states_of, tensors_in
+from revkernels.autograd.state.thread_state import ThreadState
 from revkernels.autograd.state.versions import version_of
 from revkernels.autograd.step_record import RecordedStep, frames_compiled
 from revkernels.errors import ReconstructionError
@@ -75,6 +76,7 @@ class Checkpoint(Rebuilding):
         own = snapshot.generators
         before = surroundings.states() + states_of(own)
         self._hooks = hooks = saved_tensors_hooks(self._pack, self._unpack)
+        before_all = ThreadState()
         try:
             with snapshot.turn:
                 snapshot.take()
@@ -95,6 +97,9 @@ class Checkpoint(Rebuilding):
             for _, output in tensors_in(result) if step.saved else ():
                 if leaf_comes_first(output, *(tensor for tensor, _ in self._given)):
                     reach_first(self, 0, output)
+        except BaseException:
+            before_all.put_back()
+            raise
         finally:
             self._hooks, self._given = None, []
         self._first = 0 if step.saved else None

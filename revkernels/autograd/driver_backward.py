@@ -26,6 +26,7 @@ from revkernels.autograd.planning.kept_ops import Replaying
 from revkernels.autograd.planning.offload import OffloadedTensor, Prefetcher
 from revkernels.autograd.planning.planner import Keeping
 from revkernels.autograd.planning.rematerialize import AtHand, Outputs, SavedView
+from revkernels.autograd.state.locks import leave_turns, turns_taken
 from revkernels.autograd.state.rng_and_autocast import Surroundings, refuses_a_race, strayed
 from revkernels.autograd.state.versions import version_of
 from revkernels.autograd.step_record import Frame, RearrangedStep, RecordedStep, frames_compiled
@@ -116,12 +117,14 @@ class Rebuilding:
 
     def _reach(self, k: int, task: int) -> None:
         """Recompute down to half-step k for this backward, and no further."""
+        turns = turns_taken()
         try:
             if task != self._task or k > self._cursor:
                 self._begin(task)
             while self._cursor > k:
                 _as_it_is(self._step_back)
         except BaseException:
+            leave_turns(turns)
             self._end()
             raise
 

@@ -52,7 +52,11 @@ def invert(
                 with Within(kernels, None):
                     f = fusion.call_branch(step, h, kernels)
             finally:
-                put_back(undo)
+                try:
+                    put_back(undo)
+                except BaseException:  # an interrupt has cut it short
+                    put_back(undo)
+                    raise
         if type(f) is tuple:
             f, _ = check_aux(f, name, k)
         check_branch_output(f, streams[target], name, k)

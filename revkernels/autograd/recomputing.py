@@ -49,4 +49,14 @@ class within_a_branch:  # noqa: N801, as a function it would be a generator, and
 
 def is_within_a_branch() -> bool:
     """Whether this thread runs a branch whose saved tensors are recomputed, in the forward or in the recompute."""
-    return getattr(_local, "within", False) or recomputes()
+    return says_within() or recomputes()
+
+
+def says_within() -> bool:
+    """Whether this thread is inside `within_a_branch`."""
+    return getattr(_local, "within", False)
+
+
+def set_within(flag: bool) -> None:
+    """Set what `says_within` returns in this thread."""
+    _local.within = flag

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revkernels.autograd.fused.norm_context import Tape, Within, ambient
 from revkernels.autograd.kept_tensors import KeptTensor
 from revkernels.autograd.planning.rematerialize import AtHand, Outputs, SavedView
+from revkernels.autograd.state.thread_state import ThreadState
 from revkernels.autograd.state.versions import version_of
 from revkernels.errors import ReconstructionError
 
@@ -29,9 +30,13 @@ class Selective:
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return ``function(*args, **kwargs)``."""
         tape = Tape([], [], False, self._outputs)
+        before = ThreadState()
         try:
             with saved_tensors_hooks(self._pack, self._unpack), Within(ambient.kernels, tape):
                 return function(*args, **kwargs)
+        except BaseException:
+            before.put_back()
+            raise
         finally:
             self._outputs = None  # it holds inputs of norms whose outputs nobody saved
 

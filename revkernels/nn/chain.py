@@ -26,6 +26,7 @@ from revkernels.autograd.planning.planner import Keeping, planner_of
 from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.autograd.state.reachable import behind, beside
 from revkernels.autograd.state.rng_and_autocast import autocast_dtype, tensors_in
+from revkernels.autograd.state.thread_state import ThreadState
 from revkernels.budget import MemoryBudget
 from revkernels.errors import ReconstructionError
 from revkernels.nn.exact import Exponents, exact_of, grid_for, known_exponent
@@ -143,6 +144,7 @@ def forward(
     if witness is not None and rebuilding:
         reversal.witness = witness(streams if grid is None else grid.values(streams))
     del streams
+    before = ThreadState()
     try:
         if through is None:
             advance(reversal, half_steps, shown=not joined)
@@ -156,6 +158,7 @@ def forward(
             y = reversal.show()
             reversal.finish(y, lambda *streams: streams)
     except BaseException as error:
+        before.put_back()
         _say_where(error, reversal, owner)
         reversal.release() if earlier is None else reversal.shut()
         raise
@@ -257,7 +260,12 @@ def inverse(owner: Any, y: Any, groups: int, half_steps: Sequence[HalfStep], nam
     streams = [dense(s) for s in streams]
     if k is not None:
         streams = _on_grid(owner, streams, k, kernels)
-    x = invert(streams, half_steps, kernels, name, k)
+    before = ThreadState()
+    try:
+        x = invert(streams, half_steps, kernels, name, k)
+    except BaseException:
+        before.put_back()
+        raise
     return torch.cat(x, owner.split_dim) if joined else tuple(x)
 
 

@@ -184,9 +184,7 @@ class Exponents:
         return seen[2]
 
     def _write(self, choice: Choice) -> None:
-        buffer = self.owner._buffers[BUFFER]
-        with torch.no_grad():
-            buffer.copy_(_as_tensor(choice))
+        self.owner._buffers[BUFFER].copy_(_as_tensor(choice))
 
     def _valid(self, values: list[int]) -> Choice:
         choice, allowed = Choice(*values[:-1]), EXPONENTS[self.exact.storage]

@@ -77,8 +77,11 @@ class FusedSequential(nn.Sequential):
             kernels = _used.get(self) if torch._C._current_graph_task_id() != -1 else None
             kernels = kernels or backends.select(input)
         _used[self] = kernels
-        with Within(kernels, ambient.tape):
+        before, ambient.kernels = ambient.kernels, kernels
+        try:
             return fusion.run(layers, input, None, kwargs)
+        finally:  # no context: an interrupt as its exit begins would leave the kernels to all norms of this thread
+            ambient.kernels = before
 
     forward.passes_keywords = True  # type: ignore[attr-defined]
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revkernels.autograd.coupling import CHANNELS_LAST
 from revkernels.autograd.ownership import blocks_of, has_memory
 from revkernels.autograd.state.rng_and_autocast import States, draws, states_of
+from revkernels.autograd.state.thread_state import ThreadState
 
 #: Kept outputs of an operator: its fingerprint, its result, and the versions of the tensors in it.
 KeptOp = tuple[int, Any, list[int]]
@@ -384,15 +385,15 @@ def overhead() -> float:
     """Seconds that numbering an operator costs on the host; measured once a process."""
     if not _overhead:
         x, watch, times = torch.zeros(1, device="cpu"), Stopwatch(torch.device("cpu")), []
-        with torch.no_grad():
+        before = ThreadState()
+        try:
             for _ in range(50):
-                start = watch.read()
-                torch.neg(x)
-                plain = watch.read()
+                start, _, plain = watch.read(), torch.neg(x), watch.read()
                 with Noting({}):
-                    inside = watch.read()
-                    torch.neg(x)
-                    end = watch.read()
+                    inside, _, end = watch.read(), torch.neg(x), watch.read()
                 times.append((end - inside) - (plain - start))
+        except BaseException:
+            before.put_back()
+            raise
         _overhead.append(max(0.0, statistics.median(times)))
     return _overhead[0]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 import weakref
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["turn_of"]
+__all__ = ["leave_turns", "turn_of", "turns_taken"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, _Lock] = weakref.WeakKeyDictionary()
 _EVERYBODY = contextlib.nullcontext()
@@ -68,18 +69,47 @@ class _Turn(contextlib.AbstractContextManager[None]):
         self.locks = [_locks.setdefault(module, _Lock()) for module in sorted(modules, key=id)]
 
     def __enter__(self) -> None:
-        thread, acquired = threading.get_ident(), []
+        thread, count = threading.get_ident(), turns_taken()
         try:
+            _here.turns.append(self)  # before the locks, so that `leave_turns` finds all that it has
             for lock in self.locks:
                 if lock.acquire(False) or lock.wait():
-                    acquired.append(lock)
                     lock.owner = thread
         except BaseException:  # an interrupt while waiting
-            for lock in acquired:
-                lock.release()
+            leave_turns(count)
             raise
 
     def __exit__(self, *_: object) -> None:
         for lock in self.locks:
             if lock._is_owned():  # else its owner waits for this thread
                 lock.release()
+        _here.turns.pop()
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.turns: list[_Turn] = []  # that this thread has, the first one first
+
+
+_here = _Here()
+
+
+def turns_taken() -> int:
+    """How many turns this thread has."""
+    return len(_here.turns)
+
+
+def leave_turns(count: int) -> None:
+    """End all turns of this thread but the first ``count``, if an interrupt has kept them from ending."""
+    turns = _here.turns
+    kept = [lock for turn in turns[:count] for lock in turn.locks]
+    for lock in {lock for turn in turns[count:] for lock in turn.locks}:
+        for _ in range(_times_acquired(lock) - kept.count(lock)):
+            lock.release()
+    del turns[count:]
+
+
+def _times_acquired(lock: _Lock) -> int:
+    """By this thread. Not for every half-step: Python 3.10 says it in the lock's words alone."""
+    found = re.search(r"count=(\d+)", repr(lock)) if lock._is_owned() else None
+    return 0 if found is None else int(found[1])
