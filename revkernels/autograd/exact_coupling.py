@@ -235,10 +235,11 @@ def half_type_of(branch: Any) -> torch.dtype | None:
 
 def check_streams(streams: Sequence[torch.Tensor], name: str = "x") -> None:
     """TypeError for a dtype that the grid cannot hold, and for tensors without values of their own."""
-    if streams[0].is_meta:
+    fake = hasattr(streams[0], "fake_mode")  # a FakeTensor, whose class would have to be imported
+    if fake or streams[0].is_meta:
         raise TypeError(
-            f"{name} is on meta: an exact coupling looks at its streams' values, of which there are none there; set "
-            f"coupling='float'"
+            f"{name} is {'a FakeTensor' if fake else 'on meta'}: an exact coupling looks at its streams' values, of "
+            f"which there are none there; set coupling='float'"
         )
     if is_traceable_wrapper_subclass(streams[0]):
         raise TypeError(

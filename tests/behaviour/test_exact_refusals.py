@@ -6,6 +6,7 @@ import io
 
 import pytest
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import revkernels as rk
 from behaviour.common import assert_raises, rows, tensors_in, torch
@@ -263,5 +264,7 @@ def test_bad_streams(backend):
     x = torch.ones(3, 8, device="meta")
     assert_raises(TypeError, ["x is on meta", "coupling='float'"], lambda: net(x))
     assert_raises(TypeError, ["x is on meta"], lambda: net.to_grid(x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert_raises(TypeError, ["x is a FakeTensor", "coupling='float'"], lambda: net(torch.ones(3, 8)))
     nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged)
     assert_raises(TypeError, ["x is a NestedTensor", "coupling='float'"], lambda: net((nested, 2 * nested)))
