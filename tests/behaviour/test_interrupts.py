@@ -2,6 +2,7 @@
 """Row 31: Ctrl-C at any moment of a step, as in a notebook that goes on afterwards."""
 
 import contextlib
+import importlib
 import itertools
 import random
 import sys
@@ -16,6 +17,13 @@ from revkernels.autograd.recomputing import is_within_a_branch
 from revkernels.autograd.state.locks import _locks, turns_taken
 from revkernels.autograd.state.thread_state import _top_hooks
 from revkernels.nn import ReversibleSequential, checkpoint, is_recomputing, selective_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def everything_is_imported():
+    """torch does not survive half imported, and every interrupt of an import would begin it again."""
+    importlib.import_module("torch._inductor.config")
+    importlib.import_module("revkernels.autograd.compiling")
 
 
 @contextlib.contextmanager
@@ -94,8 +102,6 @@ FORWARDS = {
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_an_interrupt_anywhere_in_a_forward(forward, backend):
     """Saved-tensor hooks that stay, say, would take what the next network saves."""
-    import torch._inductor.config
-
     dtype = torch.float32 if forward == "exact" else torch.float64
     net, plain = twins([(norm_mlp(p=0.1).to(dtype), norm_mlp().to(dtype))], backend=backend)
     for at in itertools.count(step=7 if forward == "budget" else 1):  # its first step has far more calls
