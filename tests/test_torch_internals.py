@@ -49,6 +49,8 @@ USED = {
     "torch.nn.utils.parametrize._cache_enabled": "whether parametrized weights are cached",
     "torch.ops.aten._to_copy.default": "memory budgets: casts",
     "torch.utils._python_dispatch.TorchDispatchMode": "memory budgets, refusing to draw, diagnostics",
+    "torch.utils._python_dispatch._get_current_dispatch_mode": "modes that an interrupt has left behind",
+    "torch.utils._python_dispatch._pop_mode": "the same",
     "torch.utils._python_dispatch._disable_current_modes": "work that no mode of the caller's may see",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": "exact couplings refuse such tensors",
     "torch.utils._pytree.tree_flatten": "arguments of nn.checkpoint",
