@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two devices: data-parallel steps by `jax.shard_map`, and what `jax.jit` alone makes of sharded arrays."""
+"""Two devices: steps by `jax.shard_map`, and what `jax.jit` alone makes of arrays that are sharded, by type or not."""
 
 import os
 import subprocess
@@ -52,6 +52,21 @@ for backend, gathers in ((None, True), ("xla", False)):
     step = jax.jit(jax.grad(loss_of(apply), (0, 1, 2, 3)), in_shardings=(None, None, rows, rows))
     assert ("all-gather" in step.lower(*params, *apart).compile().as_text()) == gathers
     assert furthest(step(*params, *apart), jax.jit(jax.grad(loss_of(apply), (0, 1, 2, 3)))(*params, *streams)) < 1e-6
+
+# explicit axes, as those of jax.make_mesh: types tell shardings, and a derivative has its primal's
+if hasattr(jax.sharding, "reshard"):
+    explicit = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows, everywhere = NamedSharding(explicit, P("batch")), NamedSharding(explicit, P())
+    apart = [jax.device_put(x, rows) for x in streams]
+    for coupling in ("float", rk.Exact(k=14), rk.Exact(storage="int16", k=9)):
+        for apply, own in (
+            (rj.reversible([branch] * 2, [branch] * 2, coupling=coupling), params),
+            (rj.reversible_scan(branch, branch, coupling=coupling), stacks),
+        ):
+            step = jax.jit(jax.value_and_grad(loss_of(apply), (0, 1, 2, 3)))
+            got = step(*jax.device_put(own, everywhere), *apart)
+            assert furthest(got, step(*own, *streams)) < 1e-6, coupling
+            assert got[1][2].sharding.spec == P("batch", None)
 print("done")
 """
 

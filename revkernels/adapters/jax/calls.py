@@ -75,9 +75,10 @@ def call(kernel: str, operands: Sequence[Any], results: Sequence[Any], aliases: 
     build.load()
     operands = manual_axes.together(operands)
     described = [manual_axes.result(operands[0], result.shape, result.dtype) for result in results]
-    return jax.ffi.ffi_call(
+    found = jax.ffi.ffi_call(
         f"revkernels_{kernel}", described, vmap_method="broadcast_all", input_output_aliases=aliases
     )(*operands, **given)
+    return [manual_axes.sharded_like(array, operands[0]) for array in found]
 
 
 def _grid(k: int | None) -> np.int64:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inside `jax.shard_map`: the mesh axes along which arrays vary, which custom calls must declare."""
+"""What an array's type says of devices: axes of `jax.shard_map` along which it varies, and explicit shardings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["result", "together"]
+__all__ = ["result", "sharded_like", "together"]
 
 
 def together(arrays: Sequence[Any]) -> list[Any]:
@@ -24,6 +24,19 @@ def result(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     if not _varying(like):
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.eval_shape(lambda array: jnp.broadcast_to(jnp.sum(array).astype(dtype), shape), like)
+
+
+def sharded_like(array: Any, like: Any) -> Any:
+    """Return the array, a custom call's result, sharded as ``like`` in its type, where types tell shardings.
+
+    They do on a mesh with explicit axes, and a derivative must have its primal's type, a loop's result its input's. JAX
+    takes the results of a custom call for replicated.
+    """
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    reshard = getattr(jax.sharding, "reshard", None)  # since JAX 0.7
+    if reshard is None or sharding is None or array.shape != like.shape or not any(sharding.spec):
+        return array
+    return reshard(array, sharding)
 
 
 def _varying(array: Any) -> frozenset[Any]:

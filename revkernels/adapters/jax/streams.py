@@ -88,7 +88,7 @@ class Exactly:
 
     def enter(self, x: Array) -> tuple[Array, Report]:
         """x rounded to the grid; -0 becomes 0."""
-        return self.couple(jnp.zeros(x.shape, self.storage), x)
+        return self.couple(jnp.zeros_like(x, self.storage), x)
 
     def couple(self, stream: Array, f: Array) -> tuple[Array, Report]:
         """stream + f', in the stream's memory."""
