@@ -12,6 +12,7 @@ from jax_cases import jax
 CODE = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import revkernels as rk
 from revkernels.adapters import jax as rj
@@ -37,6 +38,33 @@ for coupling in ("float", rk.Exact(k=14), rk.Exact(storage="int16", k=9)):
         assert "all-gather" not in text and "all-reduce" in text
         expected = jax.jit(jax.value_and_grad(loss_of(apply), (0, 1, 2, 3)))(*own, *streams)
         assert furthest(step(*own, *streams), expected) < 1e-6, coupling
+
+# parts of parameters and whole streams: a branch sums over the devices, and JAX must see that its results are equal
+def part(p, x):
+    h, _ = rj.norm_act(x, rk.Norm("layer", p["n"], p["n"]))
+    return lax.psum(jnp.tanh(h @ p["w"]) @ p["v"], "batch") * p["scale"]
+
+def whole(p, x):
+    h, _ = rj.norm_act(x, rk.Norm("layer", p["n"], p["n"]))
+    return jnp.tanh(h @ p["w"]) @ p["v"] * p["scale"]
+
+def part_params(p):
+    return {"w": p["w"], "v": p["v"], "n": p["b"] + 1, "scale": jnp.float32(0.7)}
+
+own = [[part_params(p) for p in ps] for ps in params]
+cuts = {"w": P(None, "batch"), "v": P("batch", None), "n": P(), "scale": P()}
+loop_cuts = {name: P(None, *cut) for name, cut in cuts.items()}
+for coupling in ("float", rk.Exact(k=14)):
+    step = jax.value_and_grad(loss_of(rj.reversible([whole] * 2, [whole] * 2, coupling=coupling)), (0, 1, 2, 3))
+    loss, (df, dg, *dx) = jax.jit(step)(*own, *streams)
+    chain = rj.reversible([part] * 2, [part] * 2, coupling=coupling)
+    spread = jax.shard_map(chain, mesh=mesh, in_specs=([cuts] * 2, [cuts] * 2, P(), P()), out_specs=P())
+    step = jax.jit(jax.value_and_grad(loss_of(spread), (0, 1, 2, 3)))
+    assert furthest(step(*own, *streams), (loss, (df, dg, *dx))) < 1e-3
+    loop = rj.reversible_scan(part, part, coupling=coupling)
+    spread = jax.shard_map(loop, mesh=mesh, in_specs=(loop_cuts, loop_cuts, P(), P()), out_specs=P())
+    step = jax.jit(jax.value_and_grad(loss_of(spread), (0, 1, 2, 3)))
+    assert furthest(step(*map(stacked, own), *streams), (loss, (stacked(df), stacked(dg), *dx))) < 1e-3
 
 # NaN on one device alone, in whose part of the batch a stream leaves the range
 apply = rj.reversible([branch] * 2, [branch] * 2, coupling=rk.Exact(k=14))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from revkernels.adapters.jax.checks import is_array
+from revkernels.adapters.jax.manual_axes import beyond, together
 from revkernels.adapters.jax.streams import Exactly, Floating
 from revkernels.adapters.jax.trees import split
 from revkernels.arrays import FLOATS
@@ -81,8 +82,10 @@ def _undo(
 
     value, pullback = jax.vjp(call, p.floating, a.floating, keep.value(source))
     dp, da, through = pullback(d.astype(value.dtype))
-    # After the parameters' gradients too: postponed, they would keep this branch's activations alive.
-    target, dsource, report = keep.reverse_step(target, value, dsource, through, dp + da)
+    # After the parameters' gradients too: postponed, they would keep this branch's activations alive. Not after those
+    # that vary along axes of `jax.shard_map` along which the streams do not: these would have to vary along them then.
+    after = [gradient for gradient in dp + da if not beyond(gradient, target)]
+    target, dsource, report = keep.reverse_step(target, value, dsource, through, after)
     return target, dsource, dp, da, report
 
 
@@ -95,4 +98,4 @@ def _call(name: str, branch: Branch, params: Any, x: Array, args: Any, stream: A
         raise ValueError(f"{name} returned shape {result.shape}; its stream has {stream.shape}: they must be equal")
     if result.dtype.name not in FLOATS:
         raise TypeError(f"{name} returned {result.dtype.name}; it must return one of {', '.join(FLOATS)}")
-    return jnp.asarray(result)
+    return together([jnp.asarray(result), stream])[0]  # as its gradient will be the stream's

@@ -3,20 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["result", "sharded_like", "together"]
+__all__ = ["as_sums", "beyond", "result", "sharded_like", "together"]
 
 
 def together(arrays: Sequence[Any]) -> list[Any]:
     """Return the arrays, all varying along every axis along which one of them varies."""
     axes = frozenset().union(*map(_varying, arrays))
     return [_vary(array, axes - _varying(array)) for array in arrays]
+
+
+def beyond(array: Any, like: Any) -> bool:
+    """Whether the array varies along an axis along which ``like`` does not."""
+    return not _varying(array) <= _varying(like)
+
+
+def as_sums(add: Callable[..., Sequence[Any]], streams: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, Any]:
+    """Return the streams, varying along the axes of the sums ``add(*streams)``, and the arrays, varying at least so.
+
+    ``add`` adds functions of the streams and the arrays to the streams. Where a function sums over an axis along which
+    its parameters are distributed (`jax.lax.psum`), the sums do not vary along it, though parameters do.
+    """
+    streams = together(streams)
+    if any(beyond(array, streams[0]) for array in arrays):
+        axes = frozenset().union(*map(_varying, [*streams, *jax.eval_shape(add, *streams)]))
+        streams = [_vary(stream, axes - _varying(stream)) for stream in streams]
+    return streams, [_vary(array, _varying(streams[0]) - _varying(array)) for array in arrays]
 
 
 def result(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:

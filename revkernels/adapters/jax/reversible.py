@@ -13,7 +13,7 @@ from jax import Array
 from revkernels.adapters.jax import blocks
 from revkernels.adapters.jax.blocks import Block, Branch
 from revkernels.adapters.jax.checks import arrays_of, check_backend, check_float, check_same_shape
-from revkernels.adapters.jax.manual_axes import together
+from revkernels.adapters.jax.manual_axes import as_sums
 from revkernels.adapters.jax.streams import Exactly, Floating, kept_as
 from revkernels.adapters.jax.trees import split
 
@@ -72,7 +72,8 @@ class Chain:
         """Return (y1, y2)."""
         x1, x2 = checked_streams("x", x1, x2, self._keep)
         self._check_params(f_params, g_params)
-        return without_activations(self._keep, self._run, self._undo, (list(f_params), list(g_params), args), x1, x2)
+        tree = list(f_params), list(g_params), args
+        return without_activations(self._keep, self._run, self._run, self._undo, tree, x1, x2)
 
     def inverse(self, f_params: Sequence[Any], g_params: Sequence[Any], y1: Any, y2: Any, *args: Any) -> Any:
         """Return (x1, x2)."""
@@ -142,6 +143,7 @@ def checked_streams(name: str, x1: Any, x2: Any, keep: Floating | Exactly) -> li
 def without_activations(
     keep: Floating | Exactly,
     run: Callable[[Any, Array, Array, Any], Any],
+    run_one: Callable[[Any, Array, Array, Any], Any],
     undo: Callable[[Any, Array, Array, Array, Array], Any],
     tree: Any,
     x1: Array,
@@ -150,8 +152,9 @@ def without_activations(
     """Return the outputs of ``run`` with ``undo`` as its backward, with only the outputs and the tree as residuals.
 
     ``run(tree, s1, s2, entry)`` returns the final streams, all reports (``entry`` are those of s1 and s2), and those of
-    the blocks' inputs. ``undo(tree, s1, s2, d1, d2)`` returns the gradients of the inputs, those of the tree's floating
-    leaves, and the reports of the blocks' inputs as reconstructed.
+    the blocks' inputs. ``run_one`` does the same for all blocks or for one that stands for all. ``undo(tree, s1, s2,
+    d1, d2)`` returns the gradients of the inputs, those of the tree's floating leaves, and the reports of the blocks'
+    inputs as reconstructed.
     """
     leaves = split(tree)
 
@@ -175,8 +178,13 @@ def without_activations(
         return gradients, None, d1, d2
 
     apply.defvjp(forward, backward)
+
+    def added(x1: Array, x2: Array) -> Any:
+        (s1, r1), (s2, r2) = keep.enter(x1), keep.enter(x2)
+        return run_one(tree, s1, s2, (r1, r2))[:2]
+
     # Before the derivative rule, so that JAX itself sums the gradients of what is replicated across devices.
-    x1, x2, *floating = together([x1, x2, *leaves.floating])
+    (x1, x2), floating = as_sums(added, [x1, x2], leaves.floating)
     return apply(floating, leaves.others, x1, x2)
 
 

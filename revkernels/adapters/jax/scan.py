@@ -43,7 +43,7 @@ class Stack:
         """Return (y1, y2)."""
         x1, x2 = checked_streams("x", x1, x2, self._keep)
         _check_stacked(f_params, g_params)
-        return without_activations(self._keep, self._run, self._undo, (f_params, g_params, args), x1, x2)
+        return without_activations(self._keep, self._run, self._run_one, self._undo, (f_params, g_params, args), x1, x2)
 
     def inverse(self, f_params: Any, g_params: Any, y1: Any, y2: Any, *args: Any) -> Any:
         """Return (x1, x2)."""
@@ -72,6 +72,11 @@ class Stack:
         (s1, s2), reports = lax.scan(step, (s1, s2), arrays)
         of_inputs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), entry, reports)
         return s1, s2, (entry, reports), of_inputs
+
+    def _run_one(self, tree: Any, s1: Array, s2: Array, entry: Any) -> Any:
+        f_params, g_params, args = tree
+        arrays, block = self._sliced(f_params, g_params)
+        return blocks.forward(self._keep, block(jax.tree.map(lambda leaf: leaf[0], arrays)), s1, s2, args)
 
     def _undo(self, tree: Any, s1: Array, s2: Array, d1: Array, d2: Array) -> Any:
         f_params, g_params, args = tree
