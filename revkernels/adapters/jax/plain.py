@@ -24,6 +24,9 @@ def wide(*arrays: Any) -> Any:
 
 def couple(x: Any, f: Any, *, subtract: bool, k: int | None) -> Array:
     """x + f, or x - f, of x's dtype; f is first rounded to multiples of 2^-k."""
+    if k is not None and f.dtype.itemsize == 2:
+        # XLA may leave out the rounding to a half type, and in one of a branch's two calls alone: other bits.
+        f = lax.optimization_barrier(f)
     if x.dtype == jnp.int16:
         return _couple_int16(x, f, subtract, k or 0)
     real = wide(x, f)
