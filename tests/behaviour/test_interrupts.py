@@ -99,6 +99,9 @@ FORWARDS = {
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as generators are thrown away
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="torch 2.6 does not tell its hooks"
+)
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_an_interrupt_anywhere_in_a_forward(forward, backend):
     """Saved-tensor hooks that stay, say, would take what the next network saves."""
