@@ -2,12 +2,15 @@
 """Row 33: numbers and flags in attributes that the caller changes between forwards: each recompute finds its own."""
 
 import enum
+import gc
+import weakref
 
 import numpy
 import pytest
 from torch import nn
 
 from behaviour.common import WIDE, assert_all_close, loss_of, rows, twins
+from revkernels.nn import ReversibleBlock, ReversibleSequential
 
 
 class OfDomains(nn.Module):
@@ -171,3 +174,51 @@ def test_numbers_and_states_of_modules_that_are_held(kind, held, options):
             loss.backward()
         found.append([x.grad, *(p.grad for p in net.parameters())])
     assert_all_close(*found)
+
+
+class Keyed(nn.Module):
+    """A dictionary by its own methods, and one by its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.shares = {self.first: 0.5, self.second: 2.0}
+        self.rates = {self.linear.weight: 1.0, self.linear.bias: 2.0}
+
+    def first(self, h):
+        return self.linear(h).sin()
+
+    def second(self, h):
+        return self.linear(h).cos()
+
+    def forward(self, h):
+        return sum(share * part(h) for part, share in self.shares.items()) * self.rates[self.linear.weight]
+
+
+def test_dictionaries_by_parameters(options):
+    """Row 33: two forwards, with other parameters for keys of the same dictionary."""
+    nets = twins([(Keyed().to(WIDE), Keyed().to(WIDE)) for _ in range(2)], **options)
+    x, found = rows(12, 8), []
+    for net in nets:
+        parts, x.grad, loss = [module for module in net.modules() if isinstance(module, Keyed)], None, 0.0
+        for rate in (1.0, 2.0):
+            for part in parts:
+                weight = part.linear.weight = nn.Parameter(part.linear.weight.detach() / rate)
+                part.rates.clear()
+                part.rates.update({weight: rate, part.linear.bias: 3.0})
+            loss = loss + loss_of(net(x))
+        loss.backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    assert_all_close(*found)
+
+
+def test_dictionaries_by_what_holds_the_module():
+    """Row 33: a module that has run is freed like any other, also if one comes to hold it later."""
+    net = ReversibleSequential(ReversibleBlock(Keyed(), Weighs()))
+    net[0].G.shares = {"a": 0.5}
+    net(rows(12, 8).float()).sum().backward()
+    net[0].G.shares["b"] = net[0].G.forward
+    modules = [weakref.ref(module) for module in net.modules()]
+    del net
+    gc.collect()
+    assert not any(module() for module in modules)

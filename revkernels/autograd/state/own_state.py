@@ -52,10 +52,28 @@ _ABOUT = frozenset(
     )
 )
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-#: A module's attributes by name, and the items of its lists and dictionaries: the container, and the items by key.
-Settings = tuple[dict[str, Any], list[tuple[Any, dict[Any, Any]]]]
-#: For a module, the settings that its last forward found: one copy for many half-steps.
-_settings: weakref.WeakKeyDictionary[nn.Module, Settings] = weakref.WeakKeyDictionary()
+
+
+class Settings:
+    """A module's attributes by name; and of its lists and dictionaries, each container with its items by key."""
+
+    __slots__ = ("__weakref__", "attributes", "items")
+
+    def __init__(self, attributes: dict[str, Any], items: Sequence[tuple[Any, dict[Any, Any]]]) -> None:
+        self.attributes, self.items = attributes, items
+
+    def is_like(self, other: Settings) -> bool:
+        """Whether the other has the same objects."""
+        return (
+            _alike(self.attributes, other.attributes)
+            and len(self.items) == len(other.items)
+            and all(a is b and _alike(c, d) for (a, c), (b, d) in zip(self.items, other.items, strict=True))
+        )
+
+
+#: For a module, the settings that its last forward found: one copy for many half-steps. The half-steps hold it, nothing
+#: else: a container may hold the module, by one of its methods, and what is held from here would never be freed.
+_settings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Settings]] = weakref.WeakKeyDictionary()
 #: Modules whose forward has written or replaced state: not every call of them need do so.
 _stateful: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -87,7 +105,8 @@ def _unchanged_settings(container: Any, before: Any) -> dict[Any, Any]:
 
 
 def _alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return [*one] == [*other] and all(map(is_, one.values(), other.values()))
+    """Whether keys and values are the same objects in the same order. By ``is``: ``==`` of tensors is no answer."""
+    return len(one) == len(other) and all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
 
 
 class OwnState:
@@ -235,7 +254,7 @@ class OwnState:
                 self.blank += numbers
             held = unchanged.get(module, NONE) if table is module.__dict__ else NONE
             if (about or held) and not asked:
-                self._note_settings(module, table, (about, held))
+                self._note_settings(module, table, Settings(about, held))
         for module, table, name, was in self.gaps:
             if is_state(table.get(name)) and not (self.comes_back and table is module.__dict__):
                 self.blank.append((table, name, was))
@@ -265,17 +284,14 @@ class OwnState:
         return changed
 
     def _note_settings(self, module: nn.Module, table: dict[str, Any], found: Settings) -> None:
-        known = _settings.get(module)
-        if (
-            known is None
-            or not _alike(known[0], found[0])
-            or len(known[1]) != len(found[1])
-            or not all(a is b and _alike(c, d) for (a, c), (b, d) in zip(known[1], found[1], strict=True))
-        ):
+        ref = _settings.get(module)
+        known = None if ref is None else ref()
+        if known is None or not known.is_like(found):
             forward = getattr(type(module), "forward", None)
             if written_by_torch(forward) and not is_layers(forward):  # such as FSDP's
                 return
-            known = _settings[module] = found
+            known = found
+            _settings[module] = weakref.ref(found)
         self.about.append((table, known))
 
     def restore(self, undo: Undo) -> None:
@@ -289,13 +305,13 @@ class OwnState:
             if ref is None or now is None or ref() is not now:  # a dead reference is None too
                 undo.append((table, name, now))
                 table[name] = value
-        for table, (about, containers) in self.about:
-            for name, value in about.items():
+        for table, settings in self.about:
+            for name, value in settings.attributes.items():
                 now = table.get(name, MISSING)
                 if now is not value and (type(now) in _HOLD or _is_setting(now)):
                     undo.append((table, name, now))
                     table[name] = value
-            for container, items in containers:
+            for container, items in settings.items:
                 for key, value in items.items():
                     if (now := item_of(container, key)) is not value:
                         undo.append((container, key, now))
