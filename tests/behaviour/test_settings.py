@@ -7,6 +7,7 @@ import weakref
 
 import numpy
 import pytest
+import torch
 from torch import nn
 
 from behaviour.common import WIDE, assert_all_close, loss_of, rows, twins
@@ -222,3 +223,35 @@ def test_dictionaries_by_what_holds_the_module():
     del net
     gc.collect()
     assert not any(module() for module in modules)
+
+
+class Mixed(nn.Module):
+    """Numbers next to functions, tensors and layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.options = {"act": torch.sin, "bias": torch.ones(4, dtype=WIDE), "scale": 1.0, "inner": {"act": torch.cos}}
+        self.stages = [self.linear, 1.0]
+
+    def forward(self, h):
+        h = self.stages[0](self.options["act"](h) * self.stages[1] + self.options["bias"]) * self.options["scale"]
+        return self.options["inner"]["act"](h) * self.options["inner"]["by"]
+
+
+def test_settings_next_to_other_objects(options):
+    """Row 33: two forwards, each with its own numbers, in dictionaries and lists of more than these."""
+    nets = twins([(Mixed().to(WIDE), Mixed().to(WIDE)) for _ in range(2)], **options)
+    x, found = rows(12, 8), []
+    for net in nets:
+        parts, x.grad = [module for module in net.modules() if isinstance(module, Mixed)], None
+        for _ in range(5):  # longer than what a branch returns is compared
+            loss = 0.0
+            for number in (1.0, 2.0):
+                for part in parts:
+                    part.options["scale"] = part.stages[1] = part.options["inner"]["by"] = number
+                loss = loss + loss_of(net(x))
+            loss.backward()
+        assert all((part.options["scale"], part.stages[1], part.options["inner"]["by"]) == (2.0,) * 3 for part in parts)
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    assert_all_close(*found)

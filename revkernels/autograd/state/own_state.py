@@ -96,12 +96,12 @@ def _is_setting(value: Any, depth: int = 3) -> bool:
 
 
 def _unchanged_settings(container: Any, before: Any) -> dict[Any, Any]:
-    """The settings of a list or dictionary of nothing else that a forward has not changed: of a list, all or none."""
-    if not _is_setting(before):
-        return {}
+    """The settings in a list or dictionary that a forward has not changed: of a list, all or none."""
     if type(before) is dict:
-        return {key: was for key, was in before.items() if container.get(key, MISSING) is was}
-    return dict(enumerate(before)) if len(container) == len(before) and all(map(is_, container, before)) else {}
+        items = [(key, was) for key, was in before.items() if container.get(key, MISSING) is was]
+    else:
+        items = list(enumerate(before)) if len(container) == len(before) and all(map(is_, container, before)) else []
+    return {key: was for key, was in items if _is_setting(was)}
 
 
 def _alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
