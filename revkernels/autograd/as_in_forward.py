@@ -11,6 +11,7 @@ import torch
 from revkernels.autograd.fused.norm_context import ambient
 from revkernels.autograd.recomputing import recomputes, set_recomputing
 from revkernels.autograd.state.attributes import attributes_of, put_attributes_back
+from revkernels.autograd.state.parametrized import hang_cached_weights
 from revkernels.autograd.state.rewinding import Undo, put_back
 from revkernels.autograd.state.rng_and_autocast import Drawn, Surroundings
 from revkernels.autograd.state.snapshot import Snapshot
@@ -44,6 +45,7 @@ def run_as_in_forward(
         set_recomputing(True)
         surroundings.restore(drawn, around)
         snapshot.restore(undo, is_same)
+        hang_cached_weights(snapshot.cached, undo)  # not in an inverse, whose gradient goes through torch's
         set_grad_enabled(True)
         return run()
     finally:

@@ -164,6 +164,23 @@ def test_weights_that_are_computed_once_for_many_uses(make, within, options):
     assert_all_close(*found)
 
 
+def test_the_inverse_of_weights_that_are_computed_already(backend):
+    """Row 28: inside ``parametrize.cached()`` too, its gradient reaches the parameters behind them."""
+
+    def branch():
+        return nn.Sequential(nn.Tanh(), parametrizations.weight_norm(nn.Linear(4, 4))).to(WIDE)
+
+    net, y, found = ReversibleSequential(ReversibleBlock(branch(), branch()), backend=backend), rows(5, 8), []
+    for computed in (False, True):
+        net.zero_grad()
+        with parametrize.cached():
+            if computed:
+                net(y)
+            loss_of(net.inverse(y)).backward()
+        found.append([p.grad for p in net.parameters()])
+    assert_all_close(*found)
+
+
 @pytest.mark.parametrize("where", ["bias", "shift"])
 def test_run_again_without_what_there_was_none_of(where, options):
     """A parameter, or a buffer, that was None in the forward and is something now: the sum saves nothing more."""

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from revkernels.autograd.ownership import PLAIN
 from revkernels.autograd.state.bytecode import writes_silently
-from revkernels.autograd.state.parametrized import Cached, cached_weights, hang_cached_weights
+from revkernels.autograd.state.parametrized import Cached, cached_weights
 from revkernels.autograd.state.parts import Parts, is_scripted
 from revkernels.autograd.state.rewinding import (
     MISSING,
@@ -281,7 +281,6 @@ class Snapshot(Parts):
             structure.hang(self.modules, undo)
 
     def _restore(self, undo: Undo) -> None:
-        hang_cached_weights(self.cached, undo)
         before = len(undo)
         for slots, name, tensor, _, wanted, _ in self.constant:
             if slots.get(name) is not tensor:
