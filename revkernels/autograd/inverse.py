@@ -46,6 +46,10 @@ def invert(
         snapshot = Snapshot(step.branch)
         with snapshot.turn:
             snapshot.take()
+            if snapshot.own is not None:
+                # As they are, with the graphs that a recompute's copies do not have: its gradient goes through these.
+                graphs = snapshot.own.graphs
+                snapshot.own.graphs = [(table, name, table[name], *rest) for table, name, _, *rest in graphs]
             undo: Undo = []
             try:
                 snapshot.restore(undo)

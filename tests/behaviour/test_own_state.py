@@ -217,3 +217,23 @@ def test_a_buffer_first_written_later_fails_once_and_says_so():
     with pytest.raises(rk.ReconstructionError, match=r"buffer size was written by the branch's own forward.*rewound"):
         net(x).sum().backward()
     net(x).sum().backward()
+
+
+def test_the_inverse_reads_weights_that_it_was_given(backend):
+    """Row 28: its gradient goes through a tensor or a tuple in an attribute, as in plain PyTorch."""
+
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, dtype=WIDE))
+            self.pair, self.one = (self.weight * 2, self.weight.sin()), self.weight.exp()
+
+        def forward(self, x):
+            return (x * self.pair[0]).sin() + self.pair[1] * self.one
+
+    net, y = ReversibleSequential(ReversibleBlock(Given(), Given()), backend=backend), rows(5, 8)
+    found = [torch.autograd.grad(loss_of(net.inverse(y)), list(net.parameters()), retain_graph=True)]
+    y1, y2 = y.chunk(2, 1)
+    x2 = y2 - net[0].G(y1)
+    found.append(torch.autograd.grad(loss_of(torch.cat((y1 - net[0].F(x2), x2), 1)), list(net.parameters())))
+    assert_all_close(*found)
