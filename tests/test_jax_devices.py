@@ -95,6 +95,11 @@ if hasattr(jax.sharding, "reshard"):
             got = step(*jax.device_put(own, everywhere), *apart)
             assert furthest(got, step(*own, *streams)) < 1e-6, coupling
             assert got[1][2].sharding.spec == P("batch", None)
+            # a branch of one stream returns that stream's sharding, and adds to the other
+            unlike = apart[0], jax.device_put(streams[1], everywhere)
+            got = step(*jax.device_put(own, everywhere), *unlike)
+            assert furthest(got, step(*own, *streams)) < 1e-6, coupling
+            assert [dx.sharding.spec for dx in got[1][2:]] == [P("batch", None), P(None, None)]
 print("done")
 """
 

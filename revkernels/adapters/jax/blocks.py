@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from revkernels.adapters.jax.checks import is_array
-from revkernels.adapters.jax.manual_axes import beyond, together
+from revkernels.adapters.jax.manual_axes import beyond, sharded_like, together
 from revkernels.adapters.jax.streams import Exactly, Floating
 from revkernels.adapters.jax.trees import split
 from revkernels.arrays import FLOATS
@@ -98,4 +98,4 @@ def _call(name: str, branch: Branch, params: Any, x: Array, args: Any, stream: A
         raise ValueError(f"{name} returned shape {result.shape}; its stream has {stream.shape}: they must be equal")
     if result.dtype.name not in FLOATS:
         raise TypeError(f"{name} returned {result.dtype.name}; it must return one of {', '.join(FLOATS)}")
-    return together([jnp.asarray(result), stream])[0]  # as its gradient will be the stream's
+    return sharded_like(together([jnp.asarray(result), stream])[0], stream)  # as its gradient will be the stream's

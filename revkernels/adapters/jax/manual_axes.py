@@ -45,15 +45,19 @@ def result(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def sharded_like(array: Any, like: Any) -> Any:
-    """Return the array, a custom call's result, sharded as ``like`` in its type, where types tell shardings.
+    """Return the array sharded as ``like`` in its type, where types tell shardings.
 
     They do on a mesh with explicit axes, and a derivative must have its primal's type, a loop's result its input's. JAX
-    takes the results of a custom call for replicated.
+    takes the results of a custom call for replicated, and a branch may return another sharding than its stream's.
     """
-    sharding = getattr(jax.typeof(like), "sharding", None)
+    sharding: Any
+    own: Any
+    sharding, own = (getattr(jax.typeof(one), "sharding", None) for one in (like, array))
     reshard = getattr(jax.sharding, "reshard", None)  # since JAX 0.7
-    if reshard is None or sharding is None or array.shape != like.shape or not any(sharding.spec):
+    if reshard is None or sharding is None or array.shape != like.shape or own.spec == sharding.spec:
         return array
+    if sharding.mesh.empty:  # replicated, on any mesh
+        sharding = sharding.update(mesh=own.mesh)
     return reshard(array, sharding)
 
 
