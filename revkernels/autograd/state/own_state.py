@@ -45,12 +45,8 @@ from revkernels.autograd.state.versions import version_behind, version_of
 _BLANK = (type(None), type(MISSING), int, float)
 _HOLD = (tuple, list, dict)
 #: What may tell a forward how far its state has come, such as the length of a table; and what it draws from.
-_ABOUT = frozenset(
-    (
-        *(*_BLANK, bool, complex, str, torch.Size, torch.dtype, torch.device, torch.Generator, *KINDS),
-        *(kind for kind in numpy.ScalarType if issubclass(kind, numpy.number | numpy.bool_)),
-    )
-)
+_ABOUT = frozenset((*_BLANK, bool, complex, str, torch.Size, torch.dtype, torch.device, torch.Generator, *KINDS))
+_ABOUT |= {kind for kind in numpy.ScalarType if issubclass(kind, numpy.number | numpy.bool_)}
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
