@@ -43,4 +43,4 @@ def hang_cached_weights(cached: Cached | None, undo: Undo) -> None:
         return
     table = vars(parametrize)
     undo += [(table, name, table[name]) for name in ("_cache", "_cache_enabled")]
-    table["_cache"], table["_cache_enabled"] = {**(cached or {})}, int(cached is not None)
+    table["_cache"], table["_cache_enabled"] = dict(cached or {}), int(cached is not None)
